@@ -1,10 +1,10 @@
-"""How much batching brings: mixed prompts together against the same ones one at a time.
+"""Batching speedup: throughput of mixed prompts in one batch over one request at a time.
 
     python benchmarks/batch.py MODEL [--dtype bf16] [--prompts 64] [--rounds 5] [--out FOLDER]
 
-Owns the mix and the ratio. Prompts are random tokens of 16 to 512, answers 16 to 96 tokens, half of
-them sampled. One at a time half of them are answered before and the other half after the batch, so
-that a machine whose speed changes is seen to have done so.
+Prompts are 16 to 512 random tokens, outputs 16 to 96 tokens, half of them sampled. Half of the
+single requests run before the batch and half after it, so that drift of the machine's speed cancels
+out.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def seconds_of(
     *,
     at_once: bool,
 ) -> float:
-    """From the first prompt to the last token."""
+    """Seconds from the first prompt to the last token."""
     assert model.engine.prefix is not None
     model.engine.prefix.clear()
     started = time.perf_counter()
@@ -64,7 +64,7 @@ def tokens_of(params: list[lowlat.SamplingParams]) -> int:
 def round_of(
     model: Model, prompts: list[list[int]], params: list[lowlat.SamplingParams]
 ) -> tuple[float, float]:
-    """Tokens per second of all of them one at a time and together."""
+    """Output tokens per second of all prompts, one at a time and in one batch."""
     half = len(prompts) // 2
     alone = seconds_of(model, prompts[:half], params[:half], at_once=False)
     together = seconds_of(model, prompts, params, at_once=True)
@@ -89,10 +89,10 @@ def main() -> None:
         rounds.append({"alone": alone, "together": together, "ratio": together / alone})
         print(
             f"round {number + 1}: one at a time {alone:.1f} tok/s, {args.prompts} together "
-            f"{together:.1f} tok/s: {together / alone:.2f} times"
+            f"{together:.1f} tok/s: {together / alone:.2f}x"
         )
     ratio = statistics.median(found["ratio"] for found in rounds)
-    print(f"{args.model} {args.dtype}: {ratio:.2f} times, median of {args.rounds}")
+    print(f"{args.model} {args.dtype}: {ratio:.2f}x, median of {args.rounds} rounds")
     if args.out is not None:
         found = {
             "model": args.model,

@@ -2,8 +2,8 @@
 
     python benchmarks/code_size.py [ROOT]
 
-Counts what git tracks below ROOT (the current folder by default), so that two commits compare by
-the same rule: `git worktree add /tmp/before COMMIT`, then the command for each.
+Counts files that git tracks below ROOT (the current folder by default). To compare two commits, run
+`git worktree add /tmp/before COMMIT`, then this command in both folders.
 """
 
 import ast
@@ -29,7 +29,7 @@ def num_lines(files: list[Path]) -> int:
 
 
 def function_lengths(tree: ast.AST) -> list[int]:
-    """Lines of every function, decorators left out, docstring included."""
+    """Lines of every function, with its docstring, without decorators."""
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     return [
         (node.end_lineno or node.lineno) - node.lineno + 1

@@ -4,12 +4,11 @@
         [--model smollm2-135m] [--windows 32] [--cells NAME,...]
         [--heal 500K --heal-text FOLDER] [--speed NAME,...]
 
-Makes every model of `CELLS` that WORK does not hold yet with `lowlat convert`, and measures those
-not measured yet, with a bf16 cache and an int8 one, against the unconverted model: perplexity of
-each text (windows of 1024 tokens spread evenly over it) and how often both find the same token
-likeliest. --speed times decoding with the original and the named models in WORK, interleaved. All
-figures are in WORK/figures.json; `lowlat-lab page conversion` fills the page's tables and draws its
-plots from them.
+Converts every model of `CELLS` that is missing in WORK with `lowlat convert`. Compares new models
+with the unconverted one, with a bf16 and an int8 KV cache: perplexity of each text (windows of 1024
+tokens spread evenly over it) and top-1 agreement. --speed times decoding with the original and the
+named models in WORK, interleaved. Figures go to WORK/figures.json, from which
+`lowlat-lab page conversion` fills the page's tables and draws its plots.
 """
 
 import argparse
@@ -33,7 +32,7 @@ from lowlat.generate.model import Model
 
 WINDOW = 1024
 SHARES = {"67": 2 / 3, "50": 0.5, "33": 1 / 3}
-"""Shares of the cache to keep, by their part of a cell's name."""
+"""Shares of the KV cache to keep, by their part of a cell's name."""
 METHODS: dict[str, list[str]] = {
     "mha2mla": ["--method", "mha2mla", "--layout", "free"],
     "transmla": ["--method", "transmla"],
@@ -46,7 +45,7 @@ CELLS = {
     for method, options in METHODS.items()
 }
 CELLS |= {f"free-{kept}": ["--cache", f"0.{kept}", *METHODS["free"]] for kept in (62, 46, 31)}
-"""A third, a quarter and a sixth of the original's bytes, with an int8 cache."""
+"""With an int8 cache: a third, a quarter and a sixth of the original's bytes."""
 CACHES = ("bf16", "int8")
 CONTEXTS = (2048, 8000)
 STEPS, ROUNDS = 32, 5
@@ -113,7 +112,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _wanted(args: argparse.Namespace) -> dict[str, list[str]]:
-    """Names of the models to make, and the options that make them."""
+    """Names of the models to make, and their options of `lowlat convert`."""
     wanted = {name: CELLS[name] for name in args.cells.split(",") if name}
     texts = [part for path in args.heal_text for part in ("--text", path)]
     for budget in filter(None, args.heal.split(",")):
@@ -131,7 +130,7 @@ def _cache(name: str) -> dict[str, Any]:
 
 
 def _windows(model: Model, text: str, count: int) -> list[list[int]]:
-    """Windows of tokens, evenly spread over `text`."""
+    """`count` windows of tokens, evenly spread over `text`."""
     ids = model.tokenizer.encode(text)
     available = len(ids) // WINDOW
     count = min(count, available)
@@ -140,7 +139,7 @@ def _windows(model: Model, text: str, count: int) -> list[list[int]]:
 
 
 def _outcome(model: Model, windows: list[list[int]]) -> Figures:
-    """Mean negative log-likelihood in nats, and the likeliest token at each place."""
+    """Mean negative log-likelihood in nats, and the top-1 token at each position."""
     total, likeliest = 0.0, []
     for ids in windows:
         rows = model.logits(ids)[:-1]
@@ -161,10 +160,10 @@ def _compared(own: Figures, original: Figures) -> Figures:
 
 
 def _speeds(args: argparse.Namespace) -> list[Figures]:
-    """Decoding with long contexts: the original and other models, step after step."""
+    """Decode throughput at long contexts of the original and the named models, interleaved."""
     folders = {"original": args.model}
     folders |= {name: str(args.work / name) for name in args.speed.split(",")}
-    threads = check_threads(None)  # PyTorch's own pool has one where kernels are native
+    threads = check_threads(None)  # a native model sets PyTorch's own pool to one thread
     setups = [(name, cache) for name in folders for cache in CACHES]
     steppers: dict[tuple[str, str], Lowlat] = {}
     for name, cache in setups:
@@ -182,10 +181,10 @@ def _speeds(args: argparse.Namespace) -> list[Figures]:
         rounds: dict[tuple[str, str], list[float]] = {setup: [] for setup in setups}
         for number in range(ROUNDS + 1):
             for setup in setups[number % len(setups) :] + setups[: number % len(setups)]:
-                steppers[setup].fill(context)
+                steppers[setup].fill_cache(context)
                 started = time.perf_counter()
                 for step in range(STEPS):
-                    steppers[setup].step(1 + step, context + step)
+                    steppers[setup].decode_step(1 + step, context + step)
                 if number:  # the first round warms up
                     rounds[setup].append(STEPS / (time.perf_counter() - started))
         base = rounds["original", "bf16"]

@@ -1,13 +1,13 @@
-"""Conversions of a checkpoint much larger than the memory they get.
+"""Peak memory of conversions whose checkpoint is much larger than the memory limit.
 
     python benchmarks/random_checkpoint.py large /tmp/large
     sudo python benchmarks/convert_memory.py /tmp/large /tmp/out --limit-gb 2
         [--kept benchmarks/results/NAME]
 
-Every conversion runs in a control group of its own whose memory is limited, cached file pages
-included, with none of the checkpoint's files cached beforehand. Needs Linux and the right to make a
-control group. Prints one JSON object per conversion; destinations are removed. Memory beside cached
-files is sampled.
+Every conversion runs in its own control group with a memory limit, which includes cached file
+pages. The page cache is dropped first. Prints one JSON object per conversion and removes the
+destination. Anonymous memory (without cached files) is sampled. Needs Linux and the right to create
+a control group.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CONVERSIONS = (
 
 
 def convert(source: Path, target: Path, dtype: str, limit: int) -> dict[str, object]:
-    """What one conversion took."""
+    """Memory, size and time of one conversion."""
     forget(source)
     group = ControlGroup(limit)
     boot = "from lowlat.cli.main import run; run()"
@@ -60,7 +60,7 @@ def convert(source: Path, target: Path, dtype: str, limit: int) -> dict[str, obj
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Memory of the process that is no file's, 0 once it has ended."""
+    """Anonymous memory of a process; 0 once it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         return int(status.split("RssAnon:")[1].split()[0]) * 1024
@@ -71,7 +71,7 @@ def anonymous_bytes(pid: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("out", type=Path, help="folder for destinations, made and removed")
+    parser.add_argument("out", type=Path, help="folder for destinations, created and removed")
     parser.add_argument("--limit-gb", type=float, default=2.0)
     parser.add_argument("--only", help="a dtype")
     parser.add_argument("--kept", type=Path, help="folder to keep results.json in")

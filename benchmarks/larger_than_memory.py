@@ -1,10 +1,10 @@
-"""A checkpoint of twice the memory limit gives the same tokens as in memory.
+"""Inference with a memory limit of half the checkpoint: same tokens as in memory, and the speed.
 
     sudo python benchmarks/larger_than_memory.py CHECKPOINT [--kept benchmarks/results/NAME]
 
-Generates with and without a control group's memory limit of half the checkpoint's size, each in a
-process of its own and with none of the files cached beforehand. Needs Linux and the right to make a
-control group. Prints one JSON object; exits with 1 where the tokens differ.
+Generates with and without a control group's memory limit of half the checkpoint's size, each in its
+own process after dropping the files from the page cache. Prints one JSON object; exits with 1 if
+the tokens differ. Needs Linux and the right to create a control group.
 """
 
 import argparse
@@ -45,11 +45,11 @@ class ControlGroup:
         (self.folder / name).write_text(str(limit))
 
     def join(self) -> None:
-        """Called in the child before it starts."""
+        """Add the current process; called in the child before it starts."""
         (self.folder / "cgroup.procs").write_text(str(os.getpid()))
 
     def peak(self) -> int:
-        """Most bytes it held at once, cached file pages included."""
+        """Peak memory in bytes, with cached file pages."""
         name = "memory.peak" if self.is_second else "memory.max_usage_in_bytes"
         return int((self.folder / name).read_text())
 
@@ -58,8 +58,8 @@ class ControlGroup:
 
 
 def forget(folder: Path) -> int:
-    """Drop the checkpoint's files from the page cache, so that reading them counts for the reader;
-    their size."""
+    """Drop the checkpoint's files from the page cache, so that reads count in the control group.
+    Returns their size in bytes."""
     total = 0
     for file in folder.glob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)

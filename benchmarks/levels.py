@@ -1,11 +1,12 @@
-"""lowlat's kernels at every level of instructions, in turn on the same weights.
+"""Throughput of lowlat's native kernels by ISA level (avx512, avx2, portable) on the same weights.
 
     python benchmarks/levels.py MODEL [--levels avx512,avx2,portable] [--dtype bf16]
         [--prefill 512,2048] [--decode 128,2048,8192] [--rounds 3] [--out FOLDER]
 
-A process for each level, stopped while others are measured; all levels of this machine, best first,
-unless --levels names some. Prompts once a round, steps for up to three seconds, after a round that
-warms up; tokens per second, the median of the rounds. A MODEL of fp8 blocks takes --dtype fp8.
+Each level runs in its own process, stopped while others are measured. By default, all levels of
+this machine are measured, best first. A round runs every prompt once and decodes for up to three
+seconds per length; the first round is a warm-up. Reports tokens per second, the median of the
+rounds. A MODEL in fp8 blocks needs --dtype fp8.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from lowlat.peers.worker import PeerError, Worker
 from lowlat.utils.errors import UserError
 
 STEPS, SECONDS = 100, 3.0
-"""A round of one length of decoding ends after so many steps or so long."""
+"""Limits of a decode round at one length: steps, and seconds."""
 Rates = dict[tuple[str, str, int], list[float]]
 """Tokens per second of every round, by level, kind and length."""
 
@@ -54,12 +55,12 @@ def main() -> None:
             {"level": level, "kind": kind, "tokens": tokens, "tokens_per_second": own}
             for (level, kind, tokens), own in rates.items()
         ]
-        told = {"model": Path(options.model).name, "dtype": options.dtype, "rows": rows}
-        results_file.write(results_file.heading() | told, options.out)
+        found = {"model": Path(options.model).name, "dtype": options.dtype, "rows": rows}
+        results_file.write(results_file.heading() | found, options.out)
 
 
 def measure(options: argparse.Namespace) -> Rates:
-    """Run all rounds. Raises UserError for levels, lengths and number types there are not."""
+    """Run all rounds. Raises UserError for unsupported levels, lengths and number types."""
     prompts = parse_lengths("--prefill", options.prefill)
     contexts = parse_lengths("--decode", options.decode)
     levels = options.levels.split(",")
@@ -82,15 +83,15 @@ def measure(options: argparse.Namespace) -> Rates:
                     steps = workers[level].ask("decode", **asked)["step_seconds"]
                     rate = 1 / statistics.median(steps)
                     rates.setdefault((level, "decode", cached), []).append(rate)
-            if number == 0:  # the one that warms up
+            if number == 0:  # the warm-up
                 rates.clear()
     return {key: rates[key] for key in sorted(rates, key=lambda key: levels.index(key[0]))}
 
 
 def start(level: str, options: argparse.Namespace, context: int, folder: Path) -> Worker:
-    """A worker of that level that has the model."""
+    """A worker of ISA level `level` that has loaded the model."""
     threads = check_threads(None)
-    os.environ[native.ISA_VARIABLE] = level  # which the worker inherits
+    os.environ[native.ISA_VARIABLE] = level  # inherited by the worker
     worker = Worker(
         "lowlat", MODULES["lowlat"], python=sys.executable, threads=threads, folder=folder
     )
@@ -100,7 +101,7 @@ def start(level: str, options: argparse.Namespace, context: int, folder: Path) -
 
 
 def show(rates: Mapping[tuple[str, str, int], list[float]]) -> None:
-    """A line per length: medians by level, the ratio to the first level behind the others'."""
+    """Print a line per length: medians by level, with their ratio to the first level."""
     levels = list(dict.fromkeys(level for level, _, _ in rates))
     print(f"{'':>16}" + "".join(f"{level:>18}" for level in levels))
     for kind, tokens in dict.fromkeys((kind, tokens) for _, kind, tokens in rates):

@@ -1,13 +1,14 @@
-"""Overload test: at ten times the capacity, rejections are quick and admitted requests correct.
+"""Overload test: at 10x capacity, rejections must be fast and admitted requests correct.
 
     python benchmarks/overload.py MODEL --factor 10 --seconds 30 --out benchmarks/results/NAME
 
-Starts `lowlat serve`, asks each prompt alone once, measures how many requests a second it serves
-when as many wait as it allows, then sends FACTOR times as many at random moments, each on a
-connection of its own. Client and server share the machine, so the times include the client's work.
-Exits with 1 where a refusal is no 429 with Retry-After, the 99th percentile of refusals is above
-100 ms, an admitted request fails or says something else than alone, /health is not 200, or memory
-grows by more than MEMORY_BYTES. Needs Linux.
+Starts `lowlat serve`, sends each prompt alone once for its reference answer, and measures the
+request rate at --concurrency. Then sends requests at FACTOR times that rate, at random times, each
+on its own connection. Client and server share the machine, so latencies include the client's work.
+
+Exits with 1 if a rejection is not a 429 with Retry-After, the 99th percentile of rejection times is
+above 100 ms, an admitted request fails or differs from its reference answer, /health is not 200, or
+memory grows by more than MEMORY_BYTES. Needs Linux.
 """
 
 import argparse
@@ -32,9 +33,9 @@ from lowlat.bench.benchmark_plan import check_threads
 from lowlat.utils.errors import UserError
 
 REFUSAL_SECONDS = 0.1
-"""Bound of the 99th percentile."""
+"""Bound of the 99th percentile of rejection times."""
 MEMORY_BYTES = 64 << 20
-"""Between the first and the last tenth of the overload; the cache has its pages by then."""
+"""Bound of the growth between the second and the last tenth of the overload."""
 CONTEXT = 512
 NUM_PROMPTS = 24
 TIMEOUT = 600.0
@@ -52,7 +53,7 @@ class Reply:
 
 @dataclass(kw_only=True, slots=True)
 class Tally:
-    """What came back."""
+    """Responses and their times in seconds."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     refusals: list[float] = field(default_factory=list)
@@ -62,7 +63,7 @@ class Tally:
 
 
 class Client:
-    """Sends completions of prompts whose answers it knows."""
+    """Sends completion requests and compares the answers with reference answers."""
 
     def __init__(self, port: int, *, tokens: int, seed: int) -> None:
         rng = random.Random(seed)
@@ -75,7 +76,7 @@ class Client:
         self._answers: dict[str, str] = {}
 
     async def learn(self) -> None:
-        """Ask each prompt while nothing else runs."""
+        """Get the reference answer of each prompt, one request at a time."""
         for prompt in self.prompts:
             reply = await self.send(self._request(prompt))
             if reply.status != 200:
@@ -83,7 +84,7 @@ class Client:
             self._answers[prompt] = _text(reply)
 
     async def serve_rate(self, concurrency: int, seconds: float) -> float:
-        """Requests per second with `concurrency` at a time."""
+        """Served requests per second at this concurrency."""
         end, done = time.perf_counter() + seconds, 0
 
         async def loop() -> None:
@@ -97,7 +98,7 @@ class Client:
         return done / (time.perf_counter() - begin)
 
     async def overload(self, rate: float, seconds: float) -> None:
-        """Send `rate` requests a second, and wait until all have been answered."""
+        """Send `rate` requests per second (Poisson), and wait for all responses."""
         end = time.perf_counter() + seconds
         watching = asyncio.create_task(self._watch_health())
         async with asyncio.TaskGroup() as group:
@@ -109,7 +110,7 @@ class Client:
         watching.cancel()
 
     async def send(self, data: bytes) -> Reply:
-        """One request on a connection of its own."""
+        """Send one request on its own connection."""
         begin = time.perf_counter()
         async with asyncio.timeout(TIMEOUT):
             reader, writer = await asyncio.open_connection(HOST, self._port)
@@ -136,7 +137,7 @@ class Client:
         if reply.status == 200:
             tally.served.append(reply.seconds)
             if _text(reply) != self._answers[prompt]:
-                tally.faults.append(f"another answer than alone: {reply.body[:200]!r}")
+                tally.faults.append(f"differs from the reference answer: {reply.body[:200]!r}")
         elif reply.status == 429 and reply.headers.get("retry-after", "").isdecimal():
             tally.refusals.append(reply.seconds)
         else:
@@ -166,7 +167,7 @@ def _text(reply: Reply) -> str:
 
 
 async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
-    """The report."""
+    """Run the test; the report."""
     client = Client(server.port, tokens=options.tokens, seed=options.seed)
     await client.learn()
     rate = await client.serve_rate(options.concurrency, options.seconds / 3)
@@ -186,15 +187,15 @@ async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]
 def report(
     options: argparse.Namespace, tally: Tally, rate: float, samples: Sequence[int]
 ) -> dict[str, Any]:
-    """One JSON object; `faults` is empty where all is well."""
+    """One JSON object; `faults` lists the failed checks."""
     tenth = max(1, len(samples) // 10)
     grown = statistics.median(samples[-tenth:]) - statistics.median(samples[tenth : 2 * tenth])
     faults = list(tally.faults)
     refusals = quantiles(tally.refusals)
     if not tally.refusals or not tally.served:
-        faults.append("nothing was refused, or nothing served; raise --factor or --seconds")
+        faults.append("nothing was rejected, or nothing served; raise --factor or --seconds")
     elif refusals["p99"] > REFUSAL_SECONDS:
-        faults.append(f"the 99th percentile of refusals is {1e3 * refusals['p99']:.0f} ms")
+        faults.append(f"the 99th percentile of rejections is {1e3 * refusals['p99']:.0f} ms")
     if grown > MEMORY_BYTES:
         faults.append(f"memory grew by {grown / 1e6:.0f} MB")
     return {
@@ -228,11 +229,11 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="whatever lowlat serve takes")
-    parser.add_argument("--factor", type=float, default=10.0, help="times the rate it can serve")
+    parser.add_argument("model", help="MODEL of lowlat serve")
+    parser.add_argument("--factor", type=float, default=10.0, help="times the served rate")
     parser.add_argument("--seconds", type=float, default=30.0, help="of overload")
-    parser.add_argument("--queue", type=int, default=16, help="requests that may wait")
-    parser.add_argument("--concurrency", type=int, default=64, help="while the rate is measured")
+    parser.add_argument("--queue", type=int, default=16, help="maximum waiting requests")
+    parser.add_argument("--concurrency", type=int, default=64, help="to measure the served rate")
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bf16")

@@ -1,13 +1,13 @@
-"""The page allocator and its prefix cache: correct over millions of random steps, and how quick.
+"""Page allocator and prefix cache: model-based random test, and time per operation.
 
     python benchmarks/page_allocator.py [--seeds 20] [--steps 100000] [--pages 100000]
         [--out FOLDER]
 
-For each seed, so many random steps (admit, extend, fork, publish, shorten, finish, grow, clear) of
-sequences over a small allocator: every page handed out, found or evicted is compared with a plain
-model, every page's rows with what they must be, and `check_integrity` runs after every tenth step.
-The first difference ends the run with an error. Then the time per page of an allocator of `--pages`
-pages.
+For each seed, runs --steps random steps (admit, extend, fork, publish, shorten, finish, grow,
+clear) of sequences on a small allocator. Every page that is allocated, found or evicted is compared
+with a simple model, and so are the entries of every page; `check_integrity` runs after every tenth
+step. The first difference ends the run with an error. Then times each operation per page in an
+allocator of --pages pages.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PAGE_SIZE = 64
 
 
 def drive(seed: int, steps: int) -> dict[str, float]:
-    """What one seed did; raises AssertionError where the allocator differs from the model."""
+    """Counts of one seed's steps. Raises AssertionError if the allocator differs from the model."""
     start = time.perf_counter()
     driver = Driver(seed)
     driver.run(steps, check_every=10)
@@ -45,7 +45,7 @@ def drive(seed: int, steps: int) -> dict[str, float]:
 
 
 def microseconds_per_page(num_pages: int) -> dict[str, float]:
-    """Time of each operation per page, in an allocator that sequences of 64 pages fill."""
+    """Time of each operation per page, in an allocator full of sequences of 64 pages."""
     allocator = PageAllocator(num_pages)
     cache = PrefixCache(allocator, page_size=PAGE_SIZE)
     generator = random.Random(0)

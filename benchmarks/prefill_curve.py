@@ -1,12 +1,12 @@
-"""What a long prompt takes as its reading goes on: memory and time of the chunk that ends at N.
+"""Chunked prefill of long prompts: peak memory and time of the last chunk, by prompt length.
 
     python benchmarks/prefill_curve.py MODEL [--contexts 2048,8192,32768,131072] [--dtype bf16]
         [--cache bf16] [--out FOLDER]
 
-For every N a process of its own loads the model, puts N random rows into the cache and reads 2,048
-tokens over the last of them, as the engine reads the end of a prompt of N tokens: the most that is
-resident meanwhile (mapped weights among it), the cache's share of that, and the seconds. To read
-all that comes before would take minutes to hours and change none of the three.
+For every length N, a new process loads the model, fills the KV cache with random entries and
+prefills the last 2,048 tokens of a prompt of N tokens. Reports the peak resident memory (mapped
+weights included), the KV cache's share of it, and the seconds. Prefilling the whole prompt would
+take minutes to hours without changing these figures.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     contexts = [int(each) for each in args.contexts.split(",")]
     if min(contexts) < PREFILL_CHUNK:
-        parser.error(f"--contexts: {PREFILL_CHUNK} at least, the tokens of a chunk")
+        parser.error(f"--contexts: give at least {PREFILL_CHUNK}, the tokens of a chunk")
     print(f"{'tokens':>8} {'memory':>9} {'of cache':>9} {'the rest':>9} {'seconds':>8}")
     rows: list[Row] = []
     for context in contexts:
@@ -53,14 +53,14 @@ def main() -> None:
 
 
 def last_chunk(model: str, dtype: str, cache: str, context: int) -> Row:
-    """The last chunk of a prompt of `context` tokens, in this process."""
+    """Figures of the last chunk of a prompt of `context` tokens, in this process."""
     program = Lowlat()
     threads = torch.get_num_threads()
     facts = program.load(
         model=model, precision=dtype, cache=cache, threads=threads, context=context
     )
     ids = random_token_ids(PREFILL_CHUNK, program.vocab_size)
-    program.read(ids)  # pages of weights, and buffers that stay
+    program.prefill(ids)  # maps the weights and allocates buffers
     start = context - PREFILL_CHUNK
     program.fill_cache(context)
     reset_peak_memory()
@@ -76,7 +76,7 @@ def last_chunk(model: str, dtype: str, cache: str, context: int) -> Row:
 
 
 def draw(rows: list[Row], path: Path, title: str) -> None:
-    """Memory and time over the length of the prompt."""
+    """Plot memory and time over the prompt length."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.0, 4.0), layout="constrained")
@@ -84,15 +84,15 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     tokens = [row["tokens"] for row in rows]
     peaks = [row["peak_bytes"] / 1e9 for row in rows]
     caches = [row["cache_bytes"] / 1e9 for row in rows]
-    memory.plot(tokens, peaks, "o-", label="the process")
+    memory.plot(tokens, peaks, "o-", label="process")
     memory.plot(
-        tokens, [a - b for a, b in zip(peaks, caches, strict=True)], "s-", label="without its cache"
+        tokens, [a - b for a, b in zip(peaks, caches, strict=True)], "s-", label="without KV cache"
     )
-    memory.plot(tokens, caches, "^--", label="the cache")
-    memory.set(xlabel="tokens of prompt", ylabel="GB", ylim=(0, None))
+    memory.plot(tokens, caches, "^--", label="KV cache")
+    memory.set(xlabel="prompt tokens", ylabel="GB", ylim=(0, None))
     memory.legend()
     times.plot(tokens, [row["seconds"] for row in rows], "o-")
-    times.set(xlabel="tokens of prompt", ylabel="seconds of the last 2,048", ylim=(0, None))
+    times.set(xlabel="prompt tokens", ylabel="seconds of the last chunk", ylim=(0, None))
     for axes in (memory, times):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -1,13 +1,13 @@
-"""What number types cost in quality: perplexity and distance from fp32, weights and cache.
+"""Quality by number type of weights and KV cache: perplexity and KL divergence from fp32.
 
     python benchmarks/quality.py TEXT [--bytes 100000] [--models default smollm2-135m]
         [--forms prompt step] [--out FOLDER]
 
-For each model and each pair of weights (bf16, int8, int4) and cache (bf16, int8): the perplexity of
-the first bytes of TEXT in windows of 1024 tokens, its increase over fp32, the mean Kullback-Leibler
-divergence from fp32's next-token distribution in nats, and how often both predict the same token.
-The arithmetic is that of a prompt, which takes a window in one piece, and that of decoding, here in
-steps of 32 tokens: products and attention of a step give each of them the bits it has alone.
+For each model and each pair of weights (bf16, int8, int4) and KV cache (bf16, int8): the perplexity
+of the first bytes of TEXT in windows of 1024 tokens, its increase over fp32, the mean KL divergence
+from fp32's next-token distribution in nats, and top-1 agreement. Two arithmetic paths are measured:
+prefill, a whole window at once, and decode, in steps of 32 tokens, whose results are bitwise equal
+to single-token steps.
 """
 
 import argparse
@@ -29,12 +29,12 @@ WEIGHTS = ("bf16", "int8", "int4")
 CACHES = ("bf16", "int8")
 WINDOW = 1024
 FORMS = {"prompt": WINDOW, "step": DECODE_TOKENS}
-"""Tokens that are read at a time."""
+"""Tokens per step."""
 
 
 @dataclass
 class Quality:
-    """One pair of number types on one model, summed over tokens while it is measured."""
+    """Sums over tokens for one model and one pair of number types."""
 
     model: str
     weights: str
@@ -42,14 +42,14 @@ class Quality:
     form: str
     tokens: int = 0
     nll: float = 0.0
-    """Nats."""
+    """Negative log-likelihood in nats."""
     divergence: float = 0.0
-    """Kullback-Leibler from fp32, nats."""
+    """KL divergence from fp32 in nats."""
     same: int = 0
-    """Tokens whose likeliest successor is fp32's."""
+    """Tokens with the same top-1 prediction as fp32."""
 
     def add(self, logits: Tensor, exact: Tensor, ids: Tensor) -> None:
-        """Count one window: `logits` and fp32's log-probabilities of all tokens but the last."""
+        """Add a window: `logits` and fp32's log-probabilities of all tokens but the last."""
         predicted = logits.log_softmax(dim=-1)
         self.tokens += len(ids)
         self.nll -= float(predicted.gather(1, ids[:, None]).sum(dtype=torch.float64))
@@ -85,7 +85,7 @@ def measure(name: str, text: str, forms: Sequence[str]) -> list[Quality]:
 
 
 def variants(name: str) -> list[tuple[tuple[str, str], Model]]:
-    """Every (weights, cache); both caches of one kind of weights share them."""
+    """All models by (weights, cache); models that differ only in the cache share weights."""
     result = []
     for weights in WEIGHTS:
         first = lowlat.load(name, dtype=weights, cache=CACHES[0])
@@ -114,7 +114,7 @@ def table(results: Sequence[Quality]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("text", type=Path, help="a UTF-8 text file")
-    parser.add_argument("--bytes", type=int, default=100_000, help="how much of it is read")
+    parser.add_argument("--bytes", type=int, default=100_000, help="length of the text to use")
     parser.add_argument("--models", nargs="+", default=["default", "smollm2-135m"])
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
     parser.add_argument("--out", type=Path, help="a folder for results.json")

@@ -1,10 +1,10 @@
-"""A checkpoint of random weights in the Hugging Face layout, the same bytes for the same seed.
+"""Write a checkpoint of random weights in the Hugging Face layout, reproducible by seed.
 
     python benchmarks/random_checkpoint.py mini /tmp/mini --seed 0
 
-Every tensor is drawn from a stream of its own, keyed by seed and name, and written before the next
-one is drawn. Weights are bf16, the router's selection biases fp32 and of both signs. The tokenizer
-knows every byte; its further entries only fill the vocabulary.
+Every tensor has its own random stream, keyed by seed and name, and is written before the next one
+is drawn. Weights are bf16; the router's selection biases are fp32, of both signs. The tokenizer has
+the 256 bytes; its other entries only fill the vocabulary.
 """
 
 import argparse
@@ -73,7 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
         "max_position_embeddings": 163840,
     },
-    # a second's work in every program: for tests of the benchmark itself
+    # runs for a second in every program: for tests of the benchmark itself
     "tiny": {
         "hidden_size": 64,
         "num_hidden_layers": 3,
@@ -165,7 +165,7 @@ def config_of(preset: str) -> ModelConfig:
 
 
 def write(preset: str, folder: Path, *, seed: int) -> ModelConfig:
-    """Write the preset's checkpoint as `folder`, which must not exist; its config."""
+    """Write the preset's checkpoint to the new folder `folder`. Returns its config."""
     config = config_of(preset)
     with torch.device("meta"):
         shapes = Transformer(config, dtype=torch.bfloat16).state_dict()
@@ -178,7 +178,7 @@ def write(preset: str, folder: Path, *, seed: int) -> ModelConfig:
 def draw(
     shapes: Iterator[tuple[str, Tensor]], std: float, seed: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Random values for tensors of which name, shape and dtype are given."""
+    """Random tensors for the given names, shapes and dtypes."""
     for name, shape in shapes:
         key = hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16]
         stream = np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
@@ -193,7 +193,7 @@ def draw(
 
 
 def tokenizer_files(vocab_size: int) -> dict[str, bytes]:
-    """tokenizer.json and its settings: 256 bytes, <s>, </s>, then entries no text reaches."""
+    """tokenizer.json and its settings: 256 bytes, <s>, </s>, then unreachable entries."""
     alphabet = byte_alphabet()
     special = ["<s>", "</s>"]
     filler = {f"filler {index}": index for index in range(len(alphabet) + 2, vocab_size)}

@@ -20,6 +20,6 @@ def heading() -> dict[str, Any]:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """Write `found` as results.json into `folder`, which is created."""
+    """Write `found` to results.json in `folder`, which is created."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")

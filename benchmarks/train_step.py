@@ -1,10 +1,11 @@
-"""A training step beside transformers' DeepseekV3ForCausalLM: same weights, tokens and optimiser.
+"""Training throughput compared with transformers' DeepseekV3ForCausalLM, on the same weights.
 
     python benchmarks/train_step.py --precision bf16 --rounds 5 --out results.json
 
-Both programs run in processes of their own and take steps in turn, so that the machine's moods
-hit both. Losses are compared before anything is timed. transformers trains as its Trainer does:
-fp32 weights under bf16 autocast, eager experts or its default grouped ones, whichever is faster.
+Both programs take the same tokens and optimiser, each in its own process, and their steps are
+interleaved, so that disturbances of the machine affect both. Losses are compared before anything is
+timed. transformers trains as its Trainer does: fp32 weights under bf16 autocast, with eager experts
+or its default grouped ones.
 """
 
 import argparse
@@ -101,7 +102,7 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
 
     def step(number: int) -> float:
         ids = tokens(arguments.rows, arguments.length, number)
-        batch = Batch(tokens=ids, predicted=torch.ones_like(ids, dtype=torch.bool))
+        batch = Batch(tokens=ids, loss_mask=torch.ones_like(ids, dtype=torch.bool))
         plan = StepPlan(
             step=number,
             phase_index=0,
@@ -150,7 +151,7 @@ def transformers_stepper(folder: Path, arguments: argparse.Namespace, experts: s
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """A worker: takes a step for every line it reads."""
+    """Worker process: run a training step for every line of stdin."""
     folder = Path(arguments.folder)
     if arguments.worker == "lowlat":
         from lowlat.utils.memory import retain_freed_memory

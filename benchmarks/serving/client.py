@@ -1,7 +1,7 @@
 """Streaming client: sends one completion request and records when its chunks arrive.
 
-The clock is the client's: what it sees includes HTTP, as for any user. A failure is part of the
-answer, because a server that fails under load has to show in the figures.
+Times are measured by the client and include HTTP. A failed request is recorded, so that failures
+under load appear in the figures.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ class Answer:
 
     started: float
     pieces: list[float]
-    """Arrival of every chunk with text."""
+    """Arrival times of chunks with text."""
     ended: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    """From the server's usage."""
+    """Count in the server's usage object."""
     error: str | None = None
 
     @property
@@ -51,7 +51,7 @@ class Answer:
 
 
 def body_of(work: Work, model: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """The request: greedy, of exactly `work.output` tokens where the server obeys `extra`."""
+    """The request: greedy, exactly `work.output` tokens if the server supports `extra`."""
     return {
         "model": model,
         "prompt": list(work.prompt),
@@ -64,7 +64,7 @@ def body_of(work: Work, model: str, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any], expected: int) -> Answer:
-    """One streamed response of `expected` tokens; anything else is recorded as its error."""
+    """One streamed response. Anything but `expected` tokens is recorded as its error."""
     answer = Answer(started=time.perf_counter(), pieces=[])
     try:
         async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -105,7 +105,7 @@ async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 def new_client(url: str, *, connections: int, key: str | None = None) -> httpx.AsyncClient:
-    """A client of its own pool, so that a server that was stopped finds no stale connections."""
+    """A client with its own connection pool, without stale connections to a stopped server."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
     return httpx.AsyncClient(base_url=url, timeout=TIMEOUT, limits=limits, headers=headers)

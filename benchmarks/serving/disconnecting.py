@@ -1,6 +1,6 @@
-"""Clients that disconnect at a random moment, in one of several ways.
+"""Clients that disconnect at a random moment, by an orderly close or a reset.
 
-Records what the client had received by then.
+Records which part of the response each client had received.
 """
 
 import asyncio
@@ -20,24 +20,24 @@ from serving.soak_requests import Call, Mix
 Moment = Literal["in its request", "at once", "after a while", "in the answer", "after the answer"]
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
 WHILE = (0.001, 2.0)
-"""Seconds of a while: the request waits, is read, or is being answered."""
+"""Range of "after a while" in seconds: the request is queued, in prefill or in decode."""
 MOST_PIECES = 20
 END_OF_CHUNKS = b"0\r\n\r\n"
 RESET = struct.pack("ii", 1, 0)
-"""SO_LINGER by which closing sends a reset rather than an orderly end."""
+"""SO_LINGER value with which closing sends a TCP reset."""
 EOS_IGNORED = {"greedy", "sampled", "several", "penalised", "logprobs"}
 """Kinds of requests that accept ignore_eos."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Departures:
-    """How many clients disconnected when, and what they had received."""
+    """Number of disconnected clients by moment and by received part of the response."""
 
     moments: Counter[str] = field(default_factory=Counter)
     received: Counter[str] = field(default_factory=Counter)
     resets: int = 0
     unserved: Counter[str] = field(default_factory=Counter)
-    """Statuses other than 200 of answers to whole requests."""
+    """Responses with a status other than 200, by status."""
 
 
 class Leaver:
@@ -50,7 +50,7 @@ class Leaver:
         self._rng = random.Random(seed)
 
     async def leave(self) -> None:
-        """One client, from connecting to disconnecting."""
+        """Run one client, from connect to disconnect."""
         rng, departures = self._rng, self.departures
         moment = rng.choice(MOMENTS)
         data = encoded(self._draw(moment))
@@ -67,10 +67,10 @@ class Leaver:
             elif moment != "at once":
                 await asyncio.sleep(math.exp(rng.uniform(*map(math.log, WHILE))))
         except ConnectionError:
-            pass  # the server may refuse before it has read all
+            pass  # the server may reject a request before it has received all of it
         finally:
             is_reset = rng.random() < 0.5
-            go(writer, is_reset=is_reset)
+            disconnect(writer, is_reset=is_reset)
         departures.moments[moment] += 1
         departures.resets += is_reset
         self._note(received)
@@ -97,7 +97,7 @@ class Leaver:
 
 
 async def read(reader: asyncio.StreamReader, pieces: int | None) -> bytes:
-    """The first chunks of a response, or all of it."""
+    """The first `pieces` reads of a response; all of it for None."""
     received = b""
     while pieces != 0 and not is_whole(received):
         piece = await reader.read(65536)
@@ -129,8 +129,8 @@ def encoded(call: Call) -> bytes:
     return head.encode() + body
 
 
-def go(writer: asyncio.StreamWriter, *, is_reset: bool) -> None:
-    """Close the connection now, in whatever state."""
+def disconnect(writer: asyncio.StreamWriter, *, is_reset: bool) -> None:
+    """Close the connection at once, in any state."""
     if is_reset:
         connection = writer.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -138,7 +138,7 @@ def go(writer: asyncio.StreamWriter, *, is_reset: bool) -> None:
 
 
 async def leave_all(leaver: Leaver, count: int, *, at_once: int) -> None:
-    """`count` clients, `at_once` at a time."""
+    """Run `count` clients, `at_once` at a time."""
     remaining = iter(range(count))
 
     async def clients() -> None:
@@ -155,7 +155,7 @@ class Storm:
     port: int
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
-    async def come(self, calls: Iterable[Call]) -> None:
+    async def send(self, calls: Iterable[Call]) -> None:
         for call in calls:
             _, writer = await asyncio.open_connection(HOST, self.port)
             writer.write(encoded(call))
@@ -171,7 +171,7 @@ class Storm:
             due = begin + seconds * number / len(self.writers)
             if due > loop.time():
                 await asyncio.sleep(due - loop.time())
-            go(writer, is_reset=rng.random() < 0.5)
+            disconnect(writer, is_reset=rng.random() < 0.5)
         await asyncio.sleep(0)
         taken = loop.time() - begin
         self.writers.clear()

@@ -1,7 +1,7 @@
 """Metrics of a benchmark: rates, percentiles, ratio to the best peer; as JSON, table and plot.
 
-Rates are the median over the rounds. Percentiles are taken over the requests of all rounds, since
-the 99th of one round would be its worst request.
+Rates are the median over the rounds. Percentiles are over the requests of all rounds, because the
+99th percentile of a single round would be its worst request.
 """
 
 import math
@@ -33,12 +33,12 @@ class Turn:
         return [answer for answer in self.answers if answer.error is None]
 
     def rate(self, *, with_prompts: bool) -> float:
-        """Tokens per second, of answers and, with `with_prompts`, of prompts too."""
+        """Output tokens per second; `with_prompts` also counts prompt tokens."""
         tokens = sum(a.output_tokens + (a.prompt_tokens if with_prompts else 0) for a in self.good)
         return tokens / self.seconds
 
     def record(self) -> dict[str, Any]:
-        """For the JSON object: every request, its times in seconds from the start of the turn."""
+        """The turn in the JSON object: every request, with times from the start of the turn."""
         first = min((answer.started for answer in self.answers), default=0.0)
         return {
             "server": self.server,
@@ -62,7 +62,7 @@ class Turn:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed."""
+    """The smallest value that at least `share` of `values` do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 

@@ -1,9 +1,9 @@
-"""Gives a GGUF file without a vocabulary the one of a model folder, so that servers can speak it.
+"""Add the vocabulary of a model folder to a GGUF file without one, so that llama-server loads it.
 
     python benchmarks/serving/gguf_vocab.py SOURCE.gguf MODEL TARGET.gguf
 
-Servers turn every token into text. Only ids are sent to them, so what matters is that each id has
-its bytes; how text would be cut into tokens does not.
+Servers decode every token to text. Requests contain token ids only, so each id needs its bytes, but
+no merges.
 """
 
 import argparse
@@ -22,9 +22,9 @@ BYTE = int(TokenType.BYTE)
 
 
 def vocabulary(tokenizer: Tokenizer, count: int) -> tuple[list[bytes], list[int]]:
-    """Texts and types of `count` tokens as SentencePiece vocabularies spell them. What is no UTF-8
-    by itself gets a name: random weights put any tokens side by side, and llama.cpp's server cuts
-    an answer off whose text is none.
+    """Texts and types of `count` tokens in SentencePiece format. Tokens that are not valid UTF-8
+    get a name, because random weights generate invalid sequences, at which llama.cpp's server
+    ends an answer.
     """
     special = {tokenizer.bos_id, *tokenizer.eos_ids}
     texts, types, seen = [], [], set()
@@ -82,7 +82,7 @@ def write(source: Path, model: Path, target: Path) -> None:
 
 
 def copy_fields(reader: GGUFReader, writer: GGUFWriter) -> None:
-    """All metadata but the vocabulary and what the writer adds by itself."""
+    """Copy all metadata, except the vocabulary and the fields that the writer adds."""
     for field in reader.fields.values():
         ours = (
             field.name.startswith(("GGUF.", "tokenizer.")) or field.name == "general.architecture"

@@ -18,7 +18,7 @@ HEALTH_SECONDS = 5.0
 FILLING_CALLS = 1000
 FILLING_WORDS = 120
 FILLED_SHARE = 0.9
-"""A page per prompt at most is not kept, as it is not full."""
+"""Share of cached pages that counts as full: the last, partial page of a prompt is not cached."""
 SERIES = re.compile(r"^(lowlat:\w+(?:\{[^}]*\})?) (\S+)", re.MULTILINE)
 GAUGES = {
     "running": "lowlat:num_requests_running",
@@ -45,7 +45,7 @@ class Watch:
             await asyncio.sleep(SAMPLE_SECONDS)
 
     async def sample(self) -> Sample:
-        """The server now. Raises ProcessLookupError if it has ended."""
+        """The server's current state. Raises ProcessLookupError if it has ended."""
         held, tally = usage(self._server.pid), self._tally
         health, gauges = await self._health(), await self._gauges()
         return Sample(
@@ -94,10 +94,11 @@ class Watch:
 
 
 async def fill_cache(load: Load, watch: Watch) -> None:
-    """Prefill prompts until every KV cache page has been written once: memory first touched under
-    load would look like a leak."""
+    """Prefill prompts until the KV cache is full, because pages first touched under load would look
+    like a leak.
+    """
     for _ in range(FILLING_CALLS):
         if await watch.cached_share() >= FILLED_SHARE:
             return
-        await load.read_prompt(FILLING_WORDS)
-    print("the cache is not full; memory may grow by what is left of it", flush=True)
+        await load.prefill(FILLING_WORDS)
+    print("the KV cache is not full; memory may grow by the rest of it", flush=True)

@@ -12,14 +12,14 @@ class Usage:
     """Sums over the processes of a tree."""
 
     rss_bytes: int
-    """Resident memory that is not shared with files: mapped weights come and go as pages do."""
+    """Resident memory without memory-mapped files, whose pages are loaded and evicted freely."""
     descriptors: int
     threads: int
     processes: int
 
 
 def usage(pid: int) -> Usage:
-    """Of `pid` and its descendants. Raises ProcessLookupError if `pid` has ended."""
+    """Usage of `pid` and its descendants. Raises ProcessLookupError if `pid` has ended."""
     if not Path(f"/proc/{pid}").exists():
         raise ProcessLookupError(pid)
     found = [one for member in tree(pid) if (one := _of(member)) is not None]
@@ -32,7 +32,7 @@ def usage(pid: int) -> Usage:
 
 
 def tree(pid: int) -> list[int]:
-    """`pid` and every process that descends from it."""
+    """`pid` and its descendants."""
     members = [pid]
     for member in members:
         for task in Path(f"/proc/{member}/task").glob("*/children"):

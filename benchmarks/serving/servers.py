@@ -1,7 +1,7 @@
 """Servers under test: start, wait until ready, pause, stop.
 
-A server leads a process group of its own. While others are measured it is stopped with SIGSTOP,
-because thread pools spin for a while after work, and continued for its turn.
+A server leads its own process group. It is stopped with SIGSTOP while others are measured, because
+idle thread pools spin for a while, and resumed for its turn.
 """
 
 import os
@@ -54,12 +54,12 @@ class Program:
 
 
 def folder_or_name(model: str) -> str:
-    """A folder as an absolute path, since the server runs in a folder of its own."""
+    """A folder as an absolute path, since the server runs in another folder; or a model name."""
     return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def lowlat_program(setup: Setup, extra: list[str]) -> Program:
-    """This package's server, under this interpreter."""
+    """`lowlat serve` under this interpreter."""
     options = ["--dtype", setup.dtype, "--threads", str(setup.threads)]
     options += ["--max-context", str(setup.context), "--served-model-name", "model"]
     command = [sys.executable, "-c", LOWLAT_MODULE, "serve", setup.model, *options, *extra]
@@ -67,7 +67,7 @@ def lowlat_program(setup: Setup, extra: list[str]) -> Program:
 
 
 def llama_program(setup: Setup, binary: str, gguf: Path, extra: list[str]) -> Program:
-    """llama.cpp's own server: a slot for each request at once, continuous batching."""
+    """llama.cpp's llama-server, with a slot per concurrent request and continuous batching."""
     command = [binary, "--model", str(gguf), "--alias", "model"]
     command += ["--threads", str(setup.threads), "--threads-batch", str(setup.threads)]
     command += ["--parallel", str(setup.concurrency)]
@@ -129,47 +129,49 @@ class Server:
         return self._process.pid
 
     def wait_ready(self) -> float:
-        """Seconds until /health answers 200. Raises UserError where it does not come to that."""
+        """Seconds until /health answers 200. Raises UserError if the server exits or times out."""
         begin = time.monotonic()
         while (taken := time.monotonic() - begin) < START_SECONDS:
             if self._process.poll() is not None:
-                raise UserError(f"{self.program.name} ended while it started: {self.last_words()}")
+                raise UserError(
+                    f"{self.program.name} ended while it started: {self.last_log_line()}"
+                )
             try:
                 if httpx.get(f"{self.url}/health", timeout=10.0).status_code == 200:
                     return taken
             except httpx.TransportError:
-                pass  # it does not listen yet
+                pass  # not listening yet
             time.sleep(0.1)
         raise UserError(f"{self.program.name} was not ready after {START_SECONDS:.0f} s")
 
     def stop(self) -> None:
         self._signal(signal.SIGSTOP)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
     def end(self) -> int:
         """Terminate, then kill; returns the exit status, negative for a signal."""
-        self.go_on()
+        self.resume()
         if self._process.poll() is None:
             self._process.terminate()
         try:
             self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            pass  # it is killed below
+            pass  # killed below
         self._signal(signal.SIGKILL)
         return self._process.wait()
 
-    def last_words(self) -> str:
-        """The end of its log."""
+    def last_log_line(self) -> str:
+        """The last line of its log."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1][-300:] if lines else "without a word"
+        return lines[-1][-300:] if lines else "its log is empty"
 
     def _signal(self, number: signal.Signals) -> None:
         try:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
-            pass  # it has ended
+            pass  # already ended
 
 
 def free_port() -> int:

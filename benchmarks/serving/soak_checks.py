@@ -1,16 +1,16 @@
 """Pass criteria of the soak test. The report repeats the bounds.
 
-Growth is that of a straight line fitted to the samples after the warm-up, over their whole time: a
-leak of a few bytes per request shows there long before it shows in any two samples.
+Growth is that of a least-squares line through the samples after the warm-up. A leak of a few bytes
+per request shows there long before it shows in any two samples.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 WARM_SHARE = 0.25
-"""Of the time, before samples count: buffers, pools and pages of the cache fill meanwhile."""
+"""Share of the time that is warm-up: buffers, pools and KV cache pages fill."""
 MEMORY_GROWTH = 32 << 20
-"""Bytes."""
+"""Allowed growth in bytes."""
 DESCRIPTOR_GROWTH = 4.0
 THREAD_GROWTH = 2.0
 IDLE_DESCRIPTORS = 4
@@ -19,7 +19,7 @@ IDLE_DESCRIPTORS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """The server at one moment; a row of the CSV."""
+    """State of the server at one moment; a row of the CSV."""
 
     seconds: float
     """Seconds since the load began."""
@@ -42,7 +42,7 @@ class Sample:
 
 
 def fitted_growth(points: Sequence[tuple[float, float]]) -> float:
-    """How much the least-squares line through (time, value) rises from the first to the last."""
+    """Rise of the least-squares line through (time, value) from the first time to the last."""
     if len(points) < 2:
         return 0.0
     times, values = zip(*points, strict=True)
@@ -55,8 +55,8 @@ def fitted_growth(points: Sequence[tuple[float, float]]) -> float:
 
 
 def growths(samples: Sequence[Sample]) -> dict[str, float]:
-    """Growth after the warm-up of what must stay flat. Descriptors are those beside the connections
-    of requests under way, of which a server that something else slows down has more.
+    """Growth of memory, descriptors and threads after the warm-up. Connections of active requests
+    do not count as descriptors, because a slower server has more of them.
     """
     counted = [s for s in samples if s.seconds >= WARM_SHARE * samples[-1].seconds]
     series = {
@@ -92,5 +92,5 @@ def faults(samples: Sequence[Sample], before: Sample, after: Sample) -> list[str
     if after.running or after.waiting:
         found.append(f"idle, but {after.running:.0f} running and {after.waiting:.0f} waiting")
     if after.cache_usage:
-        found.append(f"idle, but {after.cache_usage:.2%} of the cache is held")
+        found.append(f"idle, but {after.cache_usage:.2%} of the KV cache is in use")
     return found

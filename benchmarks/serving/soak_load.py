@@ -1,6 +1,6 @@
 """Load generator of the soak test, with a canary request whose output must not change.
 
-Owns the tallies and what counts as a wrong answer; samples and bounds are `serving.soak_checks`'s.
+Counts responses and checks them; `serving.soak_checks` has samples and bounds.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ MOST_FAULTS = 20
 
 @dataclass(kw_only=True, slots=True)
 class Tally:
-    """Counts so far."""
+    """Counts of responses."""
 
     answered: int = 0
     cancelled: int = 0
@@ -47,7 +47,7 @@ class Load:
     """Sends requests to one server until stopped."""
 
     def __init__(self, client: httpx.AsyncClient, mix: Mix, model: str, *, rate: float) -> None:
-        """`rate`: calls per second, on average; moments are those of a Poisson process."""
+        """`rate`: mean calls per second of a Poisson process."""
         self.tally = Tally()
         self._client = client
         self._mix = mix
@@ -65,8 +65,8 @@ class Load:
                 await asyncio.sleep(self._moments.expovariate(self._rate))
 
     async def warm_up(self, count: int) -> None:
-        """Make `count` calls one after the other, then the invalid ones, a few of a kind at once,
-        so that the server has started, and its threads have allocated, all they ever need.
+        """Make `count` calls one after the other, then AT_ONCE of each invalid kind together, so
+        that the server has started all threads and allocated all buffers.
         """
         for _ in range(count):
             await self._call(self._mix.draw())
@@ -74,8 +74,8 @@ class Load:
             await asyncio.gather(*(self._call(call) for _ in range(AT_ONCE)))
         await self.canary()
 
-    async def read_prompt(self, words: int) -> None:
-        """Have a prompt of that many random words read; nothing else begins like it."""
+    async def prefill(self, words: int) -> None:
+        """Send a prompt of this many random words, which shares no prefix with others."""
         body = {"model": self._model, "prompt": self._mix.words(words, words), "max_tokens": 1}
         (await self._client.post(COMPLETIONS, json=body)).raise_for_status()
 
@@ -83,20 +83,20 @@ class Load:
         kind = f"{call.manner}: {call.kind}"
         self.tally.kinds[kind] = self.tally.kinds.get(kind, 0) + 1
         try:
-            if call.patience is None:
+            if call.abort_seconds is None:
                 await self._check(call)
             else:
-                await self._cut_off(call, call.patience)
+                await self._abort(call, call.abort_seconds)
         except (httpx.HTTPError, json.JSONDecodeError, KeyError, TypeError) as error:
             self.tally.fault(f"{call.manner} {call.kind}: {type(error).__name__}: {error}")
 
-    async def _cut_off(self, call: Call, patience: float) -> None:
-        """Send a request and disconnect; any partial response is correct."""
+    async def _abort(self, call: Call, seconds: float) -> None:
+        """Send a request and disconnect after `seconds`; any partial response is correct."""
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(seconds):
                 await self._exchange(call)
         except TimeoutError:
-            pass  # that is the point
+            pass  # the intended abort
         self.tally.cancelled += 1
 
     async def _check(self, call: Call) -> None:
@@ -116,7 +116,7 @@ class Load:
                 self.tally.fault(f"{call.kind} at {call.path}: HTTP {status} {wrong}")
 
     async def _exchange(self, call: Call) -> tuple[int, Any]:
-        """Status and JSON of the answer; of a stream, the list of its events."""
+        """Status and JSON of the response; for a stream, the list of its events."""
         body = call.body if isinstance(call.body, bytes) else json.dumps(call.body).encode()
         headers = {"content-type": "application/json"}
         request = self._client.stream("POST", call.path, content=body, headers=headers)
@@ -136,7 +136,7 @@ class Load:
             await asyncio.sleep(CANARY_SECONDS)
 
     async def canary(self) -> Any:
-        """Choices of the one request that repeats: text, log-probabilities and all."""
+        """Choices of the canary response, with text and log-probabilities."""
         body = {
             "model": self._model,
             "prompt": "The kettle sings and",
@@ -156,13 +156,13 @@ class Load:
 
 
 def is_error(content: Any) -> bool:
-    """Whether it is an error in the API's format."""
+    """Whether `content` is an error in the API's format."""
     error = content.get("error") if isinstance(content, dict) else None
     return isinstance(error, dict) and {"message", "type", "param", "code"} <= set(error)
 
 
 def wrong_with(call: Call, content: Any) -> str | None:
-    """What is wrong with a response; None if nothing."""
+    """Description of the first error in a response; None if it is correct."""
     assert isinstance(call.body, dict)
     wanted = call.body.get("n", 1)
     parts = content if call.is_stream else [content]

@@ -31,9 +31,9 @@ class Call:
     body: dict[str, Any] | bytes
     """Bytes are sent as they are."""
     kind: str
-    """A word for tallies."""
-    patience: float | None = None
-    """Cancelled calls: seconds until the client goes away, counted from asking."""
+    """Name in the counts."""
+    abort_seconds: float | None = None
+    """Seconds from sending until the client disconnects; None for calls that are not cancelled."""
 
     @property
     def is_stream(self) -> bool:
@@ -41,10 +41,10 @@ class Call:
 
 
 class Mix:
-    """An endless supply of calls from a seed."""
+    """Endless random calls, determined by a seed."""
 
     def __init__(self, model: str, *, seed: int, has_chat: bool, longest: int) -> None:
-        """`longest`: most tokens of an answer."""
+        """`longest`: maximum tokens of an answer."""
         self._stream = random.Random(seed)
         self._model = model
         self._has_chat = has_chat
@@ -57,8 +57,8 @@ class Mix:
         path, body, kind = self._ordinary()
         if share < INVALID + CANCELLED:
             body["stream"] = self._stream.random() < 0.7
-            patience = self._stream.choice((0.0, 0.01, 0.05, 0.2, 0.8))
-            return Call(manner="cancelled", path=path, body=body, kind=kind, patience=patience)
+            seconds = self._stream.choice((0.0, 0.01, 0.05, 0.2, 0.8))
+            return Call(manner="cancelled", path=path, body=body, kind=kind, abort_seconds=seconds)
         return Call(manner="ordinary", path=path, body=body, kind=kind)
 
     def words(self, low: int, high: int) -> str:

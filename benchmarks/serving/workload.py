@@ -1,6 +1,6 @@
 """Benchmark workload: token-id prompts and fixed output lengths, reproducible by seed.
 
-Lengths are drawn log-uniformly: most requests are short and a few are long, as users' are.
+Lengths are log-uniform: most requests are short and a few are long, like those of users.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lowlat.utils.errors import UserError
 
 LOWEST_ID = 3
-"""The ids below are special tokens in many vocabularies."""
+"""Smallest token id in prompts: lower ids are special tokens in many vocabularies."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class Work:
 
     prompt: tuple[int, ...]
     output: int
-    """Exactly this many tokens are asked for."""
+    """Number of output tokens."""
 
 
 def parse_span(option: str, text: str) -> Span:

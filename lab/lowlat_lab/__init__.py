@@ -1,1 +1,1 @@
-"""Studies, corpora and result pages of lowlat."""
+"""Ablation studies, training corpora and result pages of lowlat."""

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lowlat.cli.options import parse_count
+from lowlat.cli import options
 
 _CACHE_PANEL = "A smaller cache"
 _RECOVERY_PANEL = "Recovery training and evaluation of a smaller cache"
@@ -23,74 +24,6 @@ To = Annotated[
     str | None,
     typer.Option(
         metavar="ATTENTION", help="mla: convert the attention to Multi-head Latent Attention."
-    ),
-]
-Cache = Annotated[
-    float | None,
-    typer.Option(
-        metavar="SHARE",
-        help="With --to mla: size of the KV cache relative to SRC, such as 0.5. Without it the "
-        "conversion is exact and the KV cache keeps its size.",
-        show_default=False,
-        rich_help_panel=_CACHE_PANEL,
-    ),
-]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        help="Compression method: weighted (default), transmla or mha2mla (as in their papers), or "
-        "exact (no compression).",
-        show_default=False,
-        rich_help_panel=_CACHE_PANEL,
-    ),
-]
-Layout = Annotated[
-    str | None,
-    typer.Option(
-        help="standard (default): a deepseek_v3 checkpoint that other programs also load; free: "
-        "widths and frequencies per layer, with less loss, which only lowlat loads.",
-        show_default=False,
-        rich_help_panel=_CACHE_PANEL,
-    ),
-]
-Calibrate = Annotated[
-    list[Path] | None,
-    typer.Option(
-        metavar="FILE",
-        help="Calibration text, similar to what the model will see; may be repeated. Default: the "
-        "text of --text, or the bundled calibration text.",
-        show_default=False,
-        rich_help_panel=_CACHE_PANEL,
-    ),
-]
-Heal = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TOKENS",
-        help="Recovery training: distil the original model into the attention, on this many "
-        "tokens (500K, 2M).",
-        show_default=False,
-        rich_help_panel=_RECOVERY_PANEL,
-    ),
-]
-Text = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="SOURCE",
-        help="Training text: a text file, .jsonl or .parquet (also .gz), a folder of these, or "
-        "datasets:NAME; may be repeated.",
-        show_default=False,
-        rich_help_panel=_RECOVERY_PANEL,
-    ),
-]
-Evaluate = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Evaluation text: measure the perplexity of the original and the converted model. It "
-        "must not be part of the other texts.",
-        show_default=False,
-        rich_help_panel=_RECOVERY_PANEL,
     ),
 ]
 Experts = Annotated[
@@ -119,17 +52,94 @@ Format = Annotated[
 ]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheOptions:
+    """Compression of the KV cache."""
+
+    cache: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="With --to mla: size of the KV cache relative to SRC, such as 0.5. Without it "
+            "the conversion is exact and the KV cache keeps its size.",
+            show_default=False,
+            rich_help_panel=_CACHE_PANEL,
+        ),
+    ] = None
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Compression method: weighted (default), transmla or mha2mla (as in their "
+            "papers), or exact (no compression).",
+            show_default=False,
+            rich_help_panel=_CACHE_PANEL,
+        ),
+    ] = None
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="standard (default): a deepseek_v3 checkpoint that other programs also load; "
+            "free: widths and frequencies per layer, with less loss, which only lowlat loads.",
+            show_default=False,
+            rich_help_panel=_CACHE_PANEL,
+        ),
+    ] = None
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Calibration text, similar to what the model will see; may be repeated. Default: "
+            "the text of --text, or the bundled calibration text.",
+            show_default=False,
+            rich_help_panel=_CACHE_PANEL,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingOptions:
+    """Recovery training of a model with a compressed cache, and its evaluation."""
+
+    heal: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Recovery training: distil the original model into the attention, on this many "
+            "tokens (500K, 2M).",
+            show_default=False,
+            rich_help_panel=_RECOVERY_PANEL,
+        ),
+    ] = None
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Training text: a text file, .jsonl or .parquet (also .gz), a folder of these, or "
+            "datasets:NAME; may be repeated.",
+            show_default=False,
+            rich_help_panel=_RECOVERY_PANEL,
+        ),
+    ] = None
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Evaluation text: measure the perplexity of the original and the converted model. "
+            "It must not be part of the other texts.",
+            show_default=False,
+            rich_help_panel=_RECOVERY_PANEL,
+        ),
+    ] = None
+
+
+@options.with_option_groups
 def convert(
+    *,
     src: Source,
     dst: Destination,
     to: To = None,
-    cache: Cache = None,
-    method: Method = None,
-    layout: Layout = None,
-    calibrate: Calibrate = None,
-    heal: Heal = None,
-    text: Text = None,
-    evaluate: Evaluate = None,
+    smaller_cache: CacheOptions,
+    training: TrainingOptions,
     experts: Experts = None,
     dtype: Dtype = "auto",
     file_format: Format = "auto",
@@ -148,11 +158,17 @@ def convert(
     from lowlat.recovery.work_folder import remove_finished_work_folder
     from lowlat.utils.progress import make_progress
 
-    compression = compression_options(cache, method, layout, tuple(calibrate or ()), to=to)
+    compression = compression_options(
+        smaller_cache.cache,
+        smaller_cache.method,
+        smaller_cache.layout,
+        tuple(smaller_cache.calibrate or ()),
+        to=to,
+    )
     recovery = RecoveryOptions(
-        tokens=None if heal is None else parse_count(heal, "--heal"),
-        texts=tuple(text or ()),
-        evaluate=evaluate,
+        tokens=None if training.heal is None else options.parse_count(training.heal, "--heal"),
+        texts=tuple(training.text or ()),
+        evaluate=training.evaluate,
     )
     given = {"to": to, "dtype": dtype, "file_format": file_format, "compression": compression}
     given["experts"] = experts

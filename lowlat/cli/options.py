@@ -175,7 +175,7 @@ class MachineOptions:
 def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     """`verb`, whose parameters are keyword-only, with each group of options expanded."""
     hints = get_type_hints(verb, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     expanded: list[inspect.Parameter] = []
     for parameter in inspect.signature(verb).parameters.values():
         if parameter.name not in groups:

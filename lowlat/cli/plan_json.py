@@ -7,7 +7,6 @@ from lowlat.plan.estimate import Estimate
 from lowlat.plan.flops import TokenFlops
 from lowlat.plan.memory import MemoryEstimate
 from lowlat.plan.search import Neighbour, SearchResult
-from lowlat.train.cost.dry_run import DryRun
 
 
 def flops_object(flops: TokenFlops) -> dict[str, Any]:
@@ -89,21 +88,3 @@ def neighbours_object(neighbours: list[Neighbour]) -> list[dict[str, Any]]:
         }
         for each in neighbours
     ]
-
-
-def dry_run_object(found: DryRun) -> dict[str, Any]:
-    """Estimates of a recipe."""
-    least, most = found.seconds
-    return {
-        "parameters": found.parameters,
-        "active_parameters": found.active,
-        "processes": found.processes,
-        "steps": found.steps,
-        "tokens": found.tokens,
-        "flops_per_token": [flops_object(flops) for flops in found.flops],
-        "total_flops": found.total_flops,
-        "memory": memory_object(found.memory) | {"with_program": found.needed_bytes},
-        "memory_bytes": found.memory_bytes,
-        "gemm_flops_per_second": found.rate,
-        "seconds": {"least": least, "most": most},
-    }

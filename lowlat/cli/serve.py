@@ -1,52 +1,65 @@
 """`lowlat serve`: command-line options of the HTTP server."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from lowlat.cli import options
 from lowlat.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from lowlat.generate.model import Model
+    from lowlat.serve.config import ServeConfig
+
 _SERVER_PANEL = "Server"
 _LIMITS_PANEL = "Limits"
 _MACHINE_PANEL = "Machine"
 
 
-def serve(
-    model: options.Model = options.DEFAULT_MODEL,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerOptions:
+    """Address, authentication and names of a server."""
+
     host: Annotated[
         str,
         typer.Option(
             help="Address to listen on; any but a loopback address requires --api-key-file.",
             rich_help_panel=_SERVER_PANEL,
         ),
-    ] = "127.0.0.1",
+    ] = "127.0.0.1"
     port: Annotated[
         int, typer.Option(help="Port; 0 picks a free one.", rich_help_panel=_SERVER_PANEL)
-    ] = 8000,
+    ] = 8000
     api_key_file: Annotated[
         Path | None,
         typer.Option(
             help="File of API keys, one per line; every route but /health then requires one.",
             rich_help_panel=_SERVER_PANEL,
         ),
-    ] = None,
+    ] = None
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
             help="Host name to accept in requests, such as that of a proxy; may be repeated.",
             rich_help_panel=_SERVER_PANEL,
         ),
-    ] = None,
+    ] = None
     served_model_name: Annotated[
         str | None,
         typer.Option(
             help="Model name in the API; default: MODEL, or the last part of a path.",
             rich_help_panel=_SERVER_PANEL,
         ),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitOptions:
+    """Limits of requests, of the queue and of a shutdown."""
+
     max_context: Annotated[
         int | None,
         typer.Option(
@@ -54,7 +67,7 @@ def serve(
             help="Maximum tokens of prompt and output together; default: the model's maximum.",
             rich_help_panel=_LIMITS_PANEL,
         ),
-    ] = None,
+    ] = None
     max_queue: Annotated[
         int,
         typer.Option(
@@ -62,31 +75,37 @@ def serve(
             help="Maximum number of requests waiting for their first step; more get status 429.",
             rich_help_panel=_LIMITS_PANEL,
         ),
-    ] = 256,
+    ] = 256
     request_timeout: Annotated[
         float | None,
         typer.Option(
             help="Maximum seconds per request; then status 408.",
             rich_help_panel=_LIMITS_PANEL,
         ),
-    ] = None,
+    ] = None
     drain_seconds: Annotated[
         float,
         typer.Option(
             help="Seconds for running requests to finish after SIGTERM or Ctrl-C.",
             rich_help_panel=_LIMITS_PANEL,
         ),
-    ] = 30.0,
+    ] = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """How the model is loaded, and what it runs on."""
+
     speculate: Annotated[
         bool,
         typer.Option(
             help="Speculative decoding (MTP or prompt lookup) where it pays; changes no token.",
             rich_help_panel=_MACHINE_PANEL,
         ),
-    ] = True,
-    device: options.Device = options.DEFAULT_DEVICE,
-    dtype: options.Dtype = options.DEFAULT_DTYPE,
-    cache: options.Cache = options.DEFAULT_CACHE,
+    ] = True
+    device: options.Device = options.DEFAULT_DEVICE
+    dtype: options.Dtype = options.DEFAULT_DTYPE
+    cache: options.Cache = options.DEFAULT_CACHE
     cache_memory: Annotated[
         float | None,
         typer.Option(
@@ -94,45 +113,67 @@ def serve(
             help="GiB for the KV cache; default: most of the memory left by the weights.",
             rich_help_panel=_MACHINE_PANEL,
         ),
-    ] = None,
-    threads: options.Threads = None,
+    ] = None
+    threads: options.Threads = None
+
+
+@options.with_option_groups
+def serve(
+    *,
+    model: options.Model = options.DEFAULT_MODEL,
+    server: ServerOptions,
+    limits: LimitOptions,
+    engine: EngineOptions,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API under /v1, a chat page at /, metrics at /metrics."""
     _check_extra()
-    from lowlat.cli.inputs import load_model
     from lowlat.serve.async_engine import AsyncEngine
-    from lowlat.serve.config import ServeConfig, read_keys
     from lowlat.serve.http.logs import configure
     from lowlat.serve.run import open_socket, run, url_of
 
-    if served_model_name == "":
+    if server.served_model_name == "":
         raise UserError("--served-model-name is empty; set a name, or leave the option out")
-    max_cache_bytes = _cache_bytes(cache_memory, device)
-    config = ServeConfig(
-        host=host,
-        port=port,
-        model_name=served_model_name or _served_name(model),
-        api_keys=() if api_key_file is None else read_keys(api_key_file),
-        allowed_hosts=tuple(allowed_host or ()),
-        request_seconds=request_timeout,
-        drain_seconds=drain_seconds,
-    )
+    max_cache_bytes = _cache_bytes(engine.cache_memory, engine.device)
+    config = _config(model, server, limits)
     # Before the model is fetched and loaded, so that a port in use fails at once.
     with open_socket(config) as listener:
-        loaded = load_model(
-            model,
-            dtype=dtype,
-            cache=cache,
-            device=device,
-            threads=threads,
-            context=max_context,
-            max_cache_bytes=max_cache_bytes,
-            speculates=speculate,
-        )
+        loaded = _load(model, engine, limits.max_context, max_cache_bytes)
         configure()
         greeting = f"lowlat serves {config.model_name} on {url_of(listener)} (Ctrl-C ends it)"
-        engine = AsyncEngine(loaded, max_queue=max_queue)
-        run(engine, config, listener, on_ready=lambda: typer.echo(greeting))
+        async_engine = AsyncEngine(loaded, max_queue=limits.max_queue)
+        run(async_engine, config, listener, on_ready=lambda: typer.echo(greeting))
+
+
+def _config(model: str, server: ServerOptions, limits: LimitOptions) -> "ServeConfig":
+    """Raises UserError for a value out of range, and for a key file that cannot be read."""
+    from lowlat.serve.config import ServeConfig, read_keys
+
+    return ServeConfig(
+        host=server.host,
+        port=server.port,
+        model_name=server.served_model_name or _served_name(model),
+        api_keys=() if server.api_key_file is None else read_keys(server.api_key_file),
+        allowed_hosts=tuple(server.allowed_host or ()),
+        request_seconds=limits.request_timeout,
+        drain_seconds=limits.drain_seconds,
+    )
+
+
+def _load(
+    model: str, engine: EngineOptions, context: int | None, max_cache_bytes: int | Literal["auto"]
+) -> "Model":
+    from lowlat.cli.inputs import load_model
+
+    return load_model(
+        model,
+        dtype=engine.dtype,
+        cache=engine.cache,
+        device=engine.device,
+        threads=engine.threads,
+        context=context,
+        max_cache_bytes=max_cache_bytes,
+        speculates=engine.speculate,
+    )
 
 
 def _check_extra() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowlat.checkpoint.file_layout import FileLayout
 from lowlat.checkpoint.fill_parameters import fit
 from lowlat.checkpoint.hf_folder import INDEX_FILE
 from lowlat.checkpoint.resumable_writer import partial_path, require_free_space, write_resumable
@@ -56,19 +57,17 @@ def convert(
     experts: int | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Write the model at `src` (folder or .gguf) as `dst`, a Hugging Face folder or a .gguf file.
+    """Convert the model at `src` (folder or .gguf) to `dst`, a Hugging Face folder or .gguf file.
 
-    to: "mla" rewrites MHA, GQA or MQA as Multi-head Latent Attention that computes the same
-    function, or with `compression` nearly the same from a smaller cache; None keeps the attention.
-    experts: the number of routed experts to make of every dense layer, which compute the same
-    (`upcycle`). dtype: fp32, bf16, fp16, fp8 (128x128 blocks as released), int8 or int4 (packed as
-    on load; Q8_0 and Q4_1 in GGUF), or auto, which keeps each tensor's type (fp8 blocks become
-    bf16, GGUF blocks fp32). Quantised sources are dequantised in fp32 first. Router biases stay
-    fp32. file_format: hf, gguf, or auto, which decides by the name of `dst`.
+    Options are those of `ConversionOptions`. to: "mla" converts MHA, GQA or MQA to Multi-head
+    Latent Attention: exactly, or with `compression` to a smaller KV cache. experts: sparse
+    upcycling of a dense model (`convert.parameters.upcycle`). dtype "auto" keeps each tensor's
+    type; fp8 blocks become bf16, GGUF blocks fp32. Quantised weights are dequantised in fp32
+    first. Router biases stay fp32.
 
     `dst` appears complete or not at all. After an interruption the same call resumes. Raises
-    UserError for all errors a user can cause: options, unsupported models, damaged files, an
-    existing destination, a full disk.
+    UserError for errors a user can cause: options, unsupported models, damaged files, an existing
+    destination, a full disk.
     """
     options = ConversionOptions(
         to=to, dtype=dtype, file_format=file_format, compression=compression, experts=experts
@@ -84,8 +83,8 @@ def convert(
             _check_disk_space(dst.absolute(), base, storage_type)
             scratch = until_written.enter_context(scratch_folder(dst))
             weights, compressed = _compressed_weights(conversion, base, scratch, progress)
-            # A partial result must hold the very same tensors: the calibration text may have
-            # changed, and another CPU rounds differently.
+            # A partial result must contain the same tensors, but the calibration text may have
+            # changed, and another CPU may round differently.
             fingerprint["calibration"] = digest_of(scratch)
             report = compression_object(compressed, conversion.config, weights.config)
             extra |= report_files(report)
@@ -96,19 +95,10 @@ def convert(
         if conversion.writes_gguf:
             files, extra = [stored_gguf(weights, storage_type, src, dst.name)], {}
         else:
-            raw = _config_fields(conversion, weights, is_unchanged=weights is base)
-            files, index = plan_shards(stored_groups(weights, storage_type))
-            extra["config.json"] = (json.dumps(raw, indent=2) + "\n").encode()
-            extra |= _tokenizer_files(src, dst) | ({} if index is None else {INDEX_FILE: index})
-        write_resumable(
-            dst,
-            files,
-            extra,
-            fingerprint,
-            progress,
-            f"Converting {src.name}",
-            is_file=conversion.writes_gguf,
-        )
+            files, others = _folder_files(conversion, weights, is_unchanged=weights is base)
+            extra |= others
+        title, is_file = f"Converting {src.name}", conversion.writes_gguf
+        write_resumable(dst, files, extra, fingerprint, progress, title, is_file=is_file)
     seconds = time.perf_counter() - start
     report = measure(src, dst, conversion.config, weights.config, seconds)
     return replace(report, compression=compressed)
@@ -161,13 +151,24 @@ def _exact_mla_weights(base: Weights, storage_type: StorageType | None) -> Weigh
 
 
 def _check_disk_space(dst: Path, base: Weights, storage_type: StorageType | None) -> None:
-    """Raises UserError if the disk is too small for the tensors that a compression does not change,
-    whose size is known before the work.
+    """Raises UserError if the disk has too little free space for the tensors that compression does
+    not change, whose size is known in advance.
     """
-    if partial_path(dst).exists():  # which already holds some of them
+    if partial_path(dst).exists():  # already contains some of them
         return
     tensors = (tensor for group in stored_groups(base, storage_type) for tensor in group.tensors)
     require_free_space(dst, sum(each.nbytes for each in tensors if not is_attention(each.name)))
+
+
+def _folder_files(
+    conversion: Conversion, weights: Weights, *, is_unchanged: bool
+) -> tuple[list[FileLayout], dict[str, bytes]]:
+    """Planned shards of a Hugging Face folder, and its config, tokenizer and index files."""
+    raw = _config_fields(conversion, weights, is_unchanged=is_unchanged)
+    files, index = plan_shards(stored_groups(weights, conversion.storage_type))
+    others = {"config.json": (json.dumps(raw, indent=2) + "\n").encode()}
+    others |= _tokenizer_files(conversion.src, conversion.dst)
+    return files, others | ({} if index is None else {INDEX_FILE: index})
 
 
 def _config_fields(
@@ -183,7 +184,7 @@ def _config_fields(
     else:
         raw = config_to_hf(config)
     if storage_type is None:
-        # the widest stored type, so that no program narrows a tensor
+        # the widest stored type, so that no program rounds a tensor
         names = parameter_shapes(weights.config)
         plain = reduce(torch.promote_types, {weights.dtype(name) for name in names})
     else:

@@ -1,5 +1,5 @@
-"""Training batch: token ids, loss mask and document boundaries. Owns what is input and what is
-target, not where tokens come from.
+"""Training batch: token ids, loss mask and document boundaries; the layout of inputs and targets,
+with MTP.
 """
 
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ class Batch:
     tokens: Int[Tensor, "rows length"]
     """Token ids."""
     loss_mask: Bool[Tensor, "rows length"]
-    """Loss mask: which tokens count as targets."""
+    """Whether each token is a target."""
     documents: tuple[tuple[int, ...], ...] | None = None
-    """Per row, lengths of the documents within its first sequence_length tokens, which do not see
-    one another; None: every row is one sequence.
+    """Per row, lengths of the documents in its first sequence_length tokens, which are masked from
+    one another in attention; None: every row is one sequence.
     """
 
     @property
@@ -37,7 +37,7 @@ class Batch:
         return self.tokens.shape[1] - num_ahead
 
     def lengths(self, num_ahead: int) -> list[int]:
-        """Lengths of all sequences, row after row, that see only themselves."""
+        """Lengths of all attention sequences, row after row."""
         if self.documents is None:
             return [self.sequence_length(num_ahead)] * self.rows
         return [length for row in self.documents for length in row]

@@ -1,7 +1,7 @@
-"""Sources to a token folder: documents are dropped or kept, split, tokenised and written.
+"""Build of a tokenized dataset from text sources: deduplicate, hold out, tokenize, write.
 
-Owns the order of work. Which documents go where is selection.py's, tokens are tokenising.py's,
-files writer.py's, vocabularies vocabulary.py's.
+`selection` chooses documents, `tokenizing` encodes them, `writer` writes files, `vocabulary` trains
+tokenizers.
 """
 
 import time
@@ -31,18 +31,18 @@ from lowlat.utils.progress import Progress, SilentProgress, Task
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildReport:
-    """What was built."""
+    """Result of a build."""
 
     path: Path
-    """The folder."""
+    """The dataset's folder."""
     manifest: DatasetManifest
-    """What tokens.json says."""
+    """Content of tokens.json."""
     asked_vocab: int | None
-    """The size asked of a vocabulary trained on the documents, which may not have had enough pairs;
-    None for an existing one.
+    """Requested size of the trained vocabulary, which is smaller if the documents have too few
+    pairs; None for an existing tokenizer.
     """
     seconds: float
-    """How long it took."""
+    """Duration of the build."""
 
 
 def build(
@@ -53,13 +53,13 @@ def build(
     *,
     may_be_empty: bool = False,
 ) -> BuildReport:
-    """Make the token folder `destination`, with `tokenizer` or a vocabulary trained to that size.
-    may_be_empty: whether it may be without a document to train on, or without any.
+    """Build the tokenized dataset `destination` with `tokenizer`, or with a BPE vocabulary trained
+    to that size.
 
-    The folder appears whole or not at all. The same sources and options give the same bytes,
-    however many threads the tokenizer uses (RAYON_NUM_THREADS).
-    Raises UserError for options out of range, sources that cannot be read, documents that are no
-    text, and a disk that takes no more.
+    may_be_empty: allow a dataset without training documents. The folder appears complete or not at
+    all. The same sources and options give the same bytes for any number of tokenizer threads
+    (RAYON_NUM_THREADS). Raises UserError for options out of range, unreadable sources, documents
+    that are not text, and a full disk.
     """
     progress = SilentProgress() if progress is None else progress
     start = time.monotonic()
@@ -86,14 +86,14 @@ def _check(options: BuildOptions) -> None:
 
 
 def _check_documents(manifest: DatasetManifest) -> None:
-    """Raises UserError where there is nothing, or nothing to train on."""
+    """Raises UserError if the training split is empty."""
     if manifest.splits["train"].documents:
         return
     dropped = ", ".join(f"{count} {why}" for why, count in manifest.dropped.items())
     if manifest.splits["held_out"].documents:
         raise UserError(
-            f"sources leave no document to train on, all are held out ({dropped or 'none'} "
-            "dropped); give other sources, or hold out fewer"
+            f"no document is left to train on, all are held out ({dropped or 'none'} dropped); "
+            "give other sources, or hold out fewer"
         )
     raise UserError(
         f"{', '.join(manifest.sources)}: no documents to train on ({dropped or 'none'} dropped); "
@@ -102,7 +102,7 @@ def _check_documents(manifest: DatasetManifest) -> None:
 
 
 def _trained(options: BuildOptions, vocab_size: int, progress: Progress) -> Tokenizer:
-    """A vocabulary from the documents that are not held out."""
+    """A BPE vocabulary trained on the documents that are not held out."""
     total = size_of((*options.held_out_sources, *options.sources), options.read)
     with progress.task("Training the vocabulary", total, "bytes") as task:
         return train_bpe(_training_texts(options, task), vocab_size)
@@ -119,7 +119,7 @@ def _training_texts(options: BuildOptions, task: Task) -> Iterator[str]:
 def _tokenised(
     folder: Path, options: BuildOptions, tokenizer: Tokenizer, progress: Progress
 ) -> DatasetManifest:
-    """Write both splits; what was written."""
+    """Tokenize and write both splits; returns the manifest."""
     total = size_of((*options.held_out_sources, *options.sources), options.read)
     selection = Selection(options)
     with ExitStack() as stack:
@@ -129,7 +129,7 @@ def _tokenised(
         }
         for writer in writers.values():
             stack.callback(writer.close)
-        task = stack.enter_context(progress.task("BatchTokenizer", total, "bytes"))
+        task = stack.enter_context(progress.task("Tokenizing", total, "bytes"))
         ends = end_of_text(tokenizer, options.end_of_text)
         work = BatchTokenizer(tokenizer, writers, ends, task, options.read.invalid)
         for document, split, size in selection:

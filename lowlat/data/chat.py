@@ -1,8 +1,8 @@
-"""Chats as tokens, and which of them are targets: what the assistant says, and the tokens that end
-it.
+"""Tokenization of chats with a loss mask: the targets are the assistant's answers and their end
+tokens.
 
-A turn's answer is what the template adds to the prompt before it. Rendering and encoding are
-lowlat.text's.
+An answer is the text that the chat template adds after the generation prompt. `lowlat.text` renders
+and encodes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from lowlat.utils.errors import UserError
 
 
 class ChatEncoder:
-    """Chats to tokens through the tokenizer's own template."""
+    """Encodes chats with the tokenizer's chat template."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -41,15 +41,17 @@ class ChatEncoder:
     def encode(
         self, chat: ChatDocument
     ) -> tuple[Int64[np.ndarray, " n"], Bool[np.ndarray, " n"], int]:
-        """The ids of `chat`, which of them are targets, and how many bytes of text they stand for.
+        """Token ids of `chat`, loss mask, and bytes of text.
 
-        No message can write a control token. A token with bytes of both the prompt and the answer
-        is a target; blanks that the template puts after an answer's end token are not.
-        Where the template asks for answers with reasoning open, only the last one is learned: those
-        before it stand without theirs. Raises BadDocument where the template refuses the chat, asks
-        for reasoning that is not there, or renders an answer otherwise once more follows it (as
-        templates do that leave out earlier reasoning): what was to be learned could not be told
-        then. UserError where the tokenizer has no template.
+        Text of messages never encodes to control tokens. A token with bytes of both prompt and
+        answer is a target; blanks that the template puts after an answer's end token are not.
+
+        If the generation prompt opens reasoning (<think>), only the last answer is a target,
+        because the template omits the reasoning of earlier answers.
+
+        Raises BadDocument if the template rejects the chat, if an answer lacks the reasoning that
+        the template opens, or if the template renders an answer differently once more messages
+        follow, since its tokens are then ambiguous. Raises UserError without a template.
         """
         ids, answers = self._last(chat) if self._opens_reasoning else self._all(chat)
         loss_mask = np.zeros(len(ids), np.bool_)
@@ -58,14 +60,14 @@ class ChatEncoder:
         return np.array(ids, np.int64), loss_mask, sum(map(self._length, ids))
 
     def _all(self, chat: ChatDocument) -> tuple[list[int], list[slice]]:
-        """The ids of `chat`, and where its answers are in them."""
+        """The ids of `chat`, and the slices of its answers."""
         ids = self._ids(chat, chat.messages, asks=False)
         roles = [message["role"] for message in chat.messages]
         places = [place for place, role in enumerate(roles) if role == "assistant"]
         return ids, [self._answer(chat, place, ids) for place in places]
 
     def _last(self, chat: ChatDocument) -> tuple[list[int], list[slice]]:
-        """The same to the last answer, which alone is told, after the prompt that asks for it."""
+        """The ids of `chat` up to its last answer, and the slice of that answer."""
         roles = [message["role"] for message in chat.messages]
         if "assistant" not in roles:
             return self._ids(chat, chat.messages, asks=False), []
@@ -83,12 +85,14 @@ class ChatEncoder:
         return ids, [slice(len(prompt), self._after_end(ids, len(prompt), len(ids)))]
 
     def _reasoned(self, chat: ChatDocument, said: tuple[str, str] | None) -> list[int]:
-        """What a model is to say where its reasoning is open, to the end of the turn: `parts`."""
+        """Ids of reasoning and answer (`reasoning.parts`) after an opened <think>, to the end of
+        the turn.
+        """
         if said is None:
             raise BadDocument(
-                f"{chat.origin}: the chat template asks for answers that begin with {OPEN}, and "
-                f"the last one is no reasoning and text; give it reasoning_content, or {CLOSE} in "
-                "its content, or pass --invalid skip"
+                f"{chat.origin}: the chat template starts answers with {OPEN}, but the last answer "
+                f"has no reasoning; give it reasoning_content, or {CLOSE} in its content, or pass "
+                "--invalid skip"
             )
         thought, answer = (
             self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
@@ -98,19 +102,19 @@ class ChatEncoder:
         return [*thought, *closed, *answer, *end_of_answer(self._tokenizer)]
 
     def _answer(self, chat: ChatDocument, index: int, ids: list[int]) -> slice:
-        """Which of the chat's `ids` are the answer that is message `index`."""
+        """Slice of the chat's `ids` that is the answer in message `index`."""
         ends = np.cumsum([self._length(id) for id in ids])
         prompt = self._ids(chat, chat.messages[:index], asks=True)
         last = index + 1 == len(chat.messages)
-        told = ids if last else self._ids(chat, chat.messages[: index + 1], asks=False)
+        answered = ids if last else self._ids(chat, chat.messages[: index + 1], asks=False)
         start = self._common_bytes(chat, prompt, ids, ends)
-        stop = self._common_bytes(chat, told, ids, ends)
+        stop = self._common_bytes(chat, answered, ids, ends)
         first = int(np.searchsorted(ends, start, side="right"))
         after = int(np.searchsorted(ends, stop, side="left")) + 1
         return slice(first, self._after_end(ids, first, after))
 
     def _after_end(self, ids: list[int], first: int, after: int) -> int:
-        """Where the answer `first` to `after` - 1 ends, without blanks behind its end token."""
+        """End of the answer `first` to `after` - 1, without blanks after its end token."""
         for place in range(after - 1, first - 1, -1):
             if ids[place] in self._tokenizer.special_ids:
                 return place + 1
@@ -121,23 +125,23 @@ class ChatEncoder:
     def _common_bytes(
         self, chat: ChatDocument, part: list[int], ids: list[int], ends: Int64[np.ndarray, " n"]
     ) -> int:
-        """Bytes of `part`, which the whole chat's `ids` must begin with."""
+        """Bytes of `part`, which must be a prefix of the chat's `ids`."""
         size = sum(self._length(id) for id in part)
         if part != ids[: len(part)]:
             count = int(np.searchsorted(ends, size, side="left")) + 1
             if not self._bytes(ids[:count]).startswith(self._bytes(part)):
                 raise BadDocument(
-                    f"{chat.origin}: the chat template renders a turn otherwise when more follows;"
-                    " keep the last answer only, or pass --invalid skip"
+                    f"{chat.origin}: the chat template renders a turn differently when more"
+                    " follows; keep the last answer only, or pass --invalid skip"
                 )
         return size
 
     def _ids(
         self, chat: ChatDocument, messages: Sequence[Mapping[str, Any]], *, asks: bool
     ) -> list[int]:
-        """`messages` as the template renders them, with what asks for an answer or without."""
+        """Ids of the rendered `messages`, with the generation prompt if `asks`."""
         if self._tokenizer.chat_template is None:
-            self._tokenizer.apply_chat_template([])  # says what to do
+            self._tokenizer.apply_chat_template([])  # raises UserError with the remedy
         try:
             return encode_chat(
                 self._tokenizer, messages, tools=chat.tools, add_generation_prompt=asks

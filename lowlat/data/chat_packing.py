@@ -1,11 +1,10 @@
-"""Rows of whole chats: an answer is never learned without its question.
+"""Chat packing: best-fit packing of whole chats into rows, padded with masked tokens.
 
-Chats lie in rows that they fill as well as may be, and what is left of a row is filled up with
-tokens that nobody predicts. Which chats share a row follows from the seed, and rows are shuffled
-anew in every epoch, so that a run's place is one number here too. Of a chat longer than a row the
-rest is left out.
+No chat is split across rows, so every answer has its question; a chat longer than a row is
+truncated. The seed decides which chats share a row, and rows are shuffled in every epoch, so the
+position in the data is one number, as in `packing`, which packs plain text.
 
-Takes 8 bytes of memory per chat and 4 per row and epoch. Text without chats is windows.py's.
+Memory: 8 bytes per chat, and 4 per row and epoch.
 """
 
 from bisect import bisect_left, insort
@@ -25,18 +24,18 @@ from lowlat.data.shuffle import permutation
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TruncatedChats:
-    """What of the chats is in no row."""
+    """Statistics of truncated chats."""
 
     chats: int
     """Chats longer than a row."""
     tokens: int
-    """Tokens beyond its end."""
+    """Tokens cut off."""
     longest: int
     """Tokens of the longest chat."""
 
 
 class PackedChats:
-    """The rows of one split, which has chats. Not for several threads at once."""
+    """Rows of one split of chats. Not thread-safe."""
 
     def __init__(
         self,
@@ -49,8 +48,8 @@ class PackedChats:
         document_masks: bool,
         fim_rate: float,
     ) -> None:
-        """As `PackedSequences`. Raises UserError for chats that are to be rearranged."""
-        FillInTheMiddle(folder, split, rate=fim_rate, seed=seed)  # refuses chats
+        """As `PackedSequences`. Raises UserError if fim_rate is not 0."""
+        FillInTheMiddle(folder, split, rate=fim_rate, seed=seed)  # raises for chats
         self._folder = folder
         self._split: Split = split
         self._sequence_length = sequence_length
@@ -76,7 +75,7 @@ class PackedChats:
         self._orders: dict[int, np.ndarray] = {}
 
     def has_targets(self, count: int | None = None) -> bool:
-        """Whether any of the first `count` rows, or of an epoch, has a target of the main head."""
+        """Whether the main head has a target in the first `count` rows, by default an epoch."""
         order = self._order(0)[:count]
         return any(bool(self._loss_mask(*self._places(int(row)))[1:].any()) for row in order)
 
@@ -108,7 +107,7 @@ class PackedChats:
         tokens: Int64[np.ndarray, " length"],
         loss_mask: Bool[np.ndarray, " length"],
     ) -> tuple[int, ...]:
-        """Write one row; the lengths of the chats within its inputs, then that of the filling."""
+        """Write one row; returns the lengths of the chats in its inputs, then of the padding."""
         positions, borders = self._places(row)
         used = len(positions)
         tokens[:used] = self._folder.tokens(self._split, positions)
@@ -120,8 +119,8 @@ class PackedChats:
     def _places(
         self, row: int
     ) -> tuple[Int64[np.ndarray, " used"], Int64[np.ndarray, " chats_and_one"]]:
-        """Where in the split the tokens of the chats of `row` are, and where in the row each chat
-        begins and the last one ends.
+        """Positions in the split of the tokens of `row`, and the offsets in the row at which its
+        chats begin and the last one ends.
         """
         chats = self._chats[self._firsts[row] : self._firsts[row + 1]].astype(np.int64)
         starts, sizes = extents(self._ends, chats)
@@ -134,7 +133,7 @@ class PackedChats:
         positions: Int64[np.ndarray, " used"],
         borders: Int64[np.ndarray, " chats_and_one"],
     ) -> Bool[np.ndarray, " used"]:
-        """Which of these tokens are targets, as far as the chats themselves decide."""
+        """Loss mask of the tokens at `positions`."""
         loss_mask = self._folder.loss_mask(self._split, positions)
         if self._document_masks:
             loss_mask[borders[:-1]] = False
@@ -142,8 +141,9 @@ class PackedChats:
 
 
 def packed(sizes: Int64[np.ndarray, " documents"], room: int) -> Int64[np.ndarray, " documents"]:
-    """The row of every document, in rows of `room`: one after the other each goes where it leaves
-    the least room (best fit), or into a new row.
+    """Best-fit bin packing: the row of every document, in rows of `room` tokens.
+
+    In order, each document goes to the row that it leaves the least space in, or to a new row.
     """
     rows = np.empty(len(sizes), np.int64)
     by_space: dict[int, list[int]] = {}

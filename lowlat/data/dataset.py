@@ -1,7 +1,6 @@
-"""A token folder opened for reading: mapped files, checked before use.
+"""Reader of a tokenized dataset: memory-mapped files, validation, and random access to tokens.
 
-Owns opening, checking and reading tokens at given positions. In which order they are read is
-windows.py's; writing is writer.py's.
+`packing` and `chat_packing` decide the order of reads; `writer` writes the files.
 """
 
 import hashlib
@@ -34,10 +33,10 @@ REMEDY = "restore the file or build the folder again"
 
 
 class TokenizedDataset:
-    """Tokenised documents of one folder. Files are mapped read-only: nothing is read until used.
+    """Tokenized documents of one folder, memory-mapped read-only.
 
-    A file replaced while this object lives has no effect; one cut short ends the process where its
-    lost pages are touched, so folders are replaced, never rewritten in place.
+    Replacing a file does not affect an open dataset. Truncating a file crashes the process when it
+    reads a lost page, so replace folders and never rewrite them in place.
     """
 
     def __init__(self, path: Path, manifest: DatasetManifest, fingerprint: str) -> None:
@@ -45,20 +44,20 @@ class TokenizedDataset:
         self.path = path
         self.manifest = manifest
         self.fingerprint = fingerprint
-        """SHA-256 of tokens.json, which names the checksums of all else: what the folder holds."""
+        """SHA-256 of tokens.json, which has the checksums of all other files."""
         self._splits = {split: _MappedSplit(path, manifest, split) for split in SPLITS}
 
     @classmethod
     def open(cls, path: Path) -> "TokenizedDataset":
-        """The folder at `path`, with sizes and document ends checked; checksums are for `verify`.
+        """Open the folder `path` and check sizes and document ends; `verify` checks checksums.
 
-        Raises UserError naming the file and what to do.
+        Raises UserError naming the file and the remedy.
         """
         file = path / MANIFEST_FILE
         if not path.is_dir():
-            raise UserError(f"{path}: no such folder; make it with lowlat data build")
+            raise UserError(f"{path}: no such folder; build it with lowlat data build")
         if not file.is_file():
-            raise UserError(f"{file}: not found; make the folder with lowlat data build")
+            raise UserError(f"{file}: not found; build the folder with lowlat data build")
         try:
             data = file.read_bytes()
         except OSError as error:
@@ -68,42 +67,42 @@ class TokenizedDataset:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id of the tokenizer; every id in the folder is below."""
+        """One more than the highest id of the tokenizer; every id in the dataset is smaller."""
         return self.manifest.vocab_size
 
     @property
     def fim(self) -> FimTokens | None:
-        """Ids for infilling, if the tokenizer has them."""
+        """Fill-in-the-middle tokens, if the tokenizer has them."""
         return self.manifest.fim
 
     def num_tokens(self, split: Split) -> int:
-        """Ids of all documents of `split`."""
+        """Number of tokens of `split`."""
         return self.manifest.splits[split].tokens
 
     def num_documents(self, split: Split) -> int:
-        """Documents of `split`."""
+        """Number of documents of `split`."""
         return self.manifest.splits[split].documents
 
     def num_bytes(self, split: Split) -> int:
-        """Bytes of the text that `split` stands for, in UTF-8."""
+        """UTF-8 bytes of the text of `split`."""
         return self.manifest.splits[split].text_bytes
 
     def has_mask(self, split: Split) -> bool:
-        """Whether some tokens of `split` are no targets."""
+        """Whether `split` has a loss mask: some tokens are no targets."""
         return self.manifest.splits[split].mask_sha256 is not None
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer the ids belong to."""
+        """The tokenizer of the dataset."""
         return Tokenizer.from_folder(self.path)
 
     def ends(self, split: Split) -> Int64[np.ndarray, " documents"]:
-        """Where each document ends, counted in tokens from the start of `split`."""
+        """End of each document, in tokens from the start of `split`."""
         return self._splits[split].ends
 
     def tokens(
         self, split: Split, positions: Integer[np.ndarray, "..."]
     ) -> Int64[np.ndarray, "..."]:
-        """The ids at `positions` of `split`. Raises UserError for one beyond the vocabulary."""
+        """Ids at `positions` of `split`. Raises UserError for an id beyond the vocabulary."""
         ids = self._splits[split].tokens(positions)
         if ids.size and ids.max() >= self.vocab_size:
             where = f"{self.path}: {split} holds id {ids.max()}"
@@ -117,9 +116,9 @@ class TokenizedDataset:
         return self._splits[split].loss_mask(positions)
 
     def verify(self, progress: Progress | None = None) -> None:
-        """Read everything: every file's SHA-256, and every id against the vocabulary.
+        """Verify the SHA-256 of every file and that every id is in the vocabulary.
 
-        Raises UserError naming the first file that differs.
+        Raises UserError naming the first corrupt file.
         """
         progress = SilentProgress() if progress is None else progress
         checked = list(self._files())
@@ -129,7 +128,7 @@ class TokenizedDataset:
                 self._verify_file(path, sha256, is_shard, task)
 
     def _files(self) -> Iterator[tuple[Path, str, bool]]:
-        """Every file with a checksum: path, SHA-256, whether it holds ids."""
+        """Every file with a checksum: path, SHA-256, whether it contains ids."""
         for name, sha256 in self.manifest.tokenizer.items():
             yield self.path / name, sha256, False
         for split, manifest in self.manifest.splits.items():
@@ -200,7 +199,7 @@ def _size(path: Path) -> int:
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """The `count` numbers in the file at `path`, which must hold exactly these."""
+    """Memory-map the file `path`, which must have exactly `count` numbers."""
     if count == 0:
         return np.empty(0, dtype)
     if path.resolve().parent != path.parent.resolve():
@@ -214,7 +213,7 @@ def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
 
 
 def _check_ends(ends: np.ndarray, tokens: int, path: Path) -> None:
-    """Ends rise from above 0 to `tokens`: no document is empty, none lies outside."""
+    """Raises UserError unless ends increase strictly from above 0 to `tokens`."""
     last = int(ends[-1]) if len(ends) else 0
     rises = len(ends) == 0 or (ends[0] > 0 and bool((ends[1:] > ends[:-1]).all()))
     if last != tokens or not rises:

@@ -1,5 +1,5 @@
-"""What a corpus is made of: documents of text in pieces, and chats. Where they come from is
-sources.py's, what becomes of them build.py's.
+"""Documents of a corpus: plain text, read in pieces, and chats. `sources` reads them, `build`
+tokenizes them.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ Invalid = Literal["error", "skip", "replace"]
 
 
 class BadDocument(UserError):
-    """A document that is no text, or no chat: its message names file and place."""
+    """A document that is not valid text or not a valid chat; names its file and position."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,17 +22,17 @@ class ReadOptions:
     """How sources are read."""
 
     field: str | None = None
-    """The field of JSON objects, or the column of tables, that holds a document's text, or
-    'messages'; None is 'text', in records that are not chats as well.
+    """JSON field or table column with a document's text, or 'messages'. None: 'text', or messages
+    in records without it.
     """
     separator: str | None = None
-    """The line between two documents of a text file; None: a file is one document."""
+    """Line between two documents of a text file; None: a file is one document."""
     invalid: Invalid = "error"
-    """What becomes of a document with bytes that are no UTF-8: an error, left out and counted, or
-    U+FFFD in their place. Leaving out also passes over broken JSON and chats no template takes.
+    """Handling of a document that is not UTF-8: raise an error, skip and count it, or replace the
+    bytes by U+FFFD. `skip` also skips invalid JSON and chats that the template rejects.
     """
     patterns: tuple[str, ...] = ()
-    """Which files of a folder are read, such as *.txt; () is all that are not hidden."""
+    """Files of a folder to read, such as *.txt; (): all files that are not hidden."""
 
     @property
     def text_field(self) -> str:
@@ -41,17 +41,19 @@ class ReadOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextDocument:
-    """Plain text, maybe more than memory holds."""
+    """Plain text, possibly larger than memory."""
 
     origin: str
-    """File and place, for error messages."""
+    """File and position, for error messages."""
     pieces: Callable[[], Iterable[str]]
-    """The text in order, anew at every call. Raises BadDocument where it is no text."""
+    """Reads the text in pieces, from the start at every call. Raises BadDocument if it is not
+    valid text.
+    """
     source_bytes: int
-    """How much of its source it took up."""
+    """Bytes of the source, for progress."""
 
     def fingerprint(self) -> tuple[bytes, int, bool]:
-        """(digest, bytes in UTF-8, whether there is anything but blanks). Reads all of it."""
+        """(SHA-256, UTF-8 bytes, whether it has more than blanks). Reads the whole text."""
         digest, size, written = hashlib.sha256(), 0, False
         for piece in self.pieces():
             data = piece.encode()
@@ -63,26 +65,26 @@ class TextDocument:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatDocument:
-    """Messages, of which the assistant's are to be learned."""
+    """A chat, whose assistant messages are training targets."""
 
     origin: str
-    """File and place, for error messages."""
+    """File and position, for error messages."""
     messages: Sequence[Mapping[str, Any]]
-    """As chat templates take them."""
+    """Messages in the format of chat templates."""
     tools: Sequence[Mapping[str, Any]] | None
     """Functions the assistant may call."""
     source_bytes: int
-    """How much of its source it took up."""
+    """Bytes of the source, for progress."""
 
     def fingerprint(self) -> tuple[bytes, int, bool]:
-        """As a text's, of the messages as JSON; it is empty without an answer to learn."""
+        """(SHA-256, bytes, whether it has an answer) of the messages as JSON."""
         value = {"messages": self.messages, "tools": self.tools}
         data = json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
         answered = any(message["role"] == "assistant" for message in self.messages)
         return hashlib.sha256(data).digest(), len(data), answered
 
     def texts(self) -> Iterator[str]:
-        """What was said, for training a vocabulary."""
+        """Texts of all messages, for training a vocabulary."""
         for message in self.messages:
             for key in ("content", "reasoning_content"):
                 if isinstance(text := message.get(key), str):

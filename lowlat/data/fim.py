@@ -1,11 +1,10 @@
-"""Fill-in-the-middle (FIM): some documents are rearranged as prefix, suffix, middle (arXiv
+"""Fill-in-the-middle (FIM): a share of documents is rearranged as prefix, suffix, middle (arXiv
 2207.14255; DeepSeek-V3 section 4.1).
 
     begin <prefix> first <suffix> last <middle> between end
 
-Owns which documents, where they are cut and where each token of the rearranged document comes from.
-Cuts lie between tokens, so tokens stay those of the plain text, and never inside a character: a
-token that begins with a later byte of one stays with the token before it.
+Cuts are between tokens, so the tokens are those of the plain text. No cut is inside a character: a
+token that starts with a continuation byte stays with the token before it.
 """
 
 import numpy as np
@@ -17,7 +16,7 @@ from lowlat.data.shuffle import uniform
 from lowlat.utils.errors import UserError
 
 MIN_TOKENS = 32
-"""Shorter documents are left as they are."""
+"""Shorter documents are not rearranged."""
 NUM_MARKS = 3
 CHOICE, FIRST_CUT, SECOND_CUT = 101, 102, 103
 MAX_INSIDE = 3
@@ -25,11 +24,11 @@ MAX_INSIDE = 3
 
 
 class FillInTheMiddle:
-    """Fill-in-the-middle documents of one split, different ones in every epoch."""
+    """Random choice and rearrangement of documents of one split, different in every epoch."""
 
     def __init__(self, folder: TokenizedDataset, split: Split, *, rate: float, seed: int) -> None:
-        """`rate` is the share of documents. Raises UserError for a rate outside 0..1, and where
-        the tokenizer has no tokens for infilling or the documents are chats.
+        """`rate` is the share of rearranged documents. Raises UserError for a rate outside 0..1, a
+        tokenizer without FIM tokens, and chats.
         """
         if not 0.0 <= rate <= 1.0:
             raise UserError(f"fim_rate {rate} must be within 0 and 1")
@@ -46,7 +45,7 @@ class FillInTheMiddle:
         fim = self._folder.fim
         if fim is None:
             raise UserError(
-                f"{self._folder.path}: the tokenizer has no tokens for infilling such as"
+                f"{self._folder.path}: the tokenizer has no fill-in-the-middle tokens such as"
                 " <|fim_prefix|>; set fim_rate to 0 or build the folder with another tokenizer"
             )
         if self._folder.has_mask(self._split):
@@ -61,7 +60,7 @@ class FillInTheMiddle:
     def chosen(
         self, documents: Integer[np.ndarray, " n"], lengths: Integer[np.ndarray, " n"], epoch: int
     ) -> Bool[np.ndarray, " n"]:
-        """Which of `documents`, with these lengths in the folder, are rearranged in `epoch`."""
+        """Whether each of `documents`, of the given `lengths`, is rearranged in `epoch`."""
         if self._rate == 0.0:
             return np.zeros(len(documents), np.bool_)
         draws = uniform(documents, self._seed, epoch, CHOICE)
@@ -75,9 +74,10 @@ class FillInTheMiddle:
         epoch: int,
         inside: Int64[np.ndarray, " n"],
     ) -> Int64[np.ndarray, " n"]:
-        """Where tokens `inside` (counted from its start) of the rearranged `document` come from:
-        positions in the split, or -1, -2, -3 for the three marks. The plain document takes up
-        `length` positions from `start` on.
+        """Positions in the split of the tokens at offsets `inside` of the rearranged `document`;
+        -1, -2, -3 for the three FIM tokens.
+
+        The plain document has `length` tokens from position `start`.
         """
         head, body = self._num_head, length - self._num_head - 1
         text = start + head
@@ -89,7 +89,7 @@ class FillInTheMiddle:
         return np.array(origins)[piece] + inside - (ends - sizes)[piece]
 
     def tokens(self, positions: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-        """The ids at `positions` of the split, marks among them."""
+        """Ids at `positions` of the split; negative positions are FIM tokens."""
         if self._rate == 0.0:
             return self._folder.tokens(self._split, positions)
         ids = self._folder.tokens(self._split, np.maximum(positions, 0))
@@ -98,14 +98,14 @@ class FillInTheMiddle:
         return ids
 
     def _cuts(self, document: int, start: int, body: int, epoch: int) -> tuple[int, int]:
-        """Where the middle begins and ends, counted in tokens from the body's start."""
+        """Begin and end of the middle, in tokens from the start of the body."""
         place = np.array([document])
         draws = [uniform(place, self._seed, epoch, key)[0] for key in (FIRST_CUT, SECOND_CUT)]
         first, second = (self._between_characters(start, int(draw * body), body) for draw in draws)
         return min(first, second), max(first, second)
 
     def _between_characters(self, start: int, cut: int, body: int) -> int:
-        """`cut`, or the next place after it where a character begins."""
+        """`cut`, or the next position after it at which a character begins."""
         last = min(cut + MAX_INSIDE, body)
         ids = self._folder.tokens(self._split, np.arange(start + cut, start + last))
         outside = np.flatnonzero(~self._is_inside[ids])

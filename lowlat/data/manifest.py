@@ -1,11 +1,11 @@
-"""What tokens.json says about a token folder: records, and their way to and from JSON.
+"""Manifest of a tokenized dataset (tokens.json): counts and checksums, to and from JSON.
 
-The files' bytes are written by writer.py and mapped by folder.py.
+Files of a dataset, which `writer` writes and `dataset` reads:
 
-    tokens.json            this file's records: version, counts, checksums
-    train-00000.bin ...    token ids, little-endian, all shards but the last of one size
-    train-ends.bin         where each document ends, counted in tokens: little-endian 64-bit
-    train-mask.bin         a bit for each token that is a target, lowest first; only with chats
+    tokens.json            the manifest: version, counts, checksums
+    train-00000.bin ...    token ids, little-endian; all shards but the last have the same size
+    train-ends.bin         end of each document in tokens, little-endian 64-bit
+    train-mask.bin         loss mask, one bit per token, lowest bit first; only with chats
     held_out-*             the same for the held-out split
     tokenizer.json ...     the tokenizer, as in a Hugging Face folder
 """
@@ -23,7 +23,7 @@ MANIFEST_FILE = "tokens.json"
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer_config.json", "generation_config.json")
 MAX_COUNT = 2**53
-"""Largest number that JSON readers keep exact."""
+"""Largest integer that JSON parsers represent exactly."""
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -31,14 +31,14 @@ SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FimTokens:
-    """Ids of the tokens that stand before the three parts of a document, for infilling."""
+    """Ids of the fill-in-the-middle tokens."""
 
     prefix: int
-    """Before the text that comes first."""
+    """Precedes the first part of the document."""
     suffix: int
-    """Before the text that comes last."""
+    """Precedes the last part."""
     middle: int
-    """Before the text between them, which is to be written."""
+    """Precedes the part between them, which the model completes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,57 +48,57 @@ class ShardManifest:
     file: str
     """Name inside the folder."""
     tokens: int
-    """How many ids it holds."""
+    """Number of ids."""
     sha256: str
-    """Of the whole file, in hexadecimal."""
+    """SHA-256 of the file, in hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitManifest:
-    """One split of a token folder."""
+    """One split of a tokenized dataset."""
 
     documents: int
-    """How many documents."""
+    """Number of documents."""
     tokens: int
-    """Ids of all documents, their begin and end tokens included."""
+    """Number of tokens, begin and end tokens included."""
     predicted: int
-    """How many of them are targets."""
+    """Number of tokens that are targets."""
     text_bytes: int
-    """Bytes of the text the tokens stand for, in UTF-8."""
+    """UTF-8 bytes of the text."""
     shards: tuple[ShardManifest, ...]
     """Files of ids, in order."""
     ends_sha256: str
-    """Of the file of document ends."""
+    """SHA-256 of the file of document ends."""
     mask_sha256: str | None
-    """Of the file of target bits; None where every token is a target."""
+    """SHA-256 of the loss mask; None if every token is a target."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetManifest:
-    """A whole token folder."""
+    """Manifest of a tokenized dataset."""
 
     vocab_size: int
     """One more than the highest id of the tokenizer."""
     end_of_text: int
     """Id that ends every document."""
     begin_of_text: int | None
-    """Id that begins every text document, if its tokenizer puts one before a text."""
+    """Id that begins every text document, if the tokenizer adds one."""
     fim: FimTokens | None
-    """Ids for infilling, if the tokenizer has them."""
+    """Fill-in-the-middle tokens, if the tokenizer has them."""
     tokenizer: Mapping[str, str]
-    """Files of the tokenizer -> their SHA-256."""
+    """SHA-256 of the tokenizer's files, by name."""
     shard_tokens: int
     """Ids in every shard but the last of a split."""
     splits: Mapping[Split, SplitManifest]
-    """Both splits, also where one is empty."""
+    """Both splits, including empty ones."""
     sources: tuple[str, ...]
-    """What the documents came from, as the user named it."""
+    """Sources, as given by the user."""
     dropped: Mapping[str, int]
-    """Reason -> how many documents are not in the folder because of it."""
+    """Number of dropped documents by reason."""
 
     @property
     def dtype(self) -> np.dtype:
-        """Number type of the ids: 16 bits where they suffice."""
+        """Number type of the ids: 16 bits if they suffice."""
         return id_type(self.vocab_size)
 
 
@@ -113,12 +113,12 @@ def shard_file(split: Split, index: int) -> str:
 
 
 def ends_file(split: Split) -> str:
-    """Name of a split's document ends."""
+    """Name of a split's file of document ends."""
     return f"{split}-ends.bin"
 
 
 def mask_file(split: Split) -> str:
-    """Name of a split's target bits."""
+    """Name of a split's loss mask."""
     return f"{split}-mask.bin"
 
 
@@ -159,12 +159,12 @@ def _split_json(split: SplitManifest) -> dict[str, Any]:
 
 
 def from_json(raw: dict[str, Any], source: str) -> DatasetManifest:
-    """The records in `raw`. Raises UserError naming `source`, the field and what is wrong with it:
-    another version, names that are not this layout's, counts that contradict one another.
+    """Parse the manifest `raw`. Raises UserError naming `source` and the field: another version,
+    unexpected names, inconsistent counts.
     """
     fields = JsonFields(raw, source)
     if fields.value("format") != "lowlat tokens":
-        raise fields.error("format", "is not 'lowlat tokens': not a token folder")
+        raise fields.error("format", "is not 'lowlat tokens': not a tokenized dataset")
     if fields.value("version") != VERSION:
         remedy = "build the folder again with this version of lowlat"
         raise fields.error("version", f"{raw.get('version')!r} is not {VERSION}; {remedy}")
@@ -236,7 +236,7 @@ def _read_split(fields: JsonFields, source: str, split: Split, shard_tokens: int
 def _read_shards(
     table: JsonFields, source: str, split: Split, tokens: int, shard_tokens: int
 ) -> tuple[ShardManifest, ...]:
-    """The shards, which hold the split's tokens in full shards and a rest."""
+    """The shards of a split; all but the last must be full."""
     items = table.items("shards")
     if len(items) != -(-tokens // shard_tokens):
         what = f"does not list {tokens} tokens in files of {shard_tokens}"

@@ -1,7 +1,6 @@
-"""Whether a token folder's training split holds a text that a model is to be evaluated on.
+"""Contamination check: share of an evaluation text's token n-grams that occur in training data.
 
-Owns the comparison by long runs of tokens. A text that was edited here and there is still found;
-words that two authors have in common are not, at 32 tokens in a row.
+With n-grams of 32 tokens, a lightly edited copy is still detected; common phrases are not.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,14 +14,14 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
 LENGTH = 32
-"""Tokens of a run."""
+"""Tokens of an n-gram."""
 MOST_SHARED = 0.001
-"""Share of an evaluation text's runs that training data may hold: licences, tables, refrains."""
+"""Tolerated share of n-grams in training data: licences, tables, refrains."""
 CHUNK = 1 << 20
 """Tokens compared at once."""
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-"""Of splitmix64, which spreads small ids over 64 bits."""
+"""Constants of splitmix64, which spreads small ids over 64 bits."""
 
 
 def shared_runs(
@@ -32,10 +31,10 @@ def shared_runs(
     length: int = LENGTH,
     progress: Progress | None = None,
 ) -> float:
-    """The share of the runs of `length` tokens in `ids`, a text by the tokenizer of `folder`, that
-    also occur in its training split. 0 for a text shorter than a run.
+    """Share of the n-grams of `length` tokens in `ids`, encoded by the tokenizer of `folder`, that
+    also occur in its training split; 0 for a text shorter than `length`.
 
-    Runs are compared by 64-bit hashes: that one only seems shared is not to be expected.
+    N-grams are compared by 64-bit hashes; false matches are negligible.
     """
     tokens = folder.num_tokens("train")
 
@@ -55,7 +54,7 @@ def share_seen(
     *,
     length: int = LENGTH,
 ) -> float:
-    """The share of the runs of `length` tokens in `ids` that also occur in one of `texts`, as
+    """Share of the n-grams of `length` tokens in `ids` that also occur in one of `texts`, as in
     `shared_runs`.
     """
     wanted = np.unique(_hashes(ids, length))
@@ -78,8 +77,8 @@ def require_unseen(
     most: float = MOST_SHARED,
     progress: Progress | None = None,
 ) -> None:
-    """Raises UserError naming the folder and `name`, the evaluation text's, where more than the
-    share `most` of the text is in the folder's training split.
+    """Raises UserError if more than the share `most` of the evaluation text `text`, called `name`,
+    is in the training split of `folder`.
     """
     ids = np.array(folder.tokenizer().encode(text), np.int64)
     share = shared_runs(folder, ids, progress=progress)
@@ -91,9 +90,9 @@ def require_unseen(
 
 
 def _hashes(ids: Int64[np.ndarray, " tokens"], length: int) -> UInt64[np.ndarray, " runs"]:
-    """A hash of each run of `length` tokens: sum of mix(id) * MULTIPLIER^place modulo 2^64.
+    """Polynomial hash of each n-gram: sum of mix(id) * MULTIPLIER^index modulo 2^64.
 
-    Runs are put together from halves, so that their length hardly counts.
+    Hashes are combined from halves, so the cost grows with the logarithm of `length`.
     """
     if len(ids) < length:
         return np.empty(0, np.uint64)

@@ -24,11 +24,11 @@ from lowlat.utils.errors import UserError
 DOCUMENT_ORDER, WINDOW_ORDER = 1, 2
 KEPT_EPOCHS = 2
 LEAST_AHEAD = 2
-"""Tokens after the last window of several: what a model with one MTP module needs."""
+"""Tokens after the last of several windows, as many as a model with one MTP module needs."""
 
 
 class PackedSequences:
-    """The windows of one split. Not for several threads at once."""
+    """Windows of one split. Not thread-safe."""
 
     def __init__(
         self,
@@ -41,20 +41,21 @@ class PackedSequences:
         document_masks: bool,
         fim_rate: float,
     ) -> None:
-        """`num_ahead` = 1 + MTP depth tokens follow the `sequence_length` of a window, which are
-        also the first of the next. Raises UserError where the split fills no window, and as
-        `FillInTheMiddle`.
+        """A window has `sequence_length` tokens and the next `num_ahead` = 1 + MTP depth tokens,
+        which are also the first tokens of the next window.
+
+        Raises UserError if the split does not fill a window, and as `FillInTheMiddle`.
         """
         tokens = folder.num_tokens(split)
         self.per_epoch = (tokens - num_ahead) // sequence_length
-        """Windows of one epoch: as many for a model without MTP modules as for one with a module,
-        so that both are trained and measured on the same ones.
+        """Windows per epoch: the same number with zero and one MTP module, so that both models
+        train and evaluate on the same windows.
         """
         if self.per_epoch > 1:
             self.per_epoch = (tokens - max(num_ahead, LEAST_AHEAD)) // sequence_length
         if self.per_epoch < 1:
             raise UserError(
-                f"{folder.path}: {split} holds {tokens} tokens, fewer than the"
+                f"{folder.path}: {split} has {tokens} tokens, fewer than the"
                 f" {sequence_length + num_ahead} of a window; shorten the sequence or add documents"
             )
         self._folder = folder
@@ -68,9 +69,7 @@ class PackedSequences:
         self._epochs: dict[int, _Epoch] = {}
 
     def has_targets(self, count: int | None = None) -> bool:
-        """Whether any of the first `count` windows, or of an epoch, has a target of the main
-        head.
-        """
+        """Whether the main head has a target in the first `count` windows, by default an epoch."""
         rows = self.per_epoch if count is None else min(count, self.per_epoch)
         ahead = slice(1, self._sequence_length + 1)
         return any(bool(self.batch(row, 1).loss_mask[:, ahead].any()) for row in range(rows))
@@ -107,7 +106,7 @@ class PackedSequences:
         tokens: Int64[np.ndarray, " length"],
         loss_mask: Bool[np.ndarray, " length"],
     ) -> tuple[int, ...]:
-        """Write one window; the lengths of the documents within its inputs."""
+        """Write one window; returns the lengths of the documents in its inputs."""
         start = window * self._sequence_length
         stop = start + self._length
         first = int(np.searchsorted(epoch.starts, start, side="right")) - 1
@@ -145,20 +144,20 @@ class _Epoch:
     ) -> None:
         self.number = number
         self.order = permutation(len(ends), seed, number, DOCUMENT_ORDER)
-        """Documents as they follow one another in the stream."""
+        """Order of documents in the stream."""
         documents = np.arange(len(ends))
         _, lengths = extents(ends, documents)
         lengths += NUM_MARKS * infilling.chosen(documents, lengths, number)
         self.starts = np.zeros(len(ends) + 1, np.int64)
-        """Where each of them begins in the stream, and where the last ends."""
+        """Start of each document in the stream, and the end of the last."""
         np.cumsum(lengths[self.order], out=self.starts[1:])
         self.windows = permutation(windows, seed, number, WINDOW_ORDER)
-        """Windows as they are used."""
+        """Order of windows."""
 
 
 def extents(
     ends: Int64[np.ndarray, " documents"], chosen: Int64[np.ndarray, " n"]
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-    """Where the `chosen` documents begin in the split, and how many tokens they have."""
+    """Starts of the `chosen` documents in the split, and their lengths in tokens."""
     starts = np.where(chosen > 0, ends[chosen - 1], 0)
     return starts, ends[chosen] - starts

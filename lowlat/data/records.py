@@ -1,7 +1,8 @@
-"""Documents out of records: JSON lines, parquet tables, and names the `datasets` library knows.
+"""Readers of records: JSON Lines, Parquet tables and datasets of the Hugging Face `datasets`
+library.
 
-A record is a text where it has the text field, and a chat where it has `messages`; one that has
-both is what --field says. Text files are text_files.py's.
+A record with the text field is a text, a record with `messages` a chat; --field decides for records
+with both. `text_files` reads plain text.
 """
 
 import json
@@ -24,11 +25,11 @@ from lowlat.text.pieces import text_pieces
 from lowlat.utils.errors import UserError
 
 MAX_LINE = 1 << 30
-"""Bytes of one line of JSON, which is parsed as a whole."""
+"""Longest line of JSON in bytes."""
 ROWS = 256
 """Rows of a table in memory at once."""
 OUTER_COLON = re.compile(r":(?![^\[]*\])")
-"""Between parts of a data set's name, but not inside train[:1%]."""
+"""Colon between the parts of a dataset's name, but not inside train[:1%]."""
 INSTALL = "pip install 'lowlat[data]'"
 MESSAGES, TOOLS = "messages", "tools"
 
@@ -36,7 +37,7 @@ Read = Document | BadDocument
 
 
 def read_json_lines(path: Path, options: ReadOptions) -> Iterator[Read]:
-    """The documents of a JSON lines file, one object a line; faults of a line come as errors."""
+    """Documents of a JSON Lines file, one object per line; yields a BadDocument for a bad line."""
     try:
         with open_binary(path) as file:
             for number, line in _lines(file, path):
@@ -58,12 +59,12 @@ def _lines(file: BufferedIOBase, path: Path) -> Iterator[tuple[int, bytes]]:
         number += 1
         if len(line) > MAX_LINE:
             what = f"line {number} is longer than {MAX_LINE} bytes"
-            raise UserError(f"{path}: {what}; put such a document into a text file of its own")
+            raise UserError(f"{path}: {what}; put this document into its own text file")
         yield number, line
 
 
 def _parsed(line: bytes, origin: str, options: ReadOptions) -> Mapping[str, Any] | None:
-    """The object in `line`; None for a blank one."""
+    """The JSON object in `line`; None for a blank line."""
     errors = "replace" if options.invalid == "replace" else "strict"
     try:
         text = line.decode("utf-8", errors)
@@ -77,11 +78,11 @@ def _parsed(line: bytes, origin: str, options: ReadOptions) -> Mapping[str, Any]
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
-        # Lines are counted by `origin`; a JSONDecodeError's own text counts within this one.
+        # `origin` has the line number of the file; the text of a JSONDecodeError has its own.
         what = getattr(error, "msg", None) or str(error)
         column = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
         raise BadDocument(
-            f"{origin}: not valid JSON ({what}{column}); mend the line, or pass --invalid skip"
+            f"{origin}: not valid JSON ({what}{column}); fix the line, or pass --invalid skip"
         ) from error
     if not isinstance(record, dict):
         raise BadDocument(f"{origin}: must be a JSON object, not {type(record).__name__}")
@@ -89,7 +90,7 @@ def _parsed(line: bytes, origin: str, options: ReadOptions) -> Mapping[str, Any]
 
 
 def read_parquet(path: Path, options: ReadOptions) -> Iterator[Read]:
-    """The documents of a parquet file, one a row. Raises UserError where pyarrow is missing."""
+    """Documents of a Parquet file, one per row. Raises UserError without pyarrow."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -110,8 +111,8 @@ def read_parquet(path: Path, options: ReadOptions) -> Iterator[Read]:
 
 
 def read_dataset(spec: str, options: ReadOptions) -> Iterator[Read]:
-    """The rows of `NAME[:CONFIG[:SPLIT[:COLUMN]]]`, loaded by the `datasets` library; an empty
-    part takes its default. Raises UserError where the library is missing or fails.
+    """Rows of `NAME[:CONFIG[:SPLIT[:COLUMN]]]`, loaded by the `datasets` library; empty parts have
+    their defaults. Raises UserError if the library is missing or fails.
     """
     try:
         import datasets  # pyright: ignore[reportMissingImports]
@@ -129,7 +130,7 @@ def read_dataset(spec: str, options: ReadOptions) -> Iterator[Read]:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"'datasets:{spec}' cannot be loaded ({reason}); check the name") from error
     if not isinstance(table, datasets.Dataset):
-        raise UserError(f"'datasets:{spec}' holds several splits; name one")
+        raise UserError(f"'datasets:{spec}' has several splits; name one")
     names = [name for name in table.column_names if name in _columns(options)]
     if not names:
         raise _no_document(f"datasets:{spec}", table.column_names, options)
@@ -140,14 +141,14 @@ def read_dataset(spec: str, options: ReadOptions) -> Iterator[Read]:
 def document_of(
     record: Mapping[str, Any], origin: str, options: ReadOptions, source_bytes: int
 ) -> Document:
-    """The document a record stands for. Raises BadDocument where it stands for none, and UserError
-    where it may stand for two.
+    """The document of a record. Raises BadDocument if it has none, and UserError if it has both a
+    text and messages and `options.field` does not decide.
     """
     text, messages = record.get(options.text_field), record.get(MESSAGES)
     if isinstance(text, str) and messages is not None and options.field is None:
         raise UserError(
-            f"{origin}: has both a text in '{options.text_field}' and '{MESSAGES}'; say which is "
-            f"meant, --field {options.text_field} or --field {MESSAGES}"
+            f"{origin}: has both a text in '{options.text_field}' and '{MESSAGES}'; choose with "
+            f"--field {options.text_field} or --field {MESSAGES}"
         )
     if isinstance(text, str):
         text = _valid(text, origin, options)
@@ -157,19 +158,19 @@ def document_of(
     if messages is None and options.text_field in record:
         kind = "null" if text is None else type(text).__name__
         what = f"'{options.text_field}' is {kind}, not a text"
-        raise BadDocument(f"{origin}: {what}; mend it, or pass --invalid skip")
+        raise BadDocument(f"{origin}: {what}; fix it, or pass --invalid skip")
     if messages is None:
         raise _no_document(origin, list(record), options)
     messages, tools = _valid(messages, origin, options), _valid(record.get(TOOLS), origin, options)
     if not _are_objects(messages) or not all(isinstance(m.get("role"), str) for m in messages):
-        raise BadDocument(f"{origin}: '{MESSAGES}' must be objects with a role; mend the line")
+        raise BadDocument(f"{origin}: '{MESSAGES}' must be objects with a role; fix the line")
     if tools is not None and not _are_objects(tools):
-        raise BadDocument(f"{origin}: '{TOOLS}' must be a list of objects; mend the line")
+        raise BadDocument(f"{origin}: '{TOOLS}' must be a list of objects; fix the line")
     return ChatDocument(origin=origin, messages=messages, tools=tools, source_bytes=source_bytes)
 
 
 def _checked(record: Mapping[str, Any], origin: str, options: ReadOptions) -> Read:
-    """As `document_of`, with the fault as a value."""
+    """`document_of`, with BadDocument returned instead of raised."""
     try:
         text = record.get(options.text_field)
         return document_of(record, origin, options, len(text) if isinstance(text, str) else 0)
@@ -192,7 +193,9 @@ def _are_objects(value: Any) -> bool:
 
 
 def _valid(value: Any, origin: str, options: ReadOptions) -> Any:
-    """`value` without halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
+    """Check `value` for lone surrogates, which JSON can spell and UTF-8 cannot; replace or raise as
+    `options.invalid` says.
+    """
     if isinstance(value, str):
         try:
             value.encode()
@@ -201,13 +204,13 @@ def _valid(value: Any, origin: str, options: ReadOptions) -> Any:
                 return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
             what = f"character {error.start} of a text is half of a surrogate pair"
             raise BadDocument(
-                f"{origin}: {what}; mend it, or pass --invalid skip or replace"
+                f"{origin}: {what}; fix it, or pass --invalid skip or replace"
             ) from error
         return value
     if isinstance(value, list):
         return [_valid(item, origin, options) for item in value]
     if isinstance(value, dict):
-        # tables fill up absent fields of a message with nulls, which templates take for present
+        # Tables pad absent fields of a message with nulls, which templates would treat as present.
         return {
             _valid(key, origin, options): _valid(item, origin, options)
             for key, item in value.items()

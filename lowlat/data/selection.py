@@ -1,6 +1,6 @@
-"""Which documents of a corpus go where: what is dropped, what is held out, and how it is counted.
+"""Selection of documents: exact deduplication, and the held-out split by content hash.
 
-Owns the options of a build, as these say it. Reading is sources.py's, tokens are tokenising.py's.
+`sources` reads documents, `tokenizing` encodes them.
 """
 
 from collections import Counter
@@ -18,46 +18,46 @@ DEFAULT_HELD_OUT = 0.01
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
-    """What goes into a token folder."""
+    """Options of a dataset build."""
 
     sources: tuple[str, ...]
     """Files, folders, datasets:NAME."""
     held_out_sources: tuple[str, ...] = ()
-    """Sources whose documents are all held out, and left out of training where they recur."""
+    """Sources whose documents are all held out; copies in `sources` are dropped."""
     held_out: float | None = None
-    """Share of the documents of `sources` that is held out, chosen by their text alone; None: 0.01
+    """Share of the documents of `sources` to hold out, selected by content hash; None: 0.01
     without `held_out_sources`, else 0.
     """
     end_of_text: str | None = None
-    """The token that ends a document; None: the tokenizer's own."""
+    """Token that ends a document; None: the tokenizer's end of text."""
     read: ReadOptions = field(default_factory=ReadOptions)
     """How sources are read."""
     shard_tokens: int = SHARD_TOKENS
-    """Ids in one file."""
+    """Ids per file."""
 
     @property
     def held_out_share(self) -> float:
-        """Share of the documents of `sources` that is held out."""
+        """`held_out` with its default."""
         if self.held_out is not None:
             return self.held_out
         return 0.0 if self.held_out_sources else DEFAULT_HELD_OUT
 
 
 class Selection:
-    """Which documents are kept, and in which split.
+    """Iterates over the selected documents and their splits.
 
-    An exact repetition is dropped. Where a document goes follows from its text alone, so that
-    copies never lie in both splits. This takes about 100 bytes of memory per document.
+    Exact duplicates are dropped. The split of a document depends only on its content hash. Memory:
+    about 100 bytes per document.
     """
 
     def __init__(self, options: BuildOptions) -> None:
         self.dropped: Counter[str] = Counter()
-        """Reason -> documents that were not kept."""
+        """Number of dropped documents by reason."""
         self._options = options
         self._seen: set[bytes] = set()
 
     def __iter__(self) -> Iterator[tuple[Document, Split, int]]:
-        """(document, split, bytes of its text), documents of the held-out sources first."""
+        """(document, split, bytes of text); documents of held-out sources come first."""
         options = self._options
         share = options.held_out_share
         for sources, held_out in ((options.held_out_sources, 1.0), (options.sources, share)):
@@ -75,7 +75,7 @@ class Selection:
                     yield document, "held_out" if is_held else "train", size
 
     def _kept(self, document: Document | BadDocument) -> tuple[bytes, int] | None:
-        """Digest and bytes of a document that is not dropped. Raises BadDocument for a bad one."""
+        """Digest and bytes of a document, None if it is dropped. Raises BadDocument."""
         if isinstance(document, BadDocument):
             raise document
         digest, size, is_written = document.fingerprint()

@@ -1,7 +1,8 @@
-"""Random numbers that depend on their place alone: the same on every machine and in every version.
+"""Counter-based random numbers and permutations (SplitMix64), identical on every machine and in
+every version.
 
-A generator of numpy may draw other numbers in its next release, and a run must go on after an
-upgrade. Owns mixing and permutations; what is shuffled is windows.py's and fim.py's business.
+numpy's generators may change between releases, but a run must resume after an upgrade. `packing`,
+`chat_packing` and `fim` use them.
 """
 
 import numpy as np
@@ -12,19 +13,19 @@ MASK = (1 << 64) - 1
 
 
 def mixed(places: Integer[np.ndarray, " n"], *keys: int) -> UInt64[np.ndarray, " n"]:
-    """64 random bits for each place in the stream that `keys` name (SplitMix64, Steele et al.,
-    OOPSLA 2014).
+    """64 random bits for each index in `places` of the stream with the seeds `keys` (SplitMix64,
+    Steele et al., OOPSLA 2014).
     """
     state = 0
     for key in keys:
         state = int(_finish(np.array([(state + GOLDEN * (key + 1)) & MASK], np.uint64))[0])
-    # Unsigned arithmetic wraps, as the generator wants.
+    # Unsigned arithmetic wraps, as the generator requires.
     steps = (places.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
     return _finish(steps + np.uint64(state))
 
 
 def uniform(places: Integer[np.ndarray, " n"], *keys: int) -> Float64[np.ndarray, " n"]:
-    """A number in [0, 1) for each place, of 53 random bits."""
+    """A uniform number in [0, 1) for each index, of 53 random bits."""
     return (mixed(places, *keys) >> np.uint64(11)) * 2.0**-53
 
 

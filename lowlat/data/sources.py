@@ -1,8 +1,8 @@
-"""What a source on the command line means, and the documents behind it, always in one order.
+"""Sources of `lowlat data build`: files, folders and Hugging Face datasets, in a fixed order.
 
-FILE is JSON lines (.jsonl, .ndjson), a parquet table, or else text, any of them unpacked if its
-name ends in .gz; FOLDER is its files that are not hidden, sorted by path; datasets:NAME is the rows
-of a data set that the `datasets` library loads.
+A file is JSON Lines (.jsonl, .ndjson), a Parquet table (.parquet), or else text; .gz files are
+decompressed. A folder is its files that are not hidden, sorted by path. datasets:NAME is loaded by
+the `datasets` library.
 """
 
 import fnmatch
@@ -20,9 +20,9 @@ RECORDS = (".jsonl", ".ndjson", ".parquet")
 
 
 def read_sources(sources: Sequence[str], options: ReadOptions) -> Iterator[Read]:
-    """The documents of all `sources`, and a BadDocument in place of each that is none.
+    """Documents of all `sources`; yields a BadDocument for each invalid one.
 
-    Raises UserError for a source that is not there, holds no files, or cannot be read.
+    Raises UserError for a source that is missing, has no files, or cannot be read.
     """
     for source in sources:
         if source.startswith(DATASETS):
@@ -33,7 +33,7 @@ def read_sources(sources: Sequence[str], options: ReadOptions) -> Iterator[Read]
 
 
 def size_of(sources: Sequence[str], options: ReadOptions) -> int | None:
-    """Bytes of all `sources`; None where reading alone will tell."""
+    """Bytes of all `sources`; None if unknown before reading."""
     total = 0
     for source in sources:
         if source.startswith(DATASETS):
@@ -46,12 +46,12 @@ def size_of(sources: Sequence[str], options: ReadOptions) -> int | None:
 
 
 def files_of(source: str, options: ReadOptions) -> list[Path]:
-    """The file `source`, or the files below the folder. Raises UserError where there are none."""
+    """The file `source`, or the files below the folder `source`. Raises UserError for none."""
     path = Path(source)
     if path.is_file():
         return [path]
     if not path.is_dir():
-        what = "is no regular file" if os.path.lexists(path) else "does not exist"
+        what = "is not a regular file" if os.path.lexists(path) else "does not exist"
         raise UserError(f"source '{source}' {what}; give a file, a folder or datasets:NAME")
     found = [
         Path(folder, name)
@@ -61,25 +61,27 @@ def files_of(source: str, options: ReadOptions) -> list[Path]:
     wanted = [file for file in found if file.is_file() and _matches(file.name, options.patterns)]
     if not wanted:
         what = f"of the form {', '.join(options.patterns)}" if options.patterns else "to read"
-        raise UserError(f"source '{source}' holds no files {what}; give another folder or --only")
+        raise UserError(f"source '{source}' has no files {what}; give another folder or --only")
     return sorted(wanted, key=lambda file: file.relative_to(path).parts)
 
 
 def check_used(sources: Sequence[str], options: ReadOptions) -> None:
-    """Raises UserError for an option that is of no use to any source, and as `files_of`."""
+    """Raises UserError for an option that applies to no source, and as `files_of`."""
     paths = [source for source in sources if not source.startswith(DATASETS)]
     if options.patterns and not any(Path(path).is_dir() for path in paths):
-        raise UserError("--only is of the files of folders, and no source is one; leave it out")
+        raise UserError("--only applies to folders, and no source is one; leave it out")
     files = [file for path in paths for file in files_of(path, options)]
     has_records = len(paths) < len(sources) or any(map(is_records, files))
     if options.field is not None and not has_records:
-        raise UserError("--field is of JSON lines and tables, and no source is one; leave it out")
+        raise UserError(
+            "--field applies to JSON lines and tables, and no source is one; leave it out"
+        )
     if options.separator is not None and all(map(is_records, files)):
-        raise UserError("--separator is of text files, and no source is one; leave it out")
+        raise UserError("--separator applies to text files, and no source is one; leave it out")
 
 
 def is_records(path: Path) -> bool:
-    """Whether `path` is named as one that has fields or columns."""
+    """Whether the suffix of `path` is that of a file with fields or columns."""
     return _kind(path) in RECORDS
 
 
@@ -98,7 +100,7 @@ def _read_file(path: Path, options: ReadOptions) -> Iterator[Read]:
 
 
 def _visible(folders: list[str], names: list[str]) -> list[str]:
-    """The names that are not hidden; hidden folders are not walked into."""
+    """The names that are not hidden; removes hidden folders from the walk."""
     folders[:] = [name for name in folders if not name.startswith(".")]
     return [name for name in names if not name.startswith(".")]
 

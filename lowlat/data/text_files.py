@@ -1,7 +1,8 @@
-"""Documents out of text files of any size, plain or gzipped. Tables and JSON are records.py's.
+"""Reader of text files of any size, plain or gzipped, with bounded memory. `records` reads tables
+and JSON.
 
-A file is read through once to find its documents; those that are small are kept while they are
-used, others are read again each time, so memory stays bounded.
+One pass over a file finds its documents. Small documents stay in memory while they are used; large
+ones are read again each time.
 """
 
 import codecs
@@ -19,12 +20,12 @@ from lowlat.utils.errors import UserError
 CHUNK = 1 << 20
 """Bytes read at once."""
 KEPT = 1 << 23
-"""Documents up to so many bytes are read once."""
+"""Largest document, in bytes, that stays in memory."""
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 
 
 def read_text(path: Path, options: ReadOptions) -> Iterator[TextDocument]:
-    """The documents of the text file at `path`. Raises UserError where it cannot be read."""
+    """Documents of the text file `path`. Raises UserError if it cannot be read."""
     several = options.separator is not None
     for extent in _extents(path, options.separator):
         start = extent.start
@@ -37,12 +38,12 @@ def read_text(path: Path, options: ReadOptions) -> Iterator[TextDocument]:
 
 
 def open_binary(path: Path) -> BufferedIOBase:
-    """The file, unpacked while it is read if its name ends in .gz. OSError passes through."""
+    """Open `path` for reading, decompressed if its name ends in .gz. Raises OSError."""
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """The error for a file that `open_binary` or reading what it gave failed on."""
+    """UserError for a file that failed in `open_binary` or while it was read."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return UserError(f"{path}: cannot be read ({reason}); restore the file or leave it out")
 
@@ -52,19 +53,19 @@ READ_ERRORS = (OSError, EOFError, zlib.error)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Extent:
-    """A document's place in its file."""
+    """Byte range of a document in its file."""
 
     start: int
-    """First byte, counted in the unpacked file."""
+    """First byte, in the decompressed file."""
     stop: int
     """The byte after the last."""
     data: bytes | None
-    """The bytes; None where they are too many to keep."""
+    """The bytes; None for more than KEPT."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pieces:
-    """Reads one document anew at every call."""
+    """Reads one document from its start at every call."""
 
     path: Path
     extent: _Extent
@@ -114,7 +115,7 @@ class _Pieces:
 
 
 def _extents(path: Path, separator: str | None) -> Iterator[_Extent]:
-    """Where the documents of the file lie; a byte order mark at its start is no part of them."""
+    """Byte ranges of the documents of a file, without a byte order mark at its start."""
     try:
         with open_binary(path) as file:
             if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
@@ -125,7 +126,7 @@ def _extents(path: Path, separator: str | None) -> Iterator[_Extent]:
 
 
 def _parts(file: BufferedIOBase, separator: bytes | None) -> Iterator[_Extent]:
-    """What stands before, between and after the lines that are the separator."""
+    """Byte ranges before, between and after the lines that equal the separator."""
     part = _Part(file.tell())
     at_line_start = True
     while chunk := file.read(CHUNK) if separator is None else file.readline(CHUNK):
@@ -139,7 +140,7 @@ def _parts(file: BufferedIOBase, separator: bytes | None) -> Iterator[_Extent]:
 
 
 class _Part:
-    """A document being found."""
+    """A document whose end is not found yet."""
 
     def __init__(self, start: int) -> None:
         self.start = self.stop = start

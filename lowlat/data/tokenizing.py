@@ -1,6 +1,6 @@
-"""Documents to tokens, many at once and in the order they come.
+"""Batch tokenization of documents, in order, with begin and end tokens.
 
-Owns what stands around and between them. Chats are encoded in chat.py, files written in writer.py.
+`chat` encodes chats, `writer` writes files.
 """
 
 from collections import Counter
@@ -28,33 +28,33 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Task
 
 BATCH = 1 << 22
-"""Characters handed to the tokenizer at once; its threads share them."""
+"""Characters per tokenizer batch, which its threads share."""
 
 
 HEAD_PROBE = "a\n"
-"""Text that no tokenizer joins with the same text after it."""
+"""Text that no tokenizer merges with a copy of itself."""
 LEADS = ("\n", ".", "a", "0", "\u4e00")
-"""Texts to encode a piece after, so that its head is one within a text: the first as pieces are cut
-at line breaks, others for pieces whose head would be joined with that.
+"""Texts to put before a piece so that the tokenizer encodes its head as inside a document.
+
+The first is a line break, where documents are cut into pieces; the others are for pieces whose head
+would merge with a line break.
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Piece:
-    """Text that waits for the tokenizer."""
+    """A piece of a document in the tokenizer's queue."""
 
     split: Split
-    """Where it goes."""
     text: str
-    """All of a document or a part of it."""
     begins: bool
-    """Whether it begins its document."""
+    """Whether it is the first piece of its document."""
     ends: int | None
-    """Bytes of the whole document where it ends it."""
+    """For the last piece of a document, the bytes of the document; else None."""
 
 
 class BatchTokenizer:
-    """Documents to tokens in the order they come, many at once."""
+    """Tokenizes documents in batches and writes them in order."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class BatchTokenizer:
         invalid: Invalid,
     ) -> None:
         self.dropped: Counter[str] = Counter()
-        """Reason -> documents that were not written."""
+        """Number of dropped documents by reason."""
         self._tokenizer, self._writers, self._task = tokenizer, writers, task
         self._chats = ChatEncoder(tokenizer)
         self._invalid = invalid
@@ -75,14 +75,14 @@ class BatchTokenizer:
         self._size = 0
 
     def add(self, document: Document, split: Split, size: int) -> None:
-        """Take `document`, of `size` bytes of text."""
+        """Queue `document`, of `size` bytes of text."""
         if isinstance(document, ChatDocument):
             self._add_chat(document, split)
         else:
             self._add_text(document, split, size)
 
     def flush(self) -> None:
-        """Tokenise and write all that waits."""
+        """Tokenize and write all queued pieces."""
         pieces, self._waiting, self._size = self._waiting, [], 0
         for piece, ids in zip(pieces, self._encoded(pieces), strict=True):
             writer = self._writers[piece.split]
@@ -92,7 +92,7 @@ class BatchTokenizer:
                 writer.end_document(piece.ends)
 
     def _encoded(self, pieces: list[_Piece]) -> list[list[int]]:
-        """The ids of every piece, as they are within its document."""
+        """Ids of every piece, as encoded within its document."""
         apart = any(not piece.begins for piece in pieces) and self._marks_heads
         before = [LEADS[0] if apart and not piece.begins else "" for piece in pieces]
         texts = [head + piece.text for head, piece in zip(before, pieces, strict=True)]
@@ -105,27 +105,27 @@ class BatchTokenizer:
 
     @cached_property
     def _marks_heads(self) -> bool:
-        """Whether the head of a text is encoded otherwise than the same within one: sentencepiece
-        puts a blank there.
+        """Whether the tokenizer encodes the head of a text differently than the same text inside
+        one: SentencePiece adds a blank.
         """
         texts = [HEAD_PROBE * 2, HEAD_PROBE, HEAD_PROBE]
         whole, first, second = self._tokenizer.encode_batch(texts)
         return whole != first + second
 
     def _continued(self, text: str) -> list[int]:
-        """The ids of `text` after another one. Raises UserError where all are joined with it."""
+        """Ids of `text` inside a document. Raises UserError if it merges with all LEADS."""
         for lead in LEADS[1:]:
             (whole,) = self._tokenizer.encode_batch([lead + text])
             ids = _without_lead(self._tokenizer, lead, whole)
             if ids is not None:
                 return ids
         raise UserError(
-            f"a document is longer than {PIECE} characters, and this tokenizer joins any two: cut "
-            "it into documents with --separator, or take another --tokenizer"
+            f"a document is longer than {PIECE} characters, and this tokenizer merges across any "
+            "cut; split it into documents with --separator, or use another --tokenizer"
         )
 
     def _add_text(self, document: TextDocument, split: Split, size: int) -> None:
-        told = 0
+        reported = 0
         begins = True
         for text, is_last in _with_last(document.pieces()):
             ends = size if is_last else None
@@ -134,9 +134,9 @@ class BatchTokenizer:
             self._size += len(text)
             if self._size >= BATCH:
                 self.flush()
-            done = document.source_bytes if is_last else min(told + len(text), size)
-            self._task.advance(done - told)
-            told = done
+            done = document.source_bytes if is_last else min(reported + len(text), size)
+            self._task.advance(done - reported)
+            reported = done
 
     def _add_chat(self, chat: ChatDocument, split: Split) -> None:
         self.flush()
@@ -155,13 +155,13 @@ class BatchTokenizer:
 
 
 def _without_lead(tokenizer: Tokenizer, lead: str, ids: list[int]) -> list[int] | None:
-    """`ids` of `lead` and a text without those of `lead`; None where these two are joined."""
+    """`ids` of `lead` plus a text, without the ids of `lead`; None if the two merge."""
     (own,) = tokenizer.encode_batch([lead])
     return ids[len(own) :] if ids[: len(own)] == own else None
 
 
 def _with_last(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Every text and whether it is the last."""
+    """Each text with whether it is the last."""
     waiting: str | None = None
     for text in texts:
         if waiting is not None:

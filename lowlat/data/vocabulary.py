@@ -1,6 +1,6 @@
-"""The tokenizer of a token folder: an existing one by name, or one trained on the documents.
+"""Tokenizer of a dataset: load one by name, or train a byte-level BPE vocabulary; special tokens.
 
-Owns training byte-level BPE and which special tokens mean what. Encoding is lowlat.text's.
+`lowlat.text` encodes.
 """
 
 from collections.abc import Iterable
@@ -27,11 +27,11 @@ SPECIAL = (
     *(BEGIN, END, PAD, TURN, END_OF_TURN, *FIM),
     *(f"<|reserved_{index}|>" for index in range(NUM_RESERVED)),
 )
-"""Special tokens of a trained vocabulary, which have its first ids."""
+"""Special tokens of a trained vocabulary, with the first ids."""
 MIN_VOCAB = len(SPECIAL) + len(byte_alphabet())
 MAX_VOCAB = 1 << 20
 MAX_TOKEN_BYTES = 64
-"""Rulers and runs of blanks become no longer tokens than this."""
+"""Longest token, which limits rulers and runs of blanks."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -47,15 +47,15 @@ KNOWN_FIM = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
 )
-"""Tokens for infilling by family: before the first, the last and the middle part."""
+"""Fill-in-the-middle tokens by family: prefix, suffix, middle."""
 KNOWN_ENDS = ("<|endoftext|>", END)
-"""Ends of a text, which chat models keep beside the end of a turn that they name as eos."""
+"""End-of-text tokens, which chat models have besides their eos token, the end of a turn."""
 
 
 def load_tokenizer(name: str, progress: Progress | None = None) -> Tokenizer:
-    """The tokenizer called `name`: a folder, tokenizer.json, a .gguf file, or a model's name.
+    """Load the tokenizer of `name`: a folder, tokenizer.json, a .gguf file, or a model's name.
 
-    Raises UserError naming what is not there or cannot be used.
+    Raises UserError.
     """
     path = Path(name).expanduser()
     if path.is_dir() and (path / "tokenizer.json").is_file():
@@ -72,11 +72,12 @@ def load_tokenizer(name: str, progress: Progress | None = None) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens, special ones included, and a ChatML template.
+    """Train byte-level BPE of at most `vocab_size` tokens, special tokens included; the chat
+    template is ChatML.
 
-    Text is cut as QWEN2 cuts it: words with the blank before them, single digits, so that numbers
-    are spelled alike. The same texts give the same vocabulary, however many threads count.
-    Raises UserError where the size is out of range.
+    The pre-tokenizer is Qwen2's: words with the blank before them, and single digits. The same
+    texts give the same vocabulary for any number of threads. Raises UserError for a size out of
+    range.
     """
     if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
         raise UserError(f"vocabulary of {vocab_size}: must be within {MIN_VOCAB} and {MAX_VOCAB}")
@@ -111,14 +112,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def end_of_text(tokenizer: Tokenizer, name: str | None = None) -> int:
-    """Id that ends a document: the token `name`, else the tokenizer's end of a text.
+    """Id that ends a document: the token `name`, else the tokenizer's end of text.
 
-    Raises UserError where there is no such token or several.
+    Raises UserError if there is none or more than one.
     """
     ids = {text: index for index, text in tokenizer.added_tokens.items()}
     if name is not None:
         if name not in ids:
-            raise UserError(f"--end-of-text {name!r} is no special token of the tokenizer")
+            raise UserError(f"--end-of-text {name!r} is not a special token of the tokenizer")
         return ids[name]
     known = [ids[text] for text in KNOWN_ENDS if text in ids] or sorted(tokenizer.eos_ids)
     if len(known) != 1:
@@ -128,13 +129,13 @@ def end_of_text(tokenizer: Tokenizer, name: str | None = None) -> int:
 
 
 def begin_of_text(tokenizer: Tokenizer) -> int | None:
-    """Id that the tokenizer puts before a text, so that documents begin as prompts do."""
+    """Id that the tokenizer puts before a text, if any: documents begin as prompts do."""
     bos = tokenizer.bos_id
     return bos if bos is not None and tokenizer.encode("")[:1] == [bos] else None
 
 
 def fim_tokens(tokenizer: Tokenizer) -> FimTokens | None:
-    """Ids for infilling, if the tokenizer has those of a known family."""
+    """Fill-in-the-middle tokens, if the tokenizer has those of a known family."""
     ids = {text: index for index, text in tokenizer.added_tokens.items()}
     for family in KNOWN_FIM:
         if set(family) <= ids.keys():

@@ -1,6 +1,6 @@
-"""Writer of a token folder's files: token shards, document ends, target masks, with checksums.
+"""Writer of a tokenized dataset's files: token shards, document ends, loss masks, with checksums.
 
-Which tokens are written is `build`'s; the folder appears whole or not at all (`atomic_folder`).
+`build` makes the folder appear complete or not at all (`atomic_folder`).
 """
 
 import hashlib
@@ -24,11 +24,11 @@ from lowlat.data.manifest import (
 from lowlat.text.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 28
-"""Ids of one file: half a gigabyte of 16-bit ids."""
+"""Ids per file: half a gigabyte of 16-bit ids."""
 
 
 class SplitWriter:
-    """The files of one split, written as documents come. OSError passes through."""
+    """Writes the files of one split. Raises OSError."""
 
     def __init__(
         self, folder: Path, split: Split, dtype: np.dtype, shard_tokens: int = SHARD_TOKENS
@@ -45,7 +45,7 @@ class SplitWriter:
         self._text_bytes = 0
 
     def add(self, ids: np.ndarray, loss_mask: np.ndarray | None = None) -> None:
-        """Append tokens of the document under way; without `loss_mask` all are targets."""
+        """Append tokens of the current document; without `loss_mask` all are targets."""
         if loss_mask is not None and self._mask is None:
             self._mask = _MaskFile(self._folder / mask_file(self._split))
             self._mask.add_targets(self.tokens)
@@ -65,13 +65,13 @@ class SplitWriter:
                 self._finish_shard()
 
     def end_document(self, text_bytes: int) -> None:
-        """The document under way is complete; it stood for so many bytes of text."""
+        """End the current document, of `text_bytes` bytes of text."""
         self.documents += 1
         self._text_bytes += text_bytes
         self._ends.write(self.tokens.to_bytes(8, "little"))
 
     def finish(self) -> SplitManifest:
-        """Close all files; what was written. A split without documents leaves no files."""
+        """Close all files; returns the manifest. A split without documents leaves no files."""
         if self._shard is not None:
             self._finish_shard()
         ends = self._ends.finish()
@@ -88,7 +88,7 @@ class SplitWriter:
         )
 
     def close(self) -> None:
-        """Let go of the files, complete or not."""
+        """Close the files, complete or not."""
         for file in (self._shard, self._ends, self._mask):
             if file is not None:
                 file.close()
@@ -101,7 +101,7 @@ class SplitWriter:
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """Write the files of `tokenizer`; their SHA-256 by name. OSError passes through."""
+    """Write the files of `tokenizer`; returns their SHA-256 by name. Raises OSError."""
     tokenizer.save(folder)
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -111,13 +111,13 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def write_manifest(folder: Path, manifest: DatasetManifest) -> None:
-    """Write tokens.json. OSError passes through."""
+    """Write tokens.json. Raises OSError."""
     text = json.dumps(to_json(manifest), indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
 class _HashedFile:
-    """A file that knows the SHA-256 of what was written."""
+    """A file that hashes what is written to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -34,7 +34,7 @@ def collect(
     """Collect training text from packages, with a list of its licences.
 
     pip, npm and apt-get download the archives with their own settings; archives are verified and
-    cached. Nothing of a package is installed or run.
+    cached. No package is installed or run.
     """
     from lowlat.utils.progress import make_progress
     from lowlat_lab.corpus.collect import collect_corpus

@@ -1,4 +1,4 @@
-"""The `lowlat-lab` command: studies, corpora and pages behind lowlat's published results."""
+"""The `lowlat-lab` command: ablation studies, corpora and pages of lowlat's published results."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""`lowlat-lab page`: write result pages and plots again from recorded figures."""
+"""`lowlat-lab page`: regenerate result pages and plots from recorded figures."""
 
 import json
 from pathlib import Path

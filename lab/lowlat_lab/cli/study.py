@@ -1,4 +1,4 @@
-"""`lowlat-lab study`: small trainings that differ in one thing, with confidence intervals."""
+"""`lowlat-lab study`: ablation studies of small models, with confidence intervals over seeds."""
 
 import json
 import shlex
@@ -78,7 +78,7 @@ DryRun = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 
 app = typer.Typer(
-    help="Train small models that differ in one thing, with several seeds, and compare them.",
+    help="Ablation studies: train small models that differ in one factor, with several seeds.",
     no_args_is_help=True,
 )
 
@@ -137,7 +137,7 @@ def balance(
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Experts balanced by a routing bias, an auxiliary loss, or not: loss and MaxVio."""
+    """Expert load balancing by a routing bias, an auxiliary loss, or none: loss and MaxVio."""
     wait_passively()
     from lowlat_lab.study import balance as own
 
@@ -167,7 +167,7 @@ def mtp(
     as_json: options.Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """One model trained with and without a multi-token prediction module: loss, acceptance."""
+    """A model trained with and without a multi-token prediction module: loss, acceptance rate."""
     wait_passively()
     from lowlat_lab.study import mtp as own
 

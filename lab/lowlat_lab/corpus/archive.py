@@ -1,7 +1,7 @@
 """Package archives (.whl, .zip, .tar.*, .deb): members read in memory, never unpacked.
 
-Nothing of a package is written to disk or run, so neither odd paths, links nor scripts can do
-anything; sizes are capped before anything is read. Owns no meaning of the files.
+No member is written to disk or run, so paths, links and scripts in a package have no effect. Size
+limits are checked before a member is read.
 """
 
 import fnmatch
@@ -17,11 +17,11 @@ from lowlat.utils.errors import UserError
 from lowlat_lab.corpus.document import Member
 
 MAX_MEMBER = 64 << 20
-"""Bytes of one file; the largest that ships text today has 16 million."""
+"""Maximum bytes of a file; the largest text in the packages of the recipe has 16 million."""
 MAX_TOTAL = 4 << 30
-"""Bytes of all files of an archive once decompressed, read or not."""
+"""Maximum bytes of all files of an archive, decompressed, read or not."""
 MAX_FILES = 500_000
-"""Files in an archive."""
+"""Maximum number of files in an archive."""
 
 AR_MAGIC = b"!<arch>\n"
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError)
@@ -30,9 +30,9 @@ DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOF
 def read_members(archive: Path, include: Sequence[str], exclude: Sequence[str]) -> list[Member]:
     """The files whose path matches a glob of `include` and none of `exclude`, sorted by path.
 
-    '*' in a glob matches across '/'. Links and special files are passed over. Raises UserError:
-    an archive that is damaged, of an unknown kind or over a limit, and a glob of `include` that
-    matches nothing (a package that has changed must not quietly give less text).
+    '*' in a glob also matches '/'. Links and special files are skipped. Raises UserError for an
+    archive that is damaged, of an unknown kind or over a limit, and for a glob of `include` without
+    a match, so that a changed package does not silently give less text.
     """
     try:
         found = list(_matching(archive, include, exclude))
@@ -40,7 +40,7 @@ def read_members(archive: Path, include: Sequence[str], exclude: Sequence[str]) 
         raise UserError(f"{archive} is damaged ({error}); delete it to fetch it again") from error
     for glob in include:
         if not any(fnmatch.fnmatchcase(member.path, glob) for member in found):
-            raise UserError(f"{archive.name} holds no file '{glob}' that is not excluded")
+            raise UserError(f"{archive.name} has no file '{glob}' that is not excluded")
     return sorted(found, key=lambda member: member.path)
 
 
@@ -87,9 +87,9 @@ def _check_member(archive: Path, path: str, size: int) -> None:
 
 
 def _data_of_deb(archive: Path) -> io.BytesIO:
-    """The compressed tar of a Debian package's files: the data.tar.* inside an `ar` archive.
+    """The compressed tar of a Debian package's files: data.tar.* inside an `ar` archive.
 
-    Layout: deb(5) and ar(5); each entry has a header of 60 bytes and is padded to an even length.
+    Layout: deb(5) and ar(5). Each entry has a header of 60 bytes and is padded to an even length.
     """
     with archive.open("rb") as stream:
         if stream.read(8) != AR_MAGIC:
@@ -102,22 +102,22 @@ def _data_of_deb(archive: Path) -> io.BytesIO:
                 break
             if name.startswith("data.tar"):
                 if name.endswith(".zst"):
-                    raise UserError(f"{archive.name} is compressed by zstd, which is not read here")
+                    raise UserError(f"{archive.name} is compressed by zstd, which is not supported")
                 data = stream.read(size)
                 if len(data) != size:
                     break
                 return io.BytesIO(data)
             stream.seek(size + size % 2, io.SEEK_CUR)
-    raise UserError(f"{archive} is damaged (no whole data.tar); delete it to fetch it again")
+    raise UserError(f"{archive} is damaged (no complete data.tar); delete it to fetch it again")
 
 
 def gunzip(member: Member) -> bytes:
-    """What a .gz or .dz file inside an archive holds. Raises UserError: damaged or too large."""
+    """Decompress a .gz or .dz member. Raises UserError if it is damaged or too large."""
     stream = zlib.decompressobj(31)
     try:
         data = stream.decompress(member.data, MAX_MEMBER)
     except zlib.error as error:
-        raise UserError(f"{member.path} is not whole gzip data ({error})") from error
+        raise UserError(f"{member.path} is not complete gzip data ({error})") from error
     if not stream.eof:
         raise UserError(f"{member.path} is cut short, or over {MAX_MEMBER} bytes decompressed")
     return data

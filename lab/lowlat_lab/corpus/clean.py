@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-# Characters that only steer display (soft hyphen, zero width, marks of direction, byte order).
+# Invisible characters: soft hyphen, zero width, direction marks, byte order mark.
 INVISIBLE = dict.fromkeys([0xAD, 0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, *range(0x200E, 0x2010)])
 INVISIBLE |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFFFD])
 CONTROL = dict.fromkeys(c for c in [*range(0x20), *range(0x7F, 0xA0)] if chr(c) not in "\n\t")
@@ -16,13 +16,15 @@ TABLE = {**CONTROL, **INVISIBLE, **SPACES, **LINE_ENDS}
 PLAIN_QUOTES = {0x2018: "'", 0x2019: "'", 0x201A: "'", 0x201B: "'", 0x201C: '"', 0x201D: '"'}
 PLAIN_QUOTES |= {0x201E: '"', 0x201F: '"', 0x2010: "-", 0x2011: "-", 0x2026: "..."}
 
-
 RUN, SHARE = 5, 0.25
+"""Words of an n-gram; largest share of a paragraph's n-grams that an evaluation text may have."""
 
 
 def even_text(text: str, *, plain_quotes: bool) -> str:
-    """NFC, line feeds, no control or invisible characters, no space at line ends, and never more
-    than one empty line. plain_quotes: typographic quotes, hyphens and ellipses become ASCII.
+    """Normalise `text`: Unicode NFC, line feeds, no control or invisible characters, no spaces at
+    line ends, at most one empty line between paragraphs.
+
+    plain_quotes: typographic quotes, hyphens and ellipses become ASCII.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(TABLE)
     if plain_quotes:
@@ -33,10 +35,10 @@ def even_text(text: str, *, plain_quotes: bool) -> str:
 
 
 def unwrapped(text: str) -> str:
-    """Paragraphs on one line each; indented ones (verse, code, lists) and short lines stay.
+    """Undo line wrapping: one line per paragraph, except indented ones (verse, code, lists).
 
-    A paragraph is joined if its lines are as long as wrapping makes them: every line but the last
-    would have had no room for the first word of the next one.
+    A paragraph counts as wrapped if most of its lines have no space for the first word of the next
+    line.
     """
     return "\n\n".join(map(_joined, text.split("\n\n")))
 
@@ -46,22 +48,22 @@ def _joined(paragraph: str) -> str:
     if len(lines) < 2 or any(line.startswith((" ", "- ", "* ")) for line in lines[1:]):
         return paragraph
     width = max(map(len, lines))
-    room = [len(line) + 1 + len(after.split(" ", 1)[0]) for line, after in pairwise(lines)]
-    full = sum(size > min(width, 60) for size in room)
-    return " ".join(line.strip() for line in lines) if full >= len(room) * 0.7 else paragraph
+    lengths = [len(line) + 1 + len(after.split(" ", 1)[0]) for line, after in pairwise(lines)]
+    full = sum(length > min(width, 60) for length in lengths)
+    return " ".join(line.strip() for line in lines) if full >= len(lengths) * 0.7 else paragraph
 
 
 def without_dropped(text: str, patterns: Sequence[re.Pattern[str]]) -> tuple[str, int]:
-    """`text` without the paragraphs in which a pattern is found, and how many those were."""
+    """`text` without the paragraphs that contain a pattern, and the number of those removed."""
     paragraphs = text.split("\n\n")
     kept = [part for part in paragraphs if not any(pattern.search(part) for pattern in patterns)]
     return "\n\n".join(kept), len(paragraphs) - len(kept)
 
 
 class Paragraphs:
-    """The paragraphs seen so far, of at least `shortest` characters; shorter ones may repeat.
+    """Paragraph deduplication: the paragraphs of at least `shortest` characters seen so far.
 
-    Case, punctuation and white space make no difference.
+    Shorter ones may repeat. Case, punctuation and white space are ignored.
     """
 
     def __init__(self, shortest: int) -> None:
@@ -69,11 +71,11 @@ class Paragraphs:
         self._seen: set[bytes] = set()
 
     def add(self, text: str) -> None:
-        """Counts every paragraph of `text` as seen."""
+        """Mark every paragraph of `text` as seen."""
         self.without_seen(text)
 
     def without_seen(self, text: str) -> tuple[str, int]:
-        """`text` without paragraphs seen before, and how many those were; the rest are now seen."""
+        """`text` without paragraphs seen before, and the number removed. Marks the rest as seen."""
         kept: list[str] = []
         dropped = 0
         for paragraph in text.split("\n\n"):
@@ -93,11 +95,12 @@ class Paragraphs:
 
 
 class KeptOut:
-    """Texts of which no paragraph of at least `shortest` characters may be taken, in whatever
-    spelling: of a paragraph that is theirs, SHARE of the runs of RUN words are in them.
+    """Decontamination: removes paragraphs of evaluation texts, by n-gram overlap.
 
-    Without unknown words, which stand for others in WikiText: with a tenth of them, three fifths of
-    the runs are left. Texts of their own share a few in a hundred.
+    A paragraph of at least `shortest` characters is removed if the evaluation texts contain more
+    than SHARE of its n-grams of RUN words. Case and punctuation are ignored. So is <unk>, which
+    replaces rare words in WikiText: with 10 % of words unknown, 60 % of the n-grams still match.
+    Unrelated texts share a few percent.
     """
 
     def __init__(self, texts: Iterable[str], shortest: int) -> None:
@@ -105,7 +108,7 @@ class KeptOut:
         self._runs = {run for text in texts for run in _runs(text)}
 
     def without(self, text: str) -> tuple[str, int]:
-        """`text` without their paragraphs, and how many those were."""
+        """`text` without paragraphs of these texts, and the number removed."""
         paragraphs = text.split("\n\n")
         kept = [paragraph for paragraph in paragraphs if not self._holds(paragraph)]
         return "\n\n".join(kept), len(paragraphs) - len(kept)
@@ -123,6 +126,6 @@ def _words(text: str) -> list[str]:
 
 
 def _runs(text: str) -> list[int]:
-    """Hashes of the runs of RUN words."""
+    """Hashes of all n-grams of RUN words."""
     words = [word for word in _words(text) if word != "unk"]
     return [hash(tuple(words[at : at + RUN])) for at in range(len(words) - RUN + 1)]

@@ -1,13 +1,13 @@
 """Corpus collection from a recipe: fetch, extract, clean, deduplicate, write.
 
-    DST/train/NAME.jsonl      {"text", "source", "title"}, one document a line
-    DST/held_out/NAME.jsonl   the same for documents that no training may see
-    DST/manifest.json         every file with its sha256 and counts, and what was left out
-    DST/LICENCES.md           every source, its licence and where it came from
-    DST/licences/NAME/...     the licences' own words
+    DST/train/NAME.jsonl      {"text", "source", "title"}, one document per line
+    DST/held_out/NAME.jsonl   the same for documents excluded from training
+    DST/manifest.json         every file with its sha256 and counts, and counts of dropped text
+    DST/LICENCES.md           every source, its licence and its package
+    DST/licences/NAME/...     licence texts
 
-Owns the order of the work. The same recipe gives the same bytes. All text is held in memory (a
-corpus of packages has some hundred megabytes).
+The same recipe gives the same bytes. Memory holds the whole text: a few hundred megabytes for a
+corpus of packages.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ def collect_corpus(
     accept_newer: bool = False,
     progress: Progress | None = None,
 ) -> CorpusSummary:
-    """Makes the folder `destination`, which appears only when it is whole.
+    """Build the corpus in the folder `destination`, which appears complete or not at all.
 
-    without: names of sources that are not collected. keep_out: texts for evaluation, of which no
-    paragraph may be in the corpus. accept_newer: take another version where Debian has replaced
-    the one of the recipe; the manifest tells which.
+    without: names of sources to leave out. keep_out: evaluation texts, whose paragraphs are removed
+    from the corpus. accept_newer: if Debian has replaced the recipe's version of a package, take
+    the current one; the manifest names it.
 
-    Raises UserError for an unknown name, an existing destination and whatever fetching and reading
-    raise.
+    Raises UserError for an unknown source name, an existing destination, and as `fetch_archive` and
+    `extract`.
     """
     progress = progress if progress is not None else SilentProgress()
     if destination.exists():
@@ -52,7 +52,7 @@ def collect_corpus(
         raise UserError(f"--without {min(unknown)}: the recipe has no source of this name")
     sources = [source for source in recipe.source if source.name not in without]
     evaluation = [_evaluation_text(path, recipe) for path in keep_out]
-    # Everything is fetched before anything is read: what is missing is said within seconds.
+    # Fetch all archives first, so that a missing one is reported within seconds.
     archives = [
         fetch_archive(source, accept_newer=accept_newer, progress=progress) for source in sources
     ]
@@ -63,7 +63,8 @@ def collect_corpus(
     with progress.task("dropping what repeats", len(collected)) as task:
         paragraphs = Paragraphs(recipe.repeated_from)
         kept_out = KeptOut(evaluation, recipe.repeated_from)
-        for text in evaluation:  # of few words, too: not all writing puts blanks between them
+        # exact match too, because text without spaces between words has few n-grams
+        for text in evaluation:
             paragraphs.add(text)
         for one in collected:
             for document in one.extracted.held_out:
@@ -78,7 +79,7 @@ def collect_corpus(
 
 
 def _read(source: Source, archive: Archive, recipe: CorpusRecipe, progress: Progress) -> Collected:
-    """The documents of one source and the words of its licence."""
+    """Documents and licence texts of one source."""
     members = read_members(archive.path, source.members, source.exclude)
     with progress.task(f"reading {source.name}", len(members)) as task:
         extracted = extract(source, members, plain_quotes=recipe.plain_quotes, task=task)
@@ -88,7 +89,7 @@ def _read(source: Source, archive: Archive, recipe: CorpusRecipe, progress: Prog
 
 
 def _evaluation_text(path: Path, recipe: CorpusRecipe) -> str:
-    """A text to keep out; one without empty lines has a paragraph a line."""
+    """An evaluation text, normalised; every line is a paragraph."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -98,8 +99,8 @@ def _evaluation_text(path: Path, recipe: CorpusRecipe) -> str:
 
 
 def _once(extracted: Extracted, paragraphs: Paragraphs, kept_out: KeptOut, source: Source) -> None:
-    """Takes paragraphs seen before, and those to keep out, from the training documents, then keeps
-    to the size limit.
+    """Remove repeated paragraphs and those of evaluation texts from the training documents, then
+    apply the size limit.
     """
     kept: list[Document] = []
     for document in extracted.train:
@@ -117,7 +118,7 @@ def _once(extracted: Extracted, paragraphs: Paragraphs, kept_out: KeptOut, sourc
 
 
 def _limit(extracted: Extracted, size: int) -> None:
-    """Leaves documents out, chosen evenly by a hash of what they say, until `size` bytes hold."""
+    """Sample documents by content hash, up to `size` bytes; drop the others."""
     sizes = [len(document.text.encode()) for document in extracted.train]
     by_hash = sorted(range(len(sizes)), key=lambda i: _digest(extracted.train[i]))
     chosen = set[int]()

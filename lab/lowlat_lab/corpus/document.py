@@ -10,16 +10,16 @@ class Member:
     path: str
     """Path inside the archive, with forward slashes and no leading './'."""
     data: bytes
-    """What it holds."""
+    """Content of the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A text that stands alone: a chapter, a page, a speech, an entry."""
+    """A self-contained text: a chapter, a page, a speech, an entry."""
 
     title: str
-    """What people call it; not part of the text."""
+    """Its common name; not part of the text."""
     text: str
     """Paragraphs with an empty line between them."""
     path: str
-    """The member it came from."""
+    """Path of its member."""

@@ -26,7 +26,7 @@ from lowlat_lab.corpus.sword import sword_documents
 
 @dataclass(kw_only=True, slots=True)
 class Extracted:
-    """The documents of a source, and what was left out on the way, counted by reason."""
+    """Documents of a source, and the number of dropped paragraphs and documents by reason."""
 
     train: list[Document] = field(default_factory=list)
     held_out: list[Document] = field(default_factory=list)
@@ -42,8 +42,8 @@ def extract(
 ) -> Extracted:
     """All documents of a source; `task` is advanced once per member.
 
-    Raises UserError for members that are not what the source's format says, and where a held_out
-    glob matches no document.
+    Raises UserError for a member that is not in the source's format, and for a held_out glob
+    without a match.
     """
     out = Extracted()
     held_out_seen = set[str]()
@@ -100,13 +100,13 @@ def _r_documents(members: Sequence[Member]) -> Iterator[Document]:
             continue
         database = files.get(path[:-1] + "b")
         if database is None:
-            raise UserError(f"{path} is not read without its .rdb file: add it to members")
+            raise UserError(f"{path} needs its .rdb file; add it to members")
         for name, lines in read_texts(index, database, path).items():
             yield Document(title=name, text="\n".join(lines), path=f"{path}/{name}")
 
 
 def _decoded(member: Member, source: Source) -> str:
-    """A text or page; pages say their own encoding where it is not UTF-8, as old manuals do."""
+    """Text of a member. An HTML page that declares iso-8859-1, as old manuals do, is latin-1."""
     data = gunzip(member) if member.path.endswith(".gz") else member.data
     encoding = source.encoding
     if source.format == "html" and re.search(rb"charset=[\"']?iso-8859-1", data[:2000], re.I):
@@ -121,7 +121,7 @@ def _decoded(member: Member, source: Source) -> str:
 
 
 def _shaped(source: Source, text: str) -> tuple[str, int]:
-    """The text cut, replaced and without dropped paragraphs, and how many of those there were."""
+    """The text after start, stop, replace, drop and unwrap; the number of dropped paragraphs."""
     if source.start and (match := re.search(source.start, text, re.MULTILINE)):
         text = text[match.start() :]
     if source.stop and (match := re.search(source.stop, text, re.MULTILINE)):
@@ -143,7 +143,7 @@ def _split(source: Source, text: str) -> list[str]:
 
 
 def _title(document: Document, piece: str, source: Source) -> str:
-    """A piece of a document is called by the document and its own first line."""
+    """Title of a piece: that of the document and, if it was split, the piece's first line."""
     if source.split is None:
         return document.title
     return f"{document.title}: {piece.split(chr(10), 1)[0][:80]}"

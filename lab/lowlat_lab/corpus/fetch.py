@@ -1,10 +1,9 @@
 """Cache of package archives: downloaded once, verified, reused offline.
 
-    CACHE/packages/KIND/NAME/VERSION/ARCHIVE    a fetched archive, whole whenever it is there
-    CACHE/packages/KIND/.work/NAME-VERSION/     a fetch under way, and its lock file beside it
+    CACHE/packages/KIND/NAME/VERSION/ARCHIVE    a complete archive
+    CACHE/packages/KIND/.work/NAME-VERSION/     a running download, with a lock file next to it
 
-Owns that cache. How the package tools are asked is in `corpus.tools`, reading archives in
-`corpus.archive`.
+`corpus.tools` calls the package tools; `corpus.archive` reads the archives.
 """
 
 import os
@@ -31,23 +30,23 @@ from lowlat_lab.corpus.tools import download
 SUFFIXES = {"npm": (".tgz",), "debian": (".deb",), "pypi": (".whl",)}
 SDIST_SUFFIXES = (".tar.gz", ".tar.bz2", ".zip")
 NEWEST = "newest"
-"""Folder of a Debian package's version that no recipe names."""
+"""Folder of a Debian package's current version, which the recipe does not name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Archive:
-    """An archive in the cache and the digest of what it holds."""
+    """An archive in the cache, and its sha256."""
 
     path: Path
     sha256: str
 
 
 def fetch_archive(source: Source, *, accept_newer: bool, progress: Progress) -> Archive:
-    """The archive of a source, from the cache where it is there, checked by its sha256.
+    """The archive of a source, cached and verified by its sha256.
 
-    accept_newer: where a Debian package's version is gone, take the one there is, which apt-get
-    has checked by Debian's signature. Raises UserError: the tool or the version is not there, no
-    network, another hash, a full disk.
+    accept_newer: if the version of a Debian package is gone, take the current one, whose signature
+    apt-get verifies. Raises UserError for a missing tool or version, no network, a wrong hash or a
+    full disk.
     """
     with cache_disk_errors(cache_dir()):
         try:
@@ -59,11 +58,11 @@ def fetch_archive(source: Source, *, accept_newer: bool, progress: Progress) -> 
 
 
 class VersionGone(UserError):
-    """Debian has replaced a version by a newer one."""
+    """Debian no longer offers the version."""
 
 
 def _cached(source: Source, version: str, progress: Progress) -> Archive:
-    """The archive of `version`, fetched if it is not there."""
+    """The archive of `version`, downloaded if it is not in the cache."""
     base = cache_dir() / "packages" / source.kind
     folder = base.joinpath(*source.package_name.split("/"), version.replace(":", "%3a"))
     if _archive_in(folder, source) is None:
@@ -71,23 +70,23 @@ def _cached(source: Source, version: str, progress: Progress) -> Archive:
         work = base / ".work" / name
         work.mkdir(parents=True, exist_ok=True)
         with locked(work.with_name(work.name + ".lock"), source.name, progress):
-            if _archive_in(folder, source) is None:  # whoever held the lock may have fetched it
+            if _archive_in(folder, source) is None:  # another process may have fetched it
                 _fetch(source, folder, work, progress)
     archive = _archive_in(folder, source)
-    assert archive is not None  # _fetch put it there or raised
+    assert archive is not None
     expected = None if version == NEWEST else source.sha256
     return Archive(path=archive, sha256=checked_digest(archive, expected, progress))
 
 
 def _archive_in(folder: Path, source: Source) -> Path | None:
-    """The one archive of the source's form in `folder`, if there is one."""
+    """The archive in `folder` with a suffix of the source's kind, if any."""
     suffixes = SDIST_SUFFIXES if source.sdist else SUFFIXES[source.kind]
     found = [path for path in sorted(folder.glob("*")) if path.name.endswith(suffixes)]
     return found[0] if found else None
 
 
 def _fetch(source: Source, folder: Path, work: Path, progress: Progress) -> None:
-    """Downloads into `work`, checks, and places the archive in `folder` by one rename."""
+    """Download into `work`, verify, and rename the archive into `folder`."""
     newest = folder.name == NEWEST
     try:
         with progress.task(f"downloading {source.name}", source.bytes, "bytes") as task:
@@ -101,11 +100,11 @@ def _fetch(source: Source, folder: Path, work: Path, progress: Progress) -> None
             watch()
         archive = _archive_in(work, source)
         if archive is None:
-            raise UserError(f"cannot fetch {source.package}: nothing of its form was downloaded")
+            raise UserError(f"cannot fetch {source.package}: its tool downloaded no archive")
         digest = sha256_file(archive)
         if not newest and digest != source.sha256:
             raise UserError(
-                f"{source.package} is not the archive the recipe means: sha256 expected "
+                f"{source.package} is not the archive of the recipe: sha256 expected "
                 f"{source.sha256}, got {digest}; do not use it unless you know why it differs"
             )
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +117,7 @@ def _fetch(source: Source, folder: Path, work: Path, progress: Progress) -> None
 
 
 def _growth(work: Path, task: Task) -> Callable[[], None]:
-    """A function that advances `task` by what the largest file below `work` has grown."""
+    """A function that advances `task` by the growth of the largest file below `work`."""
     seen = 0
 
     def watch() -> None:
@@ -127,7 +126,7 @@ def _growth(work: Path, task: Task) -> Callable[[], None]:
         for path in work.rglob("*"):
             try:
                 now = max(now, path.stat().st_size)
-            except FileNotFoundError:  # moved between the two calls
+            except FileNotFoundError:  # moved meanwhile
                 continue
         task.advance(max(0, now - seen))
         seen = max(seen, now)

@@ -1,7 +1,7 @@
 """HTML to plain text: headings, paragraphs, lists, code and tables, without navigation.
 
-Owns what each element becomes. Which parts of a page are its content is said by selectors of the
-recipe. `html.parser` reads what browsers would: missing end tags and odd attributes do no harm.
+Selectors of the recipe choose the content of a page. `html.parser` accepts missing end tags and
+invalid attributes, as browsers do.
 """
 
 import re
@@ -21,7 +21,7 @@ VOID |= {"track", "param", "wbr"}
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """`tag`, `.class`, `#id`, `tag.class` or `tag#id`: the part of CSS that pages need here."""
+    """A CSS selector: `tag`, `.class`, `#id`, `tag.class` or `tag#id`."""
 
     tag: str
     name: str
@@ -29,7 +29,7 @@ class Selector:
 
     @classmethod
     def parse(cls, text: str) -> "Selector":
-        """Raises ValueError where `text` is none of the five forms."""
+        """Parse `text`. Raises ValueError if it is none of the five forms."""
         match = re.fullmatch(r"([a-z][a-z0-9]*)?(?:\.([\w-]+)|#([\w.-]+))?", text)
         if not text or match is None:
             raise ValueError(f"'{text}' is not tag, .class, #id, tag.class or tag#id")
@@ -50,14 +50,14 @@ class Page:
     title: str
     """Text of its title element."""
     text: str
-    """Blocks with an empty line between them; items and table rows follow one another directly."""
+    """Blocks with an empty line between them, except between list items and between table rows."""
 
 
 def html_to_text(html: str, *, root: Sequence[Selector], skip: Sequence[Selector]) -> Page:
     """The content of a page.
 
-    root: elements that hold content; where none of them is on the page, all of it is content.
-    skip: elements left out with all they contain, inside the content too.
+    root: content elements; if the page has none of them, the whole page is content. skip: elements
+    to leave out, with everything inside them.
     """
     renderer = _Renderer(root, skip)
     renderer.feed(html)
@@ -68,7 +68,7 @@ def html_to_text(html: str, *, root: Sequence[Selector], skip: Sequence[Selector
 
 
 class _Span:
-    """Whether parsing is inside an element, by counting start and end tags of its name."""
+    """Tracks whether the parser is inside an element, by counting its start and end tags."""
 
     def __init__(self) -> None:
         self.tag = ""
@@ -88,7 +88,7 @@ class _Span:
 
 
 class _Renderer(HTMLParser):
-    """Collects blocks (kind, text) from the events of a page."""
+    """HTML parser that collects the blocks (kind, text) of a page."""
 
     def __init__(self, root: Sequence[Selector], skip: Sequence[Selector]) -> None:
         super().__init__(convert_charrefs=True)
@@ -119,14 +119,14 @@ class _Renderer(HTMLParser):
         self._open(tag)
 
     def _open(self, tag: str) -> None:
-        """What an element that is content does to the text."""
+        """Start a content element: begin a block, a line or a table cell."""
         if tag == "br":
             self._pieces.append("\n")
         if tag in ("td", "th") and self._kind == "row":
-            self._pieces.append("\v")  # cells are told apart after white space is settled
+            self._pieces.append("\v")  # separates cells until white space is normalised
         if tag not in BLOCKS:
             return
-        # A paragraph that begins an item or a cell belongs to it.
+        # A paragraph at the start of an item or cell is part of it.
         if self._kind in ("li", "row", "dd") and tag in ("p", "div") and not self._has_text():
             return
         if self._kind == "row" and tag != "tr" and tag != "pre":
@@ -163,7 +163,7 @@ class _Renderer(HTMLParser):
         return any(not piece.isspace() for piece in self._pieces)
 
     def _flush(self) -> None:
-        """Ends the block under way."""
+        """End the current block."""
         text = "".join(self._pieces)
         self._pieces = []
         if self._kind == "pre":
@@ -181,7 +181,7 @@ class _Renderer(HTMLParser):
         self.blocks.append((self._kind, text))
 
     def _marker(self) -> str:
-        """The bullet or number of an item, indented by how deep its list is."""
+        """Bullet or number of a list item, indented by the depth of its list."""
         indent = "  " * max(0, len(self._lists) - 1)
         if not self._lists or self._lists[-1] is None:
             return f"{indent}- "

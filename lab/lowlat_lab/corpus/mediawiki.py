@@ -1,7 +1,7 @@
 """MediaWiki XML exports (Wikipedia dumps) to plain text articles.
 
-Owns what each piece of wiki markup becomes; `mwparserfromhell` tells the pieces apart. The XML is
-export-0.10's (mediawiki.org/xml), as `pages-articles` dumps have it, plain or in bzip2.
+`mwparserfromhell` parses the wiki markup. The XML is that of `pages-articles` dumps (export-0.10,
+mediawiki.org/xml), plain or compressed by bzip2.
 """
 
 import bz2
@@ -18,26 +18,26 @@ from lowlat_lab.corpus.document import Document, Member
 UNSEEN_TAGS = {"ref", "references", "table", "math", "chem", "ce", "gallery", "timeline", "score"}
 UNSEEN_TAGS |= {"imagemap", "graph", "hiero", "templatedata", "categorytree", "inputbox", "style"}
 UNSEEN_TAGS |= {"syntaxhighlight", "source", "pre"}
-"""Elements that are no prose, or not what their markup says."""
+"""Elements to leave out, because they are not prose."""
 UNSEEN_LINKS = re.compile(r"\s*(?:(?i:file|image|category):|[a-z]{2,3}(?:-[a-z]+)?:(?=\S))")
-"""Pictures, categories and the same article in other languages; a leading colon makes them text."""
+"""Links to leave out: images, categories, other languages. A leading colon makes them text."""
 KEPT = {"lang": 1, "nowrap": 0, "quote": 0, "blockquote": 0, "cquote": 0, "transl": -1}
-"""Templates that are words of the sentence they stand in, and which argument holds the words."""
+"""Templates that are part of a sentence, and the number of the argument with their text."""
 UNITS = {"convert", "cvt"}
 JOINING = {"to", "and", "or", "by", "x", "-", "–", "to(-)", "+/-"}  # noqa: RUF001
-"""Between two numbers of one unit, as in {{convert|60|to|70|km}}."""
+"""Words between two numbers with one unit, as in {{convert|60|to|70|km}}."""
 CLOSING = re.compile(
     r"^(?:see also|notes?|footnotes|references|citations|sources|(?:selected )?bibliography|"
     r"further reading|external links|notes and references|gallery)$",
     re.IGNORECASE,
 )
-"""Sections of an article that are lists of other texts."""
+"""Headings of sections to leave out: references, notes, links."""
 
 
 def mediawiki_documents(member: Member) -> Iterator[Document]:
     """The articles (namespace 0) of an export, without redirects, tables, notes and templates.
 
-    Raises UserError: the file is no such export, is damaged or too large, and where
+    Raises UserError for a file that is not an export, is damaged or too large, and if
     mwparserfromhell is not installed.
     """
     try:
@@ -50,7 +50,7 @@ def mediawiki_documents(member: Member) -> Iterator[Document]:
     for space, page in _pages(member):
         found = True
         title = page.findtext(f"{space}title") or ""
-        # exports before version 0.6 say no namespace
+        # exports before version 0.6 have no namespaces
         is_article = page.findtext(f"{space}ns") in ("0", None)
         if is_article and page.find(f"{space}redirect") is None:
             markup = page.findtext(f"{space}revision/{space}text") or ""
@@ -61,7 +61,7 @@ def mediawiki_documents(member: Member) -> Iterator[Document]:
 
 
 def _pages(member: Member) -> Iterator[tuple[str, ElementTree.Element]]:
-    """Every page and what stands before the names of its tags; asking for the next empties it."""
+    """Every page, with the prefix of its tags. The next iteration clears the page."""
     elements = ElementTree.iterparse(io.BytesIO(_decompressed(member)))
     while True:
         try:
@@ -77,7 +77,7 @@ def _pages(member: Member) -> Iterator[tuple[str, ElementTree.Element]]:
 
 
 def _decompressed(member: Member) -> bytes:
-    """All streams of a .bz2 file; what is not compressed as it is."""
+    """All streams of a .bz2 file, or the content of any other."""
     if not member.path.endswith(".bz2"):
         return member.data
     parts: list[bytes] = []
@@ -87,7 +87,7 @@ def _decompressed(member: Member) -> bytes:
         try:
             parts.append(stream.decompress(rest, left))
         except OSError as error:
-            raise UserError(f"{member.path} is not whole bzip2 data ({error})") from error
+            raise UserError(f"{member.path} is not complete bzip2 data ({error})") from error
         left, rest = left - len(parts[-1]), stream.unused_data
         if not stream.eof or (rest and left <= 0):
             raise UserError(f"{member.path} is cut short, or over {MAX_MEMBER} bytes decompressed")
@@ -95,14 +95,14 @@ def _decompressed(member: Member) -> bytes:
 
 
 def _article(code: Any) -> str:
-    """Paragraphs, headings and lists of an article, up to its lists of other texts."""
+    """Paragraphs, headings and lists of an article, without sections of references."""
     text = _text(code)
     lines = [" ".join(line.split()) for line in re.sub("'{2,}", "", text).split("\n")]
-    # Rows of a table that its article never closes, and list items that held only a template.
+    # Remove rows of unclosed tables, and list items that contained only a template.
     lines = [re.sub("^(?:- )+(?=- )", "", line) for line in lines]
     lines = [line for line in lines if not re.match(r"\{\||[|!]|(?:- )?-$", line)]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
-    # What a note, a sound or a template leaves behind in brackets.
+    # Remove brackets that contained only a note, a sound or a template.
     text = re.sub(r"\((?:[\s,;:/]|\bor\b)*\)", "", text)
     text = re.sub(r"\((?:[,;:] *)+", "(", text)
     text = re.sub(r"(?<=\S) +(?= |[,;)]|[.:](?:\s|$))", "", text)
@@ -110,7 +110,7 @@ def _article(code: Any) -> str:
 
 
 def _text(code: Any) -> str:
-    """What a reader sees of `code`. A section of other texts is left out with all below it."""
+    """Visible text of `code`, without sections of references and their subsections."""
     pieces: list[str] = []
     closed: int | None = None
     for node in code.nodes:
@@ -154,7 +154,7 @@ def _piece(node: Any, kind: str) -> str:
 
 
 def _template(node: Any) -> str:
-    """The words of a template that stands in a sentence; nothing for the others."""
+    """Text of a template that is part of a sentence; "" for other templates."""
     written = str(node.name).strip().replace("_", " ")
     name = written.lower()
     words = [_text(part.value).strip() for part in node.params if not part.showkey]

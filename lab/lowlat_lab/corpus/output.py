@@ -1,6 +1,6 @@
 """Output folder of a corpus: documents, manifest and licences, complete or not at all.
 
-Owns the form of what is written; bytes depend on nothing but their content.
+The written bytes depend on the collected documents only.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collected:
-    """What a source gave."""
+    """Documents and licence texts of a source, and its archive."""
 
     source: Source
     archive: Archive
-    """What it came from."""
+    """Its package archive."""
     extracted: Extracted
     licences: list[Member]
-    """Files of the archive that hold its licence."""
+    """Licence files of the archive."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,15 +44,15 @@ class SourceSummary:
     licence: str
     documents: int
     train_bytes: int
-    """UTF-8 bytes of the training texts themselves."""
+    """UTF-8 bytes of the training documents' texts."""
     held_out_bytes: int
     dropped: dict[str, int]
-    """What was left out, by reason."""
+    """Number of dropped paragraphs and documents by reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusSummary:
-    """What was made."""
+    """The written folder and its sources."""
 
     folder: Path
     sources: tuple[SourceSummary, ...]
@@ -65,7 +65,7 @@ class CorpusSummary:
 def write_corpus(
     destination: Path, recipe: CorpusRecipe, collected: Sequence[Collected], left_out: Sequence[str]
 ) -> CorpusSummary:
-    """Writes the folder beside `destination` and renames it there last."""
+    """Write the folder under a temporary name, then rename it to `destination`."""
     part = destination.with_name(f".{destination.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -77,7 +77,7 @@ def write_corpus(
         shutil.rmtree(part, ignore_errors=True)
         what = "no space left" if error.errno in NO_SPACE else os.strerror(error.errno or 0)
         raise UserError(
-            f"{destination} cannot be written ({what}); give a folder on a disk with room"
+            f"{destination} cannot be written ({what}); give a folder on a disk with free space"
         ) from error
     return CorpusSummary(folder=destination, sources=tuple(map(_summary, collected)))
 
@@ -97,7 +97,7 @@ def _write_folder(
 
 
 def _write_source(folder: Path, one: Collected) -> dict[str, Any]:
-    """Writes the documents and licences of a source. Returns its entry in the manifest."""
+    """Write the documents and licences of a source. Returns its entry in the manifest."""
     source = one.source
     files = {}
     for split, documents in (("train", one.extracted.train), ("held_out", one.extracted.held_out)):
@@ -106,7 +106,7 @@ def _write_source(folder: Path, one: Collected) -> dict[str, Any]:
             files[f"{split}/{path.name}"] = _write_documents(path, documents, source.name)
     names = []
     for member in one.licences:
-        # A flat name: nothing of the archive's own paths reaches the disk.
+        # A flat name, because a path in an archive may point outside the folder.
         name = member.path.replace("/", "_").replace("\\", "_").lstrip(".")
         _write(folder / "licences" / source.name / name, member.data)
         names.append(f"licences/{source.name}/{name}")
@@ -143,7 +143,7 @@ def _bytes_of(documents: Sequence[Document]) -> int:
 
 
 def _write(path: Path, content: str | bytes) -> None:
-    """Writes a file that is on the disk when this returns."""
+    """Write a file and sync it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_new_file(path, [content.encode() if isinstance(content, str) else content])
 
@@ -160,12 +160,12 @@ def _summary(one: Collected) -> SourceSummary:
 
 
 def licence_list(recipe: CorpusRecipe, collected: Sequence[Collected]) -> str:
-    """LICENCES.md: what may be done with each source, who says so, and who is to be named."""
+    """LICENCES.md: licence, its source, attribution and package of each source."""
     blocks = [
         f"# Licences of the corpus {recipe.name}",
         "Each file holds the text of one source under that source's own licence. The texts were "
-        "taken out of the packages named here; markup, what repeats and what is listed as left out "
-        "are gone, white space and typography are made even, and no word was changed.",
+        "extracted from the packages named here. Markup, repeated paragraphs and what is listed as "
+        "left out were removed, white space and typography were normalised, no word was changed.",
     ]
     for one in collected:
         source, licence = one.source, one.source.licence
@@ -175,11 +175,11 @@ def licence_list(recipe: CorpusRecipe, collected: Sequence[Collected]) -> str:
             f"sha256 `{one.archive.sha256}`"
         ]
         lines += [f"- licence: {licence.name}"]
-        lines += [f"- said in: {licence.says}"]
+        lines += [f"- stated in: {licence.says}"]
         if licence.holder:
-            lines += [f"- to be named: {licence.holder}"]
+            lines += [f"- attribution: {licence.holder}"]
         if one.licences:
-            lines += [f"- its own words: `licences/{source.name}/`"]
+            lines += [f"- licence text: `licences/{source.name}/`"]
         if dropped := sorted(one.extracted.dropped.items()):
             lines += ["- left out: " + "; ".join(f"{count} {why}" for why, count in dropped)]
         blocks.append("\n".join(lines))

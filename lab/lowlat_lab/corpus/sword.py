@@ -1,8 +1,8 @@
 """SWORD modules to text: compressed Bibles and commentaries (zText, zCom, and long forms).
 
-A module keeps, per testament, an index of verses (.?zv: block, start, size), an index of blocks
-(.?zs: offset, size, size decompressed) and the blocks, zlib streams of OSIS markup (.?zz). Owns
-that layout and what each OSIS element becomes as text; titles of books come from the text itself.
+For each testament a module has an index of verses (.?zv: block, start, size), an index of blocks
+(.?zs: offset, size, decompressed size) and the blocks, zlib streams of OSIS markup (.?zz). Titles
+of books come from the markup.
 """
 
 import html
@@ -29,22 +29,22 @@ TAG = re.compile(r"<[^>]*>")
 
 
 def sword_documents(members: list[Member]) -> Iterator[Document]:
-    """One document per block (a book or a chapter), in the order of the module; a block that begins
-    neither, a piece of a chapter, belongs to the one before.
+    """One document per book or chapter, in the order of the module. A block without a new name
+    continues the previous document.
 
-    members: the three files of one or both testaments. Raises UserError where one is missing or
+    members: the three files of one or both testaments. Raises UserError if one is missing or
     damaged.
     """
     files = {member.path: member.data for member in members}
     verses = sorted(path for path in files if re.search(r"\.[abcrv]?zv$", path))
     if not verses:
         raise UserError("a SWORD module needs its .bzv, .bzs and .bzz files among the members")
-    # 'ot' sorts after 'nt', and is read first.
+    # reversed, because the Old Testament ('ot') precedes the New ('nt')
     for path in sorted(verses, reverse=True):
         try:
             yield from _testament(path, files)
         except (KeyError, struct.error, zlib.error, IndexError, ValueError) as error:
-            raise UserError(f"{path} is not a whole part of a SWORD module ({error})") from error
+            raise UserError(f"{path} is not a complete SWORD module ({error})") from error
 
 
 def _testament(path: str, files: dict[str, bytes]) -> Iterator[Document]:
@@ -77,9 +77,9 @@ def _document(title: str, parts: list[str], path: str) -> Iterator[Document]:
 
 
 def _name(markup: str) -> str:
-    """What a block is called: the last name before its first chapter, or that chapter.
+    """Title of a block: the last name before its first chapter, or else that chapter.
 
-    A preface may come before the book's own name, and a glossary after its last chapter.
+    A preface may precede the book's own name, and a glossary may follow its last chapter.
     """
     chapter = CHAPTER.search(markup)
     if names := NAME.findall(markup[: chapter.start() if chapter else len(markup)]):
@@ -88,10 +88,10 @@ def _name(markup: str) -> str:
 
 
 def _entries(verses: bytes, blocks: bytes) -> list[tuple[int, int, int]]:
-    """(block, start, size) of every text, once: verses that share a comment share its place.
+    """(block, start, size) of every text, without duplicates: verses may share a comment.
 
-    Sizes take two bytes, or four in the long forms. The index's length tells which; where it
-    divides by both, only one reading has none but existing blocks.
+    Entries have 10 bytes, or 12 in the long format. If the length of the index is a multiple of
+    both, the format is the one whose block numbers all exist.
     """
     wide = len(verses) % 10 != 0
     if len(verses) % 60 == 0:
@@ -106,19 +106,19 @@ def _entries(verses: bytes, blocks: bytes) -> list[tuple[int, int, int]]:
 
 
 def osis_to_text(markup: str) -> str:
-    """OSIS markup as paragraphs with an empty line between them; notes are left out."""
+    """Convert OSIS markup to paragraphs with an empty line between them, without notes."""
     text = LEFT_OUT.sub(" ", re.sub(r"\s+", " ", markup))
     text = CHAPTER.sub(r"\n\nChapter \2\n\n", text)
     text = TITLE.sub(r"\n\n\1\n\n", text)
     text = PARAGRAPH.sub("\n\n", text)
-    # A line of verse ends where the next begins: both marks together are one end.
+    # An end tag and the next start tag are one line break.
     text = re.sub(r" *\v[ \v]*", "\v", LINE.sub("\v", text))
     text = html.unescape(TAG.sub("", text))
     paragraphs: list[str] = []
     for paragraph in re.split(r"\s*\n\s*\n\s*", text):
         lines = (" ".join(line.split()) for line in paragraph.split("\v"))
         paragraph = re.sub(r" +(?=[,.;:!?])", "", "\n".join(line for line in lines if line))
-        # A title that says what the chapter's mark has said already stands once.
+        # A title may repeat the chapter's name.
         if paragraph and paragraphs[-1:] != [paragraph]:
             paragraphs.append(paragraph)
     return "\n\n".join(paragraphs)

@@ -1,7 +1,7 @@
 """Downloads of single archives with pip, npm and apt-get, and their error messages.
 
-The tools bring their own registries, proxies, credentials and signatures: no address is known here.
-An archive is downloaded and never installed, built or run. Owns no cache (`corpus.fetch`).
+Registries, proxies, credentials and signatures are those of the tools. Archives are downloaded, but
+never installed, built or run. `corpus.fetch` caches them.
 """
 
 import errno
@@ -33,15 +33,15 @@ REMEDIES = {
 
 
 def download(source: Source, work: Path, watch: Callable[[], None], *, newest: bool) -> None:
-    """Puts the archive of `source` into the folder `work`; `watch` is called ten times a second.
+    """Download the archive of `source` into the folder `work`, calling `watch` ten times a second.
 
-    newest: of a Debian package, the version its archive has now. Raises UserError with a remedy,
-    OSError for a full disk.
+    newest: the current version of a Debian package. Raises UserError with a remedy, OSError for a
+    full disk.
     """
     if source.sdist:
         return _download_link(_sdist_link(source), work, watch)
     name, version = source.package_name, source.version
-    # pip fills a temporary folder first; put here, its growth is seen and it is on the same disk.
+    # pip downloads into a temporary folder; here `watch` sees it, on the right disk.
     env = {**os.environ, "TMPDIR": str(work), "TEMP": str(work), "TMP": str(work)}
     if source.kind == "pypi":
         command = [*_pip("download"), "--no-deps", "--only-binary=:all:", "--progress-bar=off"]
@@ -50,7 +50,7 @@ def download(source: Source, work: Path, watch: Callable[[], None], *, newest: b
         command = [_tool("npm", source), "pack", "--ignore-scripts", "--pack-destination"]
         command += [str(work), f"{name}@{version}"]
     else:
-        # apt-get downloads into the current folder, which is another one for this command alone.
+        # apt-get downloads into the current folder.
         command = ["env", f"--chdir={work}", _tool("apt-get", source), "download"]
         command += [name if newest else f"{name}={version}"]
     code, output = run_pip(command, env, watch)
@@ -61,7 +61,7 @@ def download(source: Source, work: Path, watch: Callable[[], None], *, newest: b
 
 
 def _pip(verb: str) -> list[str]:
-    # -P: a pip.py in the current folder is not the pip that is meant.
+    # -P: ignore a pip.py in the current folder.
     return [sys.executable, "-P", "-m", "pip", verb, "--no-input", "--disable-pip-version-check"]
 
 
@@ -76,10 +76,10 @@ def _tool(name: str, source: Source) -> str:
 
 
 def _sdist_link(source: Source) -> str:
-    """Where pip's own index has the source archive.
+    """URL of the source archive in pip's index.
 
-    `pip download` would run the archive's setup code to learn what it needs; so pip is only asked
-    which links it finds.
+    Uses the links that `pip index versions` prints, because `pip download` would run the archive's
+    setup code to find its dependencies.
     """
     command = [*_pip("index"), "versions", source.package_name, "--no-binary=:all:", "-vv"]
     code, output = run_pip(command, dict(os.environ), lambda: None)
@@ -93,7 +93,7 @@ def _sdist_link(source: Source) -> str:
 
 
 def _plain_name(text: str) -> str:
-    """A project's name as indexes normalise it."""
+    """A project's name, normalised as package indexes do."""
     return re.sub(r"[-_.]+", "-", text).lower()
 
 
@@ -106,14 +106,14 @@ def _download_link(link: str, work: Path, watch: Callable[[], None]) -> None:
     if link.startswith("file:"):  # pip's find-links may be a folder
         shutil.copyfile(url2pathname(urlsplit(link).path), target)
         return
-    # The system's certificates, as package tools are usually told to use.
+    # The system's certificates, which package tools are usually configured to use.
     context = ssl.create_default_context()
     try:
         with (
             httpx.stream(
                 "GET",
                 link,
-                headers={"Accept-Encoding": "identity"},  # the archive as it is, for its sha256
+                headers={"Accept-Encoding": "identity"},  # the sha256 is of the archive's bytes
                 follow_redirects=True,
                 verify=context,
                 timeout=60,
@@ -130,13 +130,13 @@ def _download_link(link: str, work: Path, watch: Callable[[], None]) -> None:
 
 
 def _failure(source: Source, output: str) -> str:
-    """One line from what a tool printed, with the remedy that fits."""
+    """Error message in one line from a tool's output, with a remedy."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["nothing"]
     errors = [ERROR_LINE.sub("", line) for line in lines if ERROR_LINE.match(line)]
     errors = [line for line in errors if line] or lines[-1:]
-    # npm tells the reason first and where its log is last; the others end with the reason.
-    said = errors[0] if source.kind == "npm" else errors[-1]
+    # npm prints the reason first and the path of its log last; the others print the reason last.
+    reason = errors[0] if source.kind == "npm" else errors[-1]
     return (
-        f"cannot fetch {source.package}: '{said}'; {REMEDIES[source.kind]}, or leave the source "
+        f"cannot fetch {source.package}: '{reason}'; {REMEDIES[source.kind]}, or leave the source "
         f"out with --without {source.name}"
     )

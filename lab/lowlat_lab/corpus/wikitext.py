@@ -1,8 +1,8 @@
-"""Articles in WikiText's spelling: tokenised punctuation, @-@ hyphens, <unk>.
+"""WikiText format of articles: tokenised punctuation, @-@ hyphens, <unk>, = headings =.
 
-Owns that spelling (Merity et al., "Pointer Sentinel Mixture Models", section 4.3): punctuation
-stands alone, @-@ @,@ @.@ are signs that joined what is on either side, a rare word is <unk>, a
-paragraph is one line with a blank at either end, and = signs = stand around headings.
+The format is that of Merity et al., "Pointer Sentinel Mixture Models", section 4.3. Punctuation is
+separated by spaces; @-@, @,@ and @.@ are signs inside words and numbers; rare words are <unk>; a
+paragraph is one line with a space at both ends.
 """
 
 import re
@@ -13,25 +13,25 @@ from dataclasses import replace
 from lowlat_lab.corpus.document import Document
 
 RARE = 3
-"""Words that a corpus holds less often than this are unknown, as in the paper."""
+"""Words with fewer occurrences in the corpus become <unk>, as in the paper."""
 UNKNOWN = "<unk>"
 HEADING = re.compile(r"(?!- ).{1,60}(?<![.:;,!?])")
-"""Paragraphs that are headings: one short line that no punctuation ends, no item of a list."""
+"""Headings: one short line without punctuation at its end, not a list item."""
 JOINED = re.compile(r"(?<=\w)-(?=\w)|(?<=\d)[,.](?=\d)")
 SIGNS = re.compile(r'(?<!@)[,;:](?!@)|[!?()\[\]"%$£&/–—°+*~]|\.{3,}')  # noqa: RUF001
-INNER_APOSTROPHE = re.compile(r"(?<=\w)'(?=\w)")  # the rest of the word stays with it: 's, 't, 're
+INNER_APOSTROPHE = re.compile(r"(?<=\w)'(?=\w)")  # starts a token: 's, 't, 're
 OUTER_APOSTROPHE = re.compile(r"(?<=\S)'(?=\s|$)|(?<!\S)'(?=\w)")
 STOP = re.compile(
     r"\b(?:[A-Z]|Mrs?|Ms|Drs?|St|Jr|Sr|Co|Lt|Col|Gen|Sgt|Nos?|Inc|Ltd|Bros|vs|pp)\.|\.\w\.|"
     r"(?<!\.)(?P<alone>\.)(?=\s|$)"
 )
-"""Full stops of abbreviations, which stay with their word, and those that end a sentence."""
+"""Full stops: those of abbreviations, which stay in the word, and those that end a sentence."""
 
 
 def spell_as_wikitext(
     train: Sequence[Document], held_out: Sequence[Document]
 ) -> tuple[list[Document], list[Document]]:
-    """Both with their texts spelled so; a word is rare if it is in `train`, all its documents."""
+    """Both splits in WikiText's format. Words are counted over all documents of `train`."""
     count = Counter(
         word for document in train for line in _lines(document.text) for word in line.split()
     )
@@ -48,7 +48,7 @@ def spell_as_wikitext(
 
 
 def _lines(text: str) -> list[str]:
-    """The lines of an article, words apart: its title, headings and paragraphs."""
+    """Tokenised lines of an article: its title, headings and paragraphs."""
     lines: list[str] = [""]
     for number, paragraph in enumerate(text.split("\n\n")):
         marks = "=" if number == 0 else "= =" if HEADING.fullmatch(paragraph) else ""
@@ -62,7 +62,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _words(text: str) -> str:
-    """`text` with a blank between all that WikiText holds apart."""
+    """`text` with spaces between WikiText's tokens."""
     text = JOINED.sub(lambda match: f" @{match[0]}@ ", text)
     text = SIGNS.sub(r" \g<0> ", text)
     text = INNER_APOSTROPHE.sub(" '", OUTER_APOSTROPHE.sub(" ' ", text))

@@ -10,7 +10,7 @@ Figures = dict[str, Any]
 Row = Sequence[str]
 END = "<!-- end -->"
 TOP = 6
-"""Highest ratio of perplexities in a plot; the tables have the others."""
+"""Highest perplexity ratio in a plot; the tables have the larger ones."""
 TICKS = [1, 1.1, 1.2, 1.5, 2, 3, 5]
 SHARES = (67, 50, 33)
 """Shares of the cache, in %, that all methods were measured at."""
@@ -30,7 +30,7 @@ def write_page(figures: Figures, page: Path) -> None:
     """Fill the tables of `page` between its marks, and draw the plots next to it.
 
     A table begins with `<!-- figures: NAME -->` and ends with `<!-- end -->`; the text around
-    it stays. Raises ValueError for a table without an end or with an unknown name.
+    it is preserved. Raises ValueError for a table without an end or with an unknown name.
     """
     tables = _tables(figures)
     parts = page.read_text(encoding="utf-8").split("<!-- figures: ")
@@ -97,7 +97,7 @@ def _method(name: str) -> str:
 
 
 def _tokens(name: str) -> str:
-    """Tokens of recovery training of the model of this name, "" for none."""
+    """Recovery training tokens in a model's name; "" for none."""
     return name.partition("-healed-")[2]
 
 
@@ -180,7 +180,7 @@ def _draw_recovery(figures: Figures, path: Path) -> None:
 
 
 def _draw(lines: dict[str, tuple[str, list[tuple[float, float]]]], title: str, path: Path) -> None:
-    """Perplexity ratio over the share of the cache; labels stand at the left end of the lines."""
+    """Perplexity ratio over the share of the cache, with a label at the left end of each line."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter

@@ -1,1 +1,1 @@
-"""Studies: small trainings that differ in one thing, and what their difference comes to."""
+"""Ablation studies: small training runs that differ in one factor, compared over seeds."""

@@ -70,7 +70,7 @@ def usual(variants: Sequence[Variant]) -> tuple[Variant, ...]:
 
 
 def matched(variant: Variant, baseline: Variant, vocab_size: int) -> Matched:
-    """Compare the parameters of `variant` and `baseline`."""
+    """Parameters of `variant`, compared with those of `baseline`."""
     config, other = config_of(variant.model, vocab_size), config_of(baseline.model, vocab_size)
     count, base = count_parameters(config), count_parameters(other)
     cost = kv_cache_size(config)

@@ -1,7 +1,7 @@
-"""`lowlat-lab study balance`: expert load balanced by a routing bias, an auxiliary loss, or not.
+"""`lowlat-lab study balance`: expert load balancing by a routing bias, an auxiliary loss, or none.
 
-Reports MaxVio (arXiv 2408.15664), the largest load of an expert over the mean load, minus 1, of the
-last training steps and of the held-out text.
+Reports MaxVio (arXiv 2408.15664), the largest load of an expert over the mean load, minus 1, for
+the last training steps and the held-out text.
 """
 
 import statistics
@@ -20,9 +20,9 @@ from lowlat_lab.study.sizes import StudySize
 from lowlat_lab.study.statistics import interval
 
 SPEED, COMPLEMENT = 1e-3, 1e-4
-"""Gamma and alpha of DeepSeek-V3."""
+"""DeepSeek-V3's bias update speed (gamma) and weight of the sequence-wise loss (alpha)."""
 AUXILIARY_WEIGHTS = (1e-3, 1e-2)
-"""Weights of the auxiliary loss without a bias, from arXiv 2408.15664."""
+"""Weights of the auxiliary loss in variants without a bias, from arXiv 2408.15664."""
 
 
 def balance_variants(size: StudySize) -> tuple[Variant, ...]:

@@ -1,5 +1,5 @@
-"""Paired comparison of two variants: difference of held-out losses over equal seeds, with
-confidence.
+"""Paired comparison of two variants: difference of held-out losses over common seeds, with a
+confidence interval.
 """
 
 import statistics
@@ -22,7 +22,7 @@ class Comparison:
     right: str
     """Names of variants."""
     difference: Interval
-    """Mean over the common seeds, with Student's interval."""
+    """Mean over the common seeds, with its Student t interval."""
     pooled_half: float | None
     """Half of the interval with a variance pooled over all variants."""
     text_error: float | None
@@ -30,12 +30,12 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """By the interval of this pair's differences."""
+        """Verdict by the interval of this pair's differences."""
         return _verdict(self.difference.mean, self.difference.half)
 
     @property
     def pooled_verdict(self) -> Verdict:
-        """By the interval with the pooled variance."""
+        """Verdict by the interval with the pooled variance."""
         return _verdict(self.difference.mean, self.pooled_half)
 
     def as_json(self) -> dict[str, Any]:

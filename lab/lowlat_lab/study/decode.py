@@ -22,12 +22,12 @@ NEW_TOKENS = 64
 
 @dataclass(kw_only=True, slots=True)
 class Speed:
-    """One variant's decoding."""
+    """Decode throughput of one variant."""
 
     context: int
-    """Tokens in the cache at the first step."""
+    """Tokens in the KV cache at the first step."""
     is_native: bool
-    """Whether the native kernels ran it; otherwise PyTorch did."""
+    """Whether the native kernels ran it, instead of PyTorch."""
     rounds: list[float] = field(default_factory=list)
     """Tokens per second of every round."""
 
@@ -36,7 +36,7 @@ class Speed:
         return statistics.median(self.rounds)
 
     def ratio(self, other: "Speed") -> float:
-        """This speed over another: the median over rounds of what was measured side by side."""
+        """This speed over another: the median of the ratios of each round."""
         pairs = zip(self.rounds, other.rounds, strict=True)
         return statistics.median(own / theirs for own, theirs in pairs)
 
@@ -46,7 +46,7 @@ def decode_speeds(
 ) -> dict[str, Speed]:
     """Tokens per second of each model of `models`, bf16 weights and cache, by variant.
 
-    The prompt is `context` tokens of held-out text (again from its beginning where it is shorter).
+    The prompt is `context` tokens of held-out text, repeated if it is shorter.
     """
     threads = torch.get_num_threads()
     places = np.arange(context) % data.num_tokens("held_out")
@@ -62,10 +62,10 @@ def decode_speeds(
             for number in range(ROUNDS + 1):
                 turn = number % len(names)
                 for name in (*names[turn:], *names[:turn]):
-                    # PyTorch's threads would spin beside those of the native kernels.
+                    # PyTorch's spinning threads would slow the native kernels' own threads.
                     torch.set_num_threads(1 if speeds[name].is_native else threads)
                     rate = _rate(loaded[name], prompt)
-                    if number > 0:  # the first round reads the prompt, which the cache then keeps
+                    if number > 0:  # the first round fills the prefix cache
                         speeds[name].rounds.append(rate)
                     task.advance()
     finally:

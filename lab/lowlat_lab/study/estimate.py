@@ -21,12 +21,12 @@ EVALUATION = 0.5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """Seconds by variant."""
+    """Estimated seconds."""
 
     step_seconds: dict[str, float]
-    """Of one optimiser step."""
+    """Time of one optimiser step, by variant."""
     seconds: float
-    """Of the whole study: training and held-out losses, without decoding."""
+    """Time of the whole study: training and held-out losses, without decoding."""
 
 
 def estimate(plan: StudyPlan, progress: Progress) -> Estimate:

@@ -1,4 +1,4 @@
-"""Model of the balance, MTP and precision studies: a small DeepSeek-V3 with MLA and experts."""
+"""Model of the balance, MTP and precision studies: a small DeepSeek-V3 with MLA and MoE."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ CHOSEN = 4
 
 
 def expert_table(size: StudySize, *, mtp: int) -> dict[str, Any]:
-    """The [model] table: MLA, a dense layer, then layers of experts, `mtp` MTP modules."""
+    """The [model] table: MLA, a dense layer, then MoE layers, `mtp` MTP modules."""
     width = size.head_dim
     attention = {
         "form": "mla",

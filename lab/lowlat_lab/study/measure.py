@@ -23,42 +23,42 @@ from lowlat.utils.progress import Progress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOut:
-    """One model on the held-out windows."""
+    """Figures of one model on the held-out windows."""
 
     window_losses: tuple[float, ...]
-    """Mean main loss of every window, nats per token."""
+    """Mean next-token loss of every window, in nats per token."""
     mtp_losses: tuple[float, ...]
     """Mean loss of each MTP module."""
     max_violations: tuple[float, ...]
-    """MaxVio of every gate over all windows together."""
+    """MaxVio of every MoE layer, over all windows together."""
 
     @property
     def loss(self) -> float:
-        """Mean over windows, which have equally many targets."""
+        """Mean over windows, all of which have the same number of targets."""
         return statistics.fmean(self.window_losses)
 
     @property
     def standard_error(self) -> float | None:
-        """Of `loss` as an estimate for text of this kind, windows taken as independent."""
+        """Standard error of `loss` for text of this kind, with windows as independent samples."""
         return standard_error(self.window_losses)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of `values`; None for one value."""
+    """Standard error of the mean of `values`; None for one value."""
     if len(values) < 2:
         return None
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def measure(folder: Path, recipe: Recipe, *, most_windows: int, progress: Progress) -> HeldOut:
-    """Read the held-out split with the model in `folder`, which `recipe` trained: its first
-    `most_windows` windows, or all it has.
+    """Evaluate the model in `folder`, trained by `recipe`, on the first `most_windows` windows of
+    the held-out split, or on all if there are fewer.
     """
     model = load_model(folder, dtype="fp32").model
     stack_experts(model)
     num_ahead = 1 + model.config.num_nextn_predict_layers
     windows = phase_data(recipe, 0, phase_dataset(recipe, 0, Path("/")), num_ahead).held_out
-    assert windows is not None  # open_data looked
+    assert windows is not None  # checked by open_data
     rows = min(most_windows, windows.per_epoch)
     passes = PlainPasses(model, DTYPES[recipe.precision])
     balancer = LoadBalancer(model, sequence_weight=0.0)
@@ -83,19 +83,20 @@ def measure(folder: Path, recipe: Recipe, *, most_windows: int, progress: Progre
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drafts:
-    """MTP modules on held-out text; shares of positions, one for each module."""
+    """Draft accuracy of MTP modules on held-out text; shares of positions, one per module."""
 
     acceptance: tuple[float, ...]
-    """Drafts that are the token the main model would take after the same text."""
+    """Acceptance rate: drafts that equal the main model's greedy token."""
     draft_hits: tuple[float, ...]
-    """Drafts that are the text's own token."""
+    """Drafts that equal the text's token."""
     main_hits: tuple[float, ...]
-    """Likeliest tokens of the main model, at the same positions, that are the text's own."""
+    """Greedy tokens of the main model that equal the text's token, at the same positions."""
 
 
 def drafts(folder: Path, data: TokenizedDataset, *, length: int, windows: int) -> Drafts:
-    """Let the model in `folder` read `windows` pieces of `length` held-out tokens. At every
-    position module k proposes the token k + 2 places on, given the text up to k + 1 places on.
+    """Draft acceptance of the model in `folder` on `windows` windows of `length` held-out tokens.
+
+    At position i, MTP module k drafts token i + k + 2, given the text up to token i + k + 1.
     """
     model = api.load(str(folder), dtype="fp32", speculates=False)
     depths = model.config.num_nextn_predict_layers
@@ -105,7 +106,7 @@ def drafts(folder: Path, data: TokenizedDataset, *, length: int, windows: int) -
         ids = data.tokens("held_out", np.arange(place * length, (place + 1) * length))
         likeliest = model.logits(ids.tolist()).argmax(dim=-1).numpy()
         for depth, logits in enumerate(model.mtp_logits(ids.tolist())):
-            # Row i proposes token i + depth + 2, which the main model decides at i + depth + 1.
+            # Row i drafts token i + depth + 2, which the main model predicts at i + depth + 1.
             proposed = logits.argmax(dim=-1).numpy()[:-1]
             decided, truth = likeliest[depth + 1 : -1], ids[depth + 2 :]
             sums[:, depth] += (

@@ -1,6 +1,6 @@
 """Result page of a study: command, setting, tables and plot, written from its report.
 
-The generated part stands between two marks; what is written by hand around it stays.
+The generated part is between two marks. Hand-written text around it is preserved.
 """
 
 import json
@@ -37,14 +37,14 @@ def check_page(page: Path, option: str) -> None:
                 path.unlink()
     except OSError as error:
         raise UserError(
-            f"{option}: {page} cannot be written ({error.strerror}); give another place"
+            f"{option}: {page} cannot be written ({error.strerror}); give another path"
         ) from error
 
 
 def write_page(report: Report, page: Path) -> list[Path]:
     """Write `page` (.md), its plot (.svg) and its report (.json) next to each other.
 
-    Of an existing page only the generated part changes. Returns the written files. Raises UserError
+    Only the generated part of an existing page changes. Returns the written files. Raises UserError
     if they cannot be written.
     """
     _, picture, figures = (page.with_suffix(suffix) for suffix in SUFFIXES)

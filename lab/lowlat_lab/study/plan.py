@@ -16,7 +16,7 @@ from lowlat.utils.errors import UserError
 from lowlat_lab.study.sizes import StudySize
 
 OPTIMIZER = "muon"
-"""Muon: learns several times more than AdamW from so few tokens."""
+"""Muon: needs several times fewer tokens than AdamW at these sizes."""
 WARM_UP = 0.06
 """Share of warm-up steps."""
 FALL = 0.4
@@ -31,18 +31,18 @@ SPARE_CONTEXT = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One of the models or settings that a study compares."""
+    """A model or training setting that a study compares."""
 
     name: str
-    """Name of its folder, and on the command line."""
+    """Name of its folder, and for --variants."""
     label: str
     """Label in tables and plots."""
     model: dict[str, Any]
     """The [model] table of its recipe."""
     sequence_weight: float = 1e-4
-    """Alpha of the sequence-wise balance loss; without effect in dense models."""
+    """Weight (alpha) of the sequence-wise balance loss; no effect in dense models."""
     bias_update_speed: float = 1e-3
-    """Gamma of the routing bias; without effect in dense models."""
+    """Update speed (gamma) of the routing bias; no effect in dense models."""
     precision: str = "bf16"
     """Precision of matrix products, as in recipes."""
 
@@ -68,8 +68,8 @@ class StudyPlan:
 
     @property
     def runs(self) -> list[tuple[Variant, int]]:
-        """Every run in order: all variants of a seed before the next seed, each time starting with
-        another variant, so that disturbances of the machine affect all variants alike.
+        """All runs in order: seed by seed, with a rotating order of variants, so that a
+        disturbance of the machine affects all variants alike.
         """
         found = []
         for place, seed in enumerate(self.seeds):
@@ -175,12 +175,12 @@ def choose_variants(variants: Sequence[Variant], names: str | None) -> tuple[Var
 
 
 def num_steps(size: StudySize, *, steps: int | None, tokens: int | None) -> int:
-    """Steps of a run: `steps`, or those that read about `tokens`, or the size's own.
+    """Steps of a run: `steps`, or about `tokens` of training, or the size's default.
 
-    Raises UserError where both are given.
+    Raises UserError if both are given.
     """
     if steps is not None and tokens is not None:
-        raise UserError("--steps and --tokens say the same; give one of them")
+        raise UserError("--steps and --tokens exclude each other; give one of them")
     if tokens is not None:
         return max(1, round(tokens / size.tokens_per_step))
     return size.steps if steps is None else steps

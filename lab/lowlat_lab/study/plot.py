@@ -1,4 +1,4 @@
-"""Plot of a study report: held-out losses and their differences from the baseline."""
+"""Plot of a study: held-out losses, and their differences from the baseline."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,26 +13,26 @@ from lowlat_lab.study.statistics import confidence
 COLOURS = (BLACK, SKY, BLUE, ORANGE, RED, GREEN, PINK, GREY)
 MARKERS = "osDv^P*X"
 ASIDE = 1.1
-"""Factor between neighbours of the same cache, which would hide one another."""
-ROOM = 0.16
-"""Part of the height that names above the highest point take."""
+"""Factor between the x positions of variants with equal cache sizes, so that none is hidden."""
+LABEL_SPACE = 0.16
+"""Share of the height for labels above the highest point."""
 LOADS = (
     (-0.1, "train_max_violations", "o", "last steps"),
     (0.1, "max_violations", "s", "held-out text"),
 )
-"""Place beside the variant, figure, marker and name of each kind of MaxVio."""
+"""Offset from the variant's position, key, marker and label of each kind of MaxVio."""
 
 Variant = dict[str, Any]
 
 
 def require_matplotlib() -> None:
-    """Raises UserError without matplotlib: asked before an hour of training."""
+    """Raises UserError without matplotlib; called before an hour of training."""
     if find_spec("matplotlib") is None:
         raise UserError("a study draws a plot and needs matplotlib; install lowlat[train]")
 
 
 def draw(report: Report, path: Path) -> None:
-    """Write the picture; the ending of `path` chooses the format (svg, png, pdf)."""
+    """Write the plot; the suffix of `path` selects the format (svg, png, pdf)."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -52,7 +52,7 @@ def draw(report: Report, path: Path) -> None:
         size = report["size"]
         figure.suptitle(
             f"{size['num_hidden_layers']} layers of {size['hidden_size']}, "
-            f"{count(report['tokens'])} tokens a run, {len(report['seeds'])} seeds, "
+            f"{count(report['tokens'])} tokens per run, {len(report['seeds'])} seeds, "
             f"bars: {confidence()} confidence",
             fontsize=10,
         )
@@ -60,7 +60,7 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _over_cache(axes: Any, report: Report, variants: list[Variant], *, differences: bool) -> None:
-    places = _beside_one_another(variants)
+    places = _spread_positions(variants)
     for index, (variant, place) in enumerate(zip(variants, places, strict=True)):
         value = _value(report, variant, differences)
         if value is None:
@@ -95,8 +95,8 @@ def _over_cache(axes: Any, report: Report, variants: list[Variant], *, differenc
     axes.minorticks_off()
     axes.margins(x=0.08, y=0.1)
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + ROOM * (high - low))
-    axes.set_xlabel("bytes of cache per token (bf16; equal ones side by side)")
+    axes.set_ylim(low, high + LABEL_SPACE * (high - low))
+    axes.set_xlabel("KV cache per token, bytes (bf16; equal sizes side by side)")
     _name(axes, report, differences)
 
 
@@ -131,7 +131,7 @@ def _loads(axes: Any, variants: list[Variant]) -> None:
                 label=None if index else name,
             )
     _label_variants(axes, variants)
-    axes.set(ylabel="MaxVio, mean over layers", title="Balance: 0 is perfect")
+    axes.set(ylabel="MaxVio, mean over layers", title="Expert load balance: 0 is perfect")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
@@ -145,13 +145,13 @@ def _name(axes: Any, report: Report, differences: bool) -> None:
     base = report["variants"][0]["label"]
     if differences:
         axes.axhline(0.0, color="black", linewidth=0.8, alpha=0.6)
-        axes.set(ylabel="nats per token", title=f"Loss minus that of {base}, seed by seed")
+        axes.set(ylabel="nats per token", title=f"Loss minus {base}, paired by seed")
     else:
         axes.set(ylabel="nats per token", title="Held-out loss")
 
 
 def _value(report: Report, variant: Variant, differences: bool) -> dict[str, Any] | None:
-    """What is drawn of an variant: its loss, or that minus the baseline's."""
+    """The plotted value of a variant: its loss, or its loss minus the baseline's."""
     if not differences:
         return variant["loss"]
     if variant is report["variants"][0]:
@@ -160,8 +160,8 @@ def _value(report: Report, variant: Variant, differences: bool) -> dict[str, Any
     return None if found is None else found["difference"]
 
 
-def _beside_one_another(variants: list[Variant]) -> list[float]:
-    """Places on the axis: the first of equal cache at its own, the others to its right."""
+def _spread_positions(variants: list[Variant]) -> list[float]:
+    """X positions: the cache size; variants of equal size follow to the right."""
     sizes = [variant["cache_bytes_per_token"] for variant in variants]
     places = []
     for index, size in enumerate(sizes):

@@ -1,7 +1,7 @@
-"""Study runner: trains every variant with every seed, each in its own folder, and resumes.
+"""Study runner: trains every variant with every seed, each in its own folder; resumable.
 
-    OUT/VARIANT/seed-N/             run folder, as of `lowlat train`
-    OUT/VARIANT/seed-N/result.json  exists once the run is trained and measured
+    OUT/VARIANT/seed-N/             run folder of `lowlat train`
+    OUT/VARIANT/seed-N/result.json  present once the run is trained and measured
 
 A failed run does not stop the others.
 """
@@ -35,7 +35,7 @@ from lowlat_lab.study.plan import StudyPlan, Variant
 
 RESULT = "result.json"
 LAST_PART = 20
-"""Balance at the end is the mean over the last twentieth of the steps."""
+"""Final expert load is the mean over the last twentieth of the steps."""
 
 Result = dict[str, Any]
 Measure = Callable[[Path, Recipe, Progress], dict[str, Any]]
@@ -51,7 +51,7 @@ class RunResult:
     result: Result | None
     """Contents of result.json; None if the run failed."""
     failure: str | None = None
-    """Why it failed, in one line."""
+    """Error message in one line; None for a finished run."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -73,7 +73,7 @@ def run_all(
 ) -> list[RunResult]:
     """Every run of `plan`; finished runs are read from their folders.
 
-    also: an additional measurement of every trained model. Raises UserError, before any training,
+    also: an additional measurement of every trained model. Raises UserError before any training
     if `out` holds runs with other settings; Stopped on SIGINT or SIGTERM.
     """
     known = {
@@ -97,7 +97,7 @@ def run_all(
 def read_result(folder: Path, recipe: Recipe, data: TokenizedDataset) -> Result | None:
     """The result in a run folder; None if the run is not finished.
 
-    Raises UserError, naming the differences, if its recipe or data are not those of `recipe`.
+    Raises UserError, listing the differences, if it was run with another recipe or data.
     """
     file = folder / RESULT
     if not file.is_file():
@@ -226,7 +226,7 @@ def model_folder(out: Path, variant: str, seed: int) -> Path:
 
 @final
 class _TaskView(ProgressView):
-    """Shows a run as one progress task of the study."""
+    """Progress of a run as one task of the study."""
 
     def __init__(self, task: Task) -> None:
         self._task = task

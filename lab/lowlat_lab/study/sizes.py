@@ -7,36 +7,36 @@ from lowlat.utils.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudySize:
-    """How large the models of a study are and how long they train."""
+    """Model dimensions, training length and evaluation length of a study."""
 
     name: str
-    """As --size takes it."""
+    """Value of --size."""
     hidden_size: int
     """Width of the residual stream, num_attention_heads times head_dim."""
     num_hidden_layers: int
     """Decoder layers."""
     num_attention_heads: int
-    """Query heads of every form of attention."""
+    """Query heads of every attention variant."""
     intermediate_size: int
-    """Width of the MLP beside MHA; other variants get what makes their parameters equal."""
+    """MLP width with MHA; other variants have the width that equalises the parameters."""
     width_step: int
     """MLP widths are multiples of this."""
     moe_intermediate_size: int
-    """Width of an expert, where a study has experts."""
+    """Width of an expert, in studies of MoE models."""
     sequence_length: int
-    """Tokens of a row."""
+    """Tokens of a sequence."""
     batch_size: int
-    """Rows of a step."""
+    """Sequences of an optimiser step."""
     micro_batch_size: int
-    """Rows of a forward and backward pass."""
+    """Sequences of a forward and backward pass."""
     steps: int
     """Optimiser steps of a run."""
     learning_rate: float
-    """At its peak, of Muon."""
+    """Peak learning rate of Muon."""
     held_out_windows: int
-    """Most windows of the held-out split that the loss is measured on."""
+    """Maximum number of held-out windows to measure the loss on."""
     decode_context: int
-    """Tokens in the cache where decoding is timed."""
+    """Tokens in the KV cache when decoding is timed."""
 
     @property
     def head_dim(self) -> int:
@@ -101,7 +101,7 @@ SIZES = {size.name: size for size in (TINY, SMALL, MEDIUM)}
 
 
 def find_size(name: str) -> StudySize:
-    """The size called `name`. Raises UserError naming those there are."""
+    """The size `name`. Raises UserError, listing the known sizes, for an unknown one."""
     if name not in SIZES:
         raise UserError(f"--size '{name}' is unknown; choose one of {', '.join(SIZES)}")
     return SIZES[name]

@@ -12,25 +12,20 @@ QUANTILES = (
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
     2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-"""97.5 % quantiles of Student's t with 1, 2, 3, ... degrees of freedom."""
+"""97.5 % quantiles of Student's t for 1, 2, 3, ... degrees of freedom."""
 NORMAL = 1.959964
 """The same of the normal distribution."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """An estimate and its two-sided 95 % confidence."""
+    """An estimate and its two-sided 95 % confidence interval."""
 
     mean: float
     half: float | None
     """Half the width of the interval; None for a single value."""
     count: int
-    """Values."""
-
-    @property
-    def is_separated(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.half is not None and abs(self.mean) > self.half
+    """Number of values."""
 
 
 def confidence() -> str:
@@ -39,10 +34,10 @@ def confidence() -> str:
 
 
 def quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t, four digits; `freedom` from 1 on."""
+    """97.5 % quantile of Student's t to four digits; `freedom` is at least 1."""
     if freedom <= len(QUANTILES):
         return QUANTILES[freedom - 1]
-    # Cornish-Fisher around the normal quantile: right to four digits from here on.
+    # Cornish-Fisher expansion of the normal quantile: exact to four digits here.
     cube, fifth = NORMAL**3, NORMAL**5
     first = (cube + NORMAL) / (4 * freedom)
     second = (5 * fifth + 16 * cube + 3 * NORMAL) / (96 * freedom**2)
@@ -50,7 +45,7 @@ def quantile(freedom: int) -> float:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean of independent values with Student's interval."""
+    """Mean of independent values with its Student t interval."""
     count = len(values)
     half = None
     if count > 1:

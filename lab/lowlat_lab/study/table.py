@@ -1,4 +1,4 @@
-"""A study report in a terminal."""
+"""Tables of a study report for the terminal."""
 
 from rich import box
 from rich.console import Console

@@ -50,7 +50,7 @@ class FailedStep:
     """Name of the parameter closest to the loss whose gradient is not finite."""
 
 
-def look_again(run: Path) -> FailedStep:
+def diagnose_failed_step(run: Path) -> FailedStep:
     """Recompute the last failed step of the run folder `run` in this process.
 
     Raises UserError if no step failed, or if the checkpoint before it, its base model or its

@@ -32,7 +32,7 @@ def test_members_that_match_come_sorted(tmp_path: Path, make, name: str) -> None
 def test_a_glob_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
     """Regression: a package that has changed quietly gives less text."""
     path = make_tgz(tmp_path / "x.tgz", FILES)
-    with pytest.raises(UserError, match=r"x\.tgz holds no file '\*\.rst'"):
+    with pytest.raises(UserError, match=r"x\.tgz has no file '\*\.rst'"):
         read_members(path, ["*.txt", "*.rst"], [])
 
 

@@ -79,7 +79,7 @@ def test_debian_is_asked_for_the_exact_version(shelf: Path) -> None:
 
 def test_another_archive_than_meant_is_not_kept(shelf: Path, tmp_path: Path) -> None:
     source = npm_source(shelf, sha256="1" * 64)
-    with pytest.raises(UserError, match=r"is not the archive the recipe means: sha256 expected 1+"):
+    with pytest.raises(UserError, match=r"is not the archive of the recipe: sha256 expected 1+"):
         fetched(source)
     assert not list((tmp_path / "cache").rglob("*.tgz"))
 

@@ -27,7 +27,7 @@ def test_character_vectors_of_r_are_read() -> None:
 def test_damaged_databases_of_r_are_errors() -> None:
     index, database = r_database({"emma": ["EMMA" * 31]})
     for broken in [(index[:-9], database), (index, database[:-9]), (b"", b""), (index, b"")]:
-        with pytest.raises(UserError, match=r"Rdata\.rdx is not a database of R"):
+        with pytest.raises(UserError, match=r"Rdata\.rdx is not a supported R database"):
             read_texts(*broken, "Rdata.rdx")
 
 

@@ -112,7 +112,7 @@ def test_what_is_no_export_is_an_error(data: bytes) -> None:
 
 def test_damaged_bzip2_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = bz2.compress(export(page("T", "x" * 1000)))
-    for data, message in [(whole[:-5], "cut short"), (b"x" + whole, "not whole bzip2")]:
+    for data, message in [(whole[:-5], "cut short"), (b"x" + whole, "not complete bzip2")]:
         with pytest.raises(UserError, match=message):
             list(mediawiki_documents(Member(path="w.xml.bz2", data=data)))
     monkeypatch.setattr(mediawiki, "MAX_MEMBER", 101)

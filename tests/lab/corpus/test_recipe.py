@@ -128,5 +128,5 @@ def test_the_two_kinds_of_recipes_are_told_apart() -> None:
     """Each says which command the other is for."""
     with pytest.raises(UserError, match=r"corpus.toml: is a recipe for text.*; lowlat-lab coll"):
         read_recipe(SHIPPED)
-    with pytest.raises(UserError, match=r"tiny.toml: is a recipe for a training.*; lowlat train"):
-        read_corpus_recipe(RECIPES / "tiny.toml")
+    with pytest.raises(UserError, match=r"tiny.toml: is a training recipe.*; lowlat train"):
+        read_corpus_recipe(ROOT / "recipes" / "tiny.toml")

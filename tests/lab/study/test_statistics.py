@@ -21,7 +21,7 @@ def test_interval_of_a_mean() -> None:
 
 def test_one_value_has_no_confidence() -> None:
     found = interval([5.0])
-    assert found.half is None and not found.is_separated
+    assert found.half is None
 
 
 def test_pairs_cancel_what_seeds_share() -> None:
@@ -29,7 +29,7 @@ def test_pairs_cancel_what_seeds_share() -> None:
     left, right = {1: 3.1, 2: 5.1, 3: 4.1}, {1: 3.0, 2: 5.0, 3: 4.0}
     found = paired(left, right)
     assert found is not None and found.mean == pytest.approx(0.1)
-    assert found.half == pytest.approx(0.0, abs=1e-9) and found.is_separated
+    assert found.half == pytest.approx(0.0, abs=1e-9)
     assert paired({1: 1.0}, {2: 1.0}) is None
 
 

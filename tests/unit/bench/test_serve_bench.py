@@ -137,7 +137,7 @@ def test_answers_of_a_server(tmp_path: Path, fault: str | None, message: str | N
     with servers.Server(program(*faults), threads=1, folder=tmp_path) as server:
         server.wait_ready()
         server.stop()
-        server.go_on()
+        server.resume()
         answers = asyncio.run(client.ask_all(server.url, work, "model", {}, 2))
     assert [one.error for one in answers] == [message] * 6
     if fault is None:
@@ -145,7 +145,7 @@ def test_answers_of_a_server(tmp_path: Path, fault: str | None, message: str | N
         assert all(one.started <= one.pieces[0] <= one.ended for one in answers)
 
 
-def test_a_server_that_ends_is_reported_with_its_last_words(tmp_path: Path) -> None:
+def test_a_server_that_ends_is_reported_with_its_last_log_line(tmp_path: Path) -> None:
     servers = module("serving.servers")
     broken = servers.Program(name="broken", command=[sys.executable, "-c", "print('no model')"])
     with servers.Server(broken, threads=1, folder=tmp_path) as server:

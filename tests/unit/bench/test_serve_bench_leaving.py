@@ -108,7 +108,7 @@ def test_a_storm_leaves_within_its_second() -> None:
         listener = await asyncio.start_server(serve, "127.0.0.1", 0)
         storm = module.Storm(port=listener.sockets[0].getsockname()[1])
         call = mix().Call(manner="cancelled", path="/", body={"prompt": "a"}, kind="storm")
-        await storm.come([call] * 20)
+        await storm.send([call] * 20)
         assert not left
         seconds = await storm.leave(random.Random(3), 0.1)
         async with asyncio.timeout(20):

@@ -85,7 +85,7 @@ def test_a_leak_is_a_fault(field: str, value: Any, message: str) -> None:
     ("change", "message"),
     [
         ({"running": 1.0}, "1 running and 0 waiting"),
-        ({"cache_usage": 0.25}, "25.00% of the cache is held"),
+        ({"cache_usage": 0.25}, "25.00% of the KV cache is in use"),
         ({"descriptors": 45}, "descriptors when idle: 40 before, 45 after"),
         ({"health": 0}, "/health was 0"),
     ],

@@ -77,9 +77,12 @@ def test_a_split_left_empty_is_told(lowlat: Invoke, corpus: Path, tmp_path: Path
         (["--train-bpe", "300", "--tokenizer", "x"], "give either --tokenizer MODEL or"),
         (["--train-bpe", "300", "--invalid", "pass"], "--invalid 'pass' is unknown; choose error"),
         (["--train-bpe", "7"], "--train-bpe 7: must be from"),
-        (["--train-bpe", "300", "--field", "foo"], "--field is of JSON lines and tables, and no"),
+        (
+            ["--train-bpe", "300", "--field", "foo"],
+            "--field applies to JSON lines and tables, and no",
+        ),
         (["--train-bpe", "300", "--held-out", "2"], "held-out share 2.0 must be"),
-        (["--train-bpe", "300", "--end-of-text", "<x>"], "'<x>' is no special token"),
+        (["--train-bpe", "300", "--end-of-text", "<x>"], "'<x>' is not a special token"),
     ],
 )
 def test_faults_are_one_line_and_leave_nothing(
@@ -94,8 +97,12 @@ def test_faults_are_one_line_and_leave_nothing(
 @pytest.mark.parametrize(
     ("source", "option", "words"),
     [
-        ("c.md", ("--only", "*.md"), "--only is of the files of folders, and no source is one"),
-        ("x.jsonl", ("--separator", "X"), "--separator is of text files, and no source is one"),
+        ("c.md", ("--only", "*.md"), "--only applies to folders, and no source is one"),
+        (
+            "x.jsonl",
+            ("--separator", "X"),
+            "--separator applies to text files, and no source is one",
+        ),
     ],
 )
 def test_options_of_no_use_are_refused(
@@ -120,7 +127,7 @@ def test_sources_that_are_all_held_out_are_refused(
     byte_tokenizer().save(model)
     held_out = ("--held-out-source", str(corpus), "--tokenizer", str(model))
     result = build(lowlat, tmp_path, str(corpus), *held_out)
-    assert "sources leave no document to train on, all are held out" in str(result.exception)
+    assert "no document is left to train on, all are held out" in str(result.exception)
 
 
 def test_bad_text_is_named_or_passed_over(lowlat: Invoke, corpus: Path, tmp_path: Path) -> None:

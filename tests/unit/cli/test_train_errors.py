@@ -189,17 +189,17 @@ def test_recipe(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("'tokens'", "'tokenz'", "tokenz: no such folder; make it with lowlat data build"),
-        ("'tokens'", "'empty'", "empty/tokens.json: not found; make the folder with lowlat"),
+        ("'tokens'", "'tokenz'", "tokenz: no such folder; build it with lowlat data build"),
+        ("'tokens'", "'empty'", "empty/tokens.json: not found; build the folder with lowlat"),
         (
             "'tokens'",
             "'tokens'\nfim_rate = 0.5",
-            "tokens: the tokenizer has no tokens for infilling such as <|fim_prefix|>; set",
+            "tokens: the tokenizer has no fill-in-the-middle tokens such as <|fim_prefix|>; set",
         ),
         (
             "sequence_length = 7",
             "sequence_length = 600",
-            "tokens: train holds 306 tokens, fewer than the 601 of a window; shorten the sequence",
+            "tokens: train has 306 tokens, fewer than the 601 of a window; shorten the sequence",
         ),
     ],
 )
@@ -265,7 +265,7 @@ def test_arguments(
             ["phase.0.sequence_length=33"],
             "r.toml: phase first: sequence_length 33 is beyond max_position_embeddings 32; raise",
         ),
-        (["data.fim_rate=0.5"], "tokens: the tokenizer has no tokens for infilling such as"),
+        (["data.fim_rate=0.5"], "tokens: the tokenizer has no fill-in-the-middle tokens such as"),
         (
             ["trainable='attention'", "precision='fp8'"],
             "r.toml: trainable = 'attention' trains in bf16 or fp32",

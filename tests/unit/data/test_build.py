@@ -331,4 +331,4 @@ def test_progress_reaches_its_total(corpus: Path, tmp_path: Path) -> None:
     dropped = sum((corpus / name).stat().st_size for name in ("005.txt", "123.txt"))
     for done, total in seen.values():
         assert total == size and size - dropped <= done <= size
-    assert [*seen] == ["Training the vocabulary", "BatchTokenizer"]
+    assert [*seen] == ["Training the vocabulary", "Tokenizing"]

@@ -95,7 +95,7 @@ def test_blanks_of_an_answer_are_learned(tokenizer: Tokenizer, answer: str) -> N
 def test_templates_that_forget_reasoning() -> None:
     tokenizer = byte_level(template=REASONING)
     assert learned(tokenizer, chat_of("hi", "hello")) == ["<think>hm</think>hello<|im_end|>"]
-    with pytest.raises(BadDocument, match="chat 3: the chat template renders a turn otherwise"):
+    with pytest.raises(BadDocument, match="chat 3: the chat template renders a turn differently"):
         ChatEncoder(tokenizer).encode(chat_of("hi", "hello", "more", "world"))
 
 
@@ -135,7 +135,9 @@ def test_reasoning_that_is_asked_for_and_missing(r1: Tokenizer, answer: dict[str
     told = {"role": "assistant", "content": "hello", **answer}
     messages = [{"role": "user", "content": "hi"}, told]
     chat = ChatDocument(origin="chat 3", messages=messages, tools=None, source_bytes=0)
-    with pytest.raises(BadDocument, match=r"chat 3: .* begin with <think>, and the last one is no"):
+    with pytest.raises(
+        BadDocument, match=r"chat 3: .* starts answers with <think>, but the last answer has no"
+    ):
         ChatEncoder(r1).encode(chat)
 
 

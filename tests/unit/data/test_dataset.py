@@ -65,7 +65,7 @@ FAULTS: dict[str, tuple[Break, str]] = {
     "no facts": (lambda folder: (folder / "tokens.json").unlink(), "tokens.json: not found"),
     "broken JSON": (lambda folder: os.truncate(folder / "tokens.json", 99), "not valid JSON"),
     "a list": (lambda folder: (folder / "tokens.json").write_text("[]"), "must hold a JSON object"),
-    "other format": (facts(format="x"), "not a token folder"),
+    "other format": (facts(format="x"), "not a tokenized dataset"),
     "other version": (facts(version=2), "version 2 is not 1; build the folder again"),
     "version of a string": (facts(version="1"), "version '1' is not 1"),
     "unknown field": (facts(more=1), "more .* is unknown"),
@@ -136,7 +136,7 @@ def test_faults_are_found_at_open(folder: Path, fault: str) -> None:
 
 
 def test_an_absent_folder_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such folder; make it with lowlat data build"):
+    with pytest.raises(UserError, match="no such folder; build it with lowlat data build"):
         TokenizedDataset.open(tmp_path / "absent")
 
 

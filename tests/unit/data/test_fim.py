@@ -71,7 +71,7 @@ def test_cuts_spare_characters(make_folder: Make) -> None:
 
 def test_without_marks_infilling_is_an_error(make_folder: Make) -> None:
     folder = make_folder(texts(5), special=SPECIAL[:3])
-    with pytest.raises(UserError, match=r"no tokens for infilling such as <\|fim_prefix\|>"):
+    with pytest.raises(UserError, match=r"no fill-in-the-middle tokens such as <\|fim_prefix\|>"):
         windows(folder, fim_rate=0.1)
     assert windows(folder).per_epoch > 0
 

@@ -167,6 +167,6 @@ def test_splits_are_apart(make_folder: Make) -> None:
 
 def test_a_split_without_a_window_is_an_error(make_folder: Make) -> None:
     folder = make_folder([[1] * (T + AHEAD - 2)], held_out=[[1] * (T + AHEAD - 1)])
-    with pytest.raises(UserError, match=r"tokens: train holds 39 tokens, fewer than the 40"):
+    with pytest.raises(UserError, match=r"tokens: train has 39 tokens, fewer than the 40"):
         windows(folder)
     assert windows(folder, split="held_out").per_epoch == 1

@@ -61,10 +61,10 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="absent' does not exist; give a file, a folder"):
         read(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty' holds no files to read"):
+    with pytest.raises(UserError, match="empty' has no files to read"):
         read(tmp_path / "empty")
     (tmp_path / "empty" / "x.md").write_text("x")
-    with pytest.raises(UserError, match=r"holds no files of the form \*\.txt"):
+    with pytest.raises(UserError, match=r"has no files of the form \*\.txt"):
         files_of(str(tmp_path / "empty"), ReadOptions(patterns=("*.txt",)))
 
 
@@ -168,7 +168,7 @@ def test_json_lines(tmp_path: Path) -> None:
         (b'{"body": "a"}', r"neither a text in 'text' nor 'messages' \(fields: body\)"),
         (b'{"text": null}', r"'text' is null, not a text; .* pass --invalid skip"),
         (b'{"text": ["a"]}', r"'text' is list, not a text"),
-        (b'{"text": }', r"not valid JSON \(Expecting value at character 10\); mend"),
+        (b'{"text": }', r"not valid JSON \(Expecting value at character 10\); fix"),
         (b'{"text": "\\ud800x"}', "character 0 of a text is half of a surrogate pair"),
         (b'{"messages": [{"role": "user", "content": "\\udc00"}]}', "half of a surrogate"),
         (b'{"messages": "a"}', "'messages' must be objects with a role"),
@@ -267,7 +267,7 @@ def test_a_text_and_messages_in_one_record(tmp_path: Path) -> None:
     told = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = tmp_path / "both.jsonl"
     path.write_text(json.dumps({"text": "a b", "messages": told}))
-    said = "line 1: has both a text in 'text' and 'messages'; say which is meant, --field text or"
+    said = "line 1: has both a text in 'text' and 'messages'; choose with --field text or"
     with pytest.raises(UserError, match=said):
         read(path)
     with pytest.raises(UserError, match=said):

@@ -107,7 +107,7 @@ def test_the_end_of_a_text() -> None:
     tokenizer = byte_level(special=["<|endoftext|>", "<|im_end|>", "<|x|>"])
     assert end_of_text(tokenizer) == 256
     assert end_of_text(tokenizer, "<|x|>") == 258
-    with pytest.raises(UserError, match="'<eos>' is no special token of the tokenizer"):
+    with pytest.raises(UserError, match="'<eos>' is not a special token of the tokenizer"):
         end_of_text(tokenizer, "<eos>")
     with pytest.raises(UserError, match="several tokens that end a text; name one with --end"):
         end_of_text(byte_level(special=["<|endoftext|>", "<|end_of_text|>"]))

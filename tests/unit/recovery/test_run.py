@@ -159,8 +159,8 @@ def test_unfit_text(made: Path, tmp_path: Path, option: str, content: bytes, wor
     ("line", "words"),
     [
         ('{"content": "a"}', r"\(fields: content\); call the field 'text'$"),
-        ('{"text": null}', "'text' is null, not a text; mend it$"),
-        ('{"text": "a"', r"not valid JSON \(.*\); mend the line$"),
+        ('{"text": null}', "'text' is null, not a text; fix it$"),
+        ('{"text": "a"', r"not valid JSON \(.*\); fix the line$"),
         ('{"text": "a", "messages": []}', "has both .*; leave one of them out$"),
     ],
 )

@@ -19,7 +19,7 @@ from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.packing import PackedSequences
 from lowlat.model.transformer import Transformer
 from lowlat.train.recipe.schema import parse_recipe
-from lowlat.train.run.failed_step import look_again
+from lowlat.train.run.failed_step import diagnose_failed_step
 from lowlat.train.step.loss import batch_loss, count_targets
 from lowlat.train.step.teacher import Teacher
 from lowlat.utils.errors import UserError
@@ -356,13 +356,13 @@ def test_a_divergence_that_is_not_finite_ends_the_run(folder: Path, teacher_mode
     with pytest.raises(UserError, match="step 1: the loss is not finite; its batch is in"):
         recovering.train(folder, recovering.raw())
     assert (folder / "run" / "failed-step-00000001.safetensors").exists()
-    found = look_again(folder / "run")
+    found = diagnose_failed_step(folder / "run")
     assert (found.step, found.activation) == (1, "teacher.norm")
     assert found.matched is not None and not math.isfinite(found.matched)
     assert all(map(math.isfinite, found.losses))
     shutil.rmtree(folder / "teacher")
     with pytest.raises(UserError, match="does not exist; restore the weights"):
-        look_again(folder / "run")
+        diagnose_failed_step(folder / "run")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -382,4 +382,4 @@ def test_a_step_that_a_weight_of_the_loss_broke_is_broken_again(folder: Path) ->
     raw["distillation"] = raw["distillation"] | {"cross_entropy_weight": 1e38}
     with pytest.raises(UserError, match=r"step \d: the (gradient|loss) is not finite"):
         recovering.train(folder, raw)
-    assert not math.isfinite(look_again(folder / "run").grad_norm)
+    assert not math.isfinite(diagnose_failed_step(folder / "run").grad_norm)

@@ -11,7 +11,7 @@ from lowlat.config.hf.reader import config_from_hf
 from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.train.run.export import export_save
-from lowlat.train.run.failed_step import look_again
+from lowlat.train.run.failed_step import diagnose_failed_step
 from lowlat.utils.errors import UserError
 
 from . import runs
@@ -28,7 +28,7 @@ def test_a_failed_run_goes_on_as_its_message_says(base: Path) -> None:
     ):
         trainer.run()
     with pytest.raises(UserError, match="has no failed step"):
-        look_again(base)
+        diagnose_failed_step(base)
     good = base / "good"
     export_save(run, good, step=2, dtype="fp32")
     wanted = runs.recipe(model=None, base_model="good", phase=runs.PHASES[1:])
@@ -43,7 +43,7 @@ def test_the_sequence_wise_loss_breaks_a_step_again(base: Path) -> None:
         pytest.raises(UserError, match="not finite"),
     ):
         trainer.run()
-    found = look_again(run)
+    found = diagnose_failed_step(run)
     assert found.sequence_loss > 1e30 and found.matched is None
     assert all(map(math.isfinite, found.losses)) and not math.isfinite(found.grad_norm)
 

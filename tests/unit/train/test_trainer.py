@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lowlat.train.recipe.schema import Recipe
-from lowlat.train.run.failed_step import look_again
+from lowlat.train.run.failed_step import diagnose_failed_step
 from lowlat.train.run.replay import read_batch
 from lowlat.train.run.trainer import Trainer
 from lowlat.train.step.step import evaluate
@@ -173,7 +173,7 @@ def test_a_loss_that_is_not_finite(base: Path, every: int) -> None:
     path = base / "run" / "failed-step-00000004.safetensors"
     assert str(path) in str(caught.value) and str(base / "run" / "saves") in str(caught.value)
     assert f"lowlat train export {base / 'run'} DST" in str(caught.value)
-    seen = look_again(base / "run")
+    seen = diagnose_failed_step(base / "run")
     assert seen.step == 4 and not all(map(math.isfinite, (*seen.losses, seen.grad_norm)))
     assert seen.activation or seen.gradient
     batch = read_batch(path)
@@ -191,7 +191,7 @@ def test_a_gradient_that_is_not_finite_at_the_first_step(base: Path) -> None:
         with pytest.raises(UserError, match="step 1: the loss is not finite"):
             trainer.run()
     assert runs.steps(base / "run") == [0]
-    assert look_again(base / "run").activation == "norm"
+    assert diagnose_failed_step(base / "run").activation == "norm"
     with (
         opened(base / "run", runs.recipe()) as trainer,
         pytest.raises(UserError, match="step 1: the loss"),
