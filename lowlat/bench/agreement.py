@@ -1,9 +1,10 @@
 """Agreement check: all programs compute the same function before any is timed.
 
-In fp32, on a short random prompt, every logit must match lowlat's to TOLERANCE of the largest. In
-the timed precision, which runs other kernels, lowlat's own logits must be within rounding of its
-fp32 ones, also for longer prompts, which take the other attention paths. vLLM has no fp32 experts
-and takes minutes to start: the top log-probabilities of its timed bf16 worker are compared instead.
+In fp32, on a short random prompt, the logits of every program must match lowlat's within TOLERANCE
+of the largest logit. In the timed precision, which uses other kernels, lowlat's logits must be
+within rounding error of its fp32 ones, also for longer prompts, which use the other attention
+paths. vLLM has no fp32 experts and takes minutes to start, so the top log-probabilities of its
+timed bf16 worker are compared instead.
 """
 
 import tempfile
@@ -21,28 +22,28 @@ from lowlat.utils.errors import UserError
 
 PROMPT_TOKENS = 24
 OWN_TOKENS = (PROMPT_TOKENS, 48, 256)
-"""Prompt lengths that check lowlat's own precision; with usual attention sizes they take the
-attention paths decode, absorbed and expanded.
+"""Prompt lengths to check lowlat's own precision: with common attention sizes, one for each
+attention path (decode, absorbed, expanded).
 """
 CHECK_CONTEXT = OWN_TOKENS[-1] + 64
 TOLERANCE = 1e-4
 LARGEST_ERROR = {"fp32": 1e-4, "bf16": 0.2, "fp8": 0.4, "int8": 0.4, "int4": 0.8}
-"""Largest `relative_error` of lowlat's logits by the coarser timed dtype, of weights or KV cache:
-two to three times the rounding error of a model of random weights, and less than the error of any
-wrong logits.
+"""Largest `relative_error` of lowlat's logits, by the coarser timed dtype of weights and KV cache:
+two to three times the rounding error of a model of random weights, and below the error of any wrong
+logits.
 """
 LOGPROB_TOLERANCE = 0.1
-"""In nats: bf16 against fp32, where single experts may be selected differently."""
+"""Largest difference in nats of bf16 from fp32, in which a few tokens select other experts."""
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """The reference logits, and how far each program is from them."""
+    """The reference logits, and the difference of each program from them."""
 
     ids: list[int]
-    """Of the longest prompt; peers run the first PROMPT_TOKENS."""
+    """Tokens of the longest prompt; peers run the first PROMPT_TOKENS."""
     reference: Array
     """lowlat's fp32 logits of `ids`, [tokens, vocab]."""
     differences: dict[str, float]
@@ -59,7 +60,7 @@ class Agreement:
 def check_agreement(session: BenchmarkSession, programs: Sequence[Program]) -> Agreement:
     """Compare all programs but vLLM with the first one in fp32.
 
-    Raises UserError where a program disagrees or fails.
+    Raises UserError if a program disagrees or fails.
     """
     reference, *peers = (program for program in programs if program.name != "vllm")
     tokens = min(OWN_TOKENS[-1], session.config.max_position_embeddings)
@@ -83,12 +84,12 @@ def relative_error(found: Array, expected: Array) -> float:
 
 
 def require_near(error: float, dtype: str, cache: str) -> None:
-    """Raises UserError where the error of lowlat's logits in `dtype` with a KV cache in `cache`
-    exceeds rounding.
+    """Raises UserError if the error of lowlat's logits in `dtype`, with a KV cache in `cache`,
+    exceeds rounding error.
     """
     limit = max(LARGEST_ERROR[dtype], LARGEST_ERROR[cache])
     if not error <= limit:
-        # Native kernels do not compute in fp32: there only the cache rounds.
+        # fp32 runs without native kernels, so only the KV cache rounds.
         native = "LOWLAT_ISA=none disables the native kernels"
         remedy = "--cache auto does not quantize the cache" if dtype == "fp32" else native
         raise UserError(

@@ -45,9 +45,9 @@ class BenchmarkPlan:
     """What a benchmark run measures."""
 
     cases: tuple[BenchmarkCase, ...]
-    """In measuring order."""
+    """Cases in measuring order."""
     dtype: str = "bf16"
-    """Precision of lowlat's weights; peers use the nearest they have."""
+    """Precision of lowlat's weights; peers use their nearest one."""
     cache: str = "bf16"
     """Number type of the KV cache."""
     threads: int
@@ -56,16 +56,16 @@ class BenchmarkPlan:
     rounds: int = ROUNDS
     """Every program measures every case once per round."""
     default_kinds: tuple[Kind, ...] = ()
-    """Kinds whose lengths are defaults."""
+    """Kinds of cases with default lengths."""
 
     def within(self, context: int) -> "BenchmarkPlan":
-        """Without the default lengths beyond `context`."""
+        """The plan without default lengths beyond `context`."""
         kept = [c for c in self.cases if c.tokens <= context or c.kind not in self.default_kinds]
         return replace(self, cases=tuple(kept or self.cases))
 
     @property
     def context(self) -> int:
-        """Most tokens that a case leaves in the KV cache."""
+        """Largest number of tokens in the KV cache after a case."""
         return max(case.tokens for case in self.cases)
 
 

@@ -1,6 +1,6 @@
 """Calibration worker: peak memory bandwidth and matrix-product rates of this machine, by torch.
 
-Every rate is the best of a few tries; the results take the median over the rounds.
+Every rate is the best of a few tries. The results use the median over the rounds.
 """
 
 import time
@@ -12,11 +12,11 @@ import torch
 from lowlat.peers.protocol import serve_requests
 
 BUFFER_BYTES = 1 << 30
-"""Well above the caches of common processors."""
+"""Well above the cache sizes of common processors."""
 SIDE = 2048
 TRIES = 4
 HIGHEST_INT8 = 7
-"""Small entries: sums stay within 32 bits and within processors' 16-bit intermediate sums."""
+"""Largest int8 entry: small, so that 32-bit sums and 16-bit intermediate sums do not overflow."""
 
 
 class Calibration:
@@ -24,7 +24,7 @@ class Calibration:
 
     def load(self, threads: int) -> dict[str, Any]:
         torch.set_num_threads(threads)
-        # Ones, because untouched memory pages all map to one page of zeros.
+        # Ones, because untouched memory pages all map to the same page of zeros.
         self.buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
         self.ones = torch.ones(4096, dtype=torch.bfloat16)
         plain = torch.randn(SIDE, SIDE)
@@ -43,7 +43,7 @@ class Calibration:
         rates: dict[str, Any] = {"bandwidth": BUFFER_BYTES / min(map(_best_seconds, reads))}
         for name, matrix in self.matrices.items():
             product: Any = torch.ops.aten._int_mm if matrix.dtype == torch.int8 else torch.mm
-            # The second factor as weights are stored (a row per output) and as BLAS stores it.
+            # The second factor in the layout of weights (a row per output) and in that of BLAS.
             layouts = (matrix.T, matrix)
             seconds = min(_best_seconds(lambda b=b, a=matrix, f=product: f(a, b)) for b in layouts)
             rates[name] = 2 * SIDE**3 / seconds

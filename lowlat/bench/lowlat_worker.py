@@ -1,4 +1,4 @@
-"""Benchmark worker of lowlat itself: times the engine's model runner. Owns no timing code."""
+"""Benchmark worker of lowlat: runs the engine's model runner; `peers.protocol` times it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +13,12 @@ from lowlat.ops import native
 from lowlat.peers.protocol import TimedModel, serve_requests, timed_handlers
 
 SPARE_TOKENS = 64
-"""Capacity beyond the measured context, for the decode steps."""
+"""KV cache capacity beyond the measured context, for the decode steps."""
 RANDOM_ENTRIES = 1024
 
 
 class Lowlat(TimedModel):
-    """One sequence that keeps its KV cache pages, so that their order is the same in all rounds."""
+    """One sequence with fixed KV cache pages, so that their order is the same in all rounds."""
 
     def load(
         self, *, model: str, precision: str, cache: str, threads: int, context: int

@@ -1,7 +1,7 @@
 """Interleaved measurement: each round runs every case in every program, in rotating order (ABAB).
 
-A round takes a case through all programs before the next case, starting with another program each
-round, and measures the machine's own rates too. Owns samples and medians, no tables.
+A round measures a case in all programs before the next case, and the machine's peak rates. Each
+round starts with another program.
 """
 
 import statistics
@@ -14,13 +14,13 @@ from lowlat.peers.worker import TIMEOUT, PeerError, Worker
 from lowlat.utils.progress import Progress
 
 STEPS = 32
-"""Most decode steps of a sample."""
+"""Maximum decode steps of a sample."""
 STEP_SECONDS = 2.0
-"""A decode sample ends after this long (and at least two steps)."""
+"""Maximum seconds of a decode sample of more than two steps."""
 CASE_SECONDS = 45.0
-"""A program that has spent this long on a case skips it in later rounds."""
+"""A program that has spent these seconds on a case skips it in later rounds."""
 LONG_PROMPT = 32768
-"""Prompts up to this many tokens have the usual timeout; beyond, it grows with the square."""
+"""Up to this many prompt tokens the timeout is constant; beyond, it grows quadratically."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(kw_only=True, slots=True)
 class CaseResult:
-    """The samples of one program on one case, or the reason why there are none."""
+    """The samples of one program on one case, or the reason for their absence."""
 
     program: str
     case: BenchmarkCase
@@ -66,7 +66,7 @@ class CaseResult:
 
     @property
     def is_due(self) -> bool:
-        """Whether the case runs in another round."""
+        """Whether to measure the case in the next round."""
         return self.reason is None and sum(s.seconds for s in self.samples) < CASE_SECONDS
 
 
@@ -101,7 +101,7 @@ def median_rates(rates: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _sample(result: CaseResult, worker: Worker, number: int) -> None:
-    """Measure once. An error becomes the result's reason; earlier samples stay."""
+    """Measure once. An error becomes the result's reason; earlier samples are preserved."""
     case = result.case
     try:
         if case.kind == "prefill":

@@ -33,7 +33,7 @@ def build(
     rates: Sequence[dict[str, float]],
     starts: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
-    """Rates are in tokens per second, memory in bytes, times in seconds."""
+    """The JSON object. Rates are in tokens per second, memory in bytes, times in seconds."""
     entry_bytes = facts["lowlat"]["cache_bytes_per_token"]
     bounds = {
         case: time_bound(

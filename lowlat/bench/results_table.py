@@ -1,4 +1,4 @@
-"""Tables of benchmark results for the terminal. Owns wording and layout, no figures."""
+"""Tables of benchmark results for the terminal."""
 
 from typing import Any
 
@@ -71,7 +71,7 @@ def starts(results: Results) -> Table:
 
 
 def notes(results: Results) -> list[str]:
-    """Cases that were not measured and why; agreement of the programs."""
+    """Cases that were not measured, with reasons; agreement of the programs."""
     lines = []
     for name, program in results["programs"].items():
         reasons: dict[str, list[str]] = {}
@@ -96,7 +96,7 @@ def notes(results: Results) -> list[str]:
 
 
 def _figures(row: dict[str, Any], own: dict[str, Any]) -> list[str]:
-    """Cells of a line; '-' where nothing was measured. `own` is lowlat's row of the case."""
+    """Cells of a line; '-' if it was not measured. `own`: lowlat's row of the case."""
     rate, peak = row["tokens_per_second"], row["peak_bytes"]
     if rate is None:
         return ["-"]

@@ -3,15 +3,15 @@
     seconds >= max((weights + KV cache) / bandwidth,
                    FLOPs of the weights / GEMM rate + FLOPs of attention / GEMM rate)
 
-This bound is reached if weights are read while attention is computed. The serial bound adds the
-bound of the weights and the bound of attention; it is larger where one of them is bound by memory
-and the other by arithmetic.
+Reaching this bound requires weights to be read while attention is computed. The serial bound is the
+sum of the bound of the weights and the bound of attention. It is larger if one of them is
+memory-bound and the other compute-bound.
 
-Decode reads the weights of one token's experts and every KV cache entry it attends to once. Prefill
-reads the weights of all experts its tokens use (with enough tokens, of every expert) once.
-Attention counts as the cheaper of absorbed and expanded MLA. Channels of an int8 cache count at the
-int8 rate. A multiply-add is two FLOPs. Zero weights count too, also in zero tiles that a
-conversion leaves and that kernels skip.
+Decode reads the weights of one token's experts and every attended KV cache entry once. Prefill
+reads the weights of all experts that its tokens use once; with enough tokens, these are all
+experts. Attention counts as the cheaper of absorbed and expanded MLA. Channels of an int8 cache
+count at the int8 rate. A multiply-add is two FLOPs. Zero weights count as well, even those in zero
+tiles, which kernels skip in exactly converted models.
 """
 
 from collections import Counter
@@ -55,7 +55,7 @@ def step_cost(
     if case.kind == "prefill":
         head = config.vocab_size * config.hidden_size
         experts = _experts_used(config, tokens)
-        # only the last token needs the head
+        # only the last token needs logits
         weight_flops = 2.0 * ((count.active_without_embedding - head) * tokens + head)
         queries, keys, pairs = tokens, tokens, tokens * (tokens + 1) // 2
     else:
@@ -74,7 +74,7 @@ def step_cost(
 
 
 def attention_flops(config: ModelConfig, *, queries: int, keys: int, pairs: int | None) -> float:
-    """FLOPs of scores and values over all layers. pairs: query-key pairs, None for all of them.
+    """FLOPs of attention scores and values over all layers. pairs: query-key pairs; None: all.
 
     kv_b_proj of the new tokens counts among the weights; the expanded path also expands the keys
     cached before. GLA and GTA count as the latent attention that computes them.
@@ -104,7 +104,7 @@ def _pairs_within(window: int | None, queries: int, keys: int, pairs: int) -> in
 
 
 def _entries_read(config: ModelConfig, tokens: int) -> int:
-    """KV cache entries that a step after `tokens`, or a prompt of `tokens`, reads in all layers."""
+    """KV cache entries read in all layers by a step after `tokens`, or by a prompt of `tokens`."""
     windows = (config.window(layer) for layer in range(config.num_hidden_layers))
     return sum(tokens if window is None else min(tokens, window) for window in windows)
 
@@ -125,7 +125,7 @@ def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int)
         expanded = pairs * 4 * attention.head_dim + keys * products
         return min(pairs * products, expanded)
     latent = attention.entry_dim - attention.qk_rope_head_dim
-    # Without NoPE components the latent holds values only.
+    # Without NoPE channels the latent has values only.
     scored = latent if attention.qk_nope_head_dim else 0
     absorbed = pairs * 2 * (scored + attention.qk_rope_head_dim + latent)
     expanded = pairs * 2 * (attention.qk_head_dim + attention.v_head_dim)
@@ -147,7 +147,7 @@ class TimeBound:
 def step_seconds(cost: StepCost, dtype: str, rates: dict[str, float]) -> TimeBound:
     """The lower bound. rates: bandwidth in bytes/s; gemm_fp32, gemm_bf16, gemm_int8 in FLOP/s."""
     plain = rates["gemm_fp32" if dtype == "fp32" else "gemm_bf16"]
-    # Where the measured int8 product is slower than bf16, bf16 bounds.
+    # If the measured int8 GEMM is slower than bf16, bf16 is the bound.
     products, integers = max(plain, rates[RATES[dtype]]), max(plain, rates["gemm_int8"])
     weights = cost.weight_bytes / rates["bandwidth"], cost.weight_flops / products
     scores = (cost.attention_flops - cost.int8_flops) / plain + cost.int8_flops / integers
@@ -175,7 +175,7 @@ def time_bound(
 
 
 def _experts_used(config: ModelConfig, tokens: int) -> int:
-    """Expected number of routed experts per layer that `tokens` tokens use, chosen at random."""
+    """Expected number of experts per layer that `tokens` tokens use, under uniform routing."""
     moe = config.moe
     if moe is None:
         return 0

@@ -1,4 +1,4 @@
-"""Run a benchmark: check agreement, load programs, measure, time starts, build the results."""
+"""Benchmark run: check agreement, load programs, measure, time starts, build the results."""
 
 import shlex
 import sys
@@ -23,7 +23,7 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
 WARMUP_TOKENS = 256
-"""Prefill before the rounds: enough tokens to use every expert."""
+"""Tokens of the warm-up prefill: enough to use every expert."""
 START_CONTEXT = 64
 START_IDS = [1, 2, 3]
 LONG_START = 20.0
@@ -33,7 +33,7 @@ CALIBRATION = "lowlat.bench.calibration"
 
 @dataclass(kw_only=True, slots=True)
 class LoadedPrograms:
-    """The workers of a run, and the programs that cannot take part."""
+    """The workers of a run, and the programs that cannot be measured."""
 
     workers: list[tuple[str, Worker]] = field(default_factory=list)
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -44,9 +44,9 @@ class LoadedPrograms:
 
 
 def bench(model: str, plan: BenchmarkPlan, progress: Progress) -> dict[str, Any]:
-    """Measure and return the results, ready for JSON.
+    """Measure and return the results as a JSON object.
 
-    Raises UserError for wrong input and for programs that disagree.
+    Raises UserError for wrong input, and if the programs' logits disagree.
     """
     path = api.prepare(model, progress=progress).resolve()
     if not path.is_dir():
@@ -152,7 +152,7 @@ def _warm_up(
         if is_own:
             agreement.require_near(error, plan.dtype, plan.cache)
     found.workers.append((program.name, worker))
-    # results name no path of this machine for its own interpreter
+    # results do not contain the path of this interpreter
     python = "python" if program.python == sys.executable else program.python
     found.facts[program.name] = {"python": python, **loaded.facts}
 

@@ -1,8 +1,7 @@
 """Benchmark session: programs, their model files, and loaded workers.
 
-Owns the converted files: GGUF for llama.cpp and fp8 blocks for lowlat. They are made once per
-checkpoint and precision and stay in the cache folder; llama.cpp's fp32 file, the largest, is
-removed after the agreement check.
+Converts the checkpoint to GGUF for llama.cpp and to fp8 blocks for lowlat, once per precision, and
+caches the files. llama.cpp's fp32 file, the largest, is removed after the agreement check.
 """
 
 from dataclasses import dataclass
@@ -25,16 +24,15 @@ MODULES = {
 }
 """Worker module by program."""
 GGUF_KINDS = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_K_M", "fp8": "Q8_0"}
-"""llama.cpp's format nearest to each dtype; it has no fp8."""
+"""llama.cpp's nearest format to each dtype; it has no fp8."""
 EXPORTED = {"F32": "fp32", "BF16": "bf16"}
-"""Formats that lowlat exports, so that they hold the checkpoint's numbers; llama.cpp quantizes the
-others from BF16.
+"""Formats that lowlat exports without rounding; llama.cpp quantizes the others from BF16.
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """lowlat or a peer, and the interpreter it runs under."""
+    """lowlat or a peer, and its Python interpreter."""
 
     name: str
     python: str
@@ -44,7 +42,7 @@ class Program:
         return cls(name=peer.name, python=peer.python)
 
     def start(self, plan: BenchmarkPlan, folder: Path) -> Worker:
-        """A worker without a model; its log goes into `folder`."""
+        """Start a worker without a model; its log goes into `folder`."""
         module = MODULES[self.name]
         return Worker(self.name, module, python=self.python, threads=plan.threads, folder=folder)
 
@@ -71,13 +69,13 @@ class BenchmarkSession:
     """The checkpoint folder."""
     config: ModelConfig
     folder: Path
-    """For logs; removed after the run."""
+    """Folder for logs; removed after the run."""
     progress: Progress
 
     def load(self, program: Program, *, dtype: str, cache: str, context: int) -> LoadedWorker:
         """A worker with the model in `dtype` and capacity for `context` cached tokens.
 
-        Raises PeerError where the program does not support that, UserError as `Worker.ask`.
+        Raises PeerError if the program does not support that, UserError as `Worker.ask`.
         """
         model = self._file(program, dtype)
         worker = program.start(self.plan, self.folder)

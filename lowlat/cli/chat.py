@@ -1,6 +1,6 @@
 """`lowlat chat`: chat with a model in the terminal, or answer one question with --once.
 
-Owns the options; the terminal is `cli.chat_terminal`'s.
+This module has the options; `cli.chat_terminal` runs the conversation.
 """
 
 from dataclasses import asdict, dataclass
@@ -102,7 +102,7 @@ def chat(
 
 
 def _reject(given: dict[str, bool], why: str) -> None:
-    """Raises UserError for an option that has no effect."""
+    """Raises UserError for a given option that has no effect."""
     for name, is_given in given.items():
         if is_given:
             raise UserError(f"{name} {why}; leave it out")

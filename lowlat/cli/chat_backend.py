@@ -1,6 +1,6 @@
-"""Chat backend: the interface, and a model in this process.
+"""Chat backend of `lowlat chat`: the interface, and its implementation by a local model.
 
-Owns no messages and no terminal. `chat_client` has the backend of a server.
+`chat_client` implements it by a server.
 """
 
 import abc

@@ -1,6 +1,6 @@
 """Chat client: a model on a server with OpenAI's API, as a chat backend.
 
-Owns the requests and their error messages. Statistics that the server does not send are left out.
+Sends the requests and explains their errors. Statistics that the server does not send are left out.
 """
 
 import json
@@ -50,7 +50,7 @@ class _Answer:
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
     def _push_reasoning(self, text: str | None) -> None:
-        """Show reasoning; it is no part of the answer."""
+        """Print reasoning text, which is not part of the answer."""
         if not text:
             return
         if not self.is_thinking:
@@ -90,14 +90,16 @@ class _Refused(UserError):
 
 
 class ChatClient(ChatBackend):
-    """The model `name` of the server at `url`, or its only one. Raises UserError where the server
-    cannot be reached, refuses the key, or does not have it."""
+    """The model `name` of the server at `url`, or its only model.
+
+    Raises UserError if the server cannot be reached, rejects the key, or does not have the model.
+    """
 
     def __init__(self, url: str, *, name: str | None = None, api_key: str | None = None) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         _check_port(url)
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        # An answer can take long, so only connecting has a timeout.
+        # An answer may take minutes, so only connecting has a timeout.
         timeout = httpx.Timeout(None, connect=CONNECT_SECONDS)
         self._client = httpx.Client(headers=headers, timeout=timeout)
         self._model = self._choose(name)
@@ -133,7 +135,7 @@ class ChatClient(ChatBackend):
         except _Refused as refused:
             if refused.param not in ("max_tokens", "max_completion_tokens"):
                 raise
-            # The context has less capacity; without max_tokens the server uses what is left.
+            # Fewer tokens fit in the context; without max_tokens the server uses all of them.
             del body["max_tokens"]
             return self._answer(body, write, interrupted)
 
@@ -231,7 +233,7 @@ class ChatClient(ChatBackend):
 
 
 def _check_port(url: str) -> None:
-    """Raises UserError for an impossible port, which would connect to another one."""
+    """Raises UserError for a port out of range, which would connect to another port."""
     try:
         port = httpx.URL(url).port
     except httpx.InvalidURL:  # reported by the first request
@@ -247,7 +249,7 @@ def read_key(path: Path | None) -> str | None:
     else:
         origin, key = f"--api-key-file '{path}'", _first_key(path)
     if key is not None and not re.fullmatch("[!-~]+", key):
-        raise UserError(f"{origin}: a key has printable ASCII characters without spaces, not these")
+        raise UserError(f"{origin}: a key must be printable ASCII characters without spaces")
     return key
 
 
@@ -257,8 +259,8 @@ def _first_key(path: Path) -> str:
     except OSError as error:
         raise UserError(f"--api-key-file '{path}' cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"--api-key-file '{path}' is no UTF-8 text") from error
+        raise UserError(f"--api-key-file '{path}' is not UTF-8 text") from error
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
-        raise UserError(f"--api-key-file '{path}' has no key; put one on a line")
+        raise UserError(f"--api-key-file '{path}' has no key; write one key per line")
     return keys[0]

@@ -20,7 +20,7 @@ from lowlat.utils.errors import UserError
 
 HELP = """\
 /reset          start a new conversation
-/system [TEXT]  set (without TEXT: remove) the system message and start anew
+/system [TEXT]  set (without TEXT: remove) the system message and start a new conversation
 /model          show the model
 /help           show this list
 /exit           exit (or Ctrl-D)
@@ -32,7 +32,7 @@ del CONTROL[ord("\n")], CONTROL[ord("\t")]
 
 
 def printable(text: str) -> str:
-    """`text` without control characters; unchanged if stdout is no terminal."""
+    """`text` without control characters; unchanged if stdout is not a terminal."""
     return text.translate(CONTROL) if sys.stdout.isatty() else text
 
 
@@ -77,20 +77,20 @@ class Conversation:
 
 
 def answer_once(conversation: Conversation, question: str) -> None:
-    """One answer, then the report."""
+    """Print one answer, then the report."""
     completion = conversation.ask(question, write, threading.Event())
     print("\n")
     conversation.backend.report(completion, Console())
 
 
 def talk(conversation: Conversation) -> None:
-    """Question and answer until /exit or the end of the input."""
+    """Chat until /exit or the end of the input."""
     console = Console(stderr=True, highlight=False)
     # A stray byte in piped text becomes U+FFFD instead of ending the conversation.
     sys.stdin.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     interactive = sys.stdin.isatty()
     if interactive:
-        with contextlib.suppress(ImportError):  # Windows has none
+        with contextlib.suppress(ImportError):  # absent on Windows
             import readline  # noqa: F401
         console.print(
             f"{conversation.backend.description}\n/help lists the commands",
@@ -127,7 +127,7 @@ def command(conversation: Conversation, line: str, console: Console) -> None:
             console.print(HELP, style="dim", markup=False)
         case "/reset":
             conversation.reset()
-            console.print("forgotten", style="dim")
+            console.print("new conversation", style="dim")
         case "/system":
             conversation.system = rest.strip() or None
             conversation.reset()
@@ -141,7 +141,9 @@ def command(conversation: Conversation, line: str, console: Console) -> None:
 
 
 def turn(conversation: Conversation, question: str, console: Console, *, interactive: bool) -> None:
-    """One answer and its statistics. At a terminal an error ends the turn, else the program."""
+    """Print one answer and its statistics. An error ends the turn at a terminal, and the program
+    otherwise.
+    """
     try:
         with interruptions() as interrupted:
             completion = conversation.ask(question, write, interrupted)

@@ -155,13 +155,13 @@ def compare(
 
 
 def _check(inputs: InputOptions, output: OutputOptions, tolerance: float | None) -> None:
-    """Raises UserError for wrong options, before anything is loaded."""
+    """Raises UserError for wrong options; called before anything is loaded."""
     from lowlat.compare.result_plot import check_ending, require_matplotlib
 
     if not (tolerance is None or math.isfinite(tolerance)):
         raise UserError(f"--tolerance must be a finite number, got {tolerance}")
     if inputs.text is not None and inputs.seed is not None:
-        raise UserError("--seed is of random tokens, and --text replaces them; leave one out")
+        raise UserError("--seed is for random tokens, which --text replaces; leave one out")
     if output.plot is not None:
         require_matplotlib()
         check_ending(output.plot)
@@ -192,7 +192,7 @@ def _load(
 
 
 def _print(result: dict[str, Any], *, every_part: bool, as_json: bool) -> None:
-    """Print the report. A reader that leaves before its end changes no diagnosis."""
+    """Print the report. A closed pipe does not change the exit code."""
     from rich.console import Console
 
     from lowlat.compare.result_table import show

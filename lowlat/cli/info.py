@@ -1,7 +1,7 @@
 """`lowlat info MODEL`: parameters, KV cache and memory of a model, from its config.
 
-Owns finding the model and the JSON output; the numbers are `config.parameter_count`'s, the tables
-`cli.info_view`'s. Only headers of checkpoints are read.
+Finds the model and prints JSON; `config.parameter_count` has the numbers, `cli.info_view` the
+tables. Only headers of checkpoints are read.
 """
 
 import json
@@ -28,9 +28,8 @@ class Subject:
     """The described model."""
 
     name: str
-    """As the user typed it."""
+    """Name on the command line."""
     config: ModelConfig
-    """Its configuration."""
     stored_bytes: int | None = None
     """Bytes of a checkpoint's tensors as loaded; None without a checkpoint."""
 
@@ -90,7 +89,7 @@ def find(name: str) -> Subject:
     """The model `name`: a preset, one that lowlat converts, or a checkpoint."""
     if name in preset_names():
         return Subject(name=name, config=load_preset(name))
-    # these import torch and the hub client, which presets do not need
+    # imported late: presets need neither torch nor the hub client
     from lowlat.checkpoint.fetch.model_names import LocalModel, resolve
     from lowlat.convert.parameters.exact_mla import mla_config
     from lowlat.utils.progress import make_progress
@@ -98,7 +97,7 @@ def find(name: str) -> Subject:
     found = resolve(name, progress=make_progress())
     if isinstance(found, LocalModel):
         return open_subject(name, found.path)
-    # every model that lowlat converts on use is SmolLM2, so its config follows from SmolLM2's
+    # lowlat converts only SmolLM2 on use, so the config follows from SmolLM2's
     return Subject(name=name, config=mla_config(load_preset("smollm2-135m")))
 
 

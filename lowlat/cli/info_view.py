@@ -1,4 +1,4 @@
-"""Tables of `lowlat info`. Owns wording and layout; computes shares and units only."""
+"""Tables of `lowlat info`: parameters, KV cache per token, memory."""
 
 from rich import box
 from rich.console import Console

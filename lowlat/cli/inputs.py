@@ -60,5 +60,5 @@ def _decode(data: bytes, origin: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{origin} is no UTF-8 text (byte {error.start}); convert it to UTF-8"
+            f"{origin} is not UTF-8 text (byte {error.start}); convert it to UTF-8"
         ) from error

@@ -8,7 +8,7 @@ whole process are made here, or by an option of a verb:
 - --threads sets the threads of PyTorch and of the native kernels (`ops.native.use_threads`).
 - Standard streams that are closed are replaced (`stdio.open_streams`).
 
-Native kernels have threads of their own, so a loaded native model sets PyTorch to one thread.
+Native kernels have their own thread pool, so a loaded native model sets PyTorch to one thread.
 """
 
 import atexit
@@ -99,17 +99,17 @@ def lowlat(
 def wait_passively() -> None:
     """Let OpenMP threads sleep between operators, unless OMP_WAIT_POLICY is set.
 
-    Training alternates PyTorch operators and native kernels, which have threads of their own;
-    spinning OpenMP threads would take the processors from them. Call before torch is imported.
+    Training alternates PyTorch operators and native kernels, which have their own thread pool;
+    spinning OpenMP threads would compete with it for cores. Call before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def defer_garbage_collection() -> None:
-    """Delay the first garbage collection, freeze what it finds, and skip the one at exit.
+    """Delay the first garbage collection, freeze the surviving objects, and skip the one at exit.
 
-    Imports create a hundred thousand permanent objects; scanning them repeatedly would take a third
-    of the time of a short run.
+    Imports create about 100,000 permanent objects. Scanning them repeatedly takes a third of the
+    time of a short run.
     """
     usual = gc.get_threshold()
 
@@ -132,7 +132,7 @@ def run() -> None:
 def run_app(app: typer.Typer) -> None:
     """Run a command-line app to its end.
 
-    Exit codes: 0 done, 1 different (compare), 2 wrong input, 70 an unexpected error (with its
+    Exit codes: 0 success, 1 different (compare), 2 wrong input, 70 unexpected error (with its
     traceback), 130 interrupted.
     """
     defer_garbage_collection()
@@ -163,8 +163,8 @@ def run_app(app: typer.Typer) -> None:
 
 
 def usage_error(error: TyperException) -> str:
-    """The error of a command line in one line, with a pointer to --help; empty where the help has
-    been printed.
+    """Error message of a wrong command line in one line, with a pointer to --help; empty if typer
+    has already printed the help.
     """
     message = " ".join(error.format_message().split())
     context = getattr(error, "ctx", None)

@@ -1,4 +1,4 @@
-"""Standard streams of the command: replacements of closed ones, errors of a full output."""
+"""Standard streams of the command: replace closed ones, report write errors as UserError."""
 
 import io
 import os

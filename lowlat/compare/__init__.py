@@ -1,1 +1,1 @@
-"""Compare two implementations of a model: the first difference, its size, its cause."""
+"""Compare two implementations of a model: find the first difference, its size and its cause."""

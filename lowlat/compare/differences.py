@@ -1,4 +1,4 @@
-"""Differences of two traces, part by part, summed over windows."""
+"""Numerical differences of two traces, part by part, summed over windows."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ TOLERANCE = {
     "int8": 2e-1,
     "int4": 5e-1,
 }
-"""Largest relative difference due to rounding, by the coarser number type."""
+"""Largest relative difference due to rounding, by the coarser of the two number types."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """Distance of B's values of one part from A's."""
+    """Difference between B's and A's values of one part."""
 
     max_abs: float
     relative: float
@@ -72,7 +72,7 @@ class RoutingDifference:
 
 @dataclass(slots=True)
 class LogitDifference:
-    """Distance of two next-token distributions."""
+    """Difference of two next-token distributions."""
 
     kl: float = 0.0
     """Sum of KL(A || B) in nats."""
@@ -100,7 +100,7 @@ class TraceDifferences:
                 self.left_out.setdefault(place.part, set()).add(reason)
                 continue
             assert x is not None and y is not None
-            if x.numel() == 0:  # a layer without rotary channels
+            if x.numel() == 0:  # a layer without RoPE channels
                 continue
             self.sums.setdefault(place, DifferenceSums()).add(x, y)
             if place.part == "logits":
@@ -137,7 +137,7 @@ class TraceDifferences:
 
 
 def _reason(a: Tensor | None, b: Tensor | None) -> str | None:
-    """The reason why a part cannot be compared; None if it can."""
+    """Reason that a part cannot be compared; None if it can."""
     if a is None or b is None:
         return f"not seen in {'A' if a is None else 'B'}"
     if a.shape != b.shape:

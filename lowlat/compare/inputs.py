@@ -11,7 +11,7 @@ from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 
 FEWEST = 2
-"""One token attends to itself only, and position 0 has no rotation."""
+"""Minimum tokens of a window: a single token attends only to itself, without relative rotation."""
 
 
 def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:

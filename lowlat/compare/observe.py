@@ -1,8 +1,8 @@
 """Observer: forward hooks that record the parts of a decoder layer, for every implementation.
 
-Owns which module gives which part, and derived parts (attention scores, canonical rotary channels).
-Implementations pass the names of their modules and record their attention and router themselves.
-Observation changes no result, except where experts are imposed.
+Maps modules to parts, and derives further parts (attention scores, canonical RoPE channels).
+Implementations pass the names of their modules, and record their attention and router themselves.
+Observation changes no result unless experts are imposed.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class ModuleNames:
     post_norm: str = "post_attention_layernorm"
     mlp: str = "mlp"
     queries: tuple[str, ...] = ("q_norm", "q_b_proj", "q_proj")
-    """Inside attention; the first one present gives the queries before RoPE."""
+    """Submodules of the attention; the first one present outputs the queries before RoPE."""
     keys: tuple[str, ...] = ("k_norm", "k_proj")
     latent: str = "kv_a_proj_with_mqa"
     latent_norm: str = "kv_a_layernorm"
@@ -39,7 +39,7 @@ class ModuleNames:
 
 
 HF = ModuleNames()
-"""Names in lowlat and in transformers."""
+"""Module names in lowlat and in transformers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,15 +50,15 @@ class AttentionShape:
     dim: int
     """Channels of a query head."""
     rope: int
-    """RoPE channels, the last ones of a query head."""
+    """RoPE channels, the last channels of a query head."""
     latent: int | None
     """kv_lora_rank; None for attention without a latent."""
     interleave: bool
-    """Observed rotated channels are in neighbouring pairs."""
+    """Whether observed rotated channels are in neighbouring pairs (2i, 2i+1)."""
 
 
 class Observer:
-    """Hooks on one model that write into one trace; a context manager that removes them."""
+    """Forward hooks on one model that write to one trace. A context manager that removes them."""
 
     def __init__(self, trace: Trace, names: ModuleNames = HF) -> None:
         self.trace = trace
@@ -83,7 +83,7 @@ class Observer:
         self.watch(module, lambda _, out: self._record(block, part, out))
 
     def embedding(self, module: nn.Module | None) -> None:
-        """Record the first output of the embedding: MTP modules run it again."""
+        """Record the first output of the embedding, because MTP modules run it again."""
 
         def seen(_: Any, out: Tensor) -> None:
             if self.trace.get(EMBEDDING, "embedding") is None:
@@ -92,7 +92,7 @@ class Observer:
         self.watch(module, seen)
 
     def layer(self, block: Block, layer: nn.Module, widths: AttentionShape) -> None:
-        """Observe a decoder layer, without the inside of its attention and its router."""
+        """Observe a decoder layer, except the inside of its attention and router."""
         names = self.names
         attention, mlp = find(layer, names.attention), find(layer, names.mlp)
         self.output(block, "input_norm", find(layer, names.input_norm))
@@ -113,14 +113,14 @@ class Observer:
         names, heads = self.names, widths.heads
 
         def queries(_: Any, out: Tensor) -> None:
-            # Projections of other sizes give factors of queries (TPA), or heads already split.
+            # Projections of other sizes output factors of queries (TPA), or heads already split.
             if out.shape[-1] in (widths.dim, heads * widths.dim):
                 self.trace.record(block, "q", out.reshape(-1, heads, widths.dim))
 
         self.watch(first(attention, names.queries), queries)
         latent = widths.latent
         if latent is None:
-            # Key heads have the size of query heads.
+            # Key heads are as wide as query heads.
             self.watch(first(attention, names.keys), lambda _, out: self._keys(block, out))
             return
 
@@ -154,7 +154,7 @@ class Observer:
         window: int | None = None,
     ) -> None:
         """Record the inside of attention: rotated queries, rotated keys of every head, values,
-        scores and result.
+        scores and output.
         """
         q, k = (canonical(x, widths.rope, widths.interleave) for x in (q, k))
         trace, latent = self.trace, widths.latent is not None
@@ -174,7 +174,7 @@ class Observer:
         weights: Float[Tensor, "tokens chosen"],
         experts: int,
     ) -> None:
-        """Record the unbiased scores of a router if observed, the selected experts, their weights.
+        """Record a router's unbiased scores (if observed), selected experts and routing weights.
 
         experts: number of routed experts.
         """
@@ -186,13 +186,13 @@ class Observer:
 
 
 def find(module: nn.Module | None, name: str) -> nn.Module | None:
-    """The submodule `name`; None where it is absent or a ModuleList."""
+    """The submodule `name`; None if it is absent or a ModuleList."""
     found = getattr(module, name, None)
     return found if isinstance(found, nn.Module) and not _is_list(found) else None
 
 
 def _is_list(module: nn.Module) -> bool:
-    """A plain list, which is never called (lowlat's Experts is a subclass that is)."""
+    """Whether a module is a plain ModuleList, which is never called (unlike lowlat's Experts)."""
     return type(module) is nn.ModuleList
 
 
@@ -218,7 +218,7 @@ def scores(
     scale: float,
     window: int | None,
 ) -> Float[Tensor, "heads tokens tokens"]:
-    """Scaled dot products of queries and visible keys; 0 elsewhere."""
+    """Scaled dot products of queries and keys; 0 where masked."""
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.to(kind).transpose(0, 1).unflatten(0, (k.shape[1], -1))
     product = (grouped * scale) @ k.to(kind).permute(1, 2, 0)[:, None]

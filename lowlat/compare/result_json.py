@@ -1,4 +1,4 @@
-"""Result of a comparison as one JSON object, the source of tables and plots.
+"""Result of a comparison as one JSON object; tables and plots are made from it.
 
 Numbers that are not finite become null.
 """
@@ -15,7 +15,7 @@ FORMAT = 1
 
 
 def as_dict(result: ComparisonResult) -> dict[str, Any]:
-    """What --json prints."""
+    """The object of --json."""
     return {
         "format": FORMAT,
         "a": _implementation(result.a),

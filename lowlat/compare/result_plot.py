@@ -9,7 +9,7 @@ from lowlat.utils.errors import UserError
 Object = dict[str, Any]
 
 SMALLEST = 1e-9
-"""Equal parts are drawn at this value on the logarithmic axis."""
+"""Value of equal parts on the logarithmic axis."""
 COLUMNS = 4
 """Number of line styles."""
 
@@ -23,11 +23,11 @@ def require_matplotlib() -> None:
 
 
 def check_ending(path: Path) -> None:
-    """Raises UserError for a suffix of `path` that is no image format; without one, it is png."""
+    """Raises UserError for a suffix of `path` that is not an image format; no suffix means png."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     if path.suffix and path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
-        raise UserError(f"--plot {path}: '{path.suffix}' is no image format; use .svg or .png")
+        raise UserError(f"--plot {path}: '{path.suffix}' is not an image format; use .svg or .png")
 
 
 def draw(result: Object, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tables of a comparison for the terminal. Owns layout, no figures."""
+"""Tables of a comparison for the terminal."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def show(result: Object, console: Console | None = None, *, every_part: bool = F
 
 
 def heading(result: Object) -> list[str]:
-    """Both implementations, and the tokens they ran."""
+    """Both implementations and their input tokens."""
     a, b = result["a"], result["b"]
     windows = f" in {result['windows']} windows" if result["windows"] > 1 else ""
     imposed = ", A's experts imposed on B" if result["experts_imposed"] else ""

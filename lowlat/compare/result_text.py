@@ -6,7 +6,7 @@ Object = dict[str, Any]
 
 
 def headline(result: Object) -> str:
-    """Equal, or the first difference."""
+    """One line: equal, or the first difference."""
     first = result["first_difference"]
     if first is None:
         return f"equal within {result['tolerance']:g}"
@@ -17,7 +17,7 @@ def headline(result: Object) -> str:
 
 
 def diagnosis_lines(result: Object) -> list[str]:
-    """The causes of the difference, a line each."""
+    """Causes of the difference, one per line."""
     mistakes = result["diagnosis"]["mistakes"]
     lines = [_mistake(found) for found in mistakes if _is_own(found)]
     if result["config_differences"] and (mistakes or not result["equal"]):
@@ -26,8 +26,8 @@ def diagnosis_lines(result: Object) -> list[str]:
     if mistakes or result["equal"]:
         return lines
     imposed, unexplained = result["with_experts_imposed"], result["diagnosis"]["unexplained"]
-    # Imposed experts get correct routing weights, so they explain nothing for a router that
-    # follows no known rule.
+    # Imposed experts get correct routing weights, so equality then says nothing about a router
+    # whose weights follow no known rule.
     is_odd = any(each["place"].endswith(" routing_weights") for each in unexplained)
     if imposed is not None and imposed["first_difference"] is None and not is_odd:
         return [*lines, "expert selection: the only cause of the difference"]
@@ -50,7 +50,7 @@ def _mistake(found: Object) -> str:
 
 
 def _seen(crossed: list[Object]) -> str:
-    """Where the effect of differing configs was found, though both follow their own config."""
+    """Places where differing configs take effect, if both implementations follow their own."""
     if not crossed:
         return ""
     names = ", ".join(dict.fromkeys(found["name"] for found in crossed))
@@ -63,7 +63,7 @@ def _where(places: list[str]) -> str:
 
 
 def routing_lines(result: Object) -> list[str]:
-    """Where other experts are selected, and the difference that remains with A's imposed on B."""
+    """Differences in expert selection, and the remaining difference with A's imposed on B."""
     changed = [item for item in result["experts"] if item["changed"]]
     if not changed:
         return []
@@ -90,7 +90,7 @@ def _remaining(imposed: Object, tolerance: float) -> str:
 
 
 def notes(result: Object) -> list[str]:
-    """Parts that were not compared, and why."""
+    """Parts that were not compared, with reasons."""
     lines = [f"{each['name']}: {each['unseen']}" for each in (result["a"], result["b"])]
     lines = [line for line in lines if not line.endswith(": ")]
     by_reason: dict[str, list[str]] = {}

@@ -26,10 +26,11 @@ class ComparisonResult:
     comparison: TraceDifferences
     diagnosis: Diagnosis
     with_imposed: TraceDifferences | None
-    """The same with A's experts imposed on B; None where both select the same experts or B cannot
-    run with imposed ones."""
+    """The differences with A's experts imposed on B; None if both select the same experts, or if B
+    cannot run with imposed ones.
+    """
     imposed: bool
-    """`comparison` itself has A's experts imposed on B."""
+    """Whether `comparison` itself has A's experts imposed on B."""
     config_differences: tuple[str, ...]
 
     @property
@@ -49,7 +50,7 @@ def tolerance_of(a: Implementation, b: Implementation) -> float:
 
 
 def check_pair(a: Implementation, b: Implementation) -> None:
-    """Raises UserError naming the config field in which two models are different models."""
+    """Raises UserError, naming a config field, if the implementations run different models."""
     for name in SAME:
         x, y = getattr(a.config, name), getattr(b.config, name)
         if x != y:
@@ -60,7 +61,7 @@ def check_pair(a: Implementation, b: Implementation) -> None:
 
 
 def check_experts(a: Implementation, b: Implementation) -> None:
-    """Raises UserError where the experts of `a` cannot be imposed on `b`."""
+    """Raises UserError if the experts of `a` cannot be imposed on `b`."""
     if a.config.moe is None or b.config.moe is None:
         label = a.label if a.config.moe is None else b.label
         raise UserError(f"--impose-experts: {label} has no experts; leave it out")
@@ -83,8 +84,8 @@ def compare(
 ) -> ComparisonResult:
     """Run `windows` through both implementations and compare every part.
 
-    Each window starts with an empty context. With `impose_experts` B uses the experts that A
-    selects. Memory: the traces of one window. Raises UserError for two different models.
+    Each window starts with an empty context. With `impose_experts` B uses A's selected experts.
+    Memory holds the traces of one window. Raises UserError for two different models.
     """
     check_pair(a, b)
     if impose_experts:
@@ -122,7 +123,7 @@ def compare(
 
 
 def _route_differently(a: RoutedExperts, b: RoutedExperts) -> bool:
-    """Whether any token has other experts; their order within a token does not count."""
+    """Whether any token has different experts; their order within a token does not count."""
     return any(
         block in b and bool((x.sort(dim=-1).values != b[block].sort(dim=-1).values).any())
         for block, x in a.items()

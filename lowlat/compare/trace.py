@@ -1,6 +1,6 @@
 """Trace: the intermediate results (parts) of one implementation, in common shapes and layouts.
 
-Owns the names of the parts and their order. `observe` records them, `differences` compares them.
+Names the parts, in order of computation. `observe` records them, `differences` compares them.
 
     tokens T, heads H, key-value heads G, rotary channels r
 
@@ -133,13 +133,12 @@ class Trace:
     parts: dict[Place, Tensor] = field(default_factory=dict)
     """The compared parts."""
     evidence: dict[Place, Tensor] = field(default_factory=dict)
-    """Inputs and weights that the diagnosis needs, of steps with known mistakes. Their parts have
-    names of their own: scale, chosen, gate_weight, gate_bias, embedded, carried, enorm, hnorm,
-    eh_proj, eps.
+    """Inputs and weights of audited steps, by additional names: scale, chosen, gate_weight,
+    gate_bias, embedded, carried, enorm, hnorm, eh_proj, eps.
     """
 
     def record(self, block: Block, part: str, value: Tensor) -> None:
-        """Record a part; the last value counts if a module runs twice."""
+        """Record a part; a second run of its module overwrites it."""
         self.parts[Place(block, part)] = wide(value)
 
     def record_evidence(self, block: Block, name: str, value: Tensor | float) -> None:
@@ -149,7 +148,7 @@ class Trace:
         self.evidence[Place(block, name)] = wide(value)
 
     def get(self, block: Block, name: str) -> Tensor | None:
-        """A part or a piece of evidence, None where it was not seen."""
+        """A part or evidence; None if it was not recorded."""
         place = Place(block, name)
         return self.parts.get(place, self.evidence.get(place))
 
@@ -180,12 +179,12 @@ def save_trace(trace: Trace, path: Path) -> None:
         for kind, places in kinds.items()
         for place, value in places.items()
     }
-    # safetensors refuses tensors without elements on some versions and shared memory on all
+    # safetensors rejects shared memory, and in some versions empty tensors
     save_file({name: value.clone() for name, value in tensors.items()}, path)
 
 
 def load_trace(path: Path, dtype: torch.dtype) -> Trace:
-    """Read what `save_trace` wrote."""
+    """Read a trace written by `save_trace`."""
     trace = Trace(dtype=dtype)
     for name, value in load_file(path).items():
         kind, stage, number, part = name.split("/")

@@ -65,14 +65,14 @@ class Conversion:
         }
 
     def base(self) -> SourceWeights:
-        """The source's weights, without fp8 blocks and packed weights."""
-        # rounded only once, when they are written
+        """The source's weights, with fp8 blocks and packed weights dequantized."""
+        # fp32 for quantised storage types, so that weights are rounded once, when written
         dtype = PLAIN.get(self.storage_type or "bf16", torch.float32)
         source, config = dequantized_source(self.tensors, self.config, dtype)
         return SourceWeights(source, config, pads=self.config.packing is None)
 
     def stored_dtype(self) -> str:
-        """The storage type by name: that of the widest attention matrix for auto."""
+        """Name of the storage type; for auto, the type of the widest attention matrix."""
         if self.storage_type is not None:
             return self.storage_type
         widest = attention_dtype(self.base(), None)
@@ -80,8 +80,8 @@ class Conversion:
 
 
 def prepare_conversion(src: Path, dst: Path, options: ConversionOptions) -> Conversion:
-    """Open `src` and check `options` against it. Raises UserError for everything that can be known
-    before any work.
+    """Open `src` and check `options` against it. Raises UserError for every error that is
+    detectable before the conversion.
     """
     options.check(dst)
     storage_type, writes_gguf = options.storage_type, options.writes_gguf(dst)
@@ -127,7 +127,7 @@ def attention_dtype(base: Weights, storage_type: StorageType | None) -> torch.dt
 
 
 def source_fingerprint(src: Path) -> str:
-    """Path of the source, with a hash of its config and of its files' sizes and times."""
+    """Path of the source, and a hash of its config and of its files' sizes and times."""
     facts: list[Any] = []
     if src.is_dir():
         facts.append((src / "config.json").read_text(encoding="utf-8"))
@@ -139,12 +139,12 @@ def source_fingerprint(src: Path) -> str:
 
 
 def _quantized_type(config: ModelConfig) -> StorageType | None:
-    """The type that all projections of a checkpoint are quantised to; None if they are not."""
+    """Quantisation type of a checkpoint's projections; None if they are not quantised."""
     return config.packing or (None if config.quantization is None else "fp8")
 
 
 def _check_share(compression: CompressionOptions, config: ModelConfig) -> None:
-    """Raises UserError for a model that cannot be compressed, or not to this share."""
+    """Raises UserError if the model cannot be compressed to this share."""
     source = check_exact(config)
     if config.num_nextn_predict_layers:
         raise UserError(

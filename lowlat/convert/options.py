@@ -1,7 +1,6 @@
 """Conversion options: one record of all options of `lowlat convert`, and their validation.
 
-Everything that follows from the options alone is checked here; `convert.conversion` checks them
-against the source model.
+Checks here need only the options; `convert.conversion` checks them against the source model.
 """
 
 from dataclasses import dataclass, field
@@ -71,7 +70,7 @@ class RecoveryOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionOptions:
-    """All options of a conversion; names of the fields' values are those of the command line."""
+    """All options of a conversion; values are those of the command line."""
 
     to: str | None = None
     """Attention: "mla", or None to keep the source's."""
@@ -132,7 +131,8 @@ def compression_options(
     *,
     to: str | None,
 ) -> CompressionOptions | None:
-    """Command-line options, None if not given, as a record; None for an exact conversion.
+    """The compression options of the command line, None for each one not given, as a record; None
+    for an exact conversion.
 
     Raises UserError for options that have no effect or unknown values.
     """
@@ -141,7 +141,7 @@ def compression_options(
             raise UserError(f"{option} compresses into Multi-head Latent Attention; add --to mla")
     if share is not None:
         if method == "exact":
-            raise UserError("--method exact keeps the cache as it is; leave out --cache")
+            raise UserError("--method exact does not compress the KV cache; leave out --cache")
         layout = layout or LAYOUTS[0]
         if layout not in LAYOUTS:
             raise UserError(f"--layout '{layout}' is unknown; choose {' or '.join(LAYOUTS)}")
@@ -156,7 +156,7 @@ def compression_options(
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether `path` is named as a GGUF file and is no folder."""
+    """Whether `path` has the suffix of a GGUF file and is not a folder."""
     return path.suffix.lower() == GGUF_SUFFIX and not path.is_dir()
 
 
@@ -171,7 +171,9 @@ def _check_compression(compression: CompressionOptions, to: str | None) -> None:
 
 
 def _check_recovery(recovery: RecoveryOptions, compression: CompressionOptions | None) -> None:
-    """Raises UserError also if the evaluation text is one that the model is made with."""
+    """Raises UserError for options without effect, and for evaluation text that is also calibration
+    or training text.
+    """
     if recovery.texts and recovery.tokens is None:
         raise UserError("--text needs --heal TOKENS, the number of tokens to train on")
     if recovery.tokens is not None and compression is None:
@@ -188,6 +190,6 @@ def _check_recovery(recovery: RecoveryOptions, compression: CompressionOptions |
         for path in (Path(name).resolve() for name in names):
             if own == path or path in own.parents:
                 raise UserError(
-                    f"--evaluate {recovery.evaluate}: is also given as {option}; evaluate on text "
-                    "that the model is not made with"
+                    f"--evaluate {recovery.evaluate}: is also given as {option}; give text that is "
+                    "neither calibration nor training text"
                 )

@@ -1,4 +1,4 @@
-"""Conversion report: sizes before and after, and conversion.json with losses by layer."""
+"""Conversion report: sizes before and after, and conversion.json with losses per layer."""
 
 import json
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """Plot of a compression: errors and cache widths by layer, and the recovery training curve.
 
-All figures are those of conversion.json. The same report gives the same bytes.
+All figures are from conversion.json. The same report gives the same bytes.
 """
 
 import io
@@ -85,7 +85,7 @@ def _recovery(axes: Any, report: Object) -> None:
 
 
 def _start_at_zero(axes: Any) -> None:
-    """Start the axis at 0, with room for the whole highest marker."""
+    """Start the axis at 0, and leave space above the highest marker."""
     axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
 
 

@@ -83,8 +83,8 @@ def convert(
             _check_disk_space(dst.absolute(), base, storage_type)
             scratch = until_written.enter_context(scratch_folder(dst))
             weights, compressed = _compressed_weights(conversion, base, scratch, progress)
-            # A partial result must hold the very same tensors: the calibration text may have
-            # changed, and another CPU rounds differently.
+            # A partial result must contain the same tensors, but the calibration text may have
+            # changed, and another CPU may round differently.
             fingerprint["calibration"] = digest_of(scratch)
             report = compression_object(compressed, conversion.config, weights.config)
             extra |= report_files(report)
@@ -151,10 +151,10 @@ def _exact_mla_weights(base: Weights, storage_type: StorageType | None) -> Weigh
 
 
 def _check_disk_space(dst: Path, base: Weights, storage_type: StorageType | None) -> None:
-    """Raises UserError if the disk is too small for the tensors that a compression does not change,
-    whose size is known before the work.
+    """Raises UserError if the disk has too little free space for the tensors that compression does
+    not change, whose size is known in advance.
     """
-    if partial_path(dst).exists():  # which already holds some of them
+    if partial_path(dst).exists():  # already contains some of them
         return
     tensors = (tensor for group in stored_groups(base, storage_type) for tensor in group.tensors)
     require_free_space(dst, sum(each.nbytes for each in tensors if not is_attention(each.name)))
@@ -184,7 +184,7 @@ def _config_fields(
     else:
         raw = config_to_hf(config)
     if storage_type is None:
-        # the widest stored type, so that no program narrows a tensor
+        # the widest stored type, so that no program rounds a tensor
         names = parameter_shapes(weights.config)
         plain = reduce(torch.promote_types, {weights.dtype(name) for name in names})
     else:

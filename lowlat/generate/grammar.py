@@ -164,6 +164,7 @@ class GrammarState(ConstraintState):
         self._seconds_left = MASK_SECONDS
 
     def mask(self) -> Bool[Tensor, " vocab"]:
+        """Token bitmask of the grammar's state: the tokens that may come next."""
         start = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._seconds_left -= time.thread_time() - start

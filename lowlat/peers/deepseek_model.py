@@ -1,7 +1,7 @@
 """DeepSeek's inference/model.py as a peer: import the user's copy, build the model, load weights.
 
-Its `kernel` module needs a GPU and is replaced by a stub that raises: weights are dequantized on
-load, so no fp8 kernel runs.
+Its `kernel` module needs a GPU and is replaced by a stub that raises an error: weights are
+dequantized on load, so no fp8 kernel runs.
 """
 
 import importlib.util
@@ -43,7 +43,7 @@ FUNCTIONS = ("apply_rotary_emb",)
 
 
 def import_script(path: Path) -> Any:
-    """The user's file as a module. Raises UserError where it lacks the public classes."""
+    """Import the user's file as a module. Raises UserError if it lacks the public classes."""
     kernel = ModuleType("kernel")
 
     def refuse(*_: object) -> Tensor:
@@ -54,12 +54,12 @@ def import_script(path: Path) -> Any:
     sys.modules["kernel"] = kernel
     spec = importlib.util.spec_from_file_location("deepseek_model_py", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"'{path}' is no Python file")
+        raise UserError(f"'{path}' is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules["deepseek_model_py"] = module  # dataclasses look up their module
     try:
         spec.loader.exec_module(module)
-    # Any exception, SystemExit included, is an error of the user's file.
+    # Any exception, even SystemExit, is an error in the user's file.
     except (Exception, SystemExit) as error:
         raise UserError(f"'{path}' cannot be imported: {type(error).__name__}: {error}") from error
     absent = [name for name in (*CLASSES, *FUNCTIONS) if not hasattr(module, name)]
@@ -71,7 +71,7 @@ def import_script(path: Path) -> Any:
 
 
 def model_args(module: Any, config: ModelConfig, length: int) -> Any:
-    """ModelArgs for `config`. YaRN is on where max_seq_len exceeds original_seq_len."""
+    """ModelArgs for `config`. model.py applies YaRN if max_seq_len exceeds original_seq_len."""
     attention, rope, moe = config.attention, config.rope, config.moe
     if not isinstance(attention, MLAConfig) or isinstance(rope, tuple):
         raise UserError("model.py supports MLA only, with the same sizes and RoPE in all layers")
@@ -155,7 +155,7 @@ def _fill(model: Any, target: str, value: Tensor) -> None:
         raise UserError(f"model.py has no module for {target}") from error
     parameter = getattr(module, leaf, None)
     if leaf == "bias" and parameter is None:
-        # Linear layers of the public file have no bias, its gate only if dim is 7168: in fp32, and
+        # Linear layers of model.py have no bias. Its gate has one only if dim is 7168: in fp32, or
         # before August 2025 in the dtype of the activations, which is preserved.
         bias = value.float() if owner.endswith("gate") else value.to(module.weight.dtype)
         module.bias = torch.nn.Parameter(bias, requires_grad=False)
@@ -173,7 +173,7 @@ def build(module: Any, config: ModelConfig, length: int, dtype: torch.dtype) -> 
         model = module.Transformer(model_args(module, config, length))
     finally:
         torch.set_default_dtype(before)
-    # Linear layers are bf16 whatever the default dtype; fp32 tensors of the file stay fp32.
+    # model.py creates Linear layers in bf16, regardless of the default dtype; fp32 tensors stay.
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dtype == torch.bfloat16:
             tensor.data = tensor.data.to(dtype)

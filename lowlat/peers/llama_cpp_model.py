@@ -24,7 +24,7 @@ LOG_LEVEL_ERROR = 4
 
 
 class AttentionSetup(NamedTuple):
-    """How llama.cpp computes attention: number type of its KV cache, flash attention or not."""
+    """llama.cpp's attention settings: number type of the KV cache, flash attention."""
 
     cache: str
     flash: bool
@@ -40,14 +40,14 @@ SETUPS = {
     ),
 }
 """Candidates by the cache dtype of the benchmark; the fastest is timed. F16 is llama.cpp's default,
-as large as bf16 and often faster than Q8_0, which needs flash attention. Flash attention rounds to
-fp16, so fp32 goes without.
+as large as bf16 and often faster than Q8_0, which requires flash attention. Flash attention rounds
+to fp16, so fp32 does not use it.
 """
 SPARE_TOKENS = 64
 SEED_TOKENS = 64
 TRIAL_TOKENS = 1024
 LONGEST_PREFILL = 8192
-"""Longest context that is filled by a real prefill, where the saved state cannot be extended."""
+"""Longest context to fill by a real prefill, if the saved state cannot be extended."""
 
 
 class LlamaCpp(TimedModel):
@@ -114,7 +114,7 @@ class LlamaCpp(TimedModel):
         return self._last_logits()
 
     def logits(self, ids: Sequence[int]) -> Any:
-        """One token per step, so that all logits come from the same kind of step."""
+        """Logits by steps of one token, so that all come from the same kernels."""
         import numpy
 
         self._use("decode")

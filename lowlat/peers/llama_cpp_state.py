@@ -1,7 +1,7 @@
 """Extend a saved state of llama.cpp: repeat its cells and KV cache entries up to a given length.
 
-This fills a cache of many thousand tokens in seconds. The layout is the one that llama.cpp writes
-for one sequence of a model that caches keys only (absorbed MLA); other layouts give None.
+This fills a cache of many thousand tokens in seconds. Supports the layout that llama.cpp writes for
+one sequence of a model that caches only keys (absorbed MLA).
 """
 
 import struct

@@ -1,7 +1,7 @@
 """Worker process protocol, worker side: JSON requests on stdin, JSON answers on stdout, all timing.
 
-`timed_handlers` times any `TimedModel`, so every program is measured by the same code. This module
-runs under other programs' interpreters: it needs the standard library and numpy only.
+`timed_handlers` times any `TimedModel`, so the same code measures every program. This module runs
+under other programs' interpreters, so it imports only the standard library and numpy.
 """
 
 import ctypes
@@ -20,14 +20,14 @@ from typing import Any
 Handlers = dict[str, Callable[..., dict[str, Any]]]
 
 WARMUP_STEPS = 2
-"""Decode steps before the clock starts: the first ones after a cache fill run on cold memory."""
+"""Untimed decode steps before a sample, as the first ones after a cache fill run on cold memory."""
 LONGEST_ERROR = 300
-"""Characters of an exception that an answer carries."""
+"""Maximum characters of an exception in an answer."""
 PR_SET_PDEATHSIG = 1
 
 
 class Unsupported(Exception):
-    """The program does not do what was requested; the message is the reason shown to the user."""
+    """The program does not support a request; the message is the reason shown to the user."""
 
 
 class TimedModel(ABC):
@@ -104,7 +104,7 @@ def timed_handlers(model: TimedModel) -> Handlers:
 
 
 def serve_requests(handlers: Handlers) -> None:
-    """Answer requests until "quit" or the end of input. What the program prints goes to stderr."""
+    """Answer requests until "quit" or the end of input. The program's stdout goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     die_with_parent()
@@ -124,7 +124,7 @@ def _answer(handler: Callable[..., dict[str, Any]], request: dict[str, Any]) -> 
     except ImportError as error:
         traceback.print_exc()
         return {"not_installed": str(error)}
-    # The host is another process: every exception reaches it as an answer.
+    # Every exception is sent to the host process as an answer.
     except Exception as error:
         traceback.print_exc()
         kind = type(error).__name__
@@ -140,7 +140,7 @@ def one_line(error: BaseException) -> str:
 
 
 def random_token_ids(count: int, vocab_size: int) -> list[int]:
-    """Random ids, the same in every program, so that all programs route to the same experts."""
+    """Random ids, equal in every program, so that all programs route to the same experts."""
     return random.Random(count).choices(range(vocab_size), k=count)
 
 
@@ -176,8 +176,8 @@ def available_memory() -> int:
 
 
 def die_with_parent() -> None:
-    """On Linux, let the kernel end this process with its host: a stopped process (SIGSTOP) does
-    not notice a closed pipe.
+    """On Linux, let the kernel end this process with its host, because a stopped process (SIGSTOP)
+    does not notice a closed pipe.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

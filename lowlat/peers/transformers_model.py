@@ -1,6 +1,6 @@
 """Hugging Face transformers as a peer: load a causal language model, time its prefill and decode.
 
-As a worker it uses the fastest of transformers' expert implementations, chosen by a short trial.
+The worker uses the fastest of transformers' expert implementations, found by a short trial.
 """
 
 import inspect
@@ -21,7 +21,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 EXPERTS = ("grouped_mm", "batched_mm", "eager")
 TRIAL_TOKENS = 128
 MEMORY_SHARE = 0.4
-"""Largest share of the free memory for a filled cache: each step of the growing cache copies it."""
+"""Maximum share of free memory for a filled cache, because every decode step copies it."""
 
 
 def load_causal_lm(path: str, dtype: Any, **options: Any) -> Any:
@@ -135,7 +135,7 @@ class Transformers(TimedModel):
                     trial()
                     times[name] = time.perf_counter() - start
                 except (RuntimeError, ValueError, NotImplementedError):
-                    continue  # grouped_mm does not take every shape
+                    continue  # grouped_mm does not support every shape
             self.experts[phase] = min(times, key=lambda name: times[name])
 
 

@@ -18,12 +18,12 @@ from lowlat.peers.protocol import (
 )
 
 LONGEST = 8192
-"""Longest context: longer ones would first need a prefill of many minutes."""
+"""Longest context; longer ones would need a prefill of many minutes first."""
 SPARE_TOKENS = 128
 CACHE_GB = "4"
 TOP_LOGPROBS = 5
 SETTINGS = {
-    # one process, because the worker is suspended and resumed as a whole
+    # a single process, so that the worker can be suspended and resumed
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": CACHE_GB,
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -92,7 +92,7 @@ class VLLM:
             raise Unsupported(f"the prefill of {tokens:,} tokens takes too long")
 
     def _complete(self, ids: Sequence[int], tokens: int, **options: Any) -> tuple[float, Any]:
-        """Seconds and the completion of exactly `tokens` greedy tokens."""
+        """Seconds of, and result of, a completion of exactly `tokens` greedy tokens."""
         params = self.api.SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, **options
         )

@@ -1,8 +1,7 @@
 """Worker process protocol, host side: start a peer's worker, send requests, suspend it when idle.
 
 Idle workers are suspended with SIGSTOP, because thread pools of numeric libraries spin for a while
-after each operation. Every worker leads a process group, so that its children are suspended and
-ended with it.
+after each operation. Every worker leads a process group, so that signals reach its children too.
 """
 
 import json
@@ -24,11 +23,13 @@ BOOT = (
     "import runpy, sys; sys.path.append(sys.argv[1]); "
     "runpy.run_module(sys.argv[2], run_name='__main__')"
 )
-"""lowlat's folder is last on the path, so that a peer's interpreter uses its own packages."""
+"""Code of the worker process. lowlat's folder is last on the path, so that a peer's interpreter
+uses its own packages.
+"""
 
 
 class PeerError(Exception):
-    """A peer does not support a request or has failed; the message says why."""
+    """A peer does not support a request or has failed; the message is the reason."""
 
 
 class UnsupportedRequest(PeerError):
@@ -85,9 +86,9 @@ class Worker:
         self.close()
 
     def ask(self, op: str, *, timeout: float = TIMEOUT, **arguments: Any) -> dict[str, Any]:
-        """The answer to one request; the worker runs only meanwhile.
+        """Send one request and return its answer. Resumes the worker meanwhile.
 
-        Raises PeerError where the worker does not support the request or fails, NotInstalled for a
+        Raises PeerError if the worker does not support the request or fails, NotInstalled for a
         missing package, UserError for a UserError in the worker.
         """
         if self._failure is not None:
@@ -110,7 +111,7 @@ class Worker:
                 self._send({"op": "quit"})
                 self._process.wait(CLOSING)
             except (OSError, subprocess.TimeoutExpired):
-                pass  # it is killed below
+                pass  # killed below
         self._failure = self._failure or "has been closed"
         self._kill()
 
@@ -158,7 +159,7 @@ class Worker:
         try:
             code = self._process.wait(CLOSING)
         except subprocess.TimeoutExpired:
-            code = 0  # it closed its output and keeps running
+            code = 0  # output closed, but still running
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f"{how}; {lines[-1][-300:]}" if lines else how
@@ -167,7 +168,7 @@ class Worker:
         try:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
-            pass  # it has ended; the next read reports that
+            pass  # ended; the next read reports it
 
     def _kill(self) -> None:
         self._signal(signal.SIGKILL)
@@ -177,4 +178,4 @@ class Worker:
             try:
                 pipe.close()
             except BrokenPipeError:
-                pass  # unsent bytes do not matter to a process that has ended
+                pass  # the process has ended

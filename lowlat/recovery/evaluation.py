@@ -29,8 +29,8 @@ class EvaluationText:
 
 
 def read_evaluation_text(path: Path, tokenizer: Tokenizer) -> EvaluationText:
-    """Read the text file `path`. Raises UserError if it is no text, or too short to detect its
-    overlap with training text.
+    """Read the text file `path`. Raises UserError if it is not text, or too short to detect overlap
+    with training text.
     """
     content = read_plain_text(path, "--evaluate")
     # encoded as in token folders
@@ -46,7 +46,7 @@ def evaluate(model: Path, text: EvaluationText, progress: Progress) -> dict[str,
     """Perplexity, bits per byte, number of tokens and window length of the checkpoint `model` on
     `text`, computed in bf16. Raises UserError if the perplexity is not finite.
     """
-    # loading a native model sets PyTorch's threads, which the training that follows needs
+    # loading a native model sets PyTorch to one thread; restored for the following training
     threads = torch.get_num_threads()
     try:
         loaded = api.load(str(model.absolute()), progress=progress)

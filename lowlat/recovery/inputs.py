@@ -1,7 +1,7 @@
-"""Checked inputs of a recovery run: training text, calibration text and evaluation text.
+"""Validated inputs of recovery training: training, calibration and evaluation text.
 
-Everything that takes no training to find out is checked here, before the long work: too little
-text, too little memory, and evaluation text that is part of the other texts.
+Checks that need no training run here, before hours of work: too little text, too little memory,
+and evaluation text that is part of the other texts (contamination).
 """
 
 import hashlib
@@ -45,17 +45,17 @@ class RecoveryInputs:
     conversion: Conversion
     compression: CompressionOptions
     distillation: DistillationOptions | None
-    """None for evaluation without training."""
+    """Options of the recovery training; None for evaluation only."""
     tokenizer: Tokenizer
     evaluation_text: EvaluationText | None
 
     @property
     def recovery(self) -> RecoveryOptions:
-        """The options."""
+        """Options of recovery training and evaluation."""
         return self.conversion.options.recovery
 
     def fingerprint(self) -> dict[str, str]:
-        """Source, options and texts, each in words: the work folder resumes only if all match."""
+        """Source, options and texts, by name; the work folder is resumed only if all match."""
         recovery, text = self.recovery, self.evaluation_text
         facts = self.conversion.fingerprint()
         facts["recovery"] = "none" if recovery.tokens is None else f"{recovery.tokens} tokens"
@@ -69,7 +69,7 @@ class RecoveryInputs:
 
 
 def prepare_recovery(conversion: Conversion) -> RecoveryInputs:
-    """Check memory and open the evaluation text. Raises UserError for what does not suit."""
+    """Check memory and read the evaluation text. Raises UserError if one of them is unsuitable."""
     options, src = conversion.options, conversion.src
     compression = options.compression
     assert compression is not None and not options.recovery.is_empty
@@ -94,12 +94,12 @@ def prepare_recovery(conversion: Conversion) -> RecoveryInputs:
 def with_calibration(
     inputs: RecoveryInputs, work: WorkFolder, progress: Progress
 ) -> RecoveryInputs:
-    """`inputs` with the calibration text to use; all texts are built and checked.
+    """`inputs` with the calibration text. Builds and checks all texts.
 
-    Without `--calibrate` that is the training text, unless it is too short.
+    Without `--calibrate` the calibration text is the training text, unless that is too short.
     """
     if inputs.compression.calibrate:
-        _check_calibration(inputs, work)  # before all of --text is read, which takes longer
+        _check_calibration(inputs, work)  # first, because reading all of --text takes longer
         _training_tokens(inputs, work, progress)
         return inputs
     tokens = _training_tokens(inputs, work, progress)
@@ -124,7 +124,7 @@ def _distillation_options(
 def _training_tokens(
     inputs: RecoveryInputs, work: WorkFolder, progress: Progress
 ) -> TokenizedDataset | None:
-    """The training text as a token folder, checked; None without recovery training."""
+    """The training text as a checked token folder; None without recovery training."""
     distillation, texts = inputs.distillation, inputs.recovery.texts
     if distillation is None:
         return None
@@ -147,7 +147,9 @@ def _training_tokens(
 
 
 def _calibrated_on(folder: TokenizedDataset | None, inputs: RecoveryInputs) -> CompressionOptions:
-    """The compression, calibrated on the training text in `folder`, unless that is too short."""
+    """The compression options, with the training text in `folder` as calibration text unless it is
+    too short.
+    """
     compression, context = inputs.compression, inputs.conversion.config.max_position_embeddings
     if folder is None:
         return compression
@@ -157,7 +159,7 @@ def _calibrated_on(folder: TokenizedDataset | None, inputs: RecoveryInputs) -> C
 
 
 def _check_calibration(inputs: RecoveryInputs, work: WorkFolder) -> None:
-    """Raises UserError for unfit calibration text, and if it contains the evaluation text."""
+    """Raises UserError for calibration text that is unsuitable or contains the evaluation text."""
     paths, text = inputs.compression.calibrate, inputs.evaluation_text
     if work.start.exists() or inputs.compression.calibration is not None:
         return

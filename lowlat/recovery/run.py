@@ -1,7 +1,7 @@
-"""A conversion to a smaller cache with recovery training (distillation), evaluation, or both.
+"""Conversion to a smaller KV cache with recovery training (distillation), evaluation, or both.
 
-`lowlat.convert` compresses, `lowlat.train` distils; intermediate results are in the work folder,
-from which an interrupted call resumes.
+`lowlat.convert` compresses, `lowlat.train` distils. An interrupted call resumes from intermediate
+results in the work folder.
 """
 
 import json
@@ -53,14 +53,16 @@ def convert_with_recovery(
     recovery: RecoveryOptions,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Write the model at `src` with a smaller cache as the folder `dst`, trained to recover its
-    quality on `recovery.texts` and evaluated on `recovery.evaluate`, as far as these are given.
+    """Convert the model at `src` to a smaller KV cache, as the folder `dst`. Optionally train it on
+    `recovery.texts` to recover its quality, and evaluate it on `recovery.evaluate`.
 
     Other arguments are those of `convert`. Recovery training distils the original model into the
-    compressed one (`train.run.distill`). `dst` appears complete or not at all, with all figures in
-    its conversion.json. After an interruption the same call resumes. Raises UserError as `convert`
-    and `distill`, for unfit texts and for evaluation text within the others; KeyboardInterrupt,
-    after a checkpoint, if SIGINT or SIGTERM stops the training.
+    compressed one (`train.run.distill`). `dst` appears complete or not at all; its conversion.json
+    has all figures. After an interruption the same call resumes.
+
+    Raises UserError as `convert` and `distill`, for unsuitable texts, and for evaluation text that
+    is part of the others. Raises KeyboardInterrupt, after a checkpoint, if SIGINT or SIGTERM stops
+    the training.
     """
     started = time.perf_counter()
     dst = dst.absolute()
@@ -91,7 +93,7 @@ def _convert(run: _RecoveryRun) -> tuple[Path, dict[str, Any]]:
     distillation, experts = run.inputs.distillation, conversion.options.experts
     scores = {"original": _score(run, "original", conversion.src)}
     if not work.start.exists():
-        # a trained model is rounded and upcycled once, after training
+        # a model to train is rounded and upcycled only after training
         convert(
             conversion.src,
             work.start,
@@ -124,7 +126,7 @@ def _convert(run: _RecoveryRun) -> tuple[Path, dict[str, Any]]:
 def _recovery_training(
     run: _RecoveryRun, distillation: DistillationOptions
 ) -> Callable[[], dict[str, Any]]:
-    """A function that trains, and returns the object `recovery` of the report."""
+    """A function that trains and returns the object `recovery` of the report."""
     work, teacher, texts = run.work, run.inputs.conversion.src, run.inputs.recovery.texts
 
     def train() -> dict[str, Any]:
@@ -168,8 +170,8 @@ def _recovery_training(
 
 
 def _write_recovered(work: WorkFolder, progress: Progress) -> None:
-    """Write the compressed model with the trained attention, in fp32. Other weights come from
-    `work.start`, as the trainer may hold frozen weights in fewer bits.
+    """Write the compressed model with the trained attention, in fp32. Other weights are those of
+    `work.start`, because the trainer may store frozen weights in fewer bits.
     """
     shutil.rmtree(work.trained, ignore_errors=True)
     export_save(work.run, work.trained, step=None, dtype="fp32", progress=progress)

@@ -1,7 +1,6 @@
-"""Training text of recovery training: a token folder with held-out documents, free of evaluation
-text.
+"""Training text of recovery training: token folder, held-out documents, contamination check.
 
-Plain text files are cut into passages, which become the documents; `lowlat.data` builds the folder.
+Plain text files are cut into passages, which become documents. `lowlat.data` builds the folder.
 """
 
 import hashlib
@@ -31,8 +30,8 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
 SHORTEST, LONGEST, PASSAGES = 1 << 11, 1 << 14, 64
-"""Plain text is cut, at line ends, into passages of about a 64th of the text, between SHORTEST and
-LONGEST characters: short enough for documents to hold out, long enough for training sequences.
+"""Plain text is cut at line ends into about PASSAGES passages of SHORTEST to LONGEST characters:
+short enough to hold some out, long enough for training sequences.
 """
 REMEDIES = {
     r", or pass\s+--invalid .*": "",
@@ -49,7 +48,7 @@ def build_tokens(
 ) -> TokenizedDataset:
     """Build the token folder `folder` from `texts`, for sequences of `length` tokens.
 
-    Raises UserError naming a file that is no text, or if there is too little text.
+    Raises UserError naming a file that is not text, or if there is too little text.
     """
     partial, passages = folder.with_name(f"{folder.name}-new"), folder.with_suffix(".jsonl")
     sources, end = _sources(texts, passages), _end_of_text(tokenizer)
@@ -57,12 +56,12 @@ def build_tokens(
         shutil.rmtree(partial, ignore_errors=True)
         options = BuildOptions(sources=sources, held_out=share, end_of_text=end)
         try:
-            # _check_enough reports too little text with the number of tokens needed
+            # may_be_empty, because _check_enough reports the required number of tokens
             build(partial, options, tokenizer, progress, may_be_empty=True)
         except BadDocument as error:
             raise _bad_text(error) from error
         except UserError as error:
-            if error.__cause__ is not None:  # an error of the disk, not of the text
+            if error.__cause__ is not None:  # a disk error
                 raise
             raise _bad_text(error) from error
         if TokenizedDataset.open(partial).num_tokens("held_out") > EVALUATED_TOKENS:
@@ -97,8 +96,8 @@ def require_uncalibrated(
 def _require_few(share: float, name: Path, origin: str) -> None:
     if share > MOST_SHARED:
         raise UserError(
-            f"--evaluate {name}: {share:.1%} of it is in {origin}; evaluate on text that the "
-            "model is not made with"
+            f"--evaluate {name}: {share:.1%} of it is in {origin}; give text that is neither "
+            "calibration nor training text"
         )
 
 
@@ -122,8 +121,8 @@ def text_fingerprint(text: str) -> str:
 
 
 def _end_of_text(tokenizer: Tokenizer) -> str | None:
-    """The token that ends a document if the tokenizer has several candidates: the first, as those
-    that end the turns of a chat follow. None if it has not.
+    """The token that ends a document, if the tokenizer has several candidates: the first, because
+    those that end chat turns follow it. None for a single candidate, which needs no choice.
     """
     ids = {text: index for index, text in tokenizer.added_tokens.items()}
     found = {ids[text] for text in KNOWN_ENDS if text in ids} or tokenizer.eos_ids
@@ -132,7 +131,7 @@ def _end_of_text(tokenizer: Tokenizer) -> str | None:
 
 
 def _sources(texts: Iterable[str], passages: Path) -> tuple[str, ...]:
-    """Sources for `build`: records as they are, plain text cut into the file `passages`."""
+    """Sources for `build`: files of records, and `passages`, which holds all plain text."""
     records: list[str] = []
     plain: list[Path] = []
     for text in texts:

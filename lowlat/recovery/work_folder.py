@@ -2,16 +2,16 @@
 
 The folder is `.NAME.conversion`, next to the destination:
 
-    lock            held by the running process
+    lock            locked by the running process
     request.json    fingerprint of source and options
     tokens/         token folder of the training text
     start/          the compressed model
     run/            run folder of the trainer
     trained/        the trained model, exported in fp32
-    recovered/      trained/'s attention, all other weights from start/
+    recovered/      attention of trained/, all other weights of start/
     out/            recovered/ in the requested number type; renamed to the destination
     *.json          measured figures
-    placed          marks that only the last rename is missing
+    placed          present if only the last rename is missing
 
 Each appears complete or not at all.
 """
@@ -89,7 +89,7 @@ def work_folder_path(dst: Path) -> Path:
 
 
 def remove_finished_work_folder(dst: Path) -> None:
-    """Remove the work folder of a conversion that ended between its last rename and its cleanup."""
+    """Remove the work folder of a conversion that ended after its last rename, before cleanup."""
     folder = work_folder_path(dst)
     if dst.exists() and (folder / PLACED).exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -97,11 +97,11 @@ def remove_finished_work_folder(dst: Path) -> None:
 
 @contextmanager
 def open_work_folder(dst: Path, fingerprint: Mapping[str, str]) -> Iterator[WorkFolder]:
-    """Lock the work folder of `dst`; remove it at exit, unless an exception leaves results to
+    """Lock the work folder of `dst`, and remove it at exit, unless an exception leaves results to
     resume from (the compressed model, or the tokens if the disk is full).
 
     Raises UserError if `dst` exists, another process holds the lock, `fingerprint` differs from
-    that of the folder, or the disk refuses.
+    that of the folder, or for an error of the disk.
     """
     refuse_existing(dst)
     work = WorkFolder(work_folder_path(dst))

@@ -219,7 +219,7 @@ def test_another_file_is_refused_in_one_line(
 
 def test_models_it_cannot_run_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     config = own_side(checkpoint).config
-    with pytest.raises(UserError, match="is no file"):
+    with pytest.raises(UserError, match="is not a file"):
         DeepSeekModel(tmp_path / "no.py", checkpoint, config, label="o", dtype=torch.float32)
     llama = own_side(write(llama_case(), tmp_path))
     with pytest.raises(UserError, match="runs DeepSeek models only"):

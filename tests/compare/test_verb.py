@@ -153,7 +153,7 @@ def test_faults_of_the_text(folder: Path, v3: Path, tmp_path: Path) -> None:
     (tmp_path / "short").write_text("a")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     assert "is too short: 1 tokens" in fault(folder, folder, "--text", tmp_path / "short")
-    assert "is no UTF-8 text" in fault(folder, folder, "--text", tmp_path / "latin")
+    assert "is not UTF-8 text" in fault(folder, folder, "--text", tmp_path / "latin")
     assert "cannot read" in fault(folder, folder, "--text", tmp_path / "none")
     assert "--text needs a tokenizer" in fault(v3, v3, "--text", tmp_path / "short")
     assert "at least 2" in fault(folder, folder, "--tokens", "1")
@@ -309,9 +309,9 @@ def test_what_cannot_be_told_is_said_first(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere" / "p.svg"
     assert "its folder does not exist" in fault("nothing", "nothing", "--plot", nowhere)
     picture = tmp_path / "p.foo"
-    assert "'.foo' is no image format" in fault("nothing", "nothing", "--plot", picture)
+    assert "'.foo' is not an image format" in fault("nothing", "nothing", "--plot", picture)
     told = fault("nothing", "nothing", "--text", "some.txt", "--seed", 7)
-    assert "--seed is of random tokens" in told
+    assert "--seed is for random tokens" in told
     assert "--tolerance must be a finite" in fault("nothing", "nothing", "--tolerance", "inf")
 
 

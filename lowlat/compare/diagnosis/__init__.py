@@ -1,1 +1,1 @@
-"""Diagnose a difference: recompute recorded steps with known mistakes injected, name the match."""
+"""Diagnosis of a difference: recompute recorded steps with known mistakes and find the match."""

@@ -1,8 +1,8 @@
 """Audit of a trace against its config: recompute each step as configured and with known mistakes.
 
-Every step is recomputed from its recorded inputs. The variant that reproduces the recorded output
-is what the implementation computes; the size of a difference is no evidence. Steps: RoPE of queries
-and keys, softmax scale (this module), router (`gate_audit`), MTP input (`mtp_audit`).
+Every step is recomputed from its recorded inputs. The implementation computes the variant that
+reproduces the recorded output; the size of a difference is not used. Steps: RoPE of queries and
+keys, softmax scale (this module), router (`gate_audit`), MTP input (`mtp_audit`).
 """
 
 from collections.abc import Iterator
@@ -30,11 +30,11 @@ AUDITED = {
     "routing_weights": "expert selection",
     "joined": "MTP input",
 }
-"""Audited steps in words."""
+"""Descriptions of the audited steps."""
 
 
 def audit(trace: Trace, config: ModelConfig, window: Window) -> dict[Place, StepAudit]:
-    """The audit of every step whose inputs and output are in the trace."""
+    """Audit every step whose inputs and output are in the trace."""
     found: dict[Place, StepAudit] = {}
     for block in trace.blocks():
         if block.stage not in ("layer", "mtp"):
@@ -126,7 +126,7 @@ def _scale(trace: Trace, config: ModelConfig, block: Block) -> StepAudit | None:
 
 
 def _wrong_scales(config: ModelConfig, layer: int) -> list[tuple[float, str]]:
-    """Wrong softmax scales with their cause; the first match counts."""
+    """Wrong softmax scales with their causes; the first match is reported."""
     attention, rope = config.attention_of(layer), config.rope_of(layer)
     base = attention.qk_head_dim**-0.5
     every = yarn_mscale(rope.factor, rope.mscale_all_dim or 0.0)

@@ -1,7 +1,7 @@
 """Diagnosis: attribute known mistakes to an implementation, from the audits of both traces.
 
-A step that A and B compute alike explains no difference. An implementation that deviates from its
-own config is the cause; if both follow different configs, each is judged by the other's.
+A step that A and B compute alike is not a cause. An implementation that deviates from its own
+config is the cause. If both follow their own, different configs, each is judged by the other's.
 """
 
 from dataclasses import dataclass, fields, is_dataclass
@@ -37,7 +37,7 @@ NAMES: dict[MistakeKind, str] = {
     "mtp_hidden": "MTP hidden state",
     "mtp_zeroed": "MTP embedding of the first position",
 }
-"""Mistakes in words."""
+"""Descriptions of the mistakes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ class Finding:
     judged_by: Label
     """The implementation whose config defines the correct result."""
     places: tuple[Place, ...]
-    """Where it was found, in order of computation."""
+    """Places of the mistake, in order of computation."""
 
     @property
     def name(self) -> str:
@@ -62,9 +62,9 @@ class Diagnosis:
     """The result of both audits."""
 
     findings: tuple[Finding, ...]
-    """In order of their first place."""
+    """Findings, in order of their first place."""
     audited: tuple[str, ...]
-    """Steps that were recomputed in A and B, in words."""
+    """Descriptions of the steps that were recomputed in A and B."""
     unexplained: tuple[tuple[Label, Place], ...]
     """Steps that neither the config nor a known mistake reproduces."""
 
@@ -103,7 +103,7 @@ def diagnose(
 
 
 def _same_attention(a: ModelConfig, b: ModelConfig) -> bool:
-    """Whether one config can judge the other's model: the same kind of attention in all layers."""
+    """Whether each config can judge the other model: same kind of attention in all layers."""
     layers = [(a.attention_of(n), b.attention_of(n)) for n in range(a.num_hidden_layers)]
     return all(type(x) is type(y) and x.rope_dim == y.rope_dim for x, y in layers)
 
@@ -117,7 +117,7 @@ class _Attribution(NamedTuple):
 
 
 def _attributions(place: Place, own: Audits, crossed: Audits) -> list[_Attribution]:
-    """Mistakes of one step that only one of A and B makes."""
+    """Mistakes in one step that only A or only B makes."""
     outcomes = {label: own[label][place] for label in LABELS}
     known = {label: set(outcomes[label].mistakes) for label in LABELS}
     found = [
@@ -140,7 +140,7 @@ def _attributions(place: Place, own: Audits, crossed: Audits) -> list[_Attributi
 STORAGE = ("quantization", "packing", "mtp_copies")
 """Fields about the storage of weights, not about the computation."""
 LISTED = 4
-"""Longer tuples of numbers are counted, not listed."""
+"""Longer tuples of numbers are described by their length."""
 
 
 def config_differences(a: ModelConfig, b: ModelConfig) -> list[str]:

@@ -42,7 +42,7 @@ def _candidates(moe: MoEConfig, has_bias: bool, dtype: torch.dtype) -> Iterator[
     yield from weighing
     if dtype not in (torch.bfloat16, torch.float16):
         return
-    # A router in the dtype of the activations may have another mistake too.
+    # A router in the dtype of the activations may have a second mistake.
     for candidate in (*selecting, *weighing):
         for rounded in _rounded(candidate.moe, dtype):
             variant = replace(
@@ -69,7 +69,7 @@ def _selection_mistakes(moe: MoEConfig, has_bias: bool) -> Iterator[_Candidate]:
 
 
 def _rounded(moe: MoEConfig, kind: torch.dtype) -> Iterator[_Candidate]:
-    """Routers that compute in `kind`."""
+    """Routers that compute in the number type `kind`."""
     name = "bf16" if kind is torch.bfloat16 else "fp16"
     for variant in (
         GateVariant(product=kind),
@@ -140,7 +140,7 @@ def _best_candidate(gate: _RecordedGate, moe: MoEConfig) -> tuple[float, tuple[M
             replace(CORRECT, product=candidate.variant.product, scores=candidate.variant.scores)
         )
         same = _is_largest(ranking(made, gate.bias, candidate.moe, candidate.variant), gate.chosen)
-        # A router in bf16 may normalise in bf16 too, with one more rounding per step.
+        # A router in bf16 may also normalise in bf16, with one more rounding per step.
         close = ROUNDED if candidate.variant.scores is gate.dtype else CLOSE
         expected = selected_weights(gate.chosen, made, gate.bias, candidate.moe, candidate.variant)
         same &= _is_close(expected, gate.factors, close)
@@ -153,7 +153,7 @@ def _best_candidate(gate: _RecordedGate, moe: MoEConfig) -> tuple[float, tuple[M
 
 
 def _is_largest(ranked: Tensor, chosen: Tensor) -> Tensor:
-    """For each token, whether no expert ranks above the selected ones (ties count as equal)."""
+    """For each token, whether the selected experts rank highest (ties count as equal)."""
     least = ranked.gather(1, chosen).amin(dim=1)
     others = ranked.scatter(1, chosen, float("-inf")).amax(dim=1)
     return least >= others - TIE

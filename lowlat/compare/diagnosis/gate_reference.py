@@ -1,4 +1,4 @@
-"""Reference router (DeepSeek-V3 section 2.1.2) with known mistakes that can be injected.
+"""Reference router (DeepSeek-V3 report, section 2.1.2), with optional known mistakes.
 
 Shares no code with `ops.routing`, which it checks.
 """
@@ -14,20 +14,20 @@ from lowlat.config.model import MoEConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateVariant:
-    """A router; the defaults are correct, every other value is a known mistake."""
+    """Variant of the router; the defaults are correct, every other value is a known mistake."""
 
     fill: float = float("-inf")
-    """Score of experts outside the best groups."""
+    """Score of experts outside the selected groups."""
     bias_in_weights: bool = False
-    """The routing weights are taken from the biased scores."""
+    """Whether the routing weights are taken from the biased scores."""
     bias_in_choice: bool = True
-    """The bias takes part in the selection."""
+    """Whether the bias is used for the selection."""
     product: torch.dtype | None = None
-    """Number type of the product of hidden state and router weight; None: not rounded."""
+    """Number type of the logits (hidden state times router weight); None: not rounded."""
     scores: torch.dtype | None = None
     """Number type of the scores; None: not rounded."""
     by_best: bool = False
-    """Groups are ranked by their best expert instead of the sum of their two best."""
+    """Whether groups are ranked by their best expert instead of the sum of their two best."""
 
 
 CORRECT = GateVariant()

@@ -1,4 +1,4 @@
-"""Known mistakes, and the audit of a step: correct, a known mistake, or neither."""
+"""Known mistakes, and the result of an audited step: correct, a known mistake, or neither."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -41,12 +41,12 @@ class Mistake(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepAudit:
-    """What one step of an implementation computes."""
+    """Result of auditing one step of an implementation."""
 
     mistakes: tuple[Mistake, ...] = ()
-    """Empty: the step follows the config, if it is explained."""
+    """Known mistakes; empty for an explained step that follows the config."""
     explained: bool = True
-    """The config or a known mistake reproduces the recorded output."""
+    """Whether the config or a known mistake reproduces the recorded output."""
 
 
 UNEXPLAINED = StepAudit(explained=False)

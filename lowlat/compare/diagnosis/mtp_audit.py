@@ -42,7 +42,7 @@ def join(trace: Trace, config: ModelConfig, block: Block) -> StepAudit | None:
 def _carried(
     trace: Trace, config: ModelConfig, block: Block, carried: Tensor, limit: float
 ) -> list[Mistake]:
-    """Check which hidden state the module gets: before or after the previous norm."""
+    """Check the hidden state that the module gets: before or after the previous norm."""
     depth = block.number
     before = OUTPUT if depth == 0 else Block("mtp", depth - 1)
     last = Block("layer", config.num_hidden_layers - 1) if depth == 0 else before

@@ -1,4 +1,4 @@
-"""Reference RoPE with known mistakes injected, and the variant that reproduces a recorded rotation.
+"""Reference RoPE with known mistakes, and the variant that reproduces a recorded rotation.
 
 Variants differ in channel pairing, frequencies, channel order and scale of cos and sin.
 """
@@ -20,11 +20,11 @@ class RotationVariant(NamedTuple):
     """A way to apply RoPE."""
 
     interleave: bool
-    """Pairs are neighbouring channels (2i, 2i+1)."""
+    """Whether pairs are neighbouring channels (2i, 2i+1)."""
     frequencies: str
     """config, unscaled, or none (no rotation)."""
     order: str
-    """Order of the rotated channels: canonical, as_is or twice."""
+    """Order of the rotated channels: canonical, as_is (unchanged) or twice (reordered twice)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +45,8 @@ def best_fit(
     rope: RopeConfig,
     limit: float,
 ) -> RotationFit:
-    """The variant that rotates `before` into `after` (canonical channels) best; the first one with
-    a residual of at most `limit`, starting with the correct one.
+    """The first variant, starting with the correct one, that rotates `before` into `after`
+    (canonical channels) with a residual of at most `limit`; otherwise the best variant.
     """
     found: list[RotationFit] = []
     for variant in variants(rope):
@@ -116,7 +116,7 @@ def cos_sin_scale(rope: RopeConfig) -> float:
 
 
 def cos_sin_scales(rope: RopeConfig) -> list[tuple[float, str]]:
-    """The correct scale of cos and sin, then wrong ones with causes; the first match counts."""
+    """The correct scale of cos and sin, then wrong ones with causes, in order of precedence."""
     if rope.attention_factor is not None:
         return [(rope.attention_factor, ""), (1.0, "attention_factor is not applied")]
     if rope.rope_type != "yarn":

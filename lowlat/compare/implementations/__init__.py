@@ -1,1 +1,1 @@
-"""Implementations of a model that `lowlat compare` runs and records, and how a name selects one."""
+"""Implementations that `lowlat compare` runs and records, and their selection by name."""

@@ -1,4 +1,4 @@
-"""Interface of an implementation that can be compared, and requests to a peer's worker process."""
+"""Interface of a comparable implementation, and requests to a peer's worker process."""
 
 import sys
 import tempfile
@@ -16,7 +16,7 @@ from lowlat.utils.errors import UserError
 TIMEOUT = 3600.0
 """Seconds for loading, and for one window."""
 REMEDY = "read fewer tokens at once with --window, or try another version of it"
-"""What may help where a peer fails at run time."""
+"""Remedy in the error message of a peer that fails at run time."""
 
 
 class Implementation(ABC):
@@ -31,17 +31,17 @@ class Implementation(ABC):
     cache_precision: str | None = None
     """Number type of its KV cache; None: that of the activations."""
     unseen: str
-    """Which parts cannot be observed and why; empty if all can."""
+    """Parts that cannot be observed, with the reason; empty if all can."""
     can_impose_experts: bool
-    """Whether it shows the experts it selects, and can run with imposed ones."""
+    """Whether it reports its selected experts, and can run with imposed ones."""
 
     @abstractmethod
     def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
-        """Run `window` and record its parts; impose `experts` on their routers."""
+        """Run `window` and record its parts. experts: override the router's selection."""
 
 
 def import_error(module: str, package: str, error: Exception, *, label: str) -> UserError:
-    """The error for a peer's `module` that is not installed, or fails to import."""
+    """Error for a peer's `module` that is not installed or fails to import."""
     if isinstance(error, ModuleNotFoundError) and error.name == module:
         return UserError(
             f"{label} needs the package {package}, which is not installed; "
@@ -57,8 +57,8 @@ def run_in_worker(
 ) -> None:
     """Send `requests` to a new worker process that runs lowlat's `module`, then end it.
 
-    Peers run in processes of their own: a failed assertion of llama.cpp ends its process, and
-    DeepSeek's model.py is the user's code. Raises UserError, in one line, where the worker fails.
+    Peers run in separate processes, because a failed assertion of llama.cpp ends its process and
+    DeepSeek's model.py is the user's code. Raises UserError, in one line, if the worker fails.
     """
     with tempfile.TemporaryDirectory(prefix="lowlat-compare-") as folder:
         place = Path(folder)

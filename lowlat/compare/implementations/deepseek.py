@@ -1,4 +1,4 @@
-"""DeepSeek's inference/model.py: the user's own copy, run by `deepseek_worker` in a process."""
+"""DeepSeek's inference/model.py: the user's copy, run by `deepseek_worker` in a process."""
 
 import tempfile
 from pathlib import Path
@@ -17,7 +17,7 @@ WORKER = "lowlat.compare.implementations.deepseek_worker"
 
 
 class DeepSeekModel(Implementation):
-    """A model.py of the public shape with the weights of a Hugging Face checkpoint."""
+    """The public model.py with the weights of a Hugging Face checkpoint."""
 
     unseen = "model.py has no MTP modules, and does not return its router scores"
     can_impose_experts = True
@@ -27,7 +27,7 @@ class DeepSeekModel(Implementation):
     ) -> None:
         if not script.is_file():
             raise UserError(
-                f"{label}: '{script}' is no file; give the path of DeepSeek's inference/model.py"
+                f"{label}: '{script}' is not a file; give the path of DeepSeek's inference/model.py"
             )
         if not isinstance(config.attention, MLAConfig) or not config.attention.kv_a_layernorm:
             raise UserError(f"{label}: model.py runs DeepSeek models only, and this is none")
@@ -59,5 +59,5 @@ class DeepSeekModel(Implementation):
             return load_trace(folder / "out", self.dtype)
 
     def _run(self, request: dict[str, Any]) -> None:
-        """Run the worker. Raises UserError where it fails."""
+        """Run the worker. Raises UserError if it fails."""
         run_in_worker(WORKER, [{"op": "trace", **request}], label=self.label)

@@ -65,7 +65,7 @@ def observe(
     original: Callable[..., Tensor] = module.apply_rotary_emb
 
     def rotate(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # In fp32 it views a slice as complex numbers, which fails for an odd stride.
+        # In fp32 model.py views a slice as complex numbers, which fails for an odd stride.
         turned.append(original(x.contiguous(), *args, **kwargs))
         return turned[-1]
 
@@ -78,7 +78,7 @@ def observe(
             _watch_attention(observer, block, layer.attn, config, turned)
             if hasattr(layer.ffn, "gate"):
                 _watch_mixture(observer, block, layer.ffn, config, imposed.get(number))
-        # It returns the last token's logits only: here the head runs on all hidden states.
+        # model.py returns only the last token's logits, so the head runs on all hidden states here.
         observer.output(OUTPUT, "norm", model.norm)
         model.freqs_cis = model.freqs_cis[window.start :]
         model(window.ids[None], 0)

@@ -1,4 +1,4 @@
-"""llama.cpp: logits only, from a worker process of `peers.llama_cpp_model`."""
+"""llama.cpp as an implementation: logits only, from a worker process of `peers.llama_cpp_model`."""
 
 import tempfile
 from pathlib import Path
@@ -23,7 +23,7 @@ class LlamaCppModel(Implementation):
     def __init__(self, path: Path, config: ModelConfig, *, label: str, precision: str) -> None:
         try:
             import llama_cpp  # noqa: F401 # pyright: ignore[reportMissingImports]
-        # Its shared libraries load on import and raise exceptions of many types.
+        # Its shared libraries load on import, and errors have many exception types.
         except Exception as error:
             raise import_error("llama_cpp", "llama-cpp-python", error, label=label) from error
         self.path = path

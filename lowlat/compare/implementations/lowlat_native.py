@@ -1,4 +1,4 @@
-"""lowlat's native kernels: one call per step that shows KV cache entries, hidden states, logits."""
+"""lowlat's native kernels: one call per step, observed by cache entries, hidden states, logits."""
 
 import torch
 from torch import Tensor

@@ -153,9 +153,8 @@ def run_mtp(observer: Observer, model: Transformer, hidden: Tensor, window: Wind
 
 
 def watch_join(observer: Observer, block: Block, module: Any) -> None:
-    """Record the inputs, norms and eh_proj of an MTP module.
-
-    The submodules have the same names in lowlat and in transformers.
+    """Record the inputs, norms and eh_proj of an MTP module, whose submodules have the same names
+    in lowlat and in transformers.
     """
     trace = observer.trace
 
@@ -242,7 +241,7 @@ class ObservedAttention(AttentionBackend):
         self.observer.attended(block, attention_shape(self.config, block), **seen)
 
     def _cached(self, layer: int, rows: Tensor) -> Float[Tensor, "tokens entry_dim"]:
-        """The KV cache entries as attention reads them; an int8 cache rounds them."""
+        """The KV cache entries as read by attention; an int8 cache rounds them."""
         (item,) = self.inner.batch.sequences
         cached = self.inner.cache.read(layer, item.pages, item.context, rows.dtype)
         return cached[:, : math.prod(rows.shape[1:]) * (2 if rows.dim() == 3 else 1)]

@@ -1,4 +1,4 @@
-"""Load the implementation that a spec selects."""
+"""Load the implementation of a parsed name (`ImplementationSpec`)."""
 
 from pathlib import Path
 
@@ -29,8 +29,8 @@ from lowlat.utils.progress import Progress
 def open_implementation(
     spec: ImplementationSpec, progress: Progress
 ) -> tuple[Implementation, Path]:
-    """The implementation, and the folder or file of its checkpoint. Raises UserError if they
-    cannot be found, read or run.
+    """The implementation, and the folder or file of its checkpoint. Raises UserError if one of
+    them cannot be found, read or run.
     """
     path = prepare(spec.model, progress=progress)
     if spec.backend == "lowlat":
@@ -41,7 +41,7 @@ def open_implementation(
             raise UserError(f"{spec.text}: '{path}' is a folder; give a .gguf file")
         return LlamaCppModel(path, config, label=spec.text, precision=_stored_in(path)), path
     if not path.is_dir():
-        raise UserError(f"{spec.text}: '{path}' is no checkpoint folder; convert the file first")
+        raise UserError(f"{spec.text}: '{path}' is not a checkpoint folder; convert the file first")
     dtype = parse_dtype(spec.dtype)
     if spec.backend == "official":
         script = Path(spec.script).expanduser()
@@ -50,7 +50,7 @@ def open_implementation(
 
 
 def config_of(path: Path) -> ModelConfig:
-    """The config of a checkpoint, with as many MTP modules as it has tensors for."""
+    """The config of a checkpoint, with the MTP modules whose tensors it has."""
     source = open_checkpoint(path)
     return resolve_mtp_modules(read_config(source), source)
 
@@ -71,8 +71,8 @@ def _own(spec: ImplementationSpec, path: Path, progress: Progress) -> Implementa
 
 
 def _stored_in(path: Path) -> str:
-    """The coarsest number type of a file's matrices: llama.cpp rounds activations to the same, and
-    to int8 for block formats.
+    """The coarsest number type of a GGUF file's matrices, to which llama.cpp also rounds
+    activations (to int8 for block formats).
     """
     kinds = [tensor.kind for tensor in GGUFFile(path).tensors.values() if len(tensor.shape) > 1]
     names = [dtype_name(PLAIN[kind]) if kind in PLAIN else "int8" for kind in kinds]

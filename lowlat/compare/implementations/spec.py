@@ -5,7 +5,7 @@
     official:FILE:NAME[@OPTION]           in DeepSeek's inference/model.py
     gguf:FILE                             in llama.cpp
 
-A hub id may contain an @: the text after the last one is a list of options if its first word is.
+A hub id may contain an @. Text after the last @ is a list of options if its first word is one.
 """
 
 import os
@@ -30,7 +30,7 @@ class ImplementationSpec:
     """A parsed name; nothing is loaded."""
 
     text: str
-    """The name as typed."""
+    """The name on the command line."""
     backend: Backend = "lowlat"
     model: str
     """A name that `lowlat` resolves, or the path of a GGUF file."""
@@ -43,7 +43,7 @@ class ImplementationSpec:
 
 
 def parse(text: str) -> ImplementationSpec:
-    """Parse `text`. Raises UserError where an option does not exist or does not apply."""
+    """Parse `text`. Raises UserError if an option does not exist or does not apply."""
     name, options = _options(text)
     backend, model, script = _backend(name, text)
     if not model:
@@ -70,8 +70,8 @@ def parse(text: str) -> ImplementationSpec:
 def _options(text: str) -> tuple[str, list[str]]:
     name, mark, tail = text.rpartition("@")
     words = tail.split(",")
-    # A hub revision is not an option. A misspelt option next to a real one, or after the name of a
-    # local file, is.
+    # Text after @ may be a hub revision. It is a misspelt option next to a known one, or after the
+    # name of a local file.
     if mark and name and (any(word in OPTIONS for word in words) or _is_here(name)):
         return name, words
     return text, []

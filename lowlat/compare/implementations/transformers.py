@@ -24,7 +24,7 @@ from lowlat.utils.errors import UserError
 ATTENTION = "lowlat_compare"
 """Name of the observed attention in transformers' attention interface."""
 V2_IN_PLACE = "DeepseekV2"
-"""Its RoPE keeps pairs in place; all others put real parts before imaginary parts."""
+"""Prefix of the classes whose RoPE keeps pairs in place; others put real before imaginary parts."""
 
 
 class TransformersModel(Implementation):
@@ -185,7 +185,7 @@ def load_transformers(
         model = load_causal_lm(str(path), dtype, attn_implementation=ATTENTION)
         mtp = None
         if config.num_nextn_predict_layers:
-            # transformers' own list has the layer numbers of the released model only.
+            # transformers' own list has only the layer numbers of the released model.
             last = range(config.num_hidden_layers, config.num_cache_layers)
             patterns = [rf"model\.layers\.{layer}\." for layer in last]
             model._keys_to_ignore_on_load_unexpected = patterns

@@ -1,7 +1,7 @@
 """KV cache budget: how latent and rotary channels are allocated to the layers.
 
-The standard layout gives every layer the same widths; the free layout minimises the total predicted
-error under an average width, by a Lagrange multiplier.
+In the standard layout all layers have the same widths. In the free layout a Lagrange multiplier
+minimises the total predicted error under a limit on the average width.
 """
 
 import itertools
@@ -15,11 +15,11 @@ from torch import Tensor
 from lowlat.utils.errors import UserError
 
 STEP = 8
-"""Widths are multiples of this, which keeps cache entries aligned."""
+"""Widths are multiples of this, so that cache entries are aligned."""
 NOPE_WEIGHT = 0.4
 """Weight of the predicted error of NoPE components if no sensitivity is measured. The prediction
-takes errors of different keys as independent, but those of NoPE components change slowly with
-distance, and the softmax cancels what they have in common.
+treats errors of different keys as independent. Those of NoPE components change slowly with
+distance, and the softmax cancels their common part.
 """
 
 
@@ -65,11 +65,11 @@ ErrorsByRotary = Mapping[int, PredictedError]
 
 
 def entry_budget(share: float, entry: int, least: int, why: str = "") -> int:
-    """Average channels of a cache entry that keeps `share` of `entry` channels: the nearest
-    multiple of STEP, so that 0.33 is a third. `why` tells in the error message what needs `least`
-    channels.
+    """Average channels of a compressed cache entry: `share` of `entry` channels, rounded to a
+    multiple of STEP, so that 0.33 is a third.
 
-    Raises UserError if the budget is below `least`, a multiple of STEP, or saves nothing.
+    least: minimum budget, a multiple of STEP. why: its reason, for the error message. Raises
+    UserError if the budget is below `least` or saves nothing.
     """
     if least >= entry:
         raise UserError(
@@ -95,7 +95,9 @@ def _kept(share: float, entry: int) -> int:
 
 
 def _least_share(entry: int, least: int) -> str:
-    """The smallest share that keeps `least` of `entry`, with as few digits as identify it."""
+    """The smallest share whose budget is `least` of `entry` channels, with as few digits as
+    possible.
+    """
     for digits in itertools.count(2):
         share = -(-least * 10**digits // entry) / 10**digits
         if _kept(share, entry) == least:
@@ -104,7 +106,7 @@ def _least_share(entry: int, least: int) -> str:
 
 
 def uniform_widths(layers: Sequence[ErrorsByRotary], budget: int) -> EntryWidths:
-    """The widths of least total error if all layers have the same."""
+    """The widths of least total error, equal in all layers."""
     choices = [
         (sum(layer[rotary].total(budget - rotary) for layer in layers), rotary)
         for rotary in layers[0]
@@ -119,9 +121,9 @@ def per_layer_widths(
     budget: int,
     sensitivities: Sequence[Sensitivity] | None = None,
 ) -> list[EntryWidths]:
-    """Widths by layer of least total error, at most `budget` channels per layer on average.
+    """Widths by layer of least total error, with at most `budget` channels per layer on average.
 
-    Every channel has the same cost (a Lagrange multiplier), found by bisection.
+    A Lagrange multiplier, the cost of a channel, is found by bisection.
     """
     limit = budget * len(layers)
     pairs = zip(layers, sensitivities or [None] * len(layers), strict=True)

@@ -21,13 +21,13 @@ from lowlat.utils.errors import UserError
 WINDOW = 1024
 """Tokens of a window, or the model's context if that is shorter."""
 SHORTEST = 2
-"""Tokens of the shortest window, which predicts one of them."""
+"""Minimum tokens of a window: one to predict, after another."""
 WINDOWS = 64
 """Windows for statistics."""
 HELD_OUT = 4
 """Held-out windows for the loss before and after."""
 MINIMUM = 8
-"""Least windows for usable statistics."""
+"""Minimum number of windows for statistics."""
 BUNDLED_TEXT = "calibration.txt.gz"
 """Books, speeches and reference works in the public domain, listed in lab/recipes/corpus.toml."""
 BUNDLED_ORIGIN = "lowlat's own text"
@@ -54,7 +54,7 @@ def read_calibration(paths: Sequence[Path], tokenizer: Tokenizer, context: int) 
     """Windows spread evenly over the text files `paths`, by default over the bundled calibration
     text and Python's documentation. Texts shorter than a window are joined.
 
-    Raises UserError naming a file that is no plain text, and for a context or text that is too
+    Raises UserError naming a file that is not plain text, and for a context or text that is too
     short.
     """
     texts = [read_plain_text(path, "--calibrate") for path in paths] or _default_texts()
@@ -116,15 +116,13 @@ def _divided(chosen: Int[Tensor, "windows length"], origin: str) -> Calibration:
 
 
 def bundled_text() -> str:
-    """The bundled calibration text (BUNDLED_TEXT), compressed so that greps through the source skip
-    it.
-    """
+    """The bundled calibration text; compressed, so that searches in the source skip it."""
     packed = (files("lowlat.convert.compression") / BUNDLED_TEXT).read_bytes()
     return gzip.decompress(packed).decode("utf-8")
 
 
 def _default_texts() -> list[str]:
-    """The bundled text, and as much of Python's documentation as a third of it."""
+    """The bundled text, and a third of its length of Python's documentation."""
     prose = bundled_text()
     documentation = "\n\n".join(topics[key] for key in sorted(topics))
     return [prose, documentation[: len(prose) // 3]]

@@ -1,9 +1,9 @@
-"""Decoupling RoPE: a layer's keys as complex components, some of which keep their rotation.
+"""Decoupled RoPE for compressed keys: complex components, some of which keep their rotation.
 
 A pair of channels that RoPE rotates together is one complex number. For each frequency the key
-heads form a complex vector, and a unitary change of its basis commutes with the rotation. Each
-component is then either a RoPE component (it becomes part of the shared rotary key k_R) or a NoPE
-component (it loses its rotation and becomes part of the latent). TransMLA's FreqFold treats
+heads form a complex vector. A unitary change of its basis commutes with the rotation. In the new
+basis each component becomes either a RoPE component, part of the shared rotary key k_R, or a NoPE
+component, which loses its rotation and becomes part of the latent. TransMLA's FreqFold treats
 neighbouring frequencies as one.
 """
 
@@ -17,9 +17,9 @@ from torch import Tensor
 from lowlat.convert.compression.statistics import AttentionWeights, LayerStatistics
 
 ComponentBasis = Callable[[AttentionWeights, LayerStatistics], tuple[Tensor, Tensor]]
-"""Returns the unitary matrix [folds, members, components] of each fold of frequencies, and the
-factors [folds, members] by which keys are multiplied first (and their queries divided). A member
-is one key head at one frequency of the fold, ordered by frequency.
+"""Returns the unitary matrix [folds, members, components] of each fold of frequencies, and factors
+[folds, members]: keys are first multiplied by them, and queries divided. A member is one key head
+at one frequency of the fold, ordered by frequency.
 """
 Priority = Callable[[LayerStatistics, Tensor], Tensor]
 """Maps the NoPE error [folds, components] to priorities: the highest become RoPE components."""
@@ -27,7 +27,7 @@ Priority = Callable[[LayerStatistics, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Components:
-    """Keys and queries of one layer in a basis of components, in each fold by falling priority."""
+    """Keys and queries of one layer in a basis of components, by falling priority in each fold."""
 
     keys: Complex128[Tensor, "folds components inputs"]
     """Each component as a function of the input."""
@@ -36,7 +36,7 @@ class Components:
     nope_error: Float64[Tensor, "folds components"]
     """Squared change of the attention output if the component loses its rotation."""
     priority: Float64[Tensor, "folds components"]
-    """The components of largest priority keep their rotation."""
+    """Components with the largest priority keep their rotation."""
     frequencies: Float64[Tensor, "folds components"]
     """Radians per position of each component as a RoPE component."""
 
@@ -66,9 +66,9 @@ def components(
 ) -> Components:
     """The keys of a layer in `basis`.
 
-    uses_mean_rotation: NoPE components are multiplied by their mean rotation, which reduces their
-    error from energy to energy * (1 - |mean|^2); only for folds of one frequency. stride: the
-    components of a fold take every `stride`-th of its frequencies, and then its last one.
+    uses_mean_rotation: multiply NoPE components by their mean rotation, which reduces their error
+    from energy to energy * (1 - |mean|^2); only for folds of one frequency. stride: the components
+    of a fold get every `stride`-th of its frequencies, the remaining ones the last frequency.
     """
     unitary, factors = basis(weights, statistics)
     pairs, folds = len(weights.frequencies), len(unitary)
@@ -134,7 +134,7 @@ def decouple(
 def weighted_basis(
     weights: AttentionWeights, statistics: LayerStatistics
 ) -> tuple[Complex128[Tensor, "pairs groups groups"], Float64[Tensor, "pairs groups"]]:
-    """Eigenvectors of the complex keys' covariance, key heads weighted by their queries' energy."""
+    """Eigenvectors of the complex keys' covariance, with key heads weighted by query energy."""
     pairs, groups = len(weights.frequencies), len(weights.k)
     raw = torch.complex(weights.k[:, :pairs], weights.k[:, pairs:])
     covariance = torch.einsum("glx,xy,hly->lgh", raw, statistics.inputs.to(raw), raw.conj())
@@ -170,7 +170,7 @@ def folded(keys: Tensor, folds: int) -> Tensor:
 def identity_basis(
     weights: AttentionWeights, statistics: LayerStatistics
 ) -> tuple[Complex128[Tensor, "pairs groups groups"], Float64[Tensor, "pairs groups"]]:
-    """The identity: every key head by itself (MHA2MLA, arXiv 2502.14837)."""
+    """The identity: key heads are not mixed (MHA2MLA, arXiv 2502.14837)."""
     pairs, groups = len(weights.frequencies), len(weights.k)
     eye = torch.eye(groups, dtype=torch.complex128).expand(pairs, groups, groups)
     return eye, torch.ones(pairs, groups, dtype=torch.float64)

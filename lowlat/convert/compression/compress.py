@@ -1,8 +1,8 @@
-"""GQA-to-MLA compression from start to end: calibration statistics, budget allocation, new tensors.
+"""GQA-to-MLA compression: calibration statistics, budget allocation, new attention tensors.
 
-The model is passed layer by layer, with one layer in memory: the first pass measures statistics,
-some passes measure sensitivities, the last makes the new attention and runs both models on held-out
-text. Statistics and new tensors wait in a scratch folder.
+Several passes run the model layer by layer, with one layer in memory. The first measures
+statistics, the next ones sensitivities. The last pass computes the new attention and runs both
+models on held-out text. Statistics and new tensors are stored in a scratch folder.
 """
 
 import math
@@ -49,7 +49,7 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
 SENSITIVITY_ROUNDS = 2
-"""Measurements of the sensitivities, each at the allocation that follows from the one before."""
+"""Measurements of the sensitivities, each at the allocation that results from the previous one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +67,8 @@ class LayerReport:
     compressed, in nats per token; None if no sensitivity was measured.
     """
     measured_deviation: float
-    """Squared deviation of the residual stream after the layer relative to its square, averaged
-    over tokens, with all earlier layers compressed as well.
+    """Squared deviation of the residual stream after the layer, relative to its square, averaged
+    over tokens, with this and all earlier layers compressed.
     """
 
 
@@ -78,7 +78,7 @@ class CompressionReport:
 
     method: str
     fold: int = 1
-    """Neighbouring frequencies that the method treats as one."""
+    """Number of neighbouring frequencies that the method treats as one."""
     layout: str
     calibration: str
     """Origin of the calibration text."""
@@ -105,9 +105,9 @@ def compress(
 ) -> tuple[Weights, CompressionReport]:
     """Compress the GQA model `base` to MLA whose cache entries have `share` of the channels.
 
-    layout: standard gives every layer the same widths and frequencies, free its own. scratch: a
-    folder whose files the returned weights read. dtype: of the new tensors. precision: of matrix
-    products while measuring (default: the CPU's fast one); sensitivities are measured in fp32.
+    layout: "standard": the same widths and frequencies in all layers; "free": per layer. scratch:
+    folder of files that the returned weights read. dtype: of the new tensors. precision: of matrix
+    products while measuring (default: the CPU's fastest); sensitivities are measured in fp32.
     Raises UserError for models that are not plain GQA and for shares out of range.
     """
     source = check_exact(base.config)
@@ -162,7 +162,7 @@ def _measure_statistics(inputs: CompressionInputs, progress: Progress) -> None:
 def _plan(
     inputs: CompressionInputs, method: CompressionMethod, layout: CacheLayout, progress: Progress
 ) -> tuple[ErrorForecast, CompressionPlan]:
-    """Predicted errors of the layers, and the plan that follows from them."""
+    """Predicted errors of the layers, and the resulting plan."""
     known = forecast(inputs, method)
     sensitivities: list[Sensitivity] | None = None
     allocation: CacheLayout = layout if method.allocates_by_sensitivity else "standard"
@@ -175,7 +175,7 @@ def _plan(
 def _measure_sensitivities(
     inputs: CompressionInputs, method: CompressionMethod, known: ErrorForecast, progress: Progress
 ) -> list[Sensitivity] | None:
-    """Sensitivities near the allocation that they lead to."""
+    """Sensitivities, measured iteratively near the allocation that results from them."""
     windows, entry = sensitivity_windows(inputs.calibration.windows), inputs.source.entry_dim
     passes = 2 * SENSITIVITY_ROUNDS * inputs.base.config.num_hidden_layers
     sensitivities: list[Sensitivity] | None = None
@@ -260,8 +260,8 @@ def _not_finite(place: str) -> UserError:
 
 
 def _is_replaced(source: GQAConfig, method: CompressionMethod) -> Callable[[str], bool]:
-    """Returns whether a parameter of the converted model is new: all of the attention, except an
-    output projection that is not fitted.
+    """A predicate for new parameters of the converted model: all of the attention, except an output
+    projection that is not fitted.
     """
     kept = ["o_proj.weight"] * (not method.fits_output) + ["o_proj.bias"] * source.o_bias
 

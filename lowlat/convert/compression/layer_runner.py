@@ -19,7 +19,7 @@ from lowlat.ops.rope import RotaryEmbedding
 
 
 def fast_dtype() -> torch.dtype:
-    """bf16 if oneDNN multiplies it on this CPU, else fp32."""
+    """bf16 if oneDNN supports bf16 GEMM on this CPU, else fp32."""
     mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if mkldnn else torch.float32
 
@@ -39,8 +39,8 @@ def layer_weights(weights: Weights, number: int) -> dict[str, Tensor]:
 class LayerRunner:
     """Decoder layer `number` of `config`, for windows of `length` tokens.
 
-    state: its tensors. dtype: of matrix products. has_output: False leaves out the output
-    projection (W_O) and makes `attend` return its input, the concatenated heads.
+    state: its tensors. dtype: of matrix products. has_output: if False, `attend` skips the output
+    projection (W_O) and returns its input, the concatenated heads.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class LayerRunner:
 
     @property
     def softmax_scale(self) -> float:
-        """Factor on scores before their softmax."""
+        """Factor on attention scores before the softmax."""
         return self._layer.self_attn.scale
 
     def normed(self, x: Float[Tensor, "length hidden"]) -> Float[Tensor, "length hidden"]:
@@ -81,7 +81,7 @@ class LayerRunner:
         return (added if self._recorder is None else self._recorder.outputs).float()
 
     def finish(self, x: Float[Tensor, "length hidden"]) -> Float[Tensor, "length hidden"]:
-        """The residual stream after the layer, from `x`, that after its attention."""
+        """Run the MLP: the residual stream after the layer, from `x` after its attention."""
         normed = self._layer.post_attention_layernorm(x).to(self._dtype)
         return x + self._layer.mlp(normed).float()
 

@@ -1,4 +1,4 @@
-"""The latent: joint low-rank factorisation of a layer's NoPE keys and values."""
+"""Low-rank factorisation of a layer's NoPE keys and values, jointly, into the MLA latent."""
 
 from dataclasses import dataclass
 
@@ -16,14 +16,14 @@ FLOOR = 1e-12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatentTarget:
-    """The maps that a latent reproduces, and the metric of their error e(x), which is
+    """The linear maps that a latent approximates, and the metric of their error e(x):
     tr(metric E[e(x) e(x)^T]).
     """
 
     maps: Float64[Tensor, "outputs inputs"]
     """NoPE keys, then the values of all groups, as functions of the input."""
     metric: Float64[Tensor, "outputs outputs"]
-    """Weight of errors of the outputs."""
+    """Weights of output errors."""
     inputs: Float64[Tensor, "inputs inputs"]
     """Second moments of the input."""
 
@@ -33,7 +33,7 @@ class Factors:
     """maps ~ up @ down."""
 
     down: Float64[Tensor, "rank inputs"]
-    """The latent as a function of the input, channels of unit variance by falling importance."""
+    """The latent as a function of the input: channels of unit variance, by falling importance."""
     up: Float64[Tensor, "outputs rank"]
     """NoPE keys and values as functions of the latent."""
 
@@ -99,7 +99,7 @@ def factorize(target: LatentTarget, rank: int) -> Factors:
 
 
 def rank_errors(target: LatentTarget) -> Float64[Tensor, " ranks"]:
-    """The errors of the factorisations of rank 0, 1, ... that `factorize` returns."""
+    """Errors of `factorize` for rank 0, 1, ..."""
     ridge = FLOOR * target.metric.diagonal().max().clamp(min=1e-30)
     lower = torch.linalg.cholesky(target.metric + ridge * torch.eye(len(target.metric)))
     squares = torch.linalg.eigvalsh(lower.T @ _moments(target) @ lower).clamp(min=0)
@@ -116,9 +116,9 @@ def attention_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of an MLA layer (`q_proj.weight`, ...) in fp64, without the output projection.
 
-    A head's query keeps its head_dim channels; `padding` zeros and the RoPE channels follow, and a
-    factor corrects the softmax scale of the wider head. Channels of the latent and of k_R are
-    scaled so that the weights that write them and those that read them have the same size.
+    A head's query has its head_dim channels, then `padding` zeros, then the RoPE channels. A factor
+    corrects the softmax scale of the wider head. Channels of the latent and of k_R are scaled so
+    that the weights that write them and those that read them have equal magnitudes.
     """
     heads, head_dim, inputs = weights.q.shape
     groups, num_nope = len(weights.v), len(keys.nope)
@@ -146,15 +146,15 @@ def attention_tensors(
 def _balance(
     write: Float64[Tensor, "channels writers"], read: Float64[Tensor, "channels readers"]
 ) -> Float64[Tensor, " channels"]:
-    """Factors on channels that equalise the size of the weights that write a channel and of those
-    that read it (multiplied by the inverse), so that training changes both alike.
+    """Factors on channels that equalise the magnitudes of the weights that write a channel and of
+    those that read it (which get the inverse factor), so that training changes both alike.
     """
     sizes = [part.square().mean(1).sqrt().clamp(min=1e-30) for part in (write, read)]
     return (sizes[1] / sizes[0]).sqrt()
 
 
 def _by_pair(weights: Float64[Tensor, "*heads rotary inputs"]) -> Float64[Tensor, "pairs all"]:
-    """All weights of the channels i and i + rotary / 2, which RoPE rotates together."""
+    """The weights of each pair of channels (i, i + rotary / 2), which RoPE rotates together."""
     halves = weights.unflatten(-2, (2, -1)).movedim(-2, 0)
     return halves.flatten(1)
 

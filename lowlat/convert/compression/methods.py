@@ -36,7 +36,7 @@ class CompressionMethod:
     basis: ComponentBasis
     """Basis of the components of keys."""
     priority: Priority
-    """Order in which components keep their rotation."""
+    """Priority of components to keep their rotation."""
     uses_mean_rotation: bool
     """Whether NoPE components are multiplied by their mean rotation."""
     target: Callable[[AttentionWeights, LayerStatistics, DecoupledKeys], LatentTarget]
@@ -46,13 +46,13 @@ class CompressionMethod:
     fits_output: bool
     """Whether W_O is fitted to the new heads by ridge regression."""
     allocates_by_sensitivity: bool
-    """Whether layers of the free layout get widths of their own, by measured sensitivity."""
+    """Whether measured sensitivities allocate the widths per layer, in the free layout."""
     fold: int = 1
     """Neighbouring frequencies that `basis` treats as one."""
     stride: int = 1
     """Distance, within a fold, of the frequencies of consecutive RoPE components."""
     folded: Callable[[int, int, int], list["CompressionMethod"]] | None = None
-    """For (head_dim, groups, budget), variants with larger and larger folds to try."""
+    """For (head_dim, groups, budget), variants with increasing folds to try."""
 
     def components(self, weights: AttentionWeights, statistics: LayerStatistics) -> Components:
         """The keys of a layer in the basis of this method."""
@@ -71,7 +71,7 @@ def best_fold(
     perplexity: Callable[[CompressionMethod], float],
     task: Task,
 ) -> CompressionMethod:
-    """The last of `methods`, by growing fold, before perplexity stops falling (as in TransMLA)."""
+    """The last of `methods`, by increasing fold, before perplexity stops falling (as TransMLA)."""
     best, least = methods[0], math.inf
     for method in methods:
         found = perplexity(method)
@@ -83,7 +83,7 @@ def best_fold(
 
 
 def _by_error(statistics: LayerStatistics, error: Tensor) -> Tensor:
-    """Relative to the residual stream, so that errors of different layers can be added."""
+    """Errors relative to the residual stream, so that those of different layers can be added."""
     return error / statistics.residual
 
 
@@ -109,8 +109,8 @@ def _transmla_rotary(head_dim: int, groups: int, budget: int) -> int:
 
 
 def _transmla_folds(head_dim: int, groups: int, budget: int) -> list[CompressionMethod]:
-    """FreqFold: the leading components of a fold take every stride-th of its frequencies, every
-    second one if half of the frequencies are kept.
+    """TransMLA's FreqFold with increasing folds. The leading components of a fold get every
+    stride-th of its frequencies: every second one if half of the frequencies are kept.
     """
     pairs, stride = head_dim // 2, head_dim // _transmla_rotary(head_dim, groups, budget)
     plain = METHODS["transmla"]

@@ -1,8 +1,8 @@
-"""The original and the compressed model, run layer by layer on the same text.
+"""Layer-wise run of the original and the compressed model on the same text.
 
-Measures how far the compressed model's residual stream deviates, and fits each layer's output
-projection (W_O) to the new heads: ridge regression towards the original's residual stream after its
-attention, which also corrects the drift of earlier layers.
+Measures the deviation of the compressed model's residual stream. Fits each layer's output
+projection (W_O) to the new heads by ridge regression towards the original's residual stream after
+its attention, which also corrects the drift of earlier layers.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ HEAD_ROWS = 512
 """Tokens whose logits are in memory at a time."""
 OUTPUT = "o_proj.weight"
 RIDGE = 0.1
-"""Penalty on changes of W_O, relative to the mean square of its inputs. A smaller one fits the
-calibration text more closely and other text worse.
+"""Penalty on changes of W_O, relative to the mean square of its inputs. A smaller penalty overfits
+the calibration text.
 """
 
 
@@ -68,8 +68,8 @@ class OutputRegression:
 class PairedRun:
     """`base`, and the same model with the attention of `config`.
 
-    fit_windows: text to fit W_O on; W_O stays as it is if there is none. held_out: text for
-    deviation and loss. dtype: of matrix products.
+    fit_windows: text to fit W_O on; without any, W_O is not changed. held_out: text for deviation
+    and loss. dtype: of matrix products.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class PairedRun:
         return original, compressed
 
     def _deviation(self) -> float:
-        """Every token counts alike: attention sinks are huge, and hardly deviate."""
+        """Relative deviation, averaged over tokens: attention sinks are huge and hardly deviate."""
         found: list[Tensor] = []
         for original, compressed in zip(
             self._original[self._num_fit :], self._compressed[self._num_fit :], strict=True

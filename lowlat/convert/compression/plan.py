@@ -56,10 +56,10 @@ class CompressionInputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ErrorForecast:
-    """What a method predicts for every layer; lists are by layer."""
+    """A method's predictions; lists are by layer."""
 
     errors: list[ErrorsByRotary]
-    """Relative to the residual stream."""
+    """Predicted errors, relative to the residual stream."""
     priorities: list[Float64[Tensor, "pairs components"]]
     """Priority of each component to keep its rotation."""
     frequencies: list[Float64[Tensor, "pairs components"]]
@@ -76,16 +76,18 @@ class CompressionPlan:
     method: CompressionMethod
     widths: list[EntryWidths]
     rope: list[Int64[Tensor, "_"]]
-    """Numbers of the RoPE components."""
+    """Indices of the RoPE components."""
     config: ModelConfig
     sensitivities: Sequence[Sensitivity] | None
-    """In nats of divergence; None if not measured."""
+    """Sensitivities in nats of divergence; None if not measured."""
 
 
 def forecast(
     inputs: CompressionInputs, method: CompressionMethod, *, with_errors: bool = True
 ) -> ErrorForecast:
-    """Predict errors from the statistics in the scratch folder; `errors` is empty if not wanted."""
+    """Predict errors from the statistics in the scratch folder. with_errors: False leaves `errors`
+    empty.
+    """
     found = ErrorForecast(errors=[], priorities=[], frequencies=[])
     for number in range(inputs.base.config.num_hidden_layers):
         weights, statistics = read_attention(inputs.base, number), inputs.scratch.statistics(number)
@@ -120,7 +122,7 @@ def make_plan(
     widths: list[EntryWidths],
     sensitivities: Sequence[Sensitivity] | None = None,
 ) -> CompressionPlan:
-    """The plan with `widths`, which were chosen by `sensitivities`."""
+    """The plan with `widths`, which `sensitivities` determined."""
     rope = _rope_components(known.priorities, widths, layout)
     frequencies = [own.flatten()[each] for own, each in zip(known.frequencies, rope, strict=True)]
     config = compressed_config(inputs.base.config, inputs.source, widths, frequencies, layout)
@@ -227,8 +229,8 @@ def _rope_components(
     widths: Sequence[EntryWidths],
     layout: CacheLayout,
 ) -> list[Int64[Tensor, "_"]]:
-    """Numbers of the RoPE components, by layer. In the standard layout all layers have the same
-    frequencies, hence the same number of components of each.
+    """Indices of the RoPE components, by layer. In the standard layout all layers have the same
+    frequencies, hence the same number of components at each frequency.
     """
     if layout == "standard":
         together = torch.stack(list(priorities)).sum(0)
@@ -237,7 +239,7 @@ def _rope_components(
 
 
 def _largest(priority: Float[Tensor, "pairs components"], count: int) -> Int64[Tensor, " count"]:
-    """Numbers of the components of largest priority, in ascending order."""
+    """Indices of the components of largest priority, in ascending order."""
     return priority.flatten().argsort(descending=True, stable=True)[:count].sort().values
 
 

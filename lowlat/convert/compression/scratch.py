@@ -35,7 +35,7 @@ def digest_of(folder: Path) -> str:
 @contextmanager
 def scratch_folder(dst: Path) -> Iterator[Path]:
     """An empty scratch folder next to `dst`, removed at exit. Files of a killed process are removed
-    first. Raises UserError if another process uses it, or if the disk refuses.
+    first. Raises UserError if another process uses it, or for an error of the disk.
     """
     folder = dst.with_name(f".{dst.name}.calibration")
     try:
@@ -98,7 +98,7 @@ class LayerScratch:
         save_file(stored, self._tensor_file(number))
 
     def read(self, name: str) -> Tensor:
-        """The new tensor of parameter `name`; tensors of the last layer read stay in memory."""
+        """The new tensor of parameter `name`. Caches the tensors of one layer."""
         _, number, _, below = name.split(".", 3)
         if self._held[0] != int(number):
             self._held = int(number), load_file(self._tensor_file(int(number)))

@@ -1,8 +1,8 @@
-"""Layer sensitivities: how far an error of each layer's attention moves the model's predictions.
+"""Layer sensitivities: KL divergence of the model's predictions per error of a layer's attention.
 
-The same error relative to the residual stream matters more in some layers than in others. Each
+The same error relative to the residual stream has more effect in some layers than in others. Each
 layer is compressed alone, and the divergence of the next-token distributions from the original
-model's is measured. Layers are processed one after the other, so one layer at a time is in memory.
+model's is measured. Memory holds one layer at a time.
 """
 
 import statistics
@@ -20,24 +20,24 @@ from lowlat.convert.parameters.weights import Weights
 from lowlat.utils.progress import Task
 
 WINDOWS, LENGTH = 8, 256
-"""Windows of text, and tokens of each: many kinds of text, as sensitivities differ between them."""
+"""Number of text windows, and tokens of each: many, as sensitivities depend on the kind of text."""
 PRECISION = torch.float32
 """Dtype of matrix products. Rounding to bf16 after a change adds a divergence of 1e-3 nats, as much
 as a layer that keeps half of its cache.
 """
 EVERY = 2
-"""One of this many tokens is evaluated: the head is much of the work in small models."""
+"""One of this many tokens is evaluated, because the LM head is expensive in small models."""
 HEAD_ROWS = 256
 """Tokens whose logits are in memory at a time."""
 MAX_RATIO = 16.0
-"""Largest ratio of a sensitivity to the median, either way: a layer's loss may be unmeasurably
-small.
+"""Largest ratio of a sensitivity to the median, or of the median to it: a layer's loss may be too
+small to measure.
 """
 SHRINKAGE = 0.25
-"""Exponent of a sensitivity relative to the median: other text has other sensitivities."""
+"""Exponent of a sensitivity relative to the median, because sensitivities depend on the text."""
 LEAST_LATENT = 0.1
-"""Least share of a layer's divergence that is attributed to its latent: the two parts do not add
-up.
+"""Minimum share of a layer's divergence to attribute to its latent, because the divergences of the
+two parts do not add up.
 """
 
 
@@ -98,8 +98,8 @@ def layer_sensitivities(
 ) -> list[Sensitivity]:
     """Divergence per unit of the layers' predicted errors, in nats per token.
 
-    both: divergences with one layer compressed to `widths`. nope: the same with an untruncated
-    latent, so that only the lost rotation counts.
+    both: divergences with one layer compressed to `widths`. nope: divergences with an untruncated
+    latent, where only the rotation is lost.
     """
     latent = [max(all_ - one, LEAST_LATENT * all_) for all_, one in zip(both, nope, strict=True)]
     truncation = [own.truncation(each.latent) for own, each in zip(errors, widths, strict=True)]
@@ -120,9 +120,7 @@ def _shrunk(values: Sequence[float]) -> list[float]:
 
 
 def _ratios(divergences: Sequence[float], errors: Sequence[float]) -> list[float]:
-    """Divergence over error, within MAX_RATIO of the median, which replaces ratios to an error of
-    0.
-    """
+    """Divergence over error, clamped to MAX_RATIO of the median; the median for an error of 0."""
     found = torch.tensor(divergences, dtype=torch.float64) / torch.tensor(errors).double()
     usable = found[found.isfinite() & (found > 0)]
     if not len(usable):

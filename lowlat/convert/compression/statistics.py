@@ -1,6 +1,6 @@
 """Attention statistics of a layer on calibration text: covariances, sensitivities, mean rotations.
 
-Layers are run one after the other, so one layer's weights and statistics are in memory at a time.
+Memory holds the weights and statistics of one layer at a time.
 """
 
 from collections.abc import Iterator
@@ -18,19 +18,19 @@ from lowlat.ops.rope import apply_rope, inverse_frequencies, rotation_magnitude
 from lowlat.utils.progress import Task
 
 ATTENTION_WINDOWS = 8
-"""Windows whose attention is measured; the inputs' covariance comes from all."""
+"""Number of windows to measure attention on; the inputs' covariance uses all windows."""
 BLOCK = 256
-"""Queries whose attention is computed at a time."""
+"""Queries per block of the attention computation."""
 SINK_RATIO = 1000.0
 """Tokens whose squared residual stream exceeds the median by this factor are attention sinks: the
-first token of a text, or an end of text within it. Their ratio is 44,000 after the layer that makes
-them and 1,700 at the end; five of them among 29,000 tokens tripled the mean.
+first token of a text, or an end of text within it. Measured ratios are 44,000 after the layer that
+creates them and 1,700 after the last; five of them among 29,000 tokens tripled the mean.
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionWeights:
-    """One layer's projections in fp64; inputs end with a constant 1 that carries the biases."""
+    """One layer's projections in fp64. Inputs are extended by a constant 1, for the biases."""
 
     q: Float64[Tensor, "heads head_dim inputs"]
     k: Float64[Tensor, "groups head_dim inputs"]
@@ -52,7 +52,7 @@ class LayerStatistics:
     covariance: Float64[Tensor, "inputs inputs"]
     """E[x x^T] of the extended, normalised inputs."""
     attended: Float64[Tensor, "inputs inputs"]
-    """The same, with each token weighted by the attention it receives."""
+    """E[x x^T] with each token weighted by the attention it receives."""
     queries: Float64[Tensor, "heads head_dim head_dim"]
     """E[q q^T] before rotation, weighted by sensitivity."""
     sensitivity: Float64[Tensor, " heads"]
@@ -68,7 +68,7 @@ class LayerStatistics:
 
     @property
     def inputs(self) -> Float64[Tensor, "inputs inputs"]:
-        """The covariance that weights errors: the mean of `covariance` and `attended`."""
+        """Covariance to weight errors by: the mean of `covariance` and `attended`."""
         return (self.covariance + self.attended) / 2
 
 
@@ -155,7 +155,7 @@ class _LayerSums:
         without attention sinks.
         """
         sizes = x[len(x) // 8 :].square().sum(-1)
-        usual = sizes[~(sizes > SINK_RATIO * sizes.median())]  # NaN stays, and is reported
+        usual = sizes[~(sizes > SINK_RATIO * sizes.median())]  # NaN is preserved and reported
         self._residual += float(usual.double().sum())
         self._residuals += len(usual)
 

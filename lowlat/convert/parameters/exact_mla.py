@@ -1,9 +1,9 @@
 """Exact conversion of MHA, GQA and MQA to Multi-head Latent Attention: config and tensors.
 
-All groups' values become the shared latent (G * d channels), all groups' keys the shared rotary key
-(G * d channels). A head's query is zero outside its group, and kv_b_proj selects its group's
-values. The cache keeps its size, the function stays the same, and every weight is a copy, so no
-number type loses precision. Layout: docs/decisions/0002-exact-conversion-layout.md.
+The values of all groups become the shared latent (G * d channels), the keys of all groups the
+shared rotary key (G * d channels). A head's query is zero outside its group, and kv_b_proj selects
+its group's values. The KV cache keeps its size and the function is the same. Every weight is a
+copy, so no number type loses precision. Layout: docs/decisions/0002-exact-conversion-layout.md.
 """
 
 from dataclasses import replace
@@ -66,7 +66,7 @@ def mla_config(config: ModelConfig) -> ModelConfig:
         o_bias=source.o_bias,
         kv_a_layernorm=False,
     )
-    rope = config.rope_of(0)  # GQA layers all have the same
+    rope = config.rope_of(0)  # equal in all GQA layers
     wide = wide_rope(
         inverse_frequencies(rope, source.head_dim),
         rotation_magnitude(rope),
@@ -152,11 +152,11 @@ def attention_names(source: GQAConfig) -> list[str]:
 
 
 def mla_parameters(read: Read, source: GQAConfig, rope: RopeConfig) -> Read:
-    """Wrap a function that reads the source's parameters into one that reads the converted model's.
-    `rope` is the source's.
+    """Wrap `read`, which reads the source's parameters, into a function that reads those of the
+    converted model. rope: that of the source.
 
     Names are the model's (`layers.0.self_attn.q_proj.weight`). One layer's attention is cached, so
-    parameters should be read layer by layer.
+    read parameters layer by layer.
     """
     held: dict[str, dict[str, Tensor]] = {}
     order = half_order(rope, source.head_dim)

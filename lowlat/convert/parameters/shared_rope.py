@@ -1,6 +1,6 @@
-"""RoPE config of a converted model: one wide shared key that acts like several narrow ones.
+"""RoPE config of a converted model: one wide shared key equivalent to several narrow keys.
 
-Expresses arbitrary frequencies as longrope divisors, and the softmax scale as mscale_all_dim.
+Encodes arbitrary frequencies as longrope factors, and the softmax scale as mscale_all_dim.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 from lowlat.config.model import RopeConfig, yarn_mscale
 
 BASE = 1.0
-"""rope_theta of a converted model: 1 ** x is 1 in every library, so only the divisors count."""
+"""rope_theta of a converted model: 1 ** x is 1, so only the longrope factors set frequencies."""
 
 SCALE_FACTOR = 2.0
 """`factor` of a converted model; only mscale_all_dim uses it."""
@@ -45,10 +45,10 @@ def wide_rope(
 
 
 def divisors(frequencies: Float32[Tensor, " pairs"]) -> Float32[Tensor, " pairs"]:
-    """fp32 numbers whose fp32 reciprocals are `frequencies`, to the bit if such a number exists.
+    """fp32 numbers whose fp32 reciprocals are `frequencies`, bitwise if such numbers exist.
 
-    It exists for every frequency that was computed as 1 / x. Others (divided or blended after the
-    reciprocal) may fall between two reciprocals and are then off by one unit in the last place.
+    They exist for frequencies computed as 1 / x. Other frequencies (scaled or blended after the
+    reciprocal) may have an error of one unit in the last place.
     """
     best = (1.0 / frequencies.double()).float()
     for direction in (math.inf, -math.inf):
@@ -59,10 +59,10 @@ def divisors(frequencies: Float32[Tensor, " pairs"]) -> Float32[Tensor, " pairs"
 
 
 def scale_exponent(groups: int, head_dim: int) -> float:
-    """mscale_all_dim giving heads of groups * head_dim channels the softmax scale head_dim ** -0.5.
+    """mscale_all_dim for softmax scale head_dim ** -0.5 in heads of groups * head_dim channels.
 
     The scale is width ** -0.5 * m ** 2 with m = 0.1 * mscale_all_dim * ln(factor) + 1, so m must be
-    groups ** 0.25. Returns the neighbouring double whose product is nearest.
+    groups ** 0.25. Returns the double whose scale is nearest.
     """
     if groups == 1:
         return 0.0
@@ -76,7 +76,7 @@ def scale_exponent(groups: int, head_dim: int) -> float:
 
 
 def channel_order(groups: int, head_dim: int) -> Int64[Tensor, "groups head_dim"]:
-    """Channel of the shared key for channel c of group g: real parts, then imaginary ones.
+    """Channel of the shared key for channel c of group g: real parts, then imaginary parts.
 
     A head of head_dim channels has its pairs at (i, i + head_dim / 2); the shared key of
     groups * head_dim channels at (j, j + groups * head_dim / 2) with j = g * head_dim / 2 + i.

@@ -1,8 +1,8 @@
 """Sparse upcycling: a dense model as a mixture of experts that computes the same function.
 
 arXiv:2212.05055, with a shared expert as in DeepSeekMoE (arXiv:2401.06066). Half of a layer's inner
-channels become its shared expert; every routed expert is a copy of the other half. The weights of
-the chosen experts sum to one, so any choice of the router gives the dense layer's output. The
+channels become the shared expert; every routed expert is a copy of the other half. The routing
+weights of the selected experts sum to one, so every selection gives the dense layer's output. The
 copies diverge in training.
 """
 
@@ -21,17 +21,17 @@ from lowlat.convert.parameters.weights import Weights, parameter_shapes
 from lowlat.utils.errors import UserError
 
 EXPERTS_PER_TOKEN = 2
-"""Active routed experts: the weight of a single one would be 1, so the router would get no
+"""Active routed experts. With one, its routing weight would be 1 and the router would get no
 gradient.
 """
 MAX_EXPERTS = 1024
-"""Routed experts of a layer; released models have at most 384."""
+"""Maximum routed experts of a layer; released models have at most 384."""
 EXPERTS = re.compile(r"(?P<mlp>.+\.mlp)\.(?:shared_experts|experts\.\d+)\.(?P<matrix>\w+)\.weight")
 ROUTER = ".mlp.gate.weight"
 
 
 def upcycled_config(config: ModelConfig, experts: int) -> ModelConfig:
-    """`config`, of a dense MLA model, with `experts` routed experts and a shared one in every
+    """`config` of a dense MLA model, with `experts` routed experts and a shared expert in every
     layer.
 
     Raises UserError for models that cannot be upcycled.
@@ -70,8 +70,8 @@ def upcycled_config(config: ModelConfig, experts: int) -> ModelConfig:
 
 @final
 class UpcycledWeights(Weights):
-    """The parameters of `base`, a dense model, with experts. Routers are drawn from a normal
-    distribution of the config's initializer_range, with a fixed seed.
+    """The parameters of the dense model `base` with experts. Routers are normally distributed with
+    the config's initializer_range, from a fixed seed.
     """
 
     def __init__(self, base: Weights, experts: int) -> None:
@@ -116,7 +116,7 @@ class UpcycledWeights(Weights):
 
 
 def _dense(name: str) -> str:
-    """The dense model's parameter that `name` is made of; routers take gate_proj's number type."""
+    """The dense parameter that `name` is derived from; gate_proj for routers, for its dtype."""
     if match := EXPERTS.fullmatch(name):
         return f"{match['mlp']}.{match['matrix']}.weight"
     if name.endswith((ROUTER, ROUTER_BIAS)):

@@ -1,6 +1,6 @@
-"""Parameter sources of a conversion: a checkpoint's parameters, or ones derived from them.
+"""Parameter sources of a conversion: a checkpoint's parameters, and parameters derived from them.
 
-Parameters are read one at a time; `convert.storage` writes them.
+Parameters are read one at a time. `convert.storage` writes them.
 """
 
 from abc import ABC, abstractmethod
@@ -40,11 +40,11 @@ class Weights(ABC):
 
     @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """`read(name)[start:stop]`, computed without the other rows if possible."""
+        """`read(name)[start:stop]`, without computing the other rows if possible."""
 
     @abstractmethod
     def release(self, name: str) -> None:
-        """Allow the parameter's mapped memory pages to be evicted; it may be read again."""
+        """Allow the parameter's memory-mapped pages to be evicted. It may be read again."""
 
     @abstractmethod
     def where(self, name: str) -> str:
@@ -53,9 +53,9 @@ class Weights(ABC):
 
 @final
 class SourceWeights(Weights):
-    """A checkpoint's parameters, with names and shapes checked and the padding of latents removed.
+    """A checkpoint's parameters, with checked names and shapes, and without padding of latents.
 
-    source, config: without fp8 blocks and packed weights (`checkpoint.dense`). pads: whether the
+    source, config: without fp8 blocks and packed weights (`dequantized_source`). pads: whether the
     checkpoint pads the latents of an exactly converted model.
     """
 
@@ -109,10 +109,10 @@ class SourceWeights(Weights):
 
 @final
 class DerivedWeights(Weights):
-    """The parameters of `base`, except those that `derives` selects, which `read` computes.
+    """The parameters of `base`, except those selected by `derives`, which `read` computes.
 
-    read: returns the whole parameter of a name. It may cache one layer, so parameters should be
-    read layer by layer. dtype: of the derived parameters.
+    read: returns a whole parameter by name. It may cache one layer, so read parameters layer by
+    layer. dtype: of the derived parameters.
     """
 
     def __init__(

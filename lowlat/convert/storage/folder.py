@@ -1,7 +1,6 @@
 """Hugging Face folder output of a conversion: number types, and tensors in chunks of rows.
 
-A chunk is some rows of one parameter, so memory stays small for tensors of any size.
-`checkpoint.planned_files` lays the files out.
+A chunk is a range of rows of one parameter, so memory is bounded for tensors of any size.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +36,7 @@ CHUNK_ELEMENTS = 2**22
 ROW_STEP = 128
 """Chunks have a multiple of this many rows: whole fp8 blocks and tiles."""
 PARTS = ("weight", f"weight{SCALE_SUFFIX}", "weight_scale", "weight_minimum")
-"""Tensors that a projection may consist of, in file order."""
+"""Tensors of a projection, in file order; most types have only some of them."""
 
 
 def stored_config(config: ModelConfig, storage_type: StorageType | None) -> ModelConfig:
@@ -75,7 +74,7 @@ def plain_dtype(weights: Weights, parameter: str, storage_type: StorageType | No
 def row_pieces(
     weights: Weights, parameter: str, shape: tuple[int, ...], to: Callable[[Tensor], Tensor]
 ) -> Iterator[Tensor]:
-    """Apply `to` to the parameter in chunks of rows; the parameter is released at the end."""
+    """Apply `to` to the parameter in chunks of rows, then release the parameter."""
     count = shape[0]
     step = max(CHUNK_ELEMENTS // shape[-1] // ROW_STEP, 1) * ROW_STEP if len(shape) > 1 else count
     for start in range(0, count, step):
@@ -191,8 +190,8 @@ def _packed(rows: Tensor, storage: Storage, where: str) -> Mapping[str, Tensor]:
 
 
 def _plain_modules(config: ModelConfig) -> tuple[str, ...]:
-    """Modules that stay plain in an fp8 model besides those that every released checkpoint keeps:
-    padded attention, whose constants and zeros blocks would blur.
+    """Modules that an fp8 model stores in bf16, in addition to those of released checkpoints:
+    padded attention, whose constants and zeros fp8 blocks would round.
     """
     attention = config.attention
     if not isinstance(attention, MLAConfig) or attention.kv_a_layernorm:

@@ -1,6 +1,6 @@
 """GGUF output of a conversion: the GGML type of every tensor, and its bytes in chunks of rows.
 
-Names, layout and metadata come from `checkpoint.gguf_layout` and `checkpoint.gguf_keys`.
+Names, layout and metadata are those of `checkpoint.gguf`.
 """
 
 import logging
@@ -41,7 +41,7 @@ GGUF_TYPES: dict[str, GGMLType] = {
 FLOATS = {dtype: ggml_type for ggml_type, dtype in PLAIN.items() if ggml_type != GGMLType.F64}
 """GGML types by dtype; llama.cpp does not compute in F64."""
 EIGHT_BITS = ("token_embd", "output", "attn_k_b", "attn_v_b", "nextn.eh_proj")
-"""Modules in Q8_0 if others are Q4_1: those that int4 models keep in int8, and the embedding."""
+"""Modules in Q8_0 if others are Q4_1: the int8 modules of int4 models, and the embedding."""
 FP32_MODULES = ("ffn_gate_inp",)
 """Modules in fp32 in every file, like vectors."""
 FILE_TYPES = {
@@ -62,9 +62,9 @@ def stored_gguf(
 ) -> FileLayout:
     """The planned file `name` of the model. storage_type: None keeps every tensor's number type.
 
-    text: folder or .gguf file with the vocabulary and chat template. Raises UserError if
-    llama.cpp's files cannot express the model or its tokenizer; chunks raise it, naming the tensor,
-    for values out of range.
+    text: folder or .gguf file with the vocabulary and chat template. Raises UserError if GGUF
+    cannot express the model or its tokenizer; chunks raise it, naming the tensor, for values out of
+    range.
     """
     config = weights.config
     arch = architecture_of(config)
@@ -108,7 +108,7 @@ def _tensor(
 def _changed(
     weights: Weights, part: GGUFTensorMapping, parameter: str, encoded: Callable[[Tensor], Tensor]
 ) -> Iterator[Tensor]:
-    """A parameter whose rows are reordered; it is in memory as a whole."""
+    """A parameter with reordered rows, which is in memory as a whole."""
     assert part.change is not None
     changed = part.change(weights.read(parameter))
     rows = changed.reshape(-1, changed.shape[-1]) if changed.dim() > 1 else changed[None]
@@ -131,7 +131,9 @@ def _encoded(rows: Tensor, ggml_type: GGMLType, parameter: str, where: str) -> T
 
 
 def _kind(weights: Weights, part: GGUFTensorMapping, storage_type: StorageType | None) -> GGMLType:
-    """A tensor's type: fp32 for vectors and the gate, bf16 if rows are no multiple of a block."""
+    """GGML type of a tensor: fp32 for vectors and the router, bf16 if its rows do not divide into
+    blocks.
+    """
     module = part.name.removesuffix(".weight").removesuffix(".bias")
     if module.startswith("blk."):
         module = module.split(".", 2)[2]
@@ -177,8 +179,9 @@ def _vocabulary(config: ModelConfig, text: Path) -> dict[str, Any]:
 
 
 def _token_ids(config: ModelConfig, *, has_ends: bool = False) -> dict[str, Any]:
-    """Begin and end tokens from the model's config. The tokenizer's take precedence; `has_ends`
-    tells that it defines end tokens.
+    """Begin and end tokens of the model's config, which those of the tokenizer override.
+
+    has_ends: whether the tokenizer defines end tokens.
     """
     keys: dict[str, Any] = {}
     if config.bos_token_id is not None:

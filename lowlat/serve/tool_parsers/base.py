@@ -1,4 +1,7 @@
-"""ToolParser: the interface of one tool-call format; each format has its own module."""
+"""Tool parser interface: parsing and grammar of a tool-call format.
+
+Each format has its own module.
+"""
 
 import secrets
 from abc import ABC, abstractmethod
@@ -23,7 +26,7 @@ class ToolFunction:
 
 
 class ToolParser(ABC):
-    """One tool-call format; stateless."""
+    """Tool parser of one tool-call format; stateless."""
 
     markers: ClassVar[tuple[str, ...]]
     """Texts of the format that may be special tokens; `read` needs them in the text."""

@@ -41,7 +41,7 @@ def test_commands(lowlat: Invoke) -> None:
         "system message set",
         "tiny",
         "/nonsense is not a command",
-        "forgotten",
+        "new conversation",
     ):
         assert words in result.stderr
 

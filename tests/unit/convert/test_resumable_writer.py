@@ -1,4 +1,4 @@
-"""Conversions that end in the middle: what is left, and that the same call goes on from there."""
+"""Conversions that end in the middle: what is left, and that the same call resumes from there."""
 
 import os
 import shutil
@@ -159,7 +159,9 @@ def test_a_full_disk_is_said_before(place: Path, monkeypatch: pytest.MonkeyPatch
         free=resumable_writer.SPARE_BYTES
     )
     monkeypatch.setattr(resumable_writer.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"17 MB are needed, 16 MB are free on its disk; make room"):
+    with pytest.raises(
+        UserError, match=r"17 MB are needed, 16 MB are free on its disk; free some space"
+    ):
         again(place)
     assert not partial_path(place).exists() and not place.exists()
 
