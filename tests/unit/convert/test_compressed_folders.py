@@ -286,7 +286,7 @@ def test_without_to_mla_it_is_refused(tmp_path: Path) -> None:
         ((None, "weighted", None, ()), "--method needs --cache"),
         ((None, "transmla", None, ()), "--method needs --cache"),
         ((None, None, None, (Path("a"),)), "--calibrate needs --cache"),
-        ((0.5, "exact", "standard", ()), "--method exact keeps the cache"),
+        ((0.5, "exact", "standard", ()), "--method exact does not compress"),
         ((0.5, "weighted", "wide", ()), "--layout 'wide' is unknown; choose standard or free"),
     ],
 )
