@@ -107,7 +107,7 @@ def test_tables_fit_a_narrow_terminal():
         found,
         token_flops(config, 4096, job.activation_checkpointing),
         neighbours(config, found),
-        SearchResult(ranked=[found], tried=1, failed=Counter({"do not fit memory": 5})),
+        SearchResult(ranked=[found], tried=1, failed=Counter({"do not fit in memory": 5})),
         top=1,
         published_hours=180e3,
         console=Console(file=out, width=80),
