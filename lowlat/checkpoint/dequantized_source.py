@@ -148,7 +148,7 @@ class _Packed(QuantizedWeight):
             if dtype != parameter.dtype:
                 raise UserError(
                     f"{source.where(name)} is {dtype_label(dtype)}, not "
-                    f"{dtype_label(parameter.dtype)}, as quantization_config says"
+                    f"{dtype_label(parameter.dtype)}, as quantization_config requires"
                 )
             if found != shape:
                 raise UserError(

@@ -70,7 +70,7 @@ def _fit_stored(
     """
     if stored in PACKED_DTYPES or parameter.endswith(PACKED_SUFFIXES):
         if tensor.dtype != stored:
-            wanted = f"{dtype_label(stored)}, as quantization_config says"
+            wanted = f"{dtype_label(stored)}, as quantization_config requires"
             raise UserError(f"{where} is {dtype_label(tensor.dtype)}, not {wanted}")
         return tensor
     return fit(tensor, parameter, where, stored == FP8, dtype)
@@ -93,7 +93,7 @@ def fit(
         return tensor.to(torch.float32)
     if blocks or tensor.dtype not in PLAIN_DTYPES:
         if not blocks or tensor.dtype != FP8:
-            wanted = "fp8 (F8_E4M3), as quantization_config says" if blocks else "a plain float"
+            wanted = "fp8 (F8_E4M3), as quantization_config requires" if blocks else "a plain float"
             raise UserError(f"{where} is {dtype_label(tensor.dtype)}, not {wanted}")
         return tensor
     result = tensor.to(tensor.dtype if dtype is None else dtype)

@@ -145,7 +145,7 @@ def _check_type(config: ModelConfig, source: TensorSource, name: str) -> None:
     elif dtype == torch.float8_e4m3fn and config.quantization is None:
         raise UserError(
             f"{source.where(name)} is fp8 (F8_E4M3), but config.json has no quantization_config "
-            "that says which scales it goes with; take config.json and all weights from the "
+            "that defines its scales; take config.json and all weights from the "
             "original model"
         )
     elif dtype not in WEIGHT_DTYPES + PACKED_DTYPES * (config.packing is not None):
@@ -211,7 +211,7 @@ def _check_tied(source: TensorSource) -> None:
         or not _equal_bits(head, embedding)
     ):
         raise UserError(
-            f"{source.where('lm_head.weight')} differs from the embedding although the config says "
+            f"{source.where('lm_head.weight')} differs from the embedding although the config sets "
             "tie_word_embeddings; set that to false or remove the tensor"
         )
     source.release("lm_head.weight")
@@ -234,8 +234,8 @@ def _hint(config: ModelConfig, name: str) -> str:
     if name.endswith(SCALE_SUFFIX):
         return "the config has no quantization_config that puts fp8 blocks there"
     if name.endswith(PACKED_SUFFIXES):
-        return "the config has no quantization_config that says that weights are packed"
+        return "the config has no quantization_config that marks the weights as packed"
     return (
-        f"the config says num_hidden_layers {config.num_hidden_layers}, num_nextn_predict_layers "
+        f"the config has num_hidden_layers {config.num_hidden_layers}, num_nextn_predict_layers "
         f"{config.num_nextn_predict_layers}, model_type {config.model_type}"
     )

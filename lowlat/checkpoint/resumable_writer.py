@@ -100,7 +100,9 @@ def write_resumable(
 def require_free_space(dst: Path, needed: int) -> None:
     """Raise UserError if the disk has no space for `needed` bytes of `dst`."""
     if shortage := _shortage(dst.parent, needed):
-        raise UserError(f"{dst}: {shortage} on its disk; make room or choose another destination")
+        raise UserError(
+            f"{dst}: {shortage} on its disk; free some space or choose another destination"
+        )
 
 
 def _shortage(place: Path, needed: int) -> str:

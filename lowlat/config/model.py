@@ -133,7 +133,7 @@ class QuantConfig:
     scale_fmt: str | None = None
     """'ue8m0' where scales are powers of two (V3.1)."""
     modules_to_not_convert: tuple[str, ...] = ()
-    """Names of modules kept in high precision, as config.json lists them."""
+    """Names of modules that stay in high precision, as config.json lists them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -72,8 +72,8 @@ class ModelRunner:
                 size = self.cache.page_size
                 raise UserError(
                     f"{num_tokens} tokens do not fit into the cache of {self._max_pages * size}, of"
-                    f" which {size * (wanted - missing)} are taken by what is being generated; end "
-                    "that first, or raise max_cache_bytes"
+                    f" which {size * (wanted - missing)} are in use by running completions; end "
+                    "these first, or raise max_cache_bytes"
                 )
             grown = max(2 * self.allocator.num_pages, wanted)
             self.allocator.grow(grown if self._max_pages is None else min(grown, self._max_pages))

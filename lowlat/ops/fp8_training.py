@@ -118,7 +118,8 @@ def quantize_e5m6(matrix: Float[Tensor, "rows columns"]) -> Blocks:
     scale = block_scales(blocks, E5M6_MAX, "ue8m0")
     scaled = blocks / scale[:, None, :, None]
     bits = scaled.view(torch.int32)
-    # Round to nearest even on the 17 dropped bits: half a step less one, plus the last kept bit.
+    # Round to nearest even on the 17 dropped bits: half a step less one, plus the last remaining
+    # bit.
     rounded = (bits + 0xFFFF + ((bits >> 17) & 1)) & ~0x1FFFF
     small = (scaled / E5M6_STEP).round() * E5M6_STEP
     values = torch.where(scaled.abs() < E5M6_SMALLEST_NORMAL, small, rounded.view(torch.float32))
@@ -193,9 +194,9 @@ class _Fp8Linear(torch.autograd.Function):
         tiles = quantize(x, ALONG_ROWS, fmt.input_scales)
         blocks = quantize(weight, SQUARE, fmt.weight_scales)
         out = product(tiles, blocks, x.dtype, has_powers=_forward_powers(fmt))
-        kept = quantize_e5m6(x) if fmt.saved_input == "e5m6" else tiles
-        ctx.save_for_backward(kept.values, kept.scale, blocks.values, blocks.scale)
-        ctx.shapes, ctx.fmt = (kept.shape, blocks.shape), fmt
+        saved = quantize_e5m6(x) if fmt.saved_input == "e5m6" else tiles
+        ctx.save_for_backward(saved.values, saved.scale, blocks.values, blocks.scale)
+        ctx.shapes, ctx.fmt = (saved.shape, blocks.shape), fmt
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return out if bias is None else out + bias.to(x.dtype)
 
@@ -204,12 +205,12 @@ class _Fp8Linear(torch.autograd.Function):
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         values, scale, weight_values, weight_scale = ctx.saved_tensors
-        kept = Blocks(values, scale, ctx.shapes[0])
+        saved = Blocks(values, scale, ctx.shapes[0])
         blocks = Blocks(weight_values, weight_scale, ctx.shapes[1])
         fmt, (weight_dtype, bias_dtype) = ctx.fmt, ctx.dtypes
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = input_gradient(grad, blocks, fmt) if needs_x else None
-        grad_weight = weight_gradient(grad, kept, fmt, weight_dtype) if needs_weight else None
+        grad_weight = weight_gradient(grad, saved, fmt, weight_dtype) if needs_weight else None
         wide = accumulation_dtype(grad.dtype)
         grad_bias = grad.to(wide).sum(dim=0).to(bias_dtype) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None
@@ -225,14 +226,14 @@ def input_gradient(
 
 
 def weight_gradient(
-    grad: Float[Tensor, "rows out"], kept: Blocks, fmt: Fp8Format, dtype: torch.dtype
+    grad: Float[Tensor, "rows out"], saved: Blocks, fmt: Fp8Format, dtype: torch.dtype
 ) -> Float[Tensor, "out in"]:
     """wgrad: the gradient and the saved input, dequantized and quantized again, in tiles along the
     tokens.
     """
     wide = accumulation_dtype(grad.dtype)
     columns = quantize(grad, ALONG_COLUMNS, fmt.gradient_scales)
-    inputs = quantize(kept.dense(torch.float32), ALONG_COLUMNS, fmt.input_scales)
+    inputs = quantize(saved.dense(torch.float32), ALONG_COLUMNS, fmt.input_scales)
     return product(columns.transposed, inputs.transposed, wide).to(dtype)
 
 

@@ -40,7 +40,8 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> Float[Tensor, "pairs"]:
 
 
 def _llama3(inverse: Float[Tensor, "pairs"], rope: RopeConfig) -> Float[Tensor, "pairs"]:
-    """Llama 3.1: long wavelengths divided by factor, short ones kept, a linear blend between."""
+    """Llama 3.1: long wavelengths divided by factor, short ones unchanged, a linear blend
+    between."""
     assert rope.original_max_position_embeddings and rope.low_freq_factor and rope.high_freq_factor
     context, low, high = (
         rope.original_max_position_embeddings,

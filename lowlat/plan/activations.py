@@ -1,8 +1,8 @@
-"""Bytes a layer keeps between its forward and its backward pass, per token.
+"""Activation memory: bytes per token that a layer saves for its backward pass.
 
-Follows `lowlat.model` as training runs it: norms keep their input, SwiGLU its gate and up products,
-experts, being one function, the same of their rows. With kernels 'torch' fused attention pads
-values to the width of keys and the router's input is cast; with 'fused' neither. Owns no weights.
+Follows `lowlat.model` in training: norms save their input, SwiGLU and experts their gate and up
+products. With kernels 'torch', attention pads values to the width of keys and the router's input is
+cast; with 'fused' neither.
 """
 
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ from lowlat.plan.job import Kernels, Precision, TrainingJob
 
 FP32_BYTES = 4
 FP8_BYTES = 1 + FP32_BYTES / 128
-"""An fp8 element with its share of the scale of 128 (DeepSeek-V3 section 3.3.2)."""
+"""Bytes of an fp8 element, with one scale per 128 elements (DeepSeek-V3 section 3.3.2)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _SavedTensor:
-    """One tensor that the backward pass reads."""
+    """A tensor saved for the backward pass."""
 
     name: str
     size: int | float
     """Bytes per token."""
     is_selective: bool = False
-    """What selective recomputation computes again."""
+    """Whether selective activation checkpointing recomputes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,17 +43,17 @@ class _Sizes:
     kernels: Kernels
     load_margin: float
     row_copies: int
-    """Devices that hold the rows sent to an expert; 0 where rows are not sent but gathered again
-    from the norm's output."""
+    """Devices that hold the tokens dispatched to an expert; 0 without expert parallelism, where
+    they are gathered from the norm's output."""
 
     @property
     def element(self) -> int:
-        """Of an activation."""
+        """Bytes of an activation."""
         return FP32_BYTES if self.precision == "fp32" else 2
 
     @property
     def factor(self) -> float:
-        """Of a product's factor, and of what SwiGLU reads."""
+        """Bytes of an element of a product's input, and of SwiGLU's inputs."""
         return FP8_BYTES if self.precision == "fp8" else float(self.element)
 
     @property
@@ -61,7 +61,7 @@ class _Sizes:
         return self.kernels == "fused"
 
     def norm(self, name: str, width: int) -> list[_SavedTensor]:
-        """An RMSNorm over `width` channels and the product's factor that comes out."""
+        """An RMSNorm over `width` channels: its input, and its output, a product's input."""
         return [
             _SavedTensor(name=f"{name} input", size=width * self.element + FP32_BYTES),
             _SavedTensor(name=f"{name} norm", size=width * self.factor, is_selective=True),
@@ -76,7 +76,7 @@ class _Sizes:
 
 
 def layer_bytes(config: ModelConfig, layer: int, job: TrainingJob) -> dict[str, float]:
-    """Bytes per token that decoder layer `layer` keeps, by tensor."""
+    """Saved activations of decoder layer `layer` in bytes per token, by tensor."""
     if job.activation_checkpointing == "full":
         return {"layer input": float(config.hidden_size * job.element_bytes)}
     return all_bytes(config, layer, job, selective=job.activation_checkpointing == "selective")
@@ -85,7 +85,7 @@ def layer_bytes(config: ModelConfig, layer: int, job: TrainingJob) -> dict[str, 
 def all_bytes(
     config: ModelConfig, layer: int, job: TrainingJob, *, selective: bool
 ) -> dict[str, float]:
-    """Bytes per token of everything `layer` keeps without recomputation, or with the selective."""
+    """The same without activation checkpointing, or with selective checkpointing."""
     sizes = _Sizes(
         precision=job.precision,
         kernels=job.kernels,
@@ -133,7 +133,7 @@ def _attention(hidden: int, attention: AttentionConfig, sizes: _Sizes) -> list[_
         case GTAConfig():
             keys_values = attention.num_key_value_heads * 2 * attention.head_dim
         case TPAConfig():
-            # The factors, and the heads they make.
+            # The factors, and the heads computed from them.
             keys_values = attention.entry_dim + 2 * heads * attention.head_dim
     queries = heads * attention.head_dim
     return [
@@ -153,7 +153,7 @@ def _latents(attention: MLAConfig | GLAConfig, sizes: _Sizes) -> list[_SavedTens
 def _heads(attention: MLAConfig | GLAConfig, sizes: _Sizes) -> list[_SavedTensor]:
     heads, width, own = attention.num_attention_heads, attention.qk_head_dim, attention.v_head_dim
     values = own if sizes.is_fused else max(width, own)
-    # Padded outputs are cut to a copy of their own.
+    # Padded outputs are copied without the padding.
     copied = own if values != own else 0
     has_latent = attention.q_lora_rank is not None
     sized = (

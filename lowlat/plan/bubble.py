@@ -1,8 +1,8 @@
-"""Idle time of a pipeline per step (DeepSeek-V3 table 2; interleaved: arXiv 2104.04473).
+"""Pipeline bubble: idle time per step (DeepSeek-V3 table 2; interleaved: arXiv 2104.04473).
 
 F is the forward time of a stage for one micro-batch, B the backward time with the weights'
-gradients, W the part of B for the weights' gradients, F&B the time of a forward and a backward that
-overlap. Owns formulas only.
+gradients, W the part of B for the weights' gradients, F&B the time of an overlapped forward and
+backward pass.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class StageTimes:
     weights: float
     """W."""
     overlapped: float
-    """F&B; F + B where nothing overlaps."""
+    """F&B; F + B without overlap."""
 
 
 def bubble_seconds(layout: ParallelLayout, times: StageTimes) -> float:
-    """Seconds a device waits per step because the pipeline fills and drains."""
+    """Idle seconds of a device per step while the pipeline fills and drains."""
     pipeline = layout.pipeline
     if pipeline == 1:
         return 0.0
@@ -38,15 +38,15 @@ def bubble_seconds(layout: ParallelLayout, times: StageTimes) -> float:
     if layout.schedule == "zb1p":
         return (pipeline - 1) * max(0.0, forward + backward - 2 * weights)
     idle = times.overlapped + backward - 3 * weights
-    # DualPipeV on pipeline devices is DualPipe with 2 pipeline stages of half the size.
+    # DualPipeV on p devices is DualPipe with 2p stages of half the size.
     stages = pipeline / 2 - 1 if layout.schedule == "dualpipe" else (pipeline - 1) / 2
     return stages * max(0.0, idle)
 
 
 def in_flight(layout: ParallelLayout, micro_batches: int, stage: int) -> float:
-    """Micro-batches whose activations of stage `stage` live at the same time, at most.
+    """Maximum number of micro-batches whose activations of stage `stage` are live at once.
 
-    With DualPipe they are PP - stage: PP + 1 for the two stages of a device together.
+    With DualPipe it is PP - stage, which is PP + 1 for the two stages of a device together.
     """
     pipeline, per_device = layout.pipeline, layout.stages_per_device
     if pipeline == 1:

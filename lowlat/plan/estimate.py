@@ -1,7 +1,8 @@
-"""The time of a step from its parts: computation, traffic, bubble, synchronisation, update.
+"""Cost model of a training step: time of computation, communication, pipeline bubble, gradient
+synchronization and optimizer update.
 
-A model of what happens, not a measurement: the shares of the machine's published rates are in
-`machine`. Every figure is of the slowest device of a pipeline.
+`machine` has the reached shares of published rates. All values are of the slowest device of a
+pipeline.
 """
 
 from collections.abc import Iterable
@@ -27,18 +28,18 @@ from lowlat.plan.traffic import COMBINE, DISPATCH, Transfer, transfers
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Seconds of a step; they add up to it."""
+    """Seconds of a step by part."""
 
     compute: float
     """Forward, backward and recomputation."""
     traffic: float
-    """Transfers that computation does not hide, and computation slowed by those it does."""
+    """Transfers that do not overlap with computation, and the slowdown from those that do."""
     bubble: float
-    """Waiting because the pipeline fills and drains."""
+    """Pipeline fill and drain."""
     synchronisation: float
-    """Gradients and weights, once per step; taken as not hidden."""
+    """Gradients and weights, once per step; assumed not to overlap."""
     update: float
-    """The optimiser, bound by memory."""
+    """Optimizer update, bound by memory bandwidth."""
 
     @property
     def total(self) -> float:
@@ -47,18 +48,18 @@ class StepTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """What training `job` costs on `machine`."""
+    """Memory, time and traffic of training `job` on `machine`."""
 
     job: TrainingJob
     machine: Machine
     memory: MemoryEstimate
     time: StepTime
     transfers: list[Transfer]
-    """Of the slowest device."""
+    """Transfers of the slowest device."""
     training_flops: float
     """FLOPs per token without recomputation."""
     rank: int
-    """The slowest device of the pipeline."""
+    """Pipeline rank of the slowest device."""
 
     @property
     def fits(self) -> bool:
@@ -66,7 +67,7 @@ class Estimate:
 
     @property
     def network_bytes(self) -> float:
-        """What a device sends to other nodes per step."""
+        """Bytes a device sends to other nodes per step."""
         return sum((transfer.network_bytes for transfer in self.transfers), 0.0)
 
     @property
@@ -76,23 +77,25 @@ class Estimate:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all devices."""
+        """Tokens per second of all devices."""
         return self.job.tokens / self.time.total
 
     @property
     def mfu(self) -> float:
-        """Share of the published bf16 rate (fp32's in fp32), attention counted causally."""
+        """Model FLOPs utilization: share of the published bf16 rate (in fp32, of the fp32 rate),
+        with causal attention FLOPs.
+        """
         rate = self.machine.flops["fp32" if self.job.precision == "fp32" else "bf16"]
         return self.training_flops * self.tokens_per_second / rate / self.job.layout.devices
 
     def device_hours(self, tokens: float) -> float:
-        """Hours of all devices together for so many tokens."""
+        """Device-hours for `tokens` tokens."""
         return tokens / self.tokens_per_second * self.job.layout.devices / 3600
 
 
 def estimate(config: ModelConfig, job: TrainingJob, machine: Machine) -> Estimate:
-    """The cost of `job`. Raises UserError where the layout is impossible; not where it does not
-    fit, which `Estimate.fits` tells.
+    """Estimate the cost of `job`. Raises UserError for an impossible layout; `Estimate.fits` is
+    false if memory does not suffice.
     """
     check(config, job)
     devices, memory = divided(config, job, machine)
@@ -102,8 +105,9 @@ def estimate(config: ModelConfig, job: TrainingJob, machine: Machine) -> Estimat
 def divided(
     config: ModelConfig, job: TrainingJob, machine: Machine
 ) -> tuple[list[list[PipelineStage]], MemoryEstimate]:
-    """The stages of every device along a pipeline and the memory of the fullest: balanced by time,
-    or where that does not fit by layers.
+    """The stages of every device along a pipeline, and the largest memory of a device.
+
+    Stages are balanced by time, or by number of layers if that does not fit.
     """
     layout, costs = job.layout, _costs(config, job, machine)
     devices = held(cut(config, layout, costs), layout)
@@ -139,11 +143,11 @@ def timed(
     devices: list[list[PipelineStage]],
     memory: MemoryEstimate,
 ) -> Estimate:
-    """The estimate for a division and its memory that are known."""
+    """The estimate for given stages and memory."""
     steps: dict[object, tuple[StepTime, list[Transfer]]] = {}
     times = []
     for stages in devices:
-        # Devices with as many layers of the same kinds take the same time.
+        # Devices with equal numbers of layers of each kind take the same time.
         key = _anonymous(config, stages)
         if key not in steps:
             steps[key] = _step(config, job, machine, stages)
@@ -163,7 +167,7 @@ def timed(
 def _anonymous(
     config: ModelConfig, stages: list[PipelineStage]
 ) -> tuple[tuple[int, int, bool, bool], ...]:
-    """What about `stages` decides their time."""
+    """Properties of `stages` that determine their time."""
     return tuple((len(s.layers), s.moe_layers(config), s.is_first, s.is_last) for s in stages)
 
 
@@ -210,7 +214,7 @@ def _step(
 def _compute(
     config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
 ) -> tuple[float, float, float]:
-    """(forward, weights' gradients, recomputation) seconds of a device for a micro-batch."""
+    """(forward, weight gradient, recomputation) seconds of a device per micro-batch."""
     forward = weights = again = 0.0
     for stage in stages:
         work = stage_work(config, stage, job.sequence_length)
@@ -240,12 +244,12 @@ def _product_seconds(job: TrainingJob, machine: Machine, work: ForwardFlops) -> 
 
 
 def _pass_seconds(machine: Machine, sizes: Iterable[float]) -> float:
-    """Elementwise work: whatever is kept is written once and read once outside of products."""
+    """Seconds of elementwise kernels, which read and write each saved activation once."""
     return 2 * sum(sizes) / (machine.memory_bandwidth * machine.memory_share)
 
 
 def _seconds(transfer: Transfer, machine: Machine) -> float:
-    """The two links work at the same time."""
+    """Seconds of a transfer; both links work at the same time."""
     node = transfer.node_bytes / machine.node_bandwidth
     return max(node, transfer.network_bytes / machine.network_bandwidth) / machine.link_share
 
@@ -253,7 +257,7 @@ def _seconds(transfer: Transfer, machine: Machine) -> float:
 def _update(
     config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
 ) -> float:
-    """Seconds of the optimiser: reads gradients, reads and writes masters and moments."""
+    """Seconds of the optimizer, which reads gradients and reads and writes masters and moments."""
     moved = 0.0
     for part, count in device_parameters(config, stages, job.layout).items():
         own = count / shares(job.layout, part)[1] if job.layout.zero else count

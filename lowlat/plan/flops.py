@@ -1,8 +1,8 @@
-"""FLOPs of one token, by part of the model: products with weights, scores and values.
+"""FLOPs per token by part of the model: projections, attention scores, MLPs, experts, head.
 
-Two FLOPs are one multiply-add. Attention is counted causally, in the expanded form that training
-uses: a query sees (T + 1) / 2 keys on average. Norms, softmax and other elementwise work are not
-counted, as is usual; of routed experts only those a token uses.
+A multiply-add is two FLOPs. Attention is causal and in the expanded form of training: a query
+attends to (T + 1) / 2 keys on average. Only the routed experts of a token count. Norms, softmax and
+other elementwise operations are omitted.
 """
 
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ LAYER_PARTS = ("attention", "scores", "dense MLP", "routed", "shared", "router")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardFlops:
-    """Forward FLOPs of a token by the rate they run at."""
+    """Forward FLOPs of a token by precision."""
 
     products: float = 0.0
-    """With projections of attention, MLPs and experts: in the recipe's precision."""
+    """Projections of attention, MLPs and experts, in the recipe's precision."""
     plain: float = 0.0
-    """With the router, eh_proj and the head: never in fp8."""
+    """Router, eh_proj and head, never in fp8."""
     scores: float = 0.0
-    """Scores and weighted values of attention."""
+    """Attention scores and weighted values."""
 
     @property
     def total(self) -> float:
@@ -49,12 +49,12 @@ class ForwardFlops:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenFlops:
-    """FLOPs of one token."""
+    """FLOPs per token."""
 
     parts: dict[str, float]
-    """Forward, by part."""
+    """Forward FLOPs by part."""
     recomputed: float
-    """Done again in the backward pass."""
+    """FLOPs recomputed in the backward pass (activation checkpointing)."""
 
     @property
     def forward(self) -> float:
@@ -68,7 +68,7 @@ class TokenFlops:
 
     @property
     def executed(self) -> float:
-        """`training` and what is recomputed."""
+        """`training` plus recomputation."""
         return self.training + self.recomputed
 
 
@@ -117,7 +117,7 @@ def head_flops(config: ModelConfig) -> float:
 def recomputed_work(
     config: ModelConfig, layer: int, sequence_length: int, checkpointing: ActivationCheckpointing
 ) -> ForwardFlops:
-    """What the backward pass of decoder layer `layer` computes again."""
+    """Work that the backward pass of decoder layer `layer` recomputes."""
     if checkpointing == "full":
         return layer_work(config, layer, sequence_length)
     if checkpointing == "selective":
@@ -126,7 +126,7 @@ def recomputed_work(
 
 
 def up_projections(attention: AttentionConfig) -> int:
-    """Parameters that make queries, keys and values from latents; none without latents."""
+    """Parameters of up-projections from latents to queries, keys and values; 0 without latents."""
     match attention:
         case MLAConfig():
             latent = attention.kv_lora_rank
@@ -140,8 +140,8 @@ def up_projections(attention: AttentionConfig) -> int:
 
 
 def attention_products(attention: AttentionConfig, hidden: int) -> int:
-    """Multiply-adds of a token in one layer's projections: its matrices, no norms, no biases; with
-    TPA also the products of its factors.
+    """Multiply-adds per token in one layer's projections, without norms and biases; with TPA also
+    the products of its factors.
     """
     heads = attention.num_attention_heads
     queries = heads * attention.qk_head_dim
@@ -163,7 +163,7 @@ def attention_products(attention: AttentionConfig, hidden: int) -> int:
 
 
 def average_keys(sequence_length: int, window: int | None) -> float:
-    """Keys a query sees, averaged over a sequence."""
+    """Mean number of keys that a query attends to."""
     seen = sequence_length if window is None else min(window, sequence_length)
     pairs = seen * (seen + 1) / 2 + (sequence_length - seen) * seen
     return pairs / sequence_length

@@ -19,25 +19,25 @@ Kernels = Literal["torch", "fused"]
 ZeroStage = Literal[0, 1, 2, 3]
 
 BIDIRECTIONAL = ("dualpipe", "dualpipev")
-"""Schedules that overlap the traffic of experts with computation."""
+"""Schedules that overlap the expert all-to-all with computation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelLayout:
-    """How the work is divided over data * fsdp * context * tensor * pipeline devices."""
+    """Parallelism over data * fsdp * context * tensor * pipeline devices."""
 
     data: int = 1
-    """Replicas whose optimiser states are replicas too."""
+    """Replicas with replicated optimizer state."""
     fsdp: int = 1
-    """Replicas that share what `zero` says."""
+    """Replicas that shard state as `zero` specifies."""
     zero: ZeroStage = 1
-    """What each of fsdp replicas holds a share of: 1 optimiser states, 2 gradients too, 3 weights
-    too (FSDP2 with resharding); 0 nothing (ZeRO, arXiv 1910.02054)."""
+    """ZeRO stage (arXiv 1910.02054), sharded over fsdp: 0 nothing, 1 optimizer state, 2 also
+    gradients, 3 also weights (FSDP2 with resharding)."""
     tensor: int = 1
-    """Devices that divide every projection; activations between them are divided by token, evenly
-    or not."""
+    """Devices that divide every projection; activations between projections are divided by
+    token."""
     divides_tables: bool = True
-    """Whether tensor divides embedding, head and loss too; lowlat's trainer keeps them whole."""
+    """Whether tensor also divides embedding, head and loss; lowlat's trainer replicates them."""
     context: int = 1
     """Devices that divide a sequence."""
     expert: int = 1
@@ -51,12 +51,12 @@ class ParallelLayout:
 
     @property
     def table_parts(self) -> int:
-        """Parts of embedding and head, of which a device has one."""
+        """Number of parts that embedding and head are divided into."""
         return self.tensor if self.divides_tables else 1
 
     @property
     def replicas(self) -> int:
-        """Devices that read different tokens."""
+        """Devices with different tokens."""
         return self.data * self.fsdp * self.context
 
     @property
@@ -70,7 +70,7 @@ class ParallelLayout:
 
     @property
     def num_stages(self) -> int:
-        """Stages the layers are cut into."""
+        """Number of pipeline stages."""
         if self.pipeline == 1:
             return 1
         per_device = {"interleaved": self.stages_per_device, "dualpipev": 2}
@@ -79,29 +79,29 @@ class ParallelLayout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingJob:
-    """One optimiser step of a training."""
+    """One optimizer step of a training run."""
 
     sequence_length: int
-    """Tokens of a row T."""
+    """Tokens per row (T)."""
     batch_size: int
-    """Rows of a step, over all devices."""
+    """Rows per global batch."""
     micro_batch_size: int = 1
-    """Rows a device computes at once."""
+    """Rows per forward and backward pass of a device."""
     precision: Precision = "bf16"
-    """Of products and activations; masters and gradients are fp32 in every case."""
+    """Precision of products and activations; masters and gradients are always fp32."""
     optimiser: Optimiser = "adamw"
-    """adamw keeps two moments per parameter, muon one for matrices of layers."""
+    """adamw has two moments per parameter, muon one for matrices of layers."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Number type of the moments (bf16 in DeepSeek-V3 section 3.3.3)."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """What backward passes compute again: selective is norms, MLA's up-projections and SwiGLU
-    (DeepSeek-V3 section 3.2.3), layers is everything but the layers' inputs."""
+    """Recomputation in the backward pass: selective is norms, MLA's up-projections and SwiGLU
+    (DeepSeek-V3 section 3.2.3), full is everything from the layers' inputs."""
     kernels: Kernels = "torch"
-    """torch: attention padded to one width, as `attention.flash` has it; fused: no padding."""
+    """torch: attention pads values, as `attention.flash`; fused: no padding."""
     load_margin: float = 0.0
-    """Room for experts that get more rows than the mean, as a share of the mean."""
+    """Capacity margin for experts with more tokens than the mean, as a share of the mean."""
     layout: ParallelLayout = field(default_factory=ParallelLayout)
-    """The division over devices."""
+    """Parallelism."""
 
     @property
     def tokens(self) -> int:
@@ -110,23 +110,23 @@ class TrainingJob:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches a device computes per step."""
+        """Micro-batches per device and step."""
         return self.batch_size // (self.layout.data * self.layout.fsdp * self.micro_batch_size)
 
     @property
     def device_tokens(self) -> float:
-        """Tokens of a micro-batch that a device holds activations of."""
+        """Tokens per micro-batch whose activations a device holds."""
         parts = self.layout.context * self.layout.tensor
         return self.sequence_length * self.micro_batch_size / parts
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of an activation that is kept in full precision."""
+        """Bytes of an activation that is not fp8."""
         return 4 if self.precision == "fp32" else 2
 
 
 def check(config: ModelConfig, job: TrainingJob) -> None:
-    """Raise UserError, naming the axis, unless `config` can be divided as `job` asks."""
+    """Raise UserError naming the axis if the layout of `job` does not divide `config`."""
     layout, moe = job.layout, config.moe
     heads = config.num_attention_heads
     if isinstance(config.attention, GQAConfig | GTAConfig):
@@ -171,7 +171,7 @@ def check(config: ModelConfig, job: TrainingJob) -> None:
 
 
 def fewest_micro_batches(layout: ParallelLayout) -> int:
-    """Micro-batches below which the schedule cannot be run."""
+    """Minimum number of micro-batches of the schedule."""
     if layout.pipeline == 1:
         return 1
     return layout.pipeline * (2 if layout.schedule in BIDIRECTIONAL else 1)

@@ -1,6 +1,7 @@
-"""Machines that estimates are made for: what they publish, and the shares of it that are reached.
+"""Machines of the cost model: published rates and bandwidths of H800 and H100, and the shares of
+them that kernels reach.
 
-Owns numbers and their sources; measuring this machine is `rate`'s.
+`rate` measures this machine.
 """
 
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ class Machine:
     """A device and its links."""
 
     name: str
-    """As users type it."""
+    """Name on the command line."""
     memory_bytes: int
-    """Memory of a device."""
+    """Memory per device."""
     reserve_bytes: int
-    """Memory of a device that training cannot use: context, communication buffers."""
+    """Memory per device reserved for context and communication buffers."""
     devices_per_node: int
-    """Devices joined by the fast link."""
+    """Devices connected by NVLink."""
     flops: dict[Precision, float]
     """Published FLOP/s of dense products by precision."""
     memory_bandwidth: float

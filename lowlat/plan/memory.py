@@ -1,8 +1,8 @@
-"""Bytes a device needs at the height of a step, by what they are for.
+"""Peak memory of a device by purpose: weights, casts, gradients, optimizer state, activations,
+workspace.
 
-Two moments may be the highest: the end of a forward pass, where every activation lives, and the
-optimiser's update. Follows lowlat's trainer: fp32 masters, fp32 gradients, moments; in bf16 and fp8
-weights are cast as they are used and the casts live until the backward pass. Owns no time.
+Follows lowlat's trainer: masters, gradients and moments are fp32; in bf16 and fp8, weights are cast
+when used, and the casts stay live until the backward pass.
 """
 
 from collections import Counter
@@ -15,11 +15,11 @@ from lowlat.plan.job import ParallelLayout, TrainingJob
 from lowlat.plan.stages import ROUTED, PipelineStage, device_parameters
 
 CHUNK_ELEMENTS = 2**23
-"""Most logits of a piece, as in `ops.cross_entropy`."""
+"""Maximum logits per chunk, as in `ops.cross_entropy`."""
 PIECE_COPIES = 3
-"""fp32 tensors of a piece: logits, gradient, what is in between."""
+"""fp32 tensors per chunk: logits, gradient, and one intermediate."""
 HIGH_PRECISION = ("embedding", "head", "router", "norms", "MTP joint")
-"""Parts that fp8 training keeps in bf16 (DeepSeek-V3 section 3.3.1)."""
+"""Parts that fp8 training computes in bf16 (DeepSeek-V3 section 3.3.1)."""
 WEIGHTS = "weights"
 CASTS = "cast weights"
 OPTIMISER = "optimiser"
@@ -29,16 +29,16 @@ WORKING = "working memory"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """Bytes of the fullest device of a pipeline."""
+    """Memory of the device of a pipeline that needs the most, in bytes."""
 
     parts: dict[str, float]
-    """By purpose."""
+    """Bytes by purpose."""
     activations: dict[str, float]
-    """`activations` by tensor."""
+    """Bytes of activations by tensor."""
     parameters: dict[str, float]
-    """Parameters on the device by part of the model, before any share among replicas."""
+    """Number of parameters by part of the model, before ZeRO sharding."""
     rank: int
-    """Which device of the pipeline it is."""
+    """Pipeline rank of the device."""
 
     @property
     def total(self) -> float:
@@ -46,14 +46,14 @@ class MemoryEstimate:
 
     @property
     def largest(self) -> str:
-        """The purpose that takes most."""
+        """Purpose with the most bytes."""
         return max(self.parts, key=lambda part: self.parts[part])
 
 
 def device_memory(
     config: ModelConfig, job: TrainingJob, devices: list[list[PipelineStage]]
 ) -> MemoryEstimate:
-    """The fullest of the devices of a pipeline, of which `devices` gives the stages."""
+    """Memory of the device that needs the most; `devices` are the stages of each device."""
     all_ranks = (_rank(config, job, stages, rank) for rank, stages in enumerate(devices))
     return max(all_ranks, key=lambda memory: memory.total)
 
@@ -73,8 +73,10 @@ def _rank(
 
 
 def shares(layout: ParallelLayout, part: str) -> tuple[int, int]:
-    """(replicas, of which this many share states) of a part of the model. Those along fsdp share; a
-    device that holds experts has fewer twins; DualPipe's second copy of a stage is one more.
+    """(number of replicas, number of replicas that shard state) of a part of the model.
+
+    Replicas along fsdp shard their state. Routed experts have fewer replicas; DualPipe's second
+    copy of a stage doubles them.
     """
     over = layout.expert if part == ROUTED else 1
     replicas = layout.replicas // over * layout.copies
@@ -96,13 +98,13 @@ def _states(job: TrainingJob, parameters: dict[str, float]) -> dict[str, float]:
 
 
 def held(job: TrainingJob, part: str, count: float) -> float:
-    """How many of `count` weights a device has as the optimiser moves them, or as they stay."""
+    """Number of the `count` weights that a device stores as masters."""
     is_sharded = job.layout.zero == 3 or (job.layout.zero >= 1 and job.precision != "fp32")
     return count / shares(job.layout, part)[1] if is_sharded else count
 
 
 def cast_bytes(job: TrainingJob, part: str) -> float:
-    """Bytes per parameter of the form that products read, beside the master."""
+    """Bytes per parameter of the cast weights, in addition to the master."""
     if job.precision == "fp32" or part == "embedding":
         return 0.0
     is_fp8 = job.precision == "fp8" and part not in HIGH_PRECISION
@@ -110,9 +112,11 @@ def cast_bytes(job: TrainingJob, part: str) -> float:
 
 
 def live_casts(job: TrainingJob, part: str, count: float) -> float:
-    """Bytes of the casts that live as long as a step. ZeRO-1 and 2 hold all of them; ZeRO-3
-    gathers them layer by layer; otherwise they live until the backward pass has used them, and
-    experts and head make them afresh (`ops.grouped`, `ops.cross_entropy`).
+    """Bytes of cast weights that are live for a whole step.
+
+    ZeRO-1 and 2 hold all casts; ZeRO-3 gathers them layer by layer. Otherwise they stay live until
+    the backward pass, except those of experts and head, which cast again (`ops.grouped`,
+    `ops.cross_entropy`).
     """
     if job.layout.zero in (1, 2):
         return cast_bytes(job, part) * count
@@ -121,7 +125,7 @@ def live_casts(job: TrainingJob, part: str, count: float) -> float:
 
 
 def moment_bytes(job: TrainingJob, part: str) -> float:
-    """Bytes of the optimiser's moments per parameter."""
+    """Bytes of optimizer moments per parameter."""
     size = FP32_BYTES if job.moments == "fp32" else 2
     is_adam = job.optimiser == "adamw" or part in HIGH_PRECISION
     return float(size * (2 if is_adam else 1))
@@ -134,7 +138,7 @@ def _activations(
     kept: dict[str, float] = {}
     for stage in stages:
         tokens = job.device_tokens * in_flight(job.layout, job.micro_batches, stage.index)
-        # Layers of one form take the same.
+        # Layers of the same form need the same memory.
         example = {_form(config, layer): layer for layer in stage.all_layers(config)}
         forms = Counter(_form(config, layer) for layer in stage.all_layers(config))
         for form, count in forms.items():
@@ -148,8 +152,8 @@ def _form(config: ModelConfig, layer: int) -> tuple[bool, object]:
 
 
 def _workspace(config: ModelConfig, job: TrainingJob, stages: list[PipelineStage]) -> float:
-    """What one layer's backward pass needs beside: its recomputed tensors and their gradients;
-    with ZeRO-3 also the gathered weights of two layers.
+    """Workspace of one layer's backward pass: recomputed tensors and their gradients; with ZeRO-3
+    also the gathered weights of two layers.
     """
     layers = [layer for stage in stages for layer in stage.all_layers(config)]
     whole = max(
@@ -167,7 +171,7 @@ def _workspace(config: ModelConfig, job: TrainingJob, stages: list[PipelineStage
 
 
 def _loss(config: ModelConfig, job: TrainingJob) -> float:
-    """The head's gradient, made with the loss, and a piece of the logits, for every head."""
+    """Bytes of the loss: per head, its gradient and hidden state; and a chunk of logits."""
     heads = 1 + config.num_nextn_predict_layers
     parts = job.layout.table_parts
     gradient = FP32_BYTES * config.vocab_size * config.hidden_size / parts

@@ -1,4 +1,4 @@
-"""Trainings that papers describe, as jobs: what estimates are held against."""
+"""Published training runs as jobs, the reference for estimates: DeepSeek-V3."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from lowlat.plan.machine import H800, Machine
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedTraining:
-    """A training, and what it took."""
+    """A training run and its published cost."""
 
     job: TrainingJob
     machine: Machine
     hours_per_trillion: float
     """Device-hours per trillion tokens."""
     source: str
-    """Where it stands."""
+    """Where it is published."""
 
 
 DEEPSEEK_V3 = PublishedTraining(
@@ -33,7 +33,7 @@ DEEPSEEK_V3 = PublishedTraining(
     hours_per_trillion=180e3,
     source="DeepSeek-V3 technical report, sections 1, 3.2, 3.3 and 4.2",
 )
-"""Micro-batches of one row and the room for unequally loaded experts are assumptions; the rest is
-the report's."""
+"""Micro-batches of one row and the capacity margin of experts are assumptions; the rest is from the
+report."""
 
 PUBLISHED = {"deepseek-v3": DEEPSEEK_V3}

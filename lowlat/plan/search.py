@@ -1,8 +1,4 @@
-"""Which layouts of a model on a cluster fit, and which of them is fastest.
-
-Owns the order in which layouts are ranked and what is said of
-those that lose.
-"""
+"""Search for the fastest parallel layout on a cluster, and the effect of single changes."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,8 +23,8 @@ CHECKPOINTING_MODES: tuple[ActivationCheckpointing, ...] = ("none", "selective",
 ZERO_STAGES: tuple[ZeroStage, ...] = (1, 2, 3)
 MOST_TENSOR = 8
 MOST_STAGES = 64
-NO_DIVISION, NO_MEMORY = "cannot be divided so", "do not fit memory"
-"""Why layouts fail."""
+NO_DIVISION, NO_MEMORY = "not divisible", "do not fit in memory"
+"""Reasons why layouts fail."""
 TIE = 0.01
 """Layouts whose steps differ by less than this share are ranked by what they send over the
 network."""
@@ -36,15 +32,15 @@ network."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
-    """The outcome."""
+    """Result of a search."""
 
     ranked: list[Estimate]
-    """Layouts that fit, best first; of layouts that differ only in ZeRO stage and recomputation,
-    the fastest."""
+    """Layouts that fit, best first, each with its fastest ZeRO stage and activation
+    checkpointing."""
     tried: int
-    """Divisions that were looked at."""
+    """Number of layouts tried."""
     failed: Counter[str]
-    """How many of them are impossible or do not fit, by reason."""
+    """Number of failed layouts by reason."""
 
 
 def search(
@@ -54,8 +50,9 @@ def search(
     layouts: Sequence[ParallelLayout],
     progress: Progress | None = None,
 ) -> SearchResult:
-    """The best of `layouts` for `job`, each with the ZeRO stage and the recomputation that suit it.
-    Raises UserError where none can be divided so, or none fits.
+    """Rank `layouts` for `job`, each with its fastest ZeRO stage and activation checkpointing.
+
+    Raises UserError if none divides the model or none fits in memory.
     """
     ranked: list[Estimate] = []
     failed: Counter[str] = Counter()
@@ -69,8 +66,8 @@ def search(
         devices = layouts[0].devices
         near = _nearest(config, job, machine, devices)
         raise UserError(
-            f"{job.batch_size} rows of a step, and the model's heads and experts, do not divide "
-            f"among {devices} devices; give {near} instead"
+            f"{devices} devices do not divide {job.batch_size} rows per step and the model's heads "
+            f"and experts; give {near} instead"
         )
     if not ranked:
         raise UserError(
@@ -82,7 +79,7 @@ def search(
 
 
 def all_layouts(config: ModelConfig, devices: int, machine: Machine) -> list[ParallelLayout]:
-    """Every division of `config` over `devices` devices by powers of two."""
+    """Every layout of `config` over `devices` devices with powers of two."""
     experts = 1 if config.moe is None else config.moe.n_routed_experts
     return [
         ParallelLayout(
@@ -101,9 +98,7 @@ def all_layouts(config: ModelConfig, devices: int, machine: Machine) -> list[Par
 
 
 def _nearest(config: ModelConfig, job: TrainingJob, machine: Machine, devices: int) -> int:
-    """The number of devices nearest to `devices` that some layout divides the work among; one
-    device always is.
-    """
+    """The number of devices closest to `devices` for which a layout exists; at least one."""
     for distance in range(1, devices):
         for number in (devices - distance, devices + distance):
             if any(
@@ -130,12 +125,12 @@ def _powers(most: int) -> list[int]:
 def _best(
     config: ModelConfig, job: TrainingJob, machine: Machine, failed: Counter[str]
 ) -> Estimate | None:
-    """The fastest of the ZeRO stages and recomputations of a layout that fits."""
+    """The fastest ZeRO stage and activation checkpointing of a layout; None if none fits."""
     if not _is_possible(config, job):
         failed[NO_DIVISION] += 1
         return None
     found = []
-    # The further down, the less memory and the more time.
+    # Later entries need less memory and more time.
     for mode in CHECKPOINTING_MODES:
         for zero in ZERO_STAGES:
             tried = replace(
@@ -152,7 +147,7 @@ def _best(
 
 
 def _break_ties(ranked: list[Estimate]) -> list[Estimate]:
-    """The same by rising time, but within TIE of the first of a group by network traffic."""
+    """Sort groups of layouts whose times differ by less than TIE by network traffic."""
     result: list[Estimate] = []
     while ranked:
         limit = ranked[0].time.total * (1 + TIE)
@@ -164,18 +159,18 @@ def _break_ties(ranked: list[Estimate]) -> list[Estimate]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Neighbour:
-    """A layout that differs in one thing."""
+    """A layout that differs in one setting."""
 
     change: str
-    """Which."""
+    """The setting."""
     found: Estimate | None
-    """None where it is impossible."""
+    """None if the layout is impossible."""
     why: str
-    """What is against it, or for it."""
+    """Main reason why it is better, worse or impossible."""
 
 
 def neighbours(config: ModelConfig, base: Estimate) -> list[Neighbour]:
-    """One change at a time from `base`, and what it costs."""
+    """Layouts that differ from `base` in one setting, with their cost."""
     return [_neighbour(config, base, change, job) for change, job in _changes(base.job)]
 
 
@@ -216,7 +211,7 @@ def _neighbour(config: ModelConfig, base: Estimate, change: str, job: TrainingJo
 def _verdict(base: Estimate, found: Estimate) -> str:
     if not found.fits:
         missing = found.memory.total - found.machine.usable_bytes
-        return f"does not fit: {missing / 1e9:.1f} GB more, {found.memory.largest} above all"
+        return f"does not fit: {missing / 1e9:.1f} GB more, mostly {found.memory.largest}"
     parts = ("compute", "traffic", "bubble", "synchronisation")
     changes = {part: getattr(found.time, part) - getattr(base.time, part) for part in parts}
     total = found.time.total - base.time.total

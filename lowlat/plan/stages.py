@@ -1,6 +1,5 @@
-"""Which layers lie on which device of a pipeline, and how many parameters that is.
-
-Layers are cut where the busiest device has least to do. Owns counts of parameters, not their bytes.
+"""Pipeline stages of the cost model: balanced division of layers among devices, and the parameters
+of each device.
 """
 
 from dataclasses import dataclass
@@ -23,16 +22,16 @@ ROUTED = "routed experts"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineStage:
-    """Neighbouring layers, and what comes before or after all of them."""
+    """Consecutive layers of a pipeline stage, with the embedding or the head at the ends."""
 
     index: int
-    """Place in the pipeline, from 0."""
+    """Index in the pipeline, from 0."""
     layers: tuple[int, ...]
     """Decoder layers."""
     is_first: bool
-    """Holds the embedding."""
+    """Whether it has the embedding."""
     is_last: bool
-    """Holds the final norm, the head and the MTP modules, which need the embedding too."""
+    """Whether it has final norm, head and MTP modules, which also need the embedding."""
 
     def moe_layers(self, config: ModelConfig) -> int:
         """Layers with routed experts, MTP modules' included."""
@@ -121,7 +120,7 @@ def device_parameters(
 
 
 def _attention(config: ModelConfig, layer: int, tensor: int) -> float:
-    """The attention of `layer` on one of `tensor` devices."""
+    """Attention parameters of `layer` on one of `tensor` devices."""
     attention, whole = config.attention_of(layer), attention_parameters(config, layer)
     if not isinstance(attention, MLAConfig | GLAConfig):
         return whole / tensor
@@ -144,7 +143,7 @@ def _folded(costs: tuple[float, ...], parts: int, most: int) -> tuple[int, ...]:
                 break
             if last - first > most * (parts - 2):
                 continue
-            # The costs between hold no tail, so one is added that weighs nothing.
+            # `_balanced` treats the last cost as the tail, so a tail of cost 0 is appended.
             inner = (0, *_balanced((*costs[first:last], 0.0), parts - 2, most)[:-1], last - first)
             runs = [sum(costs[first + a : first + b]) for a, b in pairwise(inner)]
             middle = max((a + b) / 2 for a, b in zip(runs, reversed(runs), strict=True))
@@ -156,8 +155,8 @@ def _folded(costs: tuple[float, ...], parts: int, most: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1024)
 def _balanced(costs: tuple[float, ...], parts: int, most: int) -> tuple[int, ...]:
-    """Ends of `parts` runs of `costs`, none empty, of at most `most` beside the last cost, the
-    largest sum as small as possible.
+    """Linear partition by dynamic programming: ends of `parts` nonempty runs of `costs` whose
+    largest sum is minimal. A run has at most `most` costs, not counting the last cost.
     """
     count = len(costs)
     sums = [0.0, *accumulate(costs)]

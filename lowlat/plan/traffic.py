@@ -20,20 +20,20 @@ DISPATCH, COMBINE = "expert dispatch", "expert combine"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transfer:
-    """What a device sends of one kind."""
+    """Bytes that a device sends for one kind of communication."""
 
     kind: str
-    """For what."""
+    """Name of the communication."""
     node_bytes: float
     """Bytes per step within the node."""
     network_bytes: float
     """Bytes per step to other nodes."""
     forward_share: float = 0.5
-    """Part of it in forward passes."""
+    """Share in forward passes."""
     is_per_step: bool = False
-    """Once per step, not with every micro-batch."""
+    """Whether it happens once per step instead of once per micro-batch."""
     is_hidden: bool = False
-    """Moved while the device computes other layers, as far as that takes long enough."""
+    """Whether it overlaps with computation of other layers, as far as that takes long enough."""
 
 
 def transfers(
@@ -51,8 +51,8 @@ def transfers(
 
 
 def places(config: ModelConfig, spread: int) -> float:
-    """Expected number of places a token's experts lie in, of `spread` that share a layer's experts
-    equally: nodes or devices. Groups and experts are taken as equally likely.
+    """Expected number of nodes or devices that a token is dispatched to, if `spread` of them share
+    a layer's experts equally and all groups and experts are equally likely.
     """
     moe = config.moe
     assert moe is not None
@@ -82,8 +82,8 @@ def places(config: ModelConfig, spread: int) -> float:
 def _experts(
     config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
 ) -> list[Transfer]:
-    """All-to-all: a token goes once to every node that has one of its experts, and within the node
-    to every device that has one (DeepSeek-V3 section 3.2.2); back the same way.
+    """Expert all-to-all: a token is sent once to every node with one of its experts, and within the
+    node to every device with one (DeepSeek-V3 section 3.2.2); combine takes the same way back.
     """
     layout = job.layout
     if config.moe is None or layout.expert == 1:
@@ -101,7 +101,7 @@ def _experts(
     return [
         Transfer(
             kind=kind,
-            # Every tensor device of an expert needs the rows.
+            # Every tensor-parallel device of an expert needs the tokens.
             node_bytes=passes * tokens * size * other_devices * layout.tensor,
             network_bytes=passes * tokens * size * other_nodes,
             forward_share=1 / passes,
@@ -111,10 +111,10 @@ def _experts(
 
 
 def _tensor(config: ModelConfig, job: TrainingJob, stages: list[PipelineStage]) -> Transfer:
-    """Four gathers or scatters of the activations per layer and direction."""
+    """Tensor parallelism: four all-gathers or reduce-scatters per layer and direction."""
     layout = job.layout
     layers = sum(len(stage.all_layers(config)) for stage in stages) / layout.copies
-    # Of rows that tensor devices share, each gets what the others hold.
+    # Each device receives the tokens of the other tensor-parallel devices.
     rows = job.device_tokens * (layout.tensor - 1) * job.micro_batches
     return Transfer(
         kind="tensor parallel",
@@ -126,8 +126,8 @@ def _tensor(config: ModelConfig, job: TrainingJob, stages: list[PipelineStage]) 
 def _context(
     config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
 ) -> Transfer:
-    """Rows of keys and values (MLA: the latent) travel a ring; backward they do it again with their
-    gradients.
+    """Context parallelism: keys and values (MLA: latents) are sent around a ring, and in the
+    backward pass again with their gradients.
     """
     layout = job.layout
     elements = sum(
@@ -148,7 +148,7 @@ def _context(
 
 
 def _pipeline(config: ModelConfig, job: TrainingJob, machine: Machine) -> Transfer:
-    """A micro-batch's activations to the next stage, their gradients to the one before."""
+    """Pipeline: activations to the next stage, their gradients to the previous stage."""
     layout = job.layout
     crossings = layout.num_stages // layout.pipeline if layout.pipeline > 1 else 0
     rows = job.device_tokens * job.micro_batches * crossings
@@ -165,8 +165,8 @@ def _pipeline(config: ModelConfig, job: TrainingJob, machine: Machine) -> Transf
 def _replicas(
     config: ModelConfig, job: TrainingJob, machine: Machine, stages: list[PipelineStage]
 ) -> list[Transfer]:
-    """Gradients to those that update, weights back (ZeRO, arXiv 1910.02054 section 7), both among
-    the replicas that share states; then sums of gradients over the groups that do.
+    """Data parallelism: reduce-scatter of gradients and all-gather of weights among replicas that
+    shard state (ZeRO, arXiv 1910.02054 section 7); all-reduce of gradients over their groups.
     """
     layout, passes = job.layout, job.micro_batches
     once, gathers, scatters = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]

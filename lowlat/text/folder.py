@@ -191,7 +191,7 @@ def _override_bos_eos(
     """Apply add_bos_token and add_eos_token: each, if not null, replaces what tokenizer.json puts
     at that end of a text.
 
-    DeepSeek's tokenizer.json adds no bos; its tokenizer_config.json asks for one.
+    DeepSeek's tokenizer.json adds no bos; its tokenizer_config.json requires one.
     """
     before, after = around(backend)
     first = _end(before, config.get("add_bos_token"), special.get("bos_token"))

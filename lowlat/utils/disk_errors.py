@@ -30,6 +30,6 @@ def resumable_error(destination: Path, partial: Path, error: OSError) -> UserErr
     if not os.path.exists(partial):  # also where a name is too long to be a file's
         return UserError(f"{what}; choose another destination")
     return UserError(
-        f"{what}; finished parts stay in {partial}: make room and give the same command again, or "
-        "remove it"
+        f"{what}; finished parts stay in {partial}: free some space and run the same command "
+        "again, or remove it"
     )

@@ -223,7 +223,7 @@ def test_copy(page: Page) -> None:
     assert page.evaluate(paste) == "table please"
 
 
-def test_answer_goes_on_in_another_conversation(page: Page) -> None:
+def test_answer_continues_in_another_conversation(page: Page) -> None:
     """Looking at another conversation does not end an answer; coming back shows it growing."""
     send(page, "slow please")
     expect(answers(page)).to_contain_text("slow slow")
@@ -276,7 +276,7 @@ def test_sampling_settings(page: Page, server: Server) -> None:
     settings.get_by_label("Temperature").fill("0.25")
     settings.get_by_label("Top k").fill("40")
     settings.get_by_label("Min p").fill("0.05")
-    settings.get_by_label("Most tokens").fill("5")
+    settings.get_by_label("Max tokens").fill("5")
     settings.get_by_label("Seed").fill("7")
     page.reload()
     expect(answers(page)).to_have_count(1)
@@ -290,12 +290,12 @@ def test_sampling_settings(page: Page, server: Server) -> None:
         "seed": 7,
     }
     assert wanted.items() <= server.requests[-1].items()
-    expect(answers(page).last).to_contain_text("Ended at the limit of tokens.")
+    expect(answers(page).last).to_contain_text("Stopped at the token limit.")
 
     page.get_by_role("button", name="Settings", exact=True).click()
     settings.get_by_label("Temperature").fill("0")
     expect(settings.get_by_label("Top p")).to_be_disabled()
-    settings.get_by_label("Most tokens").fill("")
+    settings.get_by_label("Max tokens").fill("")
     ask(page, "three")
     assert server.requests[-1]["temperature"] == 0
     assert not {"top_p", "top_k", "min_p", "max_tokens"} & set(server.requests[-1])
@@ -310,7 +310,7 @@ def test_sampling_settings(page: Page, server: Server) -> None:
 def test_bad_sampling_value(page: Page, server: Server) -> None:
     """A value out of range is named at its field and not sent."""
     page.get_by_role("button", name="Settings", exact=True).click()
-    field = page.get_by_label("Most tokens")
+    field = page.get_by_label("Max tokens")
     field.fill("0")
     expect(field).to_have_attribute("aria-invalid", "true")
     expect(page.get_by_text("The last good value holds.")).to_be_visible()

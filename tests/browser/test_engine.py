@@ -38,10 +38,10 @@ def test_answer(page: Page) -> None:
 def test_system_prompt_and_limit(page: Page) -> None:
     """What the settings say reaches the engine."""
     page.get_by_label("System prompt").fill("Spell.")
-    page.get_by_label("Most tokens").fill("3")
+    page.get_by_label("Max tokens").fill("3")
     answer = ask(page, "hello")
     assert answer_text(answer) == "abc"
-    expect(answer).to_contain_text("Ended at the limit of tokens.")
+    expect(answer).to_contain_text("Stopped at the token limit.")
 
 
 def test_too_long(page: Page, errors: Errors) -> None:

@@ -178,7 +178,7 @@ def test_no_storage(open_page: Open) -> None:
         })"""
     )
     page.reload()
-    expect(page.locator("#storage-note")).to_contain_text("Conversations are not kept")
+    expect(page.locator("#storage-note")).to_contain_text("Conversations are not saved")
     send(page, "hello")
     expect(answers(page)).to_contain_text("You said: hello")
     expect(page.get_by_role("navigation").get_by_role("link")).to_have_text(["hello"])

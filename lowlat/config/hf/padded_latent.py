@@ -17,7 +17,7 @@ kv_a_proj_with_mqa, hence attention_bias is true, and kv_a_proj_with_mqa and o_p
 (its own bias again), from which q_b_proj makes the bias of the queries. - **Native numbers, inside
 the object** (used by lowlat): latent width r, no kv_a_layernorm, a plain q_proj (q_lora_rank null)
 with a bias if b is true, and a bias on o_proj if o is true. Queries, keys and values have biases
-together or not at all, so b also says whether kv_a_proj_with_mqa has a bias: the native
+together or not at all, so b also determines whether kv_a_proj_with_mqa has a bias: the native
 attention_bias is b. If attention_bias is true it covers o_proj too, whatever o is.
 
 Owns these numbers; the tensors are `checkpoint.padded_latent`'s.

@@ -43,7 +43,7 @@ async def read_body(
 ) -> bytes:
     """Read the whole body.
 
-    Raises RequestError 413 above `max_bytes` (before reading if Content-Length says so) and 408
+    Raises RequestError 413 above `max_bytes` (before reading if Content-Length exceeds it) and 408
     after `seconds`, Disconnected if the client disconnects.
     """
     declared = headers.get("content-length", "")

@@ -68,7 +68,7 @@ def cookie_value(key: str) -> str:
 
 
 def login_page(message: str = "", *, status: int = 401) -> Response:
-    """The form that asks for an API key; `message` explains why a login failed."""
+    """The form for an API key; `message` explains why a login failed."""
     return Response(
         _LOGIN_TEXT.replace("{{message}}", html.escape(message)),
         status_code=status,

@@ -63,7 +63,7 @@ class RequestContext:
     async def compile(
         self, output: StructuredOutput, *, param: str, begins_text: bool = True
     ) -> CompiledGrammar:
-        """Compile the grammar that the field `param` asks for.
+        """Compile the grammar of the field `param`.
 
         Raises as `StructuredOutputManager.compile` does.
         """

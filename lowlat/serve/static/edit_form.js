@@ -16,7 +16,7 @@ export function editForm(text, { onSave, onCancel }) {
     h(
       "div",
       { class: "edit-buttons" },
-      h("span", { class: "field-hint", id: hint }, "What comes after this message is replaced."),
+      h("span", { class: "field-hint", id: hint }, "All later messages are replaced."),
       h("button", { type: "button", class: "text-button bordered", on: { click: onCancel } }, "Cancel"),
       save,
     ),

@@ -80,7 +80,7 @@ export class MessageView {
     this.bodyElement = h("div", { class: "markdown" });
     this.body = new MarkdownView(this.bodyElement);
     const pulse = h("span", { class: "pulse", "aria-hidden": "true" });
-    this.waiting = h("p", { class: "waiting" }, pulse, "Reading the prompt");
+    this.waiting = h("p", { class: "waiting" }, pulse, "Processing the prompt");
     this.tools = h("div", { class: "tools" });
     this.error = new ErrorNote({ retry: this.actions.retry, stop: this.actions.stop });
     this.note = h("p", { class: "note" });
@@ -146,7 +146,7 @@ export class MessageView {
 function noteOf({ status, finishReason }) {
   if (status === "stopped") return "Stopped.";
   if (status !== "done") return "";
-  if (finishReason === "length") return "Ended at the limit of tokens.";
+  if (finishReason === "length") return "Stopped at the token limit.";
   return finishReason && !["stop", "tool_calls"].includes(finishReason) ? `Ended: ${finishReason}.` : "";
 }
 

@@ -14,9 +14,9 @@ export function contextTokens({ messages }, run) {
       isExact = true;
     } else {
       const isGrowing = run?.message === message;
-      const guess = isGrowing ? run.pieces : Math.ceil(message.content.length / CHARS_PER_TOKEN);
-      tokens += guess;
-      isExact &&= guess === 0;
+      const estimate = isGrowing ? run.pieces : Math.ceil(message.content.length / CHARS_PER_TOKEN);
+      tokens += estimate;
+      isExact &&= estimate === 0;
     }
   }
   return { tokens, isExact };

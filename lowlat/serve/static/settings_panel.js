@@ -11,23 +11,23 @@ const FIELDS = [
   },
   {
     ...{ name: "top_p", label: "Top p", min: 0.01, max: 1, step: 0.01, isFilter: true },
-    hint: "Keep the likeliest tokens that hold this much probability.",
+    hint: "Keep the most likely tokens of this total probability.",
   },
   {
     ...{ name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, isFilter: true },
-    hint: "Keep tokens this probable beside the likeliest.",
+    hint: "Keep tokens at least this probable relative to the most likely one.",
   },
   {
     ...{ name: "top_k", label: "Top k", min: 0, max: 1 << 20, step: 1, isFilter: true, isNumber: true },
-    hint: "Keep so many tokens; 0 keeps all.",
+    hint: "Keep this many of the most likely tokens; 0 keeps all.",
   },
   {
-    ...{ name: "max_tokens", label: "Most tokens", min: 1, max: 1 << 20, step: 1, isNumber: true },
+    ...{ name: "max_tokens", label: "Max tokens", min: 1, max: 1 << 20, step: 1, isNumber: true },
     hint: "Empty: up to the end of the context.",
   },
   {
     ...{ name: "seed", label: "Seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1, isNumber: true },
-    hint: "Empty: another one each time.",
+    hint: "Empty: a random one each time.",
   },
 ];
 
@@ -87,7 +87,7 @@ export class SettingsPanel {
     const hasSystem = current?.has_chat_template !== false;
     this.#system.disabled = !hasSystem;
     document.getElementById("system-hint").textContent = hasSystem
-      ? "Holds for this conversation; new ones begin with it too."
+      ? "Applies to this conversation and to new ones."
       : "This model has no chat template, so it takes no system prompt.";
   }
 
@@ -159,9 +159,9 @@ function factsOf(model) {
   if (model.max_model_len) facts.push(["Context", `${count(model.max_model_len)} tokens`]);
   if (model.cache_bytes_per_token) {
     const type = model.cache_dtype ? `, ${model.cache_dtype}` : "";
-    facts.push(["Cache of a token", `${count(model.cache_bytes_per_token)} bytes${type}`]);
+    facts.push(["KV cache per token", `${count(model.cache_bytes_per_token)} bytes${type}`]);
     const full = model.cache_bytes_per_token * model.max_model_len;
-    if (full) facts.push(["Cache when full", bytes(full)]);
+    if (full) facts.push(["KV cache at full context", bytes(full)]);
   }
   return facts;
 }

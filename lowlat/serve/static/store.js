@@ -72,7 +72,7 @@ export class ConversationStore {
 
   #fail(error) {
     const reason = error?.name === "QuotaExceededError" ? "its storage is full" : "it has no storage for this page";
-    this.problem = `Conversations are not kept: the browser says ${reason}.`;
+    this.problem = `Conversations are not saved: the browser reports ${reason}.`;
   }
 
   #request(mode, action) {

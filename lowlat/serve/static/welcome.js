@@ -22,7 +22,7 @@ export function welcome(model, onIdea) {
     "div",
     { class: "welcome" },
     mark,
-    h("h2", {}, isChat ? "What would you like to know?" : "Begin a text, the model goes on"),
+    h("h2", {}, isChat ? "What would you like to know?" : "Begin a text; the model continues it"),
     model ? h("p", {}, describe(model)) : null,
     isChat ? ideas : null,
   );

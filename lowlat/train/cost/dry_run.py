@@ -1,7 +1,7 @@
-"""What a recipe will cost on the machine at hand: parameters, FLOPs, memory, time; and the refusal
-of one that cannot fit.
+"""Dry run of a recipe: parameters, FLOPs, memory and time on this machine, and the out-of-memory
+check before a run starts.
 
-Owns the way from a Recipe to Jobs. Clusters are `estimate`'s and `search`'s.
+Converts phases of a Recipe to TrainingJobs. `plan.estimate` and `plan.search` are for clusters.
 """
 
 import os
@@ -36,46 +36,46 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.memory import memory_limit
 
 REACHED = (0.1, 0.5)
-"""Shares of the measured rate of products that a step reaches: of small models, of large ones."""
+"""MFU range to expect: of small models, of large ones."""
 PROGRAM_BYTES = 400 * 2**20
 """Memory of the program and its libraries."""
 CHECKPOINT_COPY, PHASES = "checkpoint copy", "change of phase"
-"""Parts of memory that only whole runs have: copies of the state."""
+"""Memory parts of a run beyond a step: copies of the state."""
 BATCH = "batch"
 TOKEN_BYTES = 9
-"""Of a token of a batch: its id, and whether it is a target."""
+"""Bytes per token of a batch: int64 id and loss mask."""
 KEPT_BY_PHASES = (WEIGHTS, OPTIMISER, "teacher")
-"""What stays where it is while a phase is followed by another."""
+"""Memory parts that stay allocated during a change of phase."""
 ALLOCATOR = 1.08
-"""What allocators hold over what is asked of them (docs/planning.md tells what was measured)."""
+"""Allocated over requested memory, as measured (docs/planning.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DryRun:
-    """What is known before the first step."""
+    """Cost of a recipe, estimated before the first step."""
 
     parameters: int
-    """Of everything that is trained, MTP modules included."""
+    """Number of parameters, MTP modules included."""
     active: int
-    """Parameters of the main model that one token uses."""
+    """Active parameters per token of the main model."""
     processes: int
-    """Processes the work is divided among."""
+    """Number of processes."""
     steps: int
-    """Optimiser steps of all phases."""
+    """Optimizer steps of all phases."""
     tokens: int
     """Input tokens of all phases."""
     flops: list[TokenFlops]
-    """Per token, of each phase."""
+    """FLOPs per token of each phase."""
     trained_flops: list[float]
-    """Per token, of each phase: what is done of `flops` forward and backward, and by a teacher."""
+    """FLOPs per token of each phase, without gradients of frozen weights and with the teacher."""
     memory: MemoryEstimate
-    """Of a process in the phase that needs most; program and libraries not counted."""
+    """Memory of a process in the largest phase, without program and libraries."""
     memory_bytes: int
-    """MemoryEstimate a process may use."""
+    """Memory available to a process."""
     total_flops: float
-    """Of the whole training, without recomputation."""
+    """FLOPs of the whole training, without recomputation."""
     rate: float
-    """Measured FLOP/s of products, of one process."""
+    """Measured FLOP/s of matrix products in one process."""
 
     @property
     def needed_bytes(self) -> float:
@@ -84,7 +84,7 @@ class DryRun:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """The least and the most time to expect: at the higher and the lower of REACHED."""
+        """Least and most expected time, at the higher and lower share of REACHED."""
         whole = self.total_flops / (self.rate * self.processes)
         return whole / REACHED[1], whole / REACHED[0]
 
@@ -97,10 +97,11 @@ def dry_run(
     memory_bytes: int,
     teacher: ModelConfig | None = None,
 ) -> DryRun:
-    """The cost of `recipe` for `config`. rate: FLOP/s of products in the recipe's precision
-    (`rate.measure_gemm_rate`); memory_bytes: what a process may use (`utils.memory.memory_limit`);
-    teacher: the config of what is learned from. That the model can be divided as the recipe says is
-    `parallel.check`'s to find.
+    """The cost of `recipe` for `config`.
+
+    rate: FLOP/s of matrix products in the recipe's precision (`plan.rate.measure_gemm_rate`);
+    memory_bytes: memory available to a process; teacher: config of the teacher. The parallel layout
+    must be valid (`inputs.parallel_check`).
     """
     jobs = [job_of(recipe, phase) for phase in recipe.phase]
     schedule = TrainingSchedule(recipe, ranks=recipe.parallel.data * recipe.parallel.fsdp)
@@ -146,7 +147,7 @@ def require_fit(
         return memory
     raise UserError(
         f"{origin}: phase '{phase.name}' needs about {gigabytes(needed_bytes(memory))} of memory "
-        f"per process and {gigabytes(memory_bytes)} are there; the largest part is "
+        f"per process and {gigabytes(memory_bytes)} are available; the largest part is "
         f"{gigabytes(memory.parts[memory.largest])} of {memory.largest}: "
         f"{_remedy(recipe, phase, memory)}"
     )
@@ -155,14 +156,14 @@ def require_fit(
 def most_memory(
     config: ModelConfig, recipe: Recipe, teacher: ModelConfig | None
 ) -> tuple[Phase, MemoryEstimate]:
-    """The phase that takes most, and what a process holds in it."""
+    """The phase with the largest memory, and its memory per process."""
     found = ((p, _memory(config, recipe, p, teacher)) for p in recipe.phase)
     return max(found, key=lambda each: each[1].total)
 
 
 def job_of(recipe: Recipe, phase: Phase) -> TrainingJob:
-    """`phase` of `recipe` as a TrainingJob at its smallest batch: one micro-batch per process, or
-    the fewest that a pipeline needs.
+    """`phase` of `recipe` as a TrainingJob with the smallest batch: one micro-batch per process, or
+    the minimum of the pipeline.
     """
     layout = layout_of(recipe.parallel)
     rows = phase.micro_batch_size * layout.data * layout.fsdp
@@ -178,7 +179,7 @@ def job_of(recipe: Recipe, phase: Phase) -> TrainingJob:
 
 
 def largest_job(recipe: Recipe) -> TrainingJob:
-    """The phase of `recipe` with most tokens per step, at its largest batch."""
+    """The phase of `recipe` with the most tokens per step, at its largest batch."""
     unit = recipe.parallel.data * recipe.parallel.fsdp
     jobs = []
     for phase in recipe.phase:
@@ -188,7 +189,7 @@ def largest_job(recipe: Recipe) -> TrainingJob:
 
 
 def usable_memory(device: torch.device, processes: int) -> int:
-    """Bytes that each of `processes` processes may use: of the device, or its share of this
+    """Memory available to each of `processes` processes: that of the GPU, or a share of this
     machine's.
     """
     if device.type == "cuda":
@@ -197,13 +198,13 @@ def usable_memory(device: torch.device, processes: int) -> int:
 
 
 def on_this_machine(processes: int) -> int:
-    """How many of `processes` share this machine's memory: as torchrun says, else all."""
+    """Number of processes that share this machine's memory: LOCAL_WORLD_SIZE, else `processes`."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
 
 
 def layout_of(parallel: ParallelConfig) -> ParallelLayout:
-    """The mesh of a recipe. Sharing is FSDP2's: weights are gathered layer by layer, in a pipeline
-    kept from the first micro-batch to the last.
+    """The layout of a recipe. FSDP2 gathers weights layer by layer (ZeRO-3); in a pipeline they
+    stay gathered from the first to the last micro-batch (ZeRO-2).
     """
     schedules: dict[str, Schedule] = {"zb": "zb1p", "zbv": "dualpipev"}
     zero: ZeroStage = 0 if parallel.fsdp == 1 else 3 if parallel.pipeline == 1 else 2
@@ -222,7 +223,7 @@ def layout_of(parallel: ParallelConfig) -> ParallelLayout:
 
 
 def needed_bytes(memory: MemoryEstimate) -> float:
-    """Bytes of a process that holds `memory`."""
+    """Memory of a process with allocator overhead, program and libraries."""
     return memory.total * ALLOCATOR + PROGRAM_BYTES
 
 
@@ -231,7 +232,7 @@ def _memory(
 ) -> MemoryEstimate:
     job = job_of(recipe, phase)
     memory = _step_memory(config, recipe, job, teacher)
-    if recipe.device == "cpu":  # otherwise copies of the state are in the memory of the host
+    if recipe.device == "cpu":  # with a GPU, copies of the state are in host memory
         memory = _with_copies(memory, recipe, _state_bytes(config, recipe, job))
     return replace(memory, parts=memory.parts | {BATCH: _batch_bytes(config, recipe, phase)})
 
@@ -245,14 +246,14 @@ def _step_memory(
 
 
 def _batch_bytes(config: ModelConfig, recipe: Recipe, phase: Phase) -> float:
-    """A process's rows of the largest global batch, which are made whole before any is used."""
+    """A process's rows of the largest global batch, which is built before it is used."""
     ranks = recipe.parallel.data * recipe.parallel.fsdp
     rows = most_rows(phase, phase.micro_batch_size * ranks) // ranks
     return float(TOKEN_BYTES) * rows * (phase.sequence_length + 1 + config.num_nextn_predict_layers)
 
 
 def _state_bytes(config: ModelConfig, recipe: Recipe, job: TrainingJob) -> float:
-    """The whole state of the training, as a save holds it: with LoRA updates alone."""
+    """Bytes of the state in a checkpoint; with LoRA, the updates only."""
     if recipe.lora is not None:
         return update_bytes(config, recipe.lora, job) - gradient_bytes(config, recipe.lora)
     undivided = replace(job, layout=layout_of(ParallelConfig()), batch_size=job.micro_batch_size)
@@ -261,9 +262,10 @@ def _state_bytes(config: ModelConfig, recipe: Recipe, job: TrainingJob) -> float
 
 
 def _with_copies(memory: MemoryEstimate, recipe: Recipe, state: float) -> MemoryEstimate:
-    """`memory` and the copies of the state that lie beside it: what is being saved, which is in one
-    process of those that share this machine; and what a change of phase makes beyond the memory of
-    a step, where every process has the state whole for a moment (one process moves its own).
+    """`memory` plus copies of the state.
+
+    A checkpoint copy is in one process per machine. A change of phase holds the full state in every
+    process for a moment, beyond what a step frees (a single process moves its state).
     """
     parallel = recipe.parallel
     parts = memory.parts | {CHECKPOINT_COPY: state / on_this_machine(parallel.processes)}
@@ -293,5 +295,5 @@ def _remedy(recipe: Recipe, phase: Phase, memory: MemoryEstimate) -> str:
 
 
 def gigabytes(size: int | float) -> str:
-    """`size` bytes as people read them."""
+    """`size` bytes as text, in GB or MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

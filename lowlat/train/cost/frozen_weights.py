@@ -1,6 +1,6 @@
-"""What a recipe saves by weights that stay and spends on a teacher, in FLOPs and bytes.
+"""FLOPs and memory of LoRA, attention-only training and distillation, relative to full training.
 
-Owns the difference from a training of every weight alone, which is `flops`'s and `memory`'s.
+`plan.flops` and `plan.memory` estimate full training.
 """
 
 from dataclasses import replace
@@ -32,27 +32,29 @@ from lowlat.train.step.lora import (
 )
 
 UPDATES = "updates"
-"""The part of memory that is LoRA's: weights, gradients and moments of updates."""
+"""Memory part of LoRA: weights, gradients and moments of updates."""
 ATTENTION = ("attention", "scores")
-"""Parts of FLOPs that are attention's."""
+"""FLOPs parts of attention."""
 PASSED = {"attention": ATTENTION, "layers": LAYER_PARTS}
-"""What matching layer by layer computes of the model; distributions need everything."""
+"""FLOPs parts computed in layer-wise distillation, by `phase.match`; logits need all parts."""
 HELD_IN_FP32 = ("attention", "norms", "router")
-"""Parts of the parameters that move, or that compute in fp32, where attention alone is trained."""
+"""Parameters stored in fp32 if only attention is trained."""
 NATIVE_PIECE_BYTES = 2**26
-"""Most bytes of a piece of logits, as in `ops.divergence`."""
+"""Maximum bytes of a chunk of logits, as in `ops.divergence`."""
 INPUTS_OF_MLPS = ("MLP norm", "MLP SwiGLU", "shared experts' SwiGLU")
-"""Activations that only gradients of MLPs' weights read."""
+"""Activations that only the weight gradients of MLPs need."""
 INPUT_OF_ROUTER = "router input"
-"""Read by the gradient of the gate's weight alone."""
+"""Activation that only the weight gradient of the gate needs."""
 
 
 def training_flops(
     config: ModelConfig, recipe: Recipe, phase: Phase, teacher: ModelConfig | None
 ) -> float:
-    """FLOPs of training on a token in `phase`, nothing of it done again, the teacher's forward pass
-    included. A weight that stays saves the product that its gradient is; MTP modules count as if
-    all of theirs did, updates of LoRA as nothing.
+    """FLOPs per token of training in `phase`, with the teacher's forward pass and without
+    recomputation.
+
+    Frozen weights have no weight gradient: 2x instead of 3x the forward FLOPs. MTP modules count as
+    frozen; LoRA updates count as zero.
     """
     length = phase.sequence_length
     parts = token_flops(config, length).parts
@@ -65,7 +67,9 @@ def training_flops(
 
 
 def _teacher_flops(teacher: ModelConfig, phase: Phase) -> float:
-    """Of its forward pass without MTP modules; without its head where layers are matched."""
+    """Forward FLOPs of the teacher without MTP modules; in layer-wise distillation also without its
+    head.
+    """
     parts = token_flops(teacher, phase.sequence_length).parts
     return sum(flops for part, flops in parts.items() if part in (*LAYER_PARTS, *_head(phase)))
 
@@ -81,12 +85,12 @@ def learning_memory(
     job: TrainingJob,
     teacher: ModelConfig | None,
 ) -> MemoryEstimate:
-    """`memory`, which is that of a training of every weight of `config` alone, as `recipe` needs
-    it.
+    """Adapt `memory`, the estimate of full training of `config`, to LoRA, attention-only training
+    and distillation in `recipe`.
     """
     parts, activations = dict(memory.parts), memory.activations
     if recipe.lora is not None:
-        # Weights stay, in the dtype of products.
+        # Weights are frozen, in the dtype of matrix products.
         weights = parts[WEIGHTS] * (1.0 if recipe.precision == "fp32" else 0.5)
         parts |= {WEIGHTS: weights, CASTS: 0.0, "gradients": 0.0, OPTIMISER: 0.0}
         parts[UPDATES] = update_bytes(config, recipe.lora, job)
@@ -112,17 +116,16 @@ def learning_memory(
 
 
 def update_bytes(config: ModelConfig, table: LoraConfig, job: TrainingJob) -> float:
-    """What the updates that `table` asks for take: fp32 weights, gradients, and moments as matrices
-    of layers have them. They are in every process whole.
-    """
+    """Bytes of LoRA updates: fp32 weights, gradients and moments, not sharded."""
     each = 2 * FP32_BYTES + moment_bytes(job, "attention")
     return each * count_updates(config, table)
 
 
 def _kept_by_updates(config: ModelConfig, table: LoraConfig, job: TrainingJob) -> dict[str, float]:
-    """What updates of projections keep for the backward pass beside the projections' own inputs:
-    the rows between A and B with casts of both, and of experts their weights with the updates, in
-    fp32 (`layers.lora`). With recomputation of layers that is one layer's.
+    """Activations that LoRA updates save for the backward pass, besides the projections' inputs.
+
+    These are the rank-r activations between A and B, casts of A and B, and for experts the fp32 sum
+    of weights and updates (`layers.lora`). With activation checkpointing only one layer's are live.
     """
     single = [shape for shape in updated_shapes(config, table) if len(shape) == 2]
     inner = table.rank * len(single) * job.device_tokens
@@ -136,12 +139,12 @@ def _kept_by_updates(config: ModelConfig, table: LoraConfig, job: TrainingJob) -
 
 
 def gradient_bytes(config: ModelConfig, table: LoraConfig) -> float:
-    """The gradients' part of that."""
+    """Bytes of the gradients of LoRA updates."""
     return float(FP32_BYTES * count_updates(config, table))
 
 
 def _held_in_bf16(memory: MemoryEstimate, job: TrainingJob) -> dict[str, float]:
-    """Weights, where matrices that stay are held as products take them, and the casts of others."""
+    """Bytes of weights and casts if frozen matrices are stored in bf16."""
     parts = {WEIGHTS: 0.0, CASTS: live_casts(job, "attention", memory.parameters["attention"])}
     for part, count in memory.parameters.items():
         size = FP32_BYTES if part in HELD_IN_FP32 else 2
@@ -150,20 +153,20 @@ def _held_in_bf16(memory: MemoryEstimate, job: TrainingJob) -> dict[str, float]:
 
 
 def _more_logits(config: ModelConfig, job: TrainingJob) -> float:
-    """What a piece of both models' logits takes beyond a piece of the loss without a teacher."""
+    """Additional bytes for chunks of logits of student and teacher."""
     logits = float(job.device_tokens * config.vocab_size)
     taught = 2 * min(NATIVE_PIECE_BYTES, job.element_bytes * logits)
     return max(0.0, taught - PIECE_COPIES * FP32_BYTES * min(CHUNK_ELEMENTS, logits))
 
 
 def _head_gradient(config: ModelConfig) -> float:
-    """The part of the loss that a head which stays does not need, MTP modules' included."""
+    """Bytes of the head's gradient, MTP modules included, which a frozen head does not need."""
     heads = 1 + config.num_nextn_predict_layers
     return float(heads * FP32_BYTES * config.vocab_size * config.hidden_size)
 
 
 def _teacher_bytes(teacher: ModelConfig, recipe: Recipe, job: TrainingJob) -> float:
-    """Weights in the dtype of products, and what its largest layer makes on the way."""
+    """Bytes of the teacher: weights in the dtype of matrix products, activations of one layer."""
     size = FP32_BYTES if recipe.precision == "fp32" else 2
     layers = range(teacher.num_hidden_layers)
     widest = max(sum(all_bytes(teacher, layer, job, selective=False).values()) for layer in layers)

@@ -178,7 +178,7 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], object], str]] = {
     "layer left over": (
         "llama",
         put("model.layers.2.input_layernorm.weight", torch.ones(23)),
-        "the config says num_hidden_layers 2",
+        "the config has num_hidden_layers 2",
     ),
     "scale left over": (
         "llama",
@@ -212,7 +212,7 @@ BROKEN: dict[str, tuple[str, Callable[[Tensors], object], str]] = {
     "bf16 where the config says fp8": (
         "deepseek_v3-fp8",
         cast(UP, torch.bfloat16),
-        f"'{UP}' is bfloat16, not fp8 (F8_E4M3), as quantization_config says",
+        f"'{UP}' is bfloat16, not fp8 (F8_E4M3), as quantization_config requires",
     ),
     "fp8 scale missing": (
         "deepseek_v3-fp8",

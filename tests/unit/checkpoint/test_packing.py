@@ -306,5 +306,5 @@ def test_packed_files_without_their_config_are_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "m", FAMILIES["llama"])
     convert(tmp_path / "m", tmp_path / "packed", dtype="int8")
     edit_config(tmp_path / "packed", quantization_config=None)
-    with pytest.raises(UserError, match="no quantization_config that says that weights are packed"):
+    with pytest.raises(UserError, match="no quantization_config that marks the weights as packed"):
         load_model(tmp_path / "packed")

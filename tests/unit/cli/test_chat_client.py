@@ -172,7 +172,7 @@ def test_other_servers_have_reasons_of_their_own(
 
 
 @pytest.mark.parametrize("listed", [[], "<html>", {"data": 3}, {"data": [{}]}, {"data": ["tiny"]}])
-def test_a_server_of_something_else_is_told_apart(
+def test_a_server_of_something_else_is_distinguished(
     url: str, script: type[Script], listed: Any
 ) -> None:
     script.listed = listed

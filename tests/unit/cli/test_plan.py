@@ -83,7 +83,7 @@ def test_trainings_of_part_of_a_model_are_refused(tmp_path: Path, table: str, ke
         plan(str(path))
 
 
-def test_less_memory_is_told(capsys: pytest.CaptureFixture[str]):
+def test_less_memory_is_reported(capsys: pytest.CaptureFixture[str]):
     plan("deepseek-v3", memory="64GB", as_json=True)
     assert json.loads(capsys.readouterr().out)["estimate"]["fits"] is False
 
@@ -107,7 +107,7 @@ def test_tables_fit_a_narrow_terminal():
         found,
         token_flops(config, 4096, job.activation_checkpointing),
         neighbours(config, found),
-        SearchResult(ranked=[found], tried=1, failed=Counter({"do not fit memory": 5})),
+        SearchResult(ranked=[found], tried=1, failed=Counter({"do not fit in memory": 5})),
         top=1,
         published_hours=180e3,
         console=Console(file=out, width=80),

@@ -110,7 +110,9 @@ def test_fp8_of_which_the_config_says_nothing(tmp_path: Path, dtype: str) -> Non
     write_model(tmp_path / "m", FAMILIES["llama"])
     rewrite(tmp_path / "m", lambda t: t.update({name: t[name].to(torch.float8_e4m3fn)}))
     options = {"to": "mla"} if dtype == "auto" else {}
-    with pytest.raises(UserError, match=r"no quantization_config that says .*; take config.json"):
+    with pytest.raises(
+        UserError, match=r"no quantization_config that defines .*; take config.json"
+    ):
         convert(tmp_path / "m", tmp_path / "new", dtype=dtype, **options)
 
 

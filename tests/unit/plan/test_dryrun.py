@@ -102,7 +102,7 @@ def test_what_fits_is_let_through():
     [
         (
             {"phase": [PHASE | {"sequence_length": 512, "micro_batch_size": 4000}]},
-            r"phase 'first' needs about .* GB of memory per process and 1\.1 GB are there; the "
+            r"phase 'first' needs about .* GB of memory per process and 1\.1 GB are available; the "
             r"largest part is .* GB of activations: lower micro_batch_size \(4000\)",
         ),
         (
