@@ -156,9 +156,7 @@ def combine(
     return out
 
 
-def multiplies_groups(
-    rows: Float[Tensor, "rows width"], *weights: Float[Tensor, "experts out in"]
-) -> bool:
+def multiplies_groups(rows: Float[Tensor, "rows width"], *weights: Float[Tensor, "..."]) -> bool:
     """Whether `grouped` and `outer` are faster than oneDNN for these: bf16 on a CPU with AVX-512
     bf16 dot products and without AMX.
     """
