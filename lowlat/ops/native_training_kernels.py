@@ -156,16 +156,14 @@ def combine(
     return out
 
 
-def multiplies_groups(
-    rows: Float[Tensor, "rows width"], *weights: Float[Tensor, "experts out in"]
-) -> bool:
+def multiplies_groups(rows: Float[Tensor, "rows width"], *factors: Float[Tensor, "..."]) -> bool:
     """Whether `grouped` and `outer` are faster than oneDNN for these: bf16 on a CPU with AVX-512
-    bf16 dot products and without AMX.
+    bf16 dot products and without AMX. factors: weights for `grouped`, other rows for `outer`.
     """
     if not (rows.dtype == torch.bfloat16 and usable(rows)) or native.level() != "avx512":
         return False
-    plain = all(type(w.detach()) is Tensor and w.is_contiguous() for w in weights)
-    return plain and all(w.dtype in (torch.bfloat16, torch.float32) for w in weights)
+    plain = all(type(f.detach()) is Tensor and f.is_contiguous() for f in factors)
+    return plain and all(f.dtype in (torch.bfloat16, torch.float32) for f in factors)
 
 
 def grouped(

@@ -199,7 +199,7 @@ def test_the_own_origin_is_answered(open_server: Local) -> None:
         assert not any(name.startswith("access-control") for name in reply.headers)
 
 
-def test_health_tells_nothing_but_itself(locked: Local) -> None:
+def test_health_reports_nothing_but_itself(locked: Local) -> None:
     reply = ask(locked, "GET", "/health", {})
     assert json.loads(reply.body) == {"status": "ok"}
 

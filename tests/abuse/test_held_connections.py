@@ -68,7 +68,7 @@ def held_after(connections: Sequence[socket.socket], *, is_trickling: bool) -> s
 
 @pytest.mark.parametrize("is_trickling", [True, False], ids=["a byte now and then", "one byte"])
 @pytest.mark.parametrize("keys", [(), (KEY,)], ids=["open", "locked"])
-def test_no_route_waits_for_a_body_for_ever(keys: tuple[str, ...], is_trickling: bool) -> None:
+def test_no_route_waits_for_a_body_forever(keys: tuple[str, ...], is_trickling: bool) -> None:
     """Regression: connections held open by a body without end, whether it is read or not."""
     with listening(api_keys=keys, **PROMPT) as server, contextlib.ExitStack() as stack:
         sent = list(heads(server))

@@ -223,7 +223,7 @@ def test_copy(page: Page) -> None:
     assert page.evaluate(paste) == "table please"
 
 
-def test_answer_goes_on_in_another_conversation(page: Page) -> None:
+def test_answer_continues_in_another_conversation(page: Page) -> None:
     """Looking at another conversation does not end an answer; coming back shows it growing."""
     send(page, "slow please")
     expect(answers(page)).to_contain_text("slow slow")

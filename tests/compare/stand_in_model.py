@@ -1,6 +1,6 @@
 """A model file of the public shape of DeepSeek's inference/model.py: the names of its classes,
 fields and parameters, its `kernel` import, and its logits of the last token alone. What it computes
-is written anew from the paper, for one process and batches of one.
+is reimplemented from the paper, for one process and batches of one.
 
 `lowlat compare official:` runs it as it would run the real file; tests plant mistakes by replacing
 lines of it.

@@ -78,7 +78,7 @@ def test_a_peers_failure_ends_with_2(
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("own fault"), MemoryError()], ids=type)
-def test_what_nobody_expected_ends_with_70_and_its_traceback(
+def test_unexpected_errors_end_with_70_and_its_traceback(
     folder: Path,
     error: Exception,
     monkeypatch: pytest.MonkeyPatch,

@@ -68,7 +68,7 @@ def against(script: Path, path: Path, dtype: str = "fp32", **options: Any) -> Co
 def test_it_computes_the_same(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a process of its own, as users run it: beside files that nobody asked it to run."""
+    """In a process of its own, as users run it: next to files that it was not asked to run."""
     (tmp_path / "torch.py").write_text("raise SystemExit('a file of the folder')")
     monkeypatch.chdir(tmp_path)
     report = against(STAND_IN, checkpoint)
@@ -86,7 +86,7 @@ def test_a_fault_comes_back_from_the_other_process(checkpoint: Path, tmp_path: P
     assert "has no Gate" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_end_of_the_other_process_is_told(
+def test_the_end_of_the_other_process_is_reported(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = edited(tmp_path, "import math\n", "import os\nos.abort()\n")

@@ -86,7 +86,7 @@ def test_forms_of_attention_are_equal(name: str) -> None:
     assert {"q_rotated", "scores", "heads", "residual"} <= layer_parts(report)
 
 
-def test_other_experts_by_rounding_are_told_apart(v3: Path) -> None:
+def test_other_experts_by_rounding_are_distinguished(v3: Path) -> None:
     """int4 chooses other experts; with those of fp32 imposed it is closer, and no mistake."""
     report = compare(own_side(v3), own_side(v3, "int4"), [window()])
     assert report.with_imposed is not None and report.diagnosis.findings == ()
@@ -124,7 +124,7 @@ def test_imposing_the_own_choice_changes_nothing(v3: Path, implementation: str) 
 def test_exact_conversion_is_equal_where_there_are_counterparts(
     llama: Path, tmp_path: Path
 ) -> None:
-    """GQA beside MLA: scores, heads and residuals agree; keys and latents have no counterpart."""
+    """GQA next to MLA: scores, heads and residuals agree; keys and latents have no counterpart."""
     convert(llama, tmp_path / "mla", to="mla")
     report = compare(own_side(llama), own_side(tmp_path / "mla"), [window()])
     assert report.equal

@@ -303,7 +303,7 @@ def test_the_tolerance_of_a_file_is_that_of_its_matrices(
     assert side.precision == precision
 
 
-def test_what_cannot_be_told_is_said_first(tmp_path: Path) -> None:
+def test_what_cannot_be_reported_is_an_error_first(tmp_path: Path) -> None:
     """Regression: a comparison of hours whose report is lost for want of a folder."""
     pytest.importorskip("matplotlib")
     nowhere = tmp_path / "nowhere" / "p.svg"

@@ -227,7 +227,7 @@ OPTIMISING = [
         "train/recipe/schedule.py",
         "first_row=self._first[index] + ",
         "first_row=",
-        TRAIN + "test_schedule.py::test_a_phase_goes_on_in_the_data_of_the_one_before",
+        TRAIN + "test_schedule.py::test_a_phase_continues_in_the_data_of_the_one_before",
     ),
 ]
 
@@ -237,14 +237,14 @@ STATES = [
         "train/run/build.py",
         "        optimizer.load(tensors)\n",
         "        pass\n",
-        TRAIN + "test_trainer.py::test_a_stopped_run_goes_on_exactly[fp32-adamw-none]",
+        TRAIN + "test_trainer.py::test_a_stopped_run_resumes_exactly[fp32-adamw-none]",
     ),
     Mutant(
         "resume: random numbers begin anew",
         "train/run/trainer.py",
         "torch.set_rng_state(random)",
         "pass",
-        TRAIN + "test_trainer.py::test_a_stopped_run_goes_on_exactly[fp32-adamw-none]",
+        TRAIN + "test_trainer.py::test_a_stopped_run_resumes_exactly[fp32-adamw-none]",
     ),
     Mutant(
         "resume: another recipe taken",
@@ -258,7 +258,7 @@ STATES = [
         "train/run/state.py",
         "    if changes:\n",
         "    if False:\n",
-        TRAIN + "test_state.py::test_a_model_of_another_config_does_not_go_on",
+        TRAIN + "test_state.py::test_a_model_of_another_config_is_not_resumed",
     ),
     Mutant(
         "save: tensors that training changes",

@@ -52,7 +52,7 @@ def unforeseen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_save_that_does_not_fit_is_not_begun(small_disk: Path) -> None:
-    """Regression: a save that fills the disk, so that the log beside it fails and ends the run."""
+    """Regression: a save that fills the disk, so that the log next to it fails and ends the run."""
     with RunFolder(make_run(small_disk / "run", 1, 2)) as run:
         saves = saves_in(run)
         error = (
@@ -138,7 +138,7 @@ def test_a_limit_of_file_sizes(tmp_path: Path) -> None:
         assert_is(saves_in(run).latest(), 4)
 
 
-def test_training_goes_on(small_disk: Path, tmp_path: Path) -> None:
+def test_training_continues(small_disk: Path, tmp_path: Path) -> None:
     """A run whose saves do not fit any more trains to its end, says what it could not save, and
     goes on from its last save, bit for bit, once there is room.
     """

@@ -46,7 +46,7 @@ def server() -> Iterator[TrainServer]:
 
 @dataclass(frozen=True)
 class Reference:
-    """A recipe, and the folder of a run of it that nobody disturbed; its saves are all kept."""
+    """A recipe, and the folder of a run of it without interruption; its saves are all kept."""
 
     recipe: Path
     folder: Path

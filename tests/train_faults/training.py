@@ -121,7 +121,7 @@ class TrainServer:
 
 
 def write_recipe(path: Path, *, optimizer: str, keep_last: int) -> Path:
-    """The recipe beside its data, the folder `tokens`."""
+    """The recipe next to its data, the folder `tokens`."""
     path.write_text(RECIPE.replace("OPTIMIZER", optimizer).replace("KEEP", str(keep_last)))
     return path
 

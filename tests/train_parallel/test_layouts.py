@@ -52,7 +52,7 @@ def test_training_is_that_of_one_process(processes: int, tmp_path: Path) -> None
     assert not failed, "\n".join(failed)
 
 
-def test_cases_are_told_apart() -> None:
+def test_cases_are_distinguished() -> None:
     """A case that is listed twice is one that was meant to be another."""
     assert len({str(case) for case in ALL}) == len(ALL)
     assert all(isinstance(case, Case) for case in SHORT)

@@ -52,7 +52,7 @@ def test_a_pipeline_trains_as_one_process(processes: int, tmp_path: Path) -> Non
     assert not failed, "\n".join(failed)
 
 
-def test_cases_are_told_apart() -> None:
+def test_cases_are_distinguished() -> None:
     """A case that is listed twice is one that was meant to be another."""
     assert len({str(case) for case in ALL}) == len(ALL)
     assert all(isinstance(case, Pipeline) for case in SHORT)

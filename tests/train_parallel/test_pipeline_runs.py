@@ -18,7 +18,7 @@ def command(recipe: Path, out: Path, *schedule: str) -> list[str]:
     return [*PROGRAM, "train", str(recipe), "--out", str(out), "--quiet", *sizes]
 
 
-def test_a_run_goes_on_in_another_pipeline(tmp_path: Path) -> None:
+def test_a_run_resumes_in_another_pipeline(tmp_path: Path) -> None:
     """The last layers' process gets SIGTERM; both leave one save, from which another schedule goes
     on over a change of phase and sequence length, and ends where one process ends.
     """

@@ -36,7 +36,7 @@ def command(recipe: Path, out: Path, *options: str) -> list[str]:
     return [*PROGRAM, "train", str(recipe), "--out", str(out), "--quiet", *options]
 
 
-def test_a_run_goes_on_in_another_layout(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_in_another_layout(recipe: Path, tmp_path: Path) -> None:
     """SIGTERM to one process ends all after the same step; others go on from the save they left,
     in a layout of their own, over a change of phase, and end where one process ends.
     """
@@ -77,7 +77,7 @@ def test_no_rounding_decides_about_experts(
     assert min(margin.smallest for margin in found) > 1e-5
 
 
-def test_an_error_is_told_once(recipe: Path, tmp_path: Path) -> None:
+def test_an_error_is_reported_once(recipe: Path, tmp_path: Path) -> None:
     options = [*sizes(data=2), "--set", "data.folder=none"]
     results = finish(start(2, command(recipe, tmp_path / "run", *options)))
     errors = "".join(text for _, _, text in results)

@@ -24,7 +24,7 @@ def minnow() -> Model:
     return lowlat.load("minnow")
 
 
-def test_it_comes_along_and_is_small(minnow: Model) -> None:
+def test_it_is_bundled_and_small(minnow: Model) -> None:
     assert resolve("minnow") == LocalModel(path=MINNOW)
     assert sum(file.stat().st_size for file in MINNOW.glob("*.safetensors")) <= 16_000_000
     config = minnow.config

@@ -56,7 +56,7 @@ def test_faults(
 
 
 @pytest.mark.parametrize("option", ["--out", "--page"])
-def test_places_that_take_nothing_are_told_before_training(
+def test_places_that_take_nothing_are_reported_before_training(
     lowlat_lab: Invoke, tokens: str, tmp_path: Path, option: str
 ) -> None:
     (tmp_path / "file").touch()

@@ -71,7 +71,7 @@ def test_a_version_that_debian_replaced(shelf: Path) -> None:
     assert newer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_debian_is_asked_for_the_exact_version(shelf: Path) -> None:
+def test_the_exact_version_is_requested_from_debian(shelf: Path) -> None:
     source = make_source(make_deb(shelf / "doc_1.1_all.deb", FILES), "debian:doc==1.1")
     make_deb(shelf / "doc_1.2_all.deb", {"b.txt": b"other"})
     assert fetched(source, accept_newer=True).path.name == "doc_1.1_all.deb"
@@ -114,7 +114,7 @@ def test_a_full_disk_is_said(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> No
         fetched(npm_source(shelf))
 
 
-def test_progress_tells_each_byte_once(shelf: Path) -> None:
+def test_progress_reports_each_byte_once(shelf: Path) -> None:
     class Counting:
         shown = True
         done = 0

@@ -60,7 +60,7 @@ def test_books_of_a_module_are_documents(wide: bool) -> None:
 
 
 @pytest.mark.parametrize(("wide", "verses"), [(False, 6), (True, 5), (False, 12), (True, 10)])
-def test_both_widths_of_an_index_are_told_apart(wide: bool, verses: int) -> None:
+def test_both_widths_of_an_index_are_distinguished(wide: bool, verses: int) -> None:
     """Regression: an index of 60 bytes read with the wrong size of its records."""
     texts = [f"Verse {i}. " for i in range(verses)]
     files = sword_files([texts], wide=wide)

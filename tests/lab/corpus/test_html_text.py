@@ -46,7 +46,7 @@ def test_a_block_inside_a_table_cell_stays_in_its_row() -> None:
     assert rendered(html) == "a b | c"
 
 
-def test_the_title_is_told() -> None:
+def test_the_title_is_reported() -> None:
     page = html_to_text("<title> A\n page</title><body>x</body>", root=(), skip=())
     assert (page.title, page.text) == ("A page", "x")
 

@@ -27,7 +27,7 @@ says = "README"
 """ % ("0" * 64)
 
 
-def test_the_shipped_recipe_is_valid_and_every_source_tells_its_licence() -> None:
+def test_the_shipped_recipe_is_valid_and_every_source_names_its_licence() -> None:
     recipe = read_corpus_recipe(SHIPPED)
     free = {"public domain", "MIT", "BSD-3-Clause", "Apache-2.0", "MIT OR Apache-2.0", "PSF-2.0"}
     free |= {"PostgreSQL", "WordNet-3.0", "CC-BY-3.0"}
@@ -124,7 +124,7 @@ def test_minnow_names_what_it_was_trained_on() -> None:
         assert licence.holder in row
 
 
-def test_the_two_kinds_of_recipes_are_told_apart() -> None:
+def test_the_two_kinds_of_recipes_are_distinguished() -> None:
     """Each says which command the other is for."""
     with pytest.raises(UserError, match=r"corpus.toml: is a recipe for text.*; lowlat-lab coll"):
         read_recipe(SHIPPED)

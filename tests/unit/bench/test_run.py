@@ -1,4 +1,4 @@
-"""A whole run on a small random checkpoint: lowlat's real worker beside fake peers."""
+"""A whole run on a small random checkpoint: lowlat's real worker next to fake peers."""
 
 import math
 import sys

@@ -99,7 +99,7 @@ def test_without_healing(tmp_path: Path, layers: list[dict[str, Any]]) -> None:
     assert "tokens from a text" not in text and "conversion.json and conversion.svg" in text
 
 
-def test_folded_frequencies_stand_beside_the_recipe(tmp_path: Path) -> None:
+def test_folded_frequencies_stand_next_to_the_recipe(tmp_path: Path) -> None:
     assert "folded by" not in printed(tmp_path, TOLD)
     told = TOLD | {"method": "transmla", "fold": 2}
     text = " ".join(printed(tmp_path, told).split())

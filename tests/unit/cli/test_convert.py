@@ -43,7 +43,7 @@ def test_report(monkeypatch: pytest.MonkeyPatch, lowlat: Invoke, tmp_path: Path)
         assert words in told
 
 
-def test_an_interruption_says_how_to_go_on(
+def test_an_interruption_says_how_to_resume(
     monkeypatch: pytest.MonkeyPatch, lowlat: Invoke, tmp_path: Path
 ) -> None:
     def convert(*arguments: object, **options: object) -> None:
@@ -124,7 +124,7 @@ def test_options_without_effect(lowlat: Invoke, tmp_path: Path, options: str, me
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_destination_is_told_before_the_model_is_looked_for(
+def test_an_existing_destination_is_reported_before_the_model_is_looked_for(
     lowlat: Invoke, tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()

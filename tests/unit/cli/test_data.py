@@ -64,7 +64,7 @@ def test_build_as_json_with_a_tokenizer(lowlat: Invoke, corpus: Path, tmp_path: 
     assert raw["end_of_text"] == 8 and raw["seconds"] > 0
 
 
-def test_a_split_left_empty_is_told(lowlat: Invoke, corpus: Path, tmp_path: Path) -> None:
+def test_a_split_left_empty_is_reported(lowlat: Invoke, corpus: Path, tmp_path: Path) -> None:
     built = build(lowlat, tmp_path, str(corpus), "--train-bpe", "300", "--held-out", "0")
     assert "No document is held out" in built.stdout
     assert "smaller than the 300 requested" in built.stdout

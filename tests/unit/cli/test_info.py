@@ -91,7 +91,7 @@ def test_what_to_expect_of_this_machine(
     assert "read from disk at every step" in told and "experts" not in told.split("this machine")[1]
 
 
-def test_ratios_are_of_the_bytes_beside_them(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ratios_are_of_the_bytes_next_to_them(capsys: pytest.CaptureFixture[str]) -> None:
     """A rotary key stays bf16 in an int8 cache: so channels are no measure."""
     info("deepseek-v2-lite", cache="int8")
     rows = re.findall(r"([\d,]+) +[\d,.]+ +(\d+\.\d\d) ", capsys.readouterr().out)

@@ -83,7 +83,7 @@ def test_trainings_of_part_of_a_model_are_refused(tmp_path: Path, table: str, ke
         plan(str(path))
 
 
-def test_less_memory_is_told(capsys: pytest.CaptureFixture[str]):
+def test_less_memory_is_reported(capsys: pytest.CaptureFixture[str]):
     plan("deepseek-v3", memory="64GB", as_json=True)
     assert json.loads(capsys.readouterr().out)["estimate"]["fits"] is False
 

@@ -92,7 +92,7 @@ def unloadable(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--host", "no.such.host.invalid", "--api-key-file", "keys"), "--host"),
         (("--port", "70000"), "port must be"),
         (("--cache-memory", "inf"), "--cache-memory must be"),
-        (("--cache-memory", "1e9"), "--cache-memory 1e+09: more than the"),
+        (("--cache-memory", "1e9"), "--cache-memory 1e+09: exceeds the"),
         (("--served-model-name", ""), "--served-model-name is empty"),
         (("--api-key-file", "missing"), "No such file"),
         (("--drain-seconds", "-1"), "drain-seconds must be"),

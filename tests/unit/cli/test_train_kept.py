@@ -15,7 +15,7 @@ __all__ = ["folder"]
 
 
 def test_the_kept_recipe_is_what_ran(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--set included: beside the recipe it came from it gives the same model."""
+    """--set included: next to the recipe it came from it gives the same model."""
     (folder / "r.toml").write_text(RECIPE)
 
     def train(*arguments: str) -> None:

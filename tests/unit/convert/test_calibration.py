@@ -40,7 +40,7 @@ def test_calibration_windows_are_spread_over_the_texts(tmp_path: Path) -> None:
 
 
 def test_short_texts_are_joined(tmp_path: Path) -> None:
-    """Many of them are as good as one long text, and none beside a long one is left out."""
+    """Many of them are as good as one long text, and none next to a long one is left out."""
     for name in "abcdefghijklmnopqrst":
         (tmp_path / name).write_text(name * 70)
     paths = sorted(tmp_path.iterdir())

@@ -153,7 +153,7 @@ def test_weights_without_numbers_are_named(tmp_path: Path, name: str, place: str
 
 
 def test_only_weights_of_the_checkpoint_are_counted(tmp_path: Path) -> None:
-    """Releases have the same weights in another form beside them."""
+    """Releases have the same weights in another form next to them."""
     source = source_model(tmp_path / "source")
     first = convert(source, tmp_path / "a", to="mla")
     save_file({"other": torch.zeros(9999)}, source / "consolidated.safetensors")
@@ -185,7 +185,7 @@ def test_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("layout", ["standard", "free"])
 def test_a_recipe_keeps_within_the_budget_or_says_so(tmp_path: Path, layout: Any) -> None:
-    """Regression: one key head whose rotation alone is more than was asked for."""
+    """Regression: one key head whose rotation alone is more than was requested."""
     one = GQAConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=64)
     source = source_model(tmp_path / "source", attention=one)
     asked = wanted(tmp_path, share=0.25, method="transmla", layout=layout)
@@ -215,7 +215,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_weights_that_tell_nothing_are_said(tmp_path: Path, fault: str) -> None:
+def test_sensitivities_without_information_are_reported(tmp_path: Path, fault: str) -> None:
     changes, words = FAULTS[fault]
     file = source_model(tmp_path / "source") / "model.safetensors"
     tensors = load_file(file)
@@ -237,7 +237,7 @@ def test_models_that_cannot_be_calibrated_are_said_before(tmp_path: Path) -> Non
         convert(tmp_path / "mtp", tmp_path / "mla", to="mla", compression=wanted(tmp_path))
 
 
-def test_another_text_of_equal_length_does_not_go_on(
+def test_another_text_of_equal_length_is_not_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Regression: layers of two calibrations in one model."""
@@ -286,7 +286,7 @@ def test_without_to_mla_it_is_refused(tmp_path: Path) -> None:
         ((None, "weighted", None, ()), "--method needs --cache"),
         ((None, "transmla", None, ()), "--method needs --cache"),
         ((None, None, None, (Path("a"),)), "--calibrate needs --cache"),
-        ((0.5, "exact", "standard", ()), "--method exact keeps the cache"),
+        ((0.5, "exact", "standard", ()), "--method exact does not compress"),
         ((0.5, "weighted", "wide", ()), "--layout 'wide' is unknown; choose standard or free"),
     ],
 )

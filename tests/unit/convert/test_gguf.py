@@ -217,7 +217,7 @@ def test_combinations_that_do_not_exist(
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_vocabulary_and_template_come_along(tmp_path: Path) -> None:
+def test_vocabulary_and_template_are_copied(tmp_path: Path) -> None:
     """Folder -> GGUF -> folder: the same ids, the same special tokens, the same template."""
     config = replace(gqa("llama"), vocab_size=307)
     write_model(tmp_path / "m", config)

@@ -25,7 +25,7 @@ FAMILY = "deepseek_v3-mtp"
 
 @pytest.fixture(params=["new", "new.gguf"], ids=["hf", "gguf"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A destination; the source is beside it as `m`, its finished conversion as `whole`."""
+    """A destination; the source is next to it as `m`, its finished conversion as `whole`."""
     write_model(tmp_path / "m", FAMILIES[FAMILY])
     convert(tmp_path / "m", tmp_path / f"whole{Path(request.param).suffix}", dtype="int8")
     return tmp_path / request.param
@@ -52,7 +52,7 @@ def assert_whole(place: Path) -> None:
 
 
 class Counted:
-    """`resumable_writer._write`, counted, failing when so many segments are done."""
+    """`resumable_writer._write`, counted, failing when a number of segments are done."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.written: list[str] = []
@@ -118,7 +118,7 @@ def test_damage_in_what_is_there_is_made_good(place: Path, counted: Counted) -> 
 
 
 @pytest.mark.parametrize("change", ["options", "weights", "config"])
-def test_another_conversion_does_not_go_on(place: Path, counted: Counted, change: str) -> None:
+def test_another_conversion_is_not_resumed(place: Path, counted: Counted, change: str) -> None:
     counted.stop_after(5, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         again(place)
@@ -227,7 +227,7 @@ convert(Path(sys.argv[1]), Path(sys.argv[2]), dtype="int8")
 
 
 def killed(place: Path, segments: int) -> list[str]:
-    """A conversion in a process of its own, killed -9 after so many segments."""
+    """A conversion in a process of its own, killed -9 after a number of segments."""
     arguments = [sys.executable, "-c", CHILD, str(place.parent / "m"), str(place)]
     labels = []
     with subprocess.Popen(

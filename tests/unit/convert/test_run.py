@@ -212,7 +212,7 @@ def test_fp8_blocks_become_bf16_and_the_router_bias_stays_fp32(tmp_path: Path) -
         assert torch.equal(tensor, wanted[name]), name
 
 
-def test_tokenizer_and_generation_files_come_along(tmp_path: Path) -> None:
+def test_tokenizer_and_generation_files_are_copied(tmp_path: Path) -> None:
     source = write(tmp_path / "source", gqa_model())
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         (source / name).write_text(f"{{}} {name}")

@@ -39,7 +39,7 @@ def told(folder: TokenizedDataset, split: Split = "train") -> list[str]:
 
 
 def made(tmp_path: Path, *sources: Path, **options: object) -> TokenizedDataset:
-    """A folder built with the byte tokenizer, all for training unless told otherwise."""
+    """A folder built with the byte tokenizer, all for training unless stated otherwise."""
     chosen = {"held_out": 0.0} | options
     settings = BuildOptions(sources=tuple(map(str, sources)), **chosen)  # type: ignore[arg-type]
     name = f"tokens-{len(list(tmp_path.iterdir()))}"

@@ -60,7 +60,7 @@ def test_every_chat_is_whole_in_one_row(
     assert used.truncated == TruncatedChats(chats=0, tokens=0, longest=max(map(len, documents)) + 1)
 
 
-def test_masks_tell_chats_and_filling_apart(make_folder: Make) -> None:
+def test_masks_distinguish_chats_and_padding(make_folder: Make) -> None:
     documents = texts(41, longest=30)
     used = rows(chats(make_folder, documents))
     batch = used.batch(0, used.per_epoch)

@@ -191,7 +191,7 @@ def test_an_empty_split_is_no_fault(make_folder: Make) -> None:
     folder.verify()
 
 
-def test_the_fingerprint_tells_folders_apart(make_folder: Make) -> None:
+def test_the_fingerprint_distinguishes_folders(make_folder: Make) -> None:
     one, same, other = (
         make_folder([ids], name=name).fingerprint
         for ids, name in (([1, 2], "one"), ([1, 2], "same"), ([1, 3], "other"))

@@ -47,7 +47,7 @@ def test_the_begin_token_stays_in_front(make_folder: Make) -> None:
     assert {restored(document, head=1)[0] for document in seen} < plain
 
 
-def test_the_rate_is_kept_and_every_epoch_draws_anew(make_folder: Make) -> None:
+def test_the_rate_is_kept_and_every_epoch_draws_again(make_folder: Make) -> None:
     folder = make_folder([document * 9 for document in texts(199)])
     chosen = []
     for epoch in range(2):

@@ -86,7 +86,7 @@ def test_a_window_depends_on_its_number_alone(make_folder: Make, fim_rate: float
     assert_found_by_number(ahead, behind)
 
 
-def test_windows_are_shuffled_anew_in_every_epoch(make_folder: Make) -> None:
+def test_windows_are_reshuffled_in_every_epoch(make_folder: Make) -> None:
     """One document, so that the windows' own order alone can differ."""
     folder = make_folder([[place % 251 for place in range(41 * T)]])
     used = windows(folder)
@@ -102,7 +102,7 @@ def test_shards_change_nothing(make_folder: Make) -> None:
     assert torch.equal(one.batch(0, 19).tokens, many.batch(0, 19).tokens)
 
 
-def test_masks_tell_documents_apart(make_folder: Make) -> None:
+def test_masks_distinguish_documents(make_folder: Make) -> None:
     documents = texts(41, longest=19)
     used = windows(make_folder(documents), document_masks=True)
     batch = used.batch(0, used.per_epoch)

@@ -1,4 +1,4 @@
-"""Random numbers by place: fixed for ever, even, and different under every key."""
+"""Random numbers by place: fixed forever, even, and different under every key."""
 
 import numpy as np
 import pytest

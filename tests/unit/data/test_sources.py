@@ -176,7 +176,9 @@ def test_json_lines(tmp_path: Path) -> None:
         (b'{"messages": [], "tools": {"a": 1}}', "'tools' must be a list of objects"),
     ],
 )
-def test_faults_of_a_line_are_told_and_passed_over(tmp_path: Path, line: bytes, words: str) -> None:
+def test_faults_of_a_line_are_reported_and_passed_over(
+    tmp_path: Path, line: bytes, words: str
+) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}')
     before, fault, after = read(path)
@@ -186,7 +188,7 @@ def test_faults_of_a_line_are_told_and_passed_over(tmp_path: Path, line: bytes, 
         raise fault
 
 
-def test_replacing_mends_what_is_no_text(tmp_path: Path) -> None:
+def test_replacing_fixes_what_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "a\xff"}\n{"text": "\\ud800b"}\n{"text": "\\ud83d\\udc1f"}')
     assert texts(read(path, invalid="replace")) == [

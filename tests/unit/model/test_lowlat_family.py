@@ -39,7 +39,7 @@ def test_cached_equals_whole(config: ModelConfig, chunk: int) -> None:
 
 
 @every_config
-def test_sequences_side_by_side_do_not_meet(config: ModelConfig) -> None:
+def test_sequences_in_one_batch_do_not_mix(config: ModelConfig) -> None:
     model = random_model(config, torch.float64)
     together = packed_logits(model, [19, 42])
     for part, ids in zip(together.split([19, 42]), IDS.split([19, 42]), strict=True):

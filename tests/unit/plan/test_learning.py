@@ -106,7 +106,7 @@ def test_what_frozen_mlps_do_not_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     assert full - kept_bytes(model, hidden, [128] * 4) == saved
 
 
-def test_a_teacher_that_cannot_fit_is_told_of() -> None:
+def test_a_teacher_that_cannot_fit_is_reported() -> None:
     large = replace(TEACHER, hidden_size=23 * 256, intermediate_size=31 * 256)
     with pytest.raises(UserError, match=r"the largest part is .* of teacher: use a smaller"):
         require_fit(STUDENT, recipe(), memory_bytes=2**29, teacher=large)

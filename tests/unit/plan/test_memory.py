@@ -59,7 +59,7 @@ LAYERS = replace(
 
 def kept_bytes(model: nn.Module, hidden: Tensor, lengths: list[int], *, casts: bool = True) -> int:
     """Bytes of the distinct tensors that the layers keep for their backward passes, without
-    parameters and, unless told otherwise, their casts.
+    parameters and, unless stated otherwise, their casts.
     """
     sizes: dict[int, tuple[int, Tensor]] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -215,7 +215,7 @@ def test_zero_divides_more_and_more(zero: int, whole: tuple[str, ...]):
     assert shared.parts["cast weights"] == expected
 
 
-def test_experts_have_fewer_twins_to_share_with():
+def test_experts_have_fewer_replicas_to_share_with():
     """Five devices hold an expert each: no other has the same, so nothing of it is shared."""
     job = replace(
         JOB, precision="bf16", batch_size=40, layout=ParallelLayout(fsdp=5, expert=5, zero=1)

@@ -40,7 +40,7 @@ def test_the_papers_layout_is_the_best_around_it():
 
 
 @pytest.mark.parametrize(("devices", "near"), [(7, 8), (3000, 2048)])
-def test_devices_that_divide_nothing_are_told(devices: int, near: int):
+def test_devices_that_divide_nothing_are_reported(devices: int, near: int):
     """Regression: a lack of memory named where rows do not come out even."""
     layouts = all_layouts(V3, devices, H800)
     said = f"{devices} devices do not divide 4096 rows per step.*; give {near} instead"
@@ -60,7 +60,7 @@ def test_layouts_are_every_division_by_powers_of_two():
     assert max(each.expert for each in experts) == 256
 
 
-def test_too_small_a_cluster_is_told():
+def test_too_small_a_cluster_is_reported():
     with pytest.raises(UserError, match="no layout of this model fits devices of 80 GB; give more"):
         search(V3, JOB, H800, [ParallelLayout(fsdp=8, expert=8), ParallelLayout(fsdp=7, expert=2)])
 

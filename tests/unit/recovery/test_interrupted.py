@@ -86,7 +86,7 @@ def test_ctrl_c_and_on(
 def test_ctrl_c_around_the_last_renaming(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_renamed: bool
 ) -> None:
-    """Before it the same call goes on; after it the model is there and nothing else stays."""
+    """Before it the same call resumes; after it the model is there and nothing else stays."""
     dst, alone = tmp_path / "mla", {"tokens": None, "texts": ()}
     replace_file = work.replace_file
 
@@ -114,7 +114,7 @@ def test_ctrl_c_around_the_last_renaming(
     assert [path.name for path in tmp_path.iterdir()] == ["mla"]
 
 
-def test_a_stopped_training_goes_on(
+def test_a_stopped_training_resumes(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGINT in the middle of it: the step is finished and saved."""

@@ -33,7 +33,7 @@ ATTENTION = ".self_attn."
 
 
 def test_a_healed_model(made: Path) -> None:
-    """Its attention moved, nothing else did; all that was asked for is in the report."""
+    """Its attention moved, nothing else did; everything requested is in the report."""
     told = tiny.report(made / "whole")
     source, healed = (load_model(made / name, dtype="fp32").model for name in ("source", "whole"))
     before, after = source.state_dict(), healed.state_dict()
@@ -228,7 +228,7 @@ def test_evaluation_text_with_other_line_ends(made: Path, tmp_path: Path, option
     refused(made, tmp_path, f"of it is in the text of {option}", evaluate=own, **changes)
 
 
-def test_evaluation_text_that_comes_along(made: Path, tmp_path: Path) -> None:
+def test_the_bundled_evaluation_text(made: Path, tmp_path: Path) -> None:
     text = bundled_text()
     (tmp_path / "own.txt").write_text(text[:2000])
     changes = {"calibrate": (), "tokens": None, "texts": (), "evaluate": tmp_path / "own.txt"}
@@ -252,7 +252,7 @@ def test_the_evaluation_text_itself(made: Path, tmp_path: Path) -> None:
     refused(made, tmp_path, "is also given as --calibrate", calibrate=(text,))
 
 
-def test_too_little_memory_is_told_first(
+def test_too_little_memory_is_reported_first(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lowlat.train.run.distill.usable_memory", lambda *_: 1_000_000)

@@ -99,7 +99,7 @@ def test_a_key_opens(make_client: MakeClient) -> None:
         assert client.get("/v1/models", headers=headers).status_code == 200
 
 
-def test_a_wrong_key_is_not_mended_by_a_cookie(make_client: MakeClient) -> None:
+def test_a_wrong_key_is_not_replaced_by_a_cookie(make_client: MakeClient) -> None:
     headers = {"Authorization": "Bearer x", "Cookie": f"{COOKIE}={cookie_value(KEY)}"}
     assert make_client(api_keys=(KEY,)).get("/v1/models", headers=headers).status_code == 401
 

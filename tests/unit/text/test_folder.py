@@ -119,7 +119,7 @@ def test_prompts_with_tools_have_their_own_template(
         assert own.apply_chat_template([], tools=[TOOL, TOOL]) == "T2"
 
 
-def test_the_tool_template_is_a_file_beside_the_template_file(make_folder: MakeFolder) -> None:
+def test_the_tool_template_is_a_file_next_to_the_template_file(make_folder: MakeFolder) -> None:
     folder = make_folder({"chat_template.jinja": "X"}, chat_template=NAMED)
     assert Tokenizer.from_folder(folder).apply_chat_template([], tools=[TOOL]) == "X"
     (folder / "additional_chat_templates").mkdir()

@@ -174,7 +174,7 @@ class Notes(MetricsLog):
 def opened(
     folder: Path, wanted: Recipe, log: Notes | None = None, **options: Any
 ) -> Iterator[Trainer]:
-    """A trainer whose data lies beside `folder`."""
+    """A trainer whose data lies next to `folder`."""
     with RunFolder(folder) as run:
         yield Trainer(wanted, run, log or Notes(), base=folder.parent, origin="recipe", **options)
 

@@ -61,7 +61,7 @@ def test_a_healed_model_and_what_it_was_before(made: Path, tmp_path: Path) -> No
         call(made, tmp_path / "run", learning_rate=2e-3)
 
 
-def test_a_stopped_healing_goes_on(
+def test_a_stopped_healing_resumes(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the same bits as one that was not stopped."""

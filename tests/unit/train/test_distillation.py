@@ -116,7 +116,7 @@ def test_only_attention_moves(folder: Path) -> None:
 
 def test_what_stays_is_held_as_products_take_it(folder: Path) -> None:
     """In bf16: matrices in bf16, rounded once from the checkpoint's fp32; what moves, norms and
-    their like in fp32. A run goes on from its save to the same bits.
+    their like in fp32. A run resumes from its checkpoint to the same bits.
     """
     phase = {"steps": 4}
     recipe = recovering.raw(
@@ -182,7 +182,7 @@ def test_biases_of_attention_move_and_its_norms_do_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stopped", [3, 5])
 @pytest.mark.parametrize("match", ["logits", "attention", "layers"])
-def test_a_stopped_run_goes_on_exactly(folder: Path, match: str, stopped: int) -> None:
+def test_a_stopped_run_resumes_exactly(folder: Path, match: str, stopped: int) -> None:
     """Bit for bit, within a phase that matches layers and between that and the next."""
     phases = ({"steps": 5, "match": match}, {"name": "more", "steps": 4, "learning_rate": 1e-3})
     recipe = recovering.raw(
@@ -313,7 +313,7 @@ def test_a_teacher_of_another_config_is_another(folder: Path, teacher_models: Pa
         recovering.train(folder, recipe, teacher=folder / "copy")
 
 
-def test_a_save_from_before_there_were_teachers_goes_on(folder: Path) -> None:
+def test_a_save_from_before_there_were_teachers_resumes(folder: Path) -> None:
     """A recipe written down without the keys of distillation has their defaults."""
     from lowlat.train.recipe.schedule import TrainingSchedule
     from lowlat.train.run.state import check_resumable

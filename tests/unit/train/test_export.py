@@ -131,7 +131,7 @@ def test_bf16_models_keep_routing_biases(base: Path) -> None:
 
 
 def test_any_save_of_a_run(base: Path) -> None:
-    """Of the step asked for, or the newest; while the run may go on."""
+    """Of the step asked for, or the newest; while the run may continue."""
     runs.train(base / "run", runs.recipe(), 4)
     for step, expected in ((2, 2), (None, 4)):
         dst = base / f"model-{step}"

@@ -1,4 +1,4 @@
-"""A step that failed: looked at again, and how to go on."""
+"""A step that failed: looked at again, and how to resume."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ from .runs import opened, train
 from .test_trainer import BOOM
 
 
-def test_a_failed_run_goes_on_as_its_message_says(base: Path) -> None:
+def test_a_failed_run_resumes_as_its_message_says(base: Path) -> None:
     """By export and a new recipe with a lower rate."""
     run = base / "run"
     with (

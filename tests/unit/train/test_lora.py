@@ -70,7 +70,7 @@ def without_updates(model: Transformer) -> Transformer:
 
 
 def test_updates_are_what_is_merged() -> None:
-    """Loss with updates beside the weights is that with the sum, which differs from that without;
+    """Loss with updates next to the weights is that with the sum, which differs from that without;
     every update, routed experts' included, takes the gradient the chain rule gives it, and
     nothing else takes one.
     """
@@ -215,7 +215,7 @@ def test_adapter_refusals(tmp_path: Path) -> None:
 
 
 def test_base_that_is_gone(tmp_path: Path) -> None:
-    """Updates are never put on other weights: not by an export, not by a run that goes on."""
+    """Updates are never put on other weights: not by an export, not by a resumed run."""
     base = tuning.checkpoint(tmp_path / "base", tuning.config())
     tuning.chats(tmp_path / "tokens")
     raw = lora_recipe(phase=tuning.phases({"steps": 1}))
@@ -316,7 +316,7 @@ def test_memory_of_updates_by_hand(optimizer: str, moments: int) -> None:
     assert parts["checkpoint copy"] == (4 + moments) * count
 
 
-def test_a_rank_that_cannot_fit_is_told_of() -> None:
+def test_a_rank_that_cannot_fit_is_reported() -> None:
     raw = tuning.raw_recipe(base_model="base", lora={"rank": 100_000_000, "alpha": 4.0})
     recipe = parse_recipe(raw, origin="r.toml")
     said = r"^r.toml: phase 'p' needs about .* of updates: lower lora.rank \(100000000\) or name"

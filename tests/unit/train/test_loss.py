@@ -112,7 +112,7 @@ def test_a_weight_of_zero_takes_a_loss_out() -> None:
 
 def test_which_targets_count() -> None:
     """An MTP module predicts nothing across the border of a document, nor from beyond a token
-    that nobody predicts.
+    without prediction.
     """
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     loss_mask = torch.tensor([[False, True, True, False, True, True, False, True]])

@@ -112,7 +112,7 @@ def test_who_gets_muon() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_state_goes_on(name: str, dtype: torch.dtype) -> None:
+def test_state_is_restored(name: str, dtype: torch.dtype) -> None:
     """A new optimiser with the state of an old one takes the same steps, bit for bit."""
     changes = {"tie_word_embeddings": True, "num_nextn_predict_layers": 1}
     one, other = (tiny.model(tiny.config(**changes), dtype) for _ in range(2))

@@ -13,7 +13,7 @@ from .runs import opened, train
 
 
 @pytest.mark.parametrize("last", [None, 1, 2, 3])
-def test_a_phase_goes_on_in_the_same_data(
+def test_a_phase_continues_in_the_same_data(
     base: Path, last: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two phases of half an epoch read every row once, stopped or not.
@@ -46,7 +46,7 @@ def test_a_phase_goes_on_in_the_same_data(
     assert outcome.is_complete and torch.equal(torch.cat(read), expected)
 
 
-def test_data_that_begins_anew_has_an_order_of_its_own(base: Path) -> None:
+def test_data_that_restarts_has_an_order_of_its_own(base: Path) -> None:
     """Not that in which a run of the next seed begins."""
     other = {"data": {"folder": "tokens"}, "sequence_length": 11}
     wanted = runs.recipe(data={"folder": "tokens"}, phase=[*runs.PHASES, runs.PHASES[1] | other])

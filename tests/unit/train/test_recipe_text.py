@@ -1,4 +1,4 @@
-"""The text of a recipe that is kept beside its run."""
+"""The text of a recipe that is kept next to its run."""
 
 import math
 import tomllib

@@ -79,7 +79,7 @@ def phases() -> TrainingSchedule:
 
 
 def test_phases_follow_one_another() -> None:
-    """Positions in the data begin anew with every other row length; tokens are counted over all."""
+    """Positions in the data restart with every other row length; tokens are counted over all."""
     table = phases()
     plans = [table.at(step) for step in range(table.steps)]
     assert [plan.step for plan in plans] == list(range(6))
@@ -95,9 +95,9 @@ def test_phases_follow_one_another() -> None:
     assert table.tokens == before[-1] == 132
 
 
-def test_a_phase_goes_on_in_the_data_of_the_one_before() -> None:
+def test_a_phase_continues_in_the_data_of_the_one_before() -> None:
     """As long as folder, masks, infilling and row length are the same, said once or twice; batches
-    may differ. After other data it begins anew.
+    may differ. After other data it restarts.
     """
     own = {"data": {"folder": "none"}}
     table = of_phases({}, own | {"batch_size": 4}, {}, {"sequence_length": 7}, own)
@@ -114,7 +114,7 @@ def test_a_phase_goes_on_in_the_data_of_the_one_before() -> None:
         {"data": {"folder": "none", "fim_rate": 0.5}},
     ],
 )
-def test_a_phase_with_other_rows_begins_anew(change: dict[str, Any]) -> None:
+def test_a_phase_with_other_rows_restarts(change: dict[str, Any]) -> None:
     assert of_phases({}, change).at(2).first_row == 0
 
 

@@ -105,7 +105,7 @@ def test_held_out_chats_without_a_target_are_not_evaluated(tmp_path: Path) -> No
     assert "phase p: no evaluations, the held-out sequences of" in note and "have no target" in note
 
 
-def test_a_batch_of_cut_answers_is_told_of(tmp_path: Path) -> None:
+def test_a_batch_of_cut_answers_is_reported(tmp_path: Path) -> None:
     """Every second row has its answer cut off: a step of it moves nothing and has no loss."""
     options = BuildOptions(sources=two_chats(tmp_path), held_out=0.0)
     build(tmp_path / "tokens", options, byte_tokenizer())
@@ -135,7 +135,7 @@ def two_chats(folder: Path) -> tuple[str, str]:
 
 
 def test_losses_are_per_answer_token(tmp_path: Path) -> None:
-    """Bytes of prompts, which nobody predicts, make no bits per byte."""
+    """Bytes of prompts, which are not predicted, make no bits per byte."""
     tuning.chats(tmp_path / "tokens")
     base_model = tuning.checkpoint(tmp_path / "base", tuning.config())
     recipe = tuning.raw_recipe(base_model="base", phase=tuning.phases({"steps": 1}))

@@ -1,4 +1,4 @@
-"""What a state consists of, and when a run may go on from it."""
+"""What a state consists of, and when a run may resume from it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_every_tensor_of_a_state() -> None:
 
 
 def test_a_snapshot_does_not_change() -> None:
-    """Training goes on while it is written."""
+    """Training continues while it is written."""
     model = tiny.model(tiny.config())
     optimizer = Optimizer(model, OptimizerConfig())
     set_gradients(model, 1)
@@ -102,7 +102,7 @@ def test_what_differs_is_said() -> None:
 
 
 @pytest.mark.parametrize(("step", "phase"), [(0, 0), (3, 0), (5, 0), (6, 1), (9, 1)])
-def test_a_model_of_another_config_does_not_go_on(step: int, phase: int) -> None:
+def test_a_model_of_another_config_is_not_resumed(step: int, phase: int) -> None:
     """Regression: weights of a save under the config of a checkpoint that has changed since."""
     own, other = tiny.config(), replace(tiny.config(), rms_norm_eps=1e-3)
     schedule = TrainingSchedule(runs.recipe())

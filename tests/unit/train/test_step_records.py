@@ -45,6 +45,6 @@ def test_every_token_of_joined_documents_is_a_target(make_folder: Make, tmp_path
     assert bits(found) == pytest.approx(tokens / size)
 
 
-def test_text_that_nobody_predicts_makes_bits_unknown(make_folder: Make, tmp_path: Path) -> None:
+def test_text_without_predictions_makes_bits_unknown(make_folder: Make, tmp_path: Path) -> None:
     """Without a token that begins documents, their first text is given."""
     assert bits(data(make_folder, tmp_path, masks=True)) is None

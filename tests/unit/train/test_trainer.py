@@ -31,7 +31,7 @@ from .runs import STEPS, opened, train
         ("fp8", "adamw", "none"),
     ],
 )
-def test_a_stopped_run_goes_on_exactly(
+def test_a_stopped_run_resumes_exactly(
     base: Path, precision: str, optimizer: str, activation_checkpointing: str
 ) -> None:
     """Stopped within a phase, at a border, and within the next: the same bits as undisturbed, in
@@ -218,7 +218,7 @@ def test_a_gradient_that_is_not_finite_at_the_first_step(base: Path) -> None:
         ),
     ],
 )
-def test_another_recipe_does_not_go_on(base: Path, changes: dict[str, Any], said: str) -> None:
+def test_another_recipe_is_not_resumed(base: Path, changes: dict[str, Any], said: str) -> None:
     train(base / "run", runs.recipe(), 2)
     with pytest.raises(UserError) as caught, opened(base / "run", runs.recipe(**changes)):
         pass
@@ -245,7 +245,7 @@ def test_what_may_change_between_parts_of_a_run(base: Path) -> None:
     runs.assert_same(runs.saved(base / "run", STEPS), runs.saved(base / "whole", STEPS))
 
 
-def test_other_data_does_not_go_on(base: Path) -> None:
+def test_other_data_is_not_resumed(base: Path) -> None:
     train(base / "run", runs.recipe(), 2)
     (base / "tokens").unlink()
     runs.make_tokens(base / "tokens", held_out=6)
@@ -304,7 +304,7 @@ YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embedding
 
 
 def test_longer_contexts(base: Path) -> None:
-    """Weights and optimiser go on with another RoPE, which stays in the phases after; the config
+    """Weights and optimizer continue with another RoPE, which stays in the phases after; the config
     of saves and model is that of the last phase.
     """
     long = runs.PHASES[1] | {"steps": 2}

@@ -111,7 +111,7 @@ def test_bars_of_unknown_length_end_full(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "1,009 tokens / 1,009 tokens" in terminal.getvalue()
 
 
-def test_bars_nest_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bars_nest_and_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal takes one live area: a second one inside the first would raise."""
     terminal = attach_terminal(monkeypatch)
     progress = make_progress()

@@ -130,6 +130,6 @@ def test_a_part_written_again_replaces_the_first(run: RunFolder) -> None:
     assert_is(saves.latest(), 2)
 
 
-def test_nobody_wrote(run: RunFolder) -> None:
+def test_no_process_wrote(run: RunFolder) -> None:
     with pytest.raises(CheckpointWriteError, match="shard model was not written"):
         saves_in(run).commit(2, ["model"], {})

@@ -199,7 +199,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return gate
 
 
-def test_training_goes_on_meanwhile(saves: CheckpointStore, gate: threading.Event) -> None:
+def test_training_continues_meanwhile(saves: CheckpointStore, gate: threading.Event) -> None:
     """Facts are taken at once; `poll` never waits, `close` does."""
     changing = facts(1)
     saves.write_async(1, state(1), changing)

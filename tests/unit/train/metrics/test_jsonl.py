@@ -1,4 +1,4 @@
-"""log.jsonl: what survives a kill, and what a run that goes on supersedes."""
+"""log.jsonl: what survives a kill, and what a resumed run supersedes."""
 
 import errno
 import os

@@ -56,7 +56,7 @@ def test_records_reach_log_and_view(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_loads_are_kept_now_and_then(tmp_path: Path) -> None:
     """Regression: records of every second step that never meet a multiple of the interval, and
-    runs that go on without a load for long.
+    resumed runs without a load for long.
     """
     log = open_log(tmp_path)
     begin(log)

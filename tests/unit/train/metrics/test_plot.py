@@ -103,7 +103,7 @@ def test_same_run_gives_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
-def test_report_lies_beside_the_log(tmp_path: Path) -> None:
+def test_report_is_next_to_the_log(tmp_path: Path) -> None:
     writer = LogWriter(tmp_path / "log.jsonl")
     for record in (start(), *steps(3)):
         writer.write(record)
@@ -123,7 +123,7 @@ def test_names_of_pictures() -> None:
         pictures(Path("a.jpg"))
 
 
-def test_labels_tell_runs_apart(tmp_path: Path) -> None:
+def test_labels_distinguish_runs(tmp_path: Path) -> None:
     for name in ("a/run", "b/run", "c"):
         (tmp_path / name).mkdir(parents=True)
         writer = LogWriter(tmp_path / name / "log.jsonl")

@@ -81,7 +81,7 @@ def test_folder_that_cannot_be(tmp_path: Path) -> None:
         TensorBoardFiles(tmp_path / "tensorboard", start())
 
 
-def test_a_full_disk_is_told_once(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_once(tmp_path: Path) -> None:
     """Regression: the traceback of a thread before the line that says the same; those of others
     are shown.
     """

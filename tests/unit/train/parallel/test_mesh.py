@@ -118,7 +118,7 @@ def test_experts_need_experts() -> None:
         check_parallel(gqa_config(), recipe(expert=2), "r.toml")
 
 
-def test_a_run_does_not_go_on_with_batches_of_another_size() -> None:
+def test_a_run_does_not_resume_with_batches_of_another_size() -> None:
     """Rows are rounded to whole micro-batches of every process: what a run read before must be what
     the layout it goes on in would have read.
     """
