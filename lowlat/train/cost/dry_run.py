@@ -139,8 +139,8 @@ def require_fit(
     teacher: ModelConfig | None = None,
     origin: str = "recipe",
 ) -> MemoryEstimate:
-    """The memory of a process; raises UserError naming the largest part and the remedy where
-    `memory_bytes` are not enough. origin: the recipe's name there.
+    """Memory of a process in the largest phase. Raises UserError naming the largest part and a
+    remedy if it exceeds `memory_bytes`. origin: the recipe's name in errors.
     """
     phase, memory = most_memory(config, recipe, teacher)
     if needed_bytes(memory) <= memory_bytes:

@@ -1,6 +1,6 @@
 """Training data of a phase: the packed sequences of its tokenized dataset, train and held-out.
 
-Owns what makes a dataset unfit for a recipe: another tokenizer, too few tokens, no targets.
+Checks datasets against the recipe: same tokenizer, enough tokens, targets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ class PhaseData:
     """The data of one phase: packed text documents, or packed chats."""
 
     dataset: TokenizedDataset
-    """What both splits are read from."""
+    """Dataset of both splits."""
     train: PackedSequences | PackedChats
     """Training sequences."""
     held_out: PackedSequences | PackedChats | None

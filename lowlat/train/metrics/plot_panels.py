@@ -35,7 +35,7 @@ class DrawnRun:
     """Whether it is the only run, so that colours can distinguish its curves."""
 
     def values(self, value: Callable[[StepRecord], float | None]) -> Array:
-        """`value` of every step; NaN where it is None."""
+        """`value` of every step, with NaN for None."""
         return finite([value(step) for step in self.history.steps])
 
     def named(self, name: str) -> str:

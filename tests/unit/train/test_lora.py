@@ -241,10 +241,10 @@ def test_base_that_is_gone(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"precision": "fp8"}, "lora trains in bf16 or fp32; set precision = 'bf16'"),
-        ({"parallel": {"tensor": 5}}, "lora divides batches only"),
+        ({"parallel": {"tensor": 5}}, "lora supports parallel.data only"),
         (
             {"phase": tuning.phases({"bias_update_speed": 1e-3})},
-            "phase p: lora leaves routing biases as they are; set bias_update_speed = 0",
+            "phase p: lora does not update routing biases; set bias_update_speed = 0",
         ),
         (
             {"lora": {"rank": 2, "alpha": 4.0, "target_modules": ["q_b_proj", "qkv"]}},
