@@ -46,11 +46,11 @@ def base_dtype(recipe: Recipe) -> str:
 
 
 def add_lora(model: Transformer, table: LoraConfig, *, seed: int, origin: str) -> None:
-    """Freeze `model` and give the projections in `table` an update that is zero at first: A uniform
-    within 1 / sqrt(in), as in peft, B zero.
+    """Freeze `model` and add an update to the projections in `table`, initialized as in peft: A
+    uniform within 1 / sqrt(in), B zero.
 
-    Routed experts, which must be stacked, get a pair each. Raises UserError for a name that no
-    projection has.
+    Routed experts, which must be stacked, have one pair per expert. Raises UserError for a name
+    that no projection has.
     """
     _check_modules({name for name, _, _ in _projections(model)}, table, origin)
     model.requires_grad_(False)

@@ -47,7 +47,7 @@ class Passes(ABC):
 
 @final
 class PlainPasses(Passes):
-    """Micro-batch after micro-batch through the whole model."""
+    """Runs micro-batches one after another through the full model (gradient accumulation)."""
 
     def __init__(
         self,

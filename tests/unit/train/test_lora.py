@@ -289,7 +289,7 @@ def test_memory_is_that_of_weights_that_stay(precision: str, bytes_each: int) ->
         for raw in (plain, plain | {"lora": {"rank": 2, "alpha": 4.0}})
     )
     assert ours["weights"] == full["weights"] / 4 * bytes_each
-    assert ours["gradients"] == ours["optimiser"] == 0 < full["optimiser"]
+    assert ours["gradients"] == ours["optimizer"] == 0 < full["optimizer"]
     assert ours["cast weights"] == 0
 
 
