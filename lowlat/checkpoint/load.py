@@ -59,8 +59,8 @@ def load_model(
     in-place changes never reach the file (`MappedFile` documents truncated files). Peak memory is
     the model, its largest tensor and a constant.
 
-    Raises UserError naming file and tensor for anything missing, left over, misshapen or of a
-    dtype that no weight has, for a router bias that is not finite, and if the weights that `dtype`
+    Raises UserError naming file and tensor for anything missing, left over, misshapen or of a dtype
+    that no weight has. Also for a router bias that is not finite, and if the weights that `dtype`
     creates do not fit into memory.
     """
     form: Packing | None = next((packing for packing in PACKED if packing == dtype), None)

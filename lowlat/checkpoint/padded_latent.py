@@ -3,7 +3,7 @@
 A standard deepseek_v3 checkpoint normalizes the latent; an exactly converted model must not. So its
 files hold a wider latent: R = padded_rank(r) = 64 * ceil(r / 63) channels, of which the first r are
 real, the last R / 64 are the constant m = 2^15 (put there by a bias), and the rest zero. The mean
-of squares is then m^2 / 64 up to |c|^2 / m^2, the norm divides by m / 8, and norm weights of m / 8
+of squares is then m^2 / 64 up to |c|^2 / m^2. The norm divides by m / 8, and norm weights of m / 8
 = 2^12 restore the latent. All numbers are powers of two: exact in fp32, bf16 and fp16.
 
     kv_a_proj_with_mqa.weight   rows [0, r) real, [r, R) zero, then the d_R rotary rows

@@ -1,4 +1,4 @@
-"""Contents of a token folder as a table and as JSON."""
+"""Contents of a tokenized dataset as a table and as JSON."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def print_build(report: BuildReport, console: Console | None = None) -> None:
 
 
 def print_manifest(path: Path, manifest: DatasetManifest, console: Console | None = None) -> None:
-    """Print the contents of the token folder `path`."""
+    """Print the contents of the tokenized dataset `path`."""
     console = Console() if console is None else console
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan")
     for name in ("", "documents", "tokens", "text bytes", "bytes per token", "targets"):

@@ -20,7 +20,7 @@ STEP_NOTES = {
     "traffic": "transfers not overlapped with computation",
     "bubble": "pipeline fill and drain",
     "synchronisation": "gradients and weights, once per step",
-    "update": "the optimiser",
+    "update": "the optimizer",
 }
 
 

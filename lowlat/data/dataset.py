@@ -105,7 +105,7 @@ class TokenizedDataset:
         """Ids at `positions` of `split`. Raises UserError for an id beyond the vocabulary."""
         ids = self._splits[split].tokens(positions)
         if ids.size and ids.max() >= self.vocab_size:
-            where = f"{self.path}: {split} holds id {ids.max()}"
+            where = f"{self.path}: {split} has id {ids.max()}"
             raise UserError(f"{where}, beyond the vocabulary of {self.vocab_size}; {REMEDY}")
         return ids
 
@@ -153,7 +153,7 @@ class TokenizedDataset:
         if digest.hexdigest() != sha256:
             raise UserError(f"{path}: differs from its SHA-256 in {MANIFEST_FILE}; {REMEDY}")
         if highest >= self.vocab_size:
-            what = f"holds id {highest}, beyond the vocabulary of {self.vocab_size}"
+            what = f"has id {highest}, beyond the vocabulary of {self.vocab_size}"
             raise UserError(f"{path}: {what}; {REMEDY}")
 
 

@@ -50,7 +50,7 @@ class FillInTheMiddle:
             )
         if self._folder.has_mask(self._split):
             raise UserError(
-                f"{self._folder.path}: holds chats, which cannot be rearranged; set fim_rate to 0"
+                f"{self._folder.path}: has chats, which cannot be rearranged; set fim_rate to 0"
             )
         self._marks[:] = fim.prefix, fim.suffix, fim.middle
         tokenizer = self._folder.tokenizer()

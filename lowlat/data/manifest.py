@@ -200,7 +200,7 @@ def _read_tokenizer(fields: JsonFields) -> dict[str, str]:
     table = fields.table("tokenizer")
     names = () if table is None else tuple(fields.value("tokenizer"))
     if table is None or TOKENIZER_FILE not in names or not {*names} <= {*TOKENIZER_FILES}:
-        expected = f"an object of checksums for {TOKENIZER_FILE} and what belongs to it"
+        expected = f"an object of checksums of {TOKENIZER_FILE} and its companion files"
         raise fields.wrong("tokenizer", expected)
     return {name: _checksum(table, name) for name in names}
 

@@ -1,8 +1,8 @@
 """LLM engine over token ids: add requests, step, stop, abort. No text.
 
 Owns the flow of a step (schedule, run the model, sample, verify draft tokens), forking a prompt
-into n completions, finish reasons, and isolating the failure of one request from the others. One
-thread calls it.
+into n completions, finish reasons, and failures, which end only their own request. One thread calls
+it.
 """
 
 import logging

@@ -2,7 +2,7 @@
 
 Owns the counters of served tokens (prefilled or generated) per cache namespace. The rule is that of
 Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024): the client with the fewest
-served tokens runs first, and a client that returns after a pause starts level with the active ones,
+served tokens runs first. A client that returns after a pause starts level with the active ones,
 because an unused share cannot be saved up.
 """
 

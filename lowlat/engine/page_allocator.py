@@ -165,8 +165,8 @@ class PageAllocator:
 
     def check_integrity(self, holders: Iterable[Iterable[int]] | None = None) -> None:
         """Raise AssertionError unless every page is in one state and the lists of free and cached
-        pages agree with counts and marks, and `holders` (the page list of every sequence), where
-        given, account for exactly the pages in use. O(number of pages)."""
+        pages agree with counts and marks. `holders` (the page list of every sequence), if given,
+        must account for exactly the pages in use. O(number of pages)."""
         free, cached = set(self._free), set(self._cached)
         require(len(free) == len(self._free), "a page is on the free list twice")
         require(not free & cached, "a page is both free and cached")

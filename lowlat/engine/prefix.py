@@ -159,9 +159,9 @@ class PrefixCache:
     def check_integrity(self, holders: Iterable[Iterable[int]] | None = None) -> None:
         """Raise AssertionError unless allocator and index agree; includes the allocator's check.
 
-        Every indexed page is used or cached and marked by `keep`, every marked page is indexed,
-        every parent is indexed and has at least as many holders, and a cached page is evicted
-        before its parent. O(number of pages).
+        Every indexed page is used or cached and marked by `keep`, and every marked page is indexed.
+        Every parent is indexed and has at least as many holders; a cached page is evicted before
+        its parent. O(number of pages).
         """
         self._allocator.check_integrity(holders)
         kept = {page for page in range(self._allocator.num_pages) if self._allocator.is_kept(page)}

@@ -1,5 +1,5 @@
-"""Fused linear cross entropy: LM head and loss in chunks of rows, gradients computed in the forward
-pass, so that no [tokens, vocab] matrix exists (as in Liger Kernel, arXiv 2410.10989).
+"""Fused linear cross entropy: LM head and loss in chunks of rows, with gradients computed in the
+forward pass. No [tokens, vocab] matrix exists (as in Liger Kernel, arXiv 2410.10989).
 """
 
 from collections.abc import Callable, Sequence

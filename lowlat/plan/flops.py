@@ -62,8 +62,7 @@ class TokenFlops:
 
     @property
     def training(self) -> float:
-        """Forward and backward, which has two products for each one of forward; nothing that is
-        done again. What MFU is a share of."""
+        """Forward and backward FLOPs, 3x forward, without recomputation: the model FLOPs of MFU."""
         return 3 * self.forward
 
     @property

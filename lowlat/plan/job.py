@@ -12,7 +12,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.utils.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp8"]
-Optimiser = Literal["adamw", "muon"]
+Optimizer = Literal["adamw", "muon"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 Schedule = Literal["1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]
 Kernels = Literal["torch", "fused"]
@@ -89,7 +89,7 @@ class TrainingJob:
     """Rows per forward and backward pass of a device."""
     precision: Precision = "bf16"
     """Precision of products and activations; masters and gradients are always fp32."""
-    optimiser: Optimiser = "adamw"
+    optimizer: Optimizer = "adamw"
     """adamw has two moments per parameter, muon one for matrices of layers."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """Number type of the moments (bf16 in DeepSeek-V3 section 3.3.3)."""

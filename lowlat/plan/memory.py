@@ -22,7 +22,7 @@ HIGH_PRECISION = ("embedding", "head", "router", "norms", "MTP joint")
 """Parts that fp8 training computes in bf16 (DeepSeek-V3 section 3.3.1)."""
 WEIGHTS = "weights"
 CASTS = "cast weights"
-OPTIMISER = "optimiser"
+OPTIMIZER = "optimizer"
 ACTIVATIONS = "activations"
 WORKING = "working memory"
 
@@ -87,13 +87,13 @@ def shares(layout: ParallelLayout, part: str) -> tuple[int, int]:
 def _states(job: TrainingJob, parameters: dict[str, float]) -> dict[str, float]:
     """Bytes of masters, casts, gradients and moments."""
     zero = job.layout.zero
-    states = {WEIGHTS: 0.0, CASTS: 0.0, "gradients": 0.0, OPTIMISER: 0.0}
+    states = {WEIGHTS: 0.0, CASTS: 0.0, "gradients": 0.0, OPTIMIZER: 0.0}
     for part, count in parameters.items():
         share = count / shares(job.layout, part)[1]
         states[WEIGHTS] += FP32_BYTES * held(job, part, count)
         states[CASTS] += live_casts(job, part, count)
         states["gradients"] += FP32_BYTES * (share if zero >= 2 else count)
-        states[OPTIMISER] += moment_bytes(job, part) * (share if zero >= 1 else count)
+        states[OPTIMIZER] += moment_bytes(job, part) * (share if zero >= 1 else count)
     return states
 
 
@@ -127,7 +127,7 @@ def live_casts(job: TrainingJob, part: str, count: float) -> float:
 def moment_bytes(job: TrainingJob, part: str) -> float:
     """Bytes of optimizer moments per parameter."""
     size = FP32_BYTES if job.moments == "fp32" else 2
-    is_adam = job.optimiser == "adamw" or part in HIGH_PRECISION
+    is_adam = job.optimizer == "adamw" or part in HIGH_PRECISION
     return float(size * (2 if is_adam else 1))
 
 

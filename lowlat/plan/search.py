@@ -26,8 +26,7 @@ MOST_STAGES = 64
 NO_DIVISION, NO_MEMORY = "not divisible", "do not fit in memory"
 """Reasons why layouts fail."""
 TIE = 0.01
-"""Layouts whose steps differ by less than this share are ranked by what they send over the
-network."""
+"""Layouts whose times differ by less than this share are ranked by network traffic."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

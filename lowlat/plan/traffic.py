@@ -1,4 +1,4 @@
-"""Communication volume: bytes a device sends per step, by kind and link, and what overlap can hide.
+"""Communication volume: bytes a device sends per step, by kind and link, and overlap.
 
 Ranks are ordered tensor (innermost), fsdp, context, data, pipeline. Collectives that span nodes
 are hierarchical: they send within the node first, so each device's network link carries only its

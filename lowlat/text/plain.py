@@ -13,7 +13,7 @@ RECORDS = (".jsonl", ".ndjson", ".parquet", ".gz", *TABLES)
 def read_plain_text(path: Path, option: str) -> str:
     """The text of the UTF-8 file `path`, given as `option`, with its line ends unchanged.
 
-    Raises UserError for a file that cannot be read, is no UTF-8 text or holds zero bytes, and for
+    Raises UserError for a file that cannot be read, is no UTF-8 text or holds zero bytes. Also for
     file endings of records, whose braces and escapes would count as text.
     """
     where = f"{option} {path}"

@@ -47,7 +47,7 @@ def retain_freed_memory() -> Iterator[None]:
     """Within this context, freed memory stays in the process for reuse; it is returned at the end.
 
     glibc maps large blocks one by one and unmaps each when it is freed, so the kernel clears every
-    page of the next one again, which takes half of a training step with many experts. No effect
+    page of the next one again. That takes half of a training step with many experts. No effect
     without glibc.
     """
     library = ctypes.CDLL(None)

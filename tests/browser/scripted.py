@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.model import Model
+from lowlat.generate.params import SamplingParams
 from lowlat.serve.app import build_app, make_state
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig

@@ -272,7 +272,7 @@ def test_no_whole_save(saves: CheckpointStore, reports: list[str]) -> None:
     assert saves.steps() == [1, 2] and reports == []
     for step in (1, 2):
         (saves.folder / f"step-0000000{step}").rename(saves.folder / f"step-0000000{step}.broken")
-    with pytest.raises(UserError, match="holds only corrupt checkpoints"):
+    with pytest.raises(UserError, match="has only corrupt checkpoints"):
         saves.latest()
 
 

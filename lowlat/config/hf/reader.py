@@ -27,8 +27,7 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
     """The model that the parsed config.json `raw` describes; `source` names the file in errors.
 
     Raises UserError naming the field: wrong types and ranges, unknown fields that may change the
-    computation, known fields with values that are not supported, and missing fields without which
-    the model is not determined.
+    computation, unsupported values of known fields, and missing fields that determine the model.
     """
     fields = JsonFields(raw, source)
     if fields.value("model_type") == LOWLAT:

@@ -1,4 +1,4 @@
-"""One function at a time on a thread, whose result is collected later."""
+"""Background thread for one function at a time, with deferred errors."""
 
 import threading
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import final
 class BackgroundTask:
     """Runs one function at a time on a thread.
 
-    The thread is no daemon: an interpreter that ends, even by an exception, waits for it.
+    The thread is not a daemon: the interpreter waits for it at exit, even after an exception.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class BackgroundTask:
         self._thread.start()
 
     def join(self) -> BaseException | None:
-        """Wait for the function, if any; returns what it raised, once."""
+        """Wait for the function, if any; returns its exception, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,6 +1,6 @@
-"""One complete training checkpoint, opened: its metadata, and its tensors mapped from the files.
+"""Reader of one training checkpoint: verification, metadata, and memory-mapped tensors.
 
-Owns what makes a checkpoint complete. Which one is opened is `store`'s choice.
+`store` chooses the checkpoint.
 """
 
 import re
@@ -24,12 +24,12 @@ _FOLDER_NAME = re.compile(r"step-([0-9]{8,18})")
 
 
 def folder_name(step: int) -> str:
-    """The name of a complete checkpoint's folder."""
+    """Folder name of a complete checkpoint."""
     return f"step-{step:08}"
 
 
 def step_of(name: str) -> int | None:
-    """The step of a checkpoint's folder name; None for all other names."""
+    """Step of a checkpoint's folder name; None for other names."""
     match = _FOLDER_NAME.fullmatch(name)
     if match is None or folder_name(int(match[1])) != name:
         return None
@@ -38,15 +38,15 @@ def step_of(name: str) -> int | None:
 
 @final
 class TrainingCheckpoint:
-    """The state after `step` optimizer steps. Files stay mapped while a tensor of them lives."""
+    """The state after `step` optimizer steps. A file stays mapped while a tensor of it is alive."""
 
     def __init__(
         self, folder: Path, *, verify: bool = True, progress: Progress | None = None
     ) -> None:
         """Open and check the checkpoint in `folder`.
 
-        verify: hash every file; without it only the manifest, names, sizes and headers are checked,
-        for a process that opens what another one has verified.
+        verify: hash every file; otherwise only manifest, names, sizes and headers are checked, for
+        a process that opens a checkpoint which another process has verified.
         Raises CorruptCheckpointError if it is not complete, UserError if it cannot be read or has
         another format.
         """
@@ -67,7 +67,7 @@ class TrainingCheckpoint:
 
     @property
     def time(self) -> float:
-        """When it was written, in seconds since 1970."""
+        """Time of writing, in seconds since 1970."""
         return self._manifest.time
 
     def names(self) -> list[str]:
@@ -129,7 +129,7 @@ def open_shards(folder: Path, names: Iterable[str]) -> dict[str, SafetensorsFile
 
 
 def _open_shard(path: Path) -> SafetensorsFile:
-    with reading(path):  # a temporary refusal of the system does not make it corrupt
+    with reading(path):  # a temporary system error does not mean that the file is corrupt
         try:
             return SafetensorsFile(path)
         except UserError as error:

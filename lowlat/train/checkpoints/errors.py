@@ -20,7 +20,7 @@ class CheckpointWriteError(UserError):
 
 
 class CorruptCheckpointError(UserError):
-    """A checkpoint is not, byte for byte, what was written."""
+    """A checkpoint differs from what was written."""
 
 
 @contextmanager
@@ -45,10 +45,10 @@ def using(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn OSError into CorruptCheckpointError where the file is gone or damaged.
+    """Turn OSError into CorruptCheckpointError if the file is missing or damaged, else UserError.
 
-    Where it may be intact but cannot be read at the moment (permissions, open files), UserError:
-    such a checkpoint must not be passed over for an older one.
+    A file that may be intact but cannot be read now (permissions, too many open files) raises
+    UserError, so that the run does not fall back to an older checkpoint.
     """
     try:
         yield

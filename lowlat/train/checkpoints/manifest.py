@@ -3,8 +3,8 @@
     {"files": {"facts.json": {"sha256": "...", "size": 311}, ...}, "format": 1, "sha256": "...",
      "step": 1000, "time": 1767225600.0}
 
-"sha256" is the hash of the other fields in the same encoding: it proves the manifest, and the
-manifest proves the folder. Owns the file's format and the checks against the folder.
+"sha256" is the hash of the other fields in the same encoding: it protects the manifest, and the
+manifest protects the folder.
 """
 
 import hashlib
@@ -109,7 +109,7 @@ def _parse(data: bytes, folder: Path) -> Manifest:
 
 
 def _manifest(fields: dict[str, Any]) -> Manifest:
-    """Typed fields; a manifest with the right hash can still have been made by hand."""
+    """Parse typed fields; a manifest with a valid hash may still be handmade."""
     try:
         files = {
             name: FileDigest(size=_whole(entry["size"]), sha256=str(entry["sha256"]))
@@ -135,7 +135,7 @@ def _read_small(path: Path) -> bytes:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file in `folder`, which must hold files only."""
+    """Size of every file in `folder`, which must contain only files."""
     sizes: dict[str, int] = {}
     with reading(folder), os.scandir(folder) as entries:
         for entry in entries:

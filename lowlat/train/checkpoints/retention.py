@@ -1,15 +1,15 @@
-"""Retention rule: which checkpoints stay. Touches no files."""
+"""Retention rule of checkpoints; touches no files."""
 
 from collections.abc import Mapping
 from datetime import timedelta
 
 
 def steps_to_keep(times: Mapping[int, float], *, last: int, every: timedelta | None) -> set[int]:
-    """The steps of the checkpoints that stay.
+    """Steps of the checkpoints to retain.
 
-    times: when the checkpoint of each step was written, in seconds. The `last` newest by step stay.
-    With `every`, the oldest stays for good, and then always the first one written at least `every`
-    after the previous one that stays. Removing the others does not change the result.
+    times: write time of each step's checkpoint, in seconds. The `last` newest steps are retained.
+    With `every`, the oldest is retained as well, then each first one written at least `every` after
+    the previous retained one. Removing the others does not change the result.
     """
     steps = sorted(times)
     keep = set(steps[-last:])

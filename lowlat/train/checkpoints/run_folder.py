@@ -1,4 +1,4 @@
-"""Folder of one training run: the places of its files, and the lock against a second process.
+"""Run folder: paths of its files, and a lock against a second training process.
 
     RUN/lock            locked while a process trains here; holds its id and host
     RUN/recipe.toml     the recipe as it ran
@@ -6,7 +6,7 @@
     RUN/log.jsonl       one record per step
     RUN/tensorboard/    the same for TensorBoard
 
-Owns the lock, the recipe's file and the places; the content of checkpoints and logs is theirs.
+`store` writes checkpoints, `lowlat.train.metrics` writes logs.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from lowlat.utils.file_lock import try_lock
 
 @final
 class RunFolder:
-    """A run's folder. Making one touches no file; `acquire` does, and so does entering it.
+    """A run folder. The constructor touches no file; `acquire` or a `with` block locks the folder.
 
-    Only the process that acquired it may commit or move checkpoints; the other processes of a
-    distributed run write shards, and any process may read.
+    Only the process with the lock may commit or move checkpoints. The other processes of a
+    distributed run write shards; any process may read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,15 +61,15 @@ class RunFolder:
     def acquire(self) -> None:
         """Create the folder if it is missing, and lock it.
 
-        The lock ends with the process, however it ends. Raises UserError if another process holds
-        it, if the folder holds anything but a run, or cannot be used.
+        The lock ends with the process, even if it is killed. Raises UserError if another process
+        has the lock, if the folder has other files, or if it cannot be used.
         """
         assert self._lock is None
         with using(self.path):
             make_folder(self.path)
             if not self._lock_file.exists() and any(self.path.iterdir()):
                 raise UserError(
-                    f"{self.path}: is not empty and holds no run; name a new folder for the run"
+                    f"{self.path}: is not empty and is not a run folder; name a new folder"
                 )
             lock = _Lock(self._lock_file)
             try:
@@ -144,7 +144,7 @@ class _Lock:
     def release(self) -> None:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            # an error here can only be about the text in the lock file; the lock is gone anyway
+            # an error can only concern the text in the lock file; the lock is released anyway
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 

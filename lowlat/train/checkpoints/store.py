@@ -1,14 +1,14 @@
 """Checkpoint store of a run: asynchronous writes, retention, and recovery after a crash.
 
-Owns which checkpoints exist, which stay, which one a run resumes from, and what a failure means:
+Failures:
 
-- A checkpoint that cannot be written harms no earlier one and does not stop training: `write_async`
-  reports it in one line, and the next one is tried as usual. Only if the last one of the run failed
-  does `close` raise, because the final state is then on no disk.
+- A checkpoint that cannot be written does not affect earlier ones and does not stop training:
+  `write_async` reports it in one line, and the next checkpoint is written as usual. `close` raises
+  only if the last checkpoint of the run failed, because the final state is then not on disk.
 - A crash loses the steps since the last complete checkpoint: at most one interval, plus the steps
-  since the write under way began. The next checkpoint waits for that write.
-- A corrupt checkpoint is moved aside, never deleted; the one before it is used and one line reports
-  it. If none is complete, nothing is moved and the run does not start over.
+  since the current write began. The next checkpoint waits for that write.
+- A corrupt checkpoint is moved aside, never deleted; the run uses the one before it and reports
+  that in one line. If no checkpoint is complete, nothing is moved and the run does not start over.
 """
 
 import functools
@@ -60,11 +60,11 @@ class CheckpointStore:
         keep_every: timedelta | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """If this process holds `run`, remove what killed processes left unfinished.
+        """If this process has the lock of `run`, remove unfinished files of killed processes.
 
         report: takes one line about a checkpoint that failed, is corrupt, or cannot be removed.
-        keep_last: number of newest checkpoints that stay, at least 2; one more during a write.
-        keep_every: beyond those, one checkpoint per this time stays for good.
+        keep_last: number of newest checkpoints to retain, at least 2; one more during a write.
+        keep_every: also retain one checkpoint per this time.
         clock: seconds since 1970. Raises UserError for bad values and an unusable folder.
         """
         if keep_last < MIN_KEEP_LAST:
@@ -90,8 +90,8 @@ class CheckpointStore:
     def write(self, step: int, shards: Shards, metadata: Mapping[str, Any]) -> Path:
         """Write a checkpoint and return its folder once it is complete and durable.
 
-        Holds the tensors until then: give views, not copies. Raises CheckpointWriteError if it
-        fails; everything else is unchanged then.
+        It references the tensors until then, so pass views, not copies. Raises
+        CheckpointWriteError; earlier checkpoints are unchanged then.
         """
         self.wait()
         self._write(step, _listed(shards), writer.encode_metadata(metadata))
@@ -99,9 +99,9 @@ class CheckpointStore:
         return self.folder / folder_name(step)
 
     def write_async(self, step: int, shards: Shards, metadata: Mapping[str, Any]) -> None:
-        """`write` on a thread, for tensors that do not change any more.
+        """`write` on a background thread; the tensors must not change any more.
 
-        Waits for the previous write; reports its failure, if any, and begins this one anyway.
+        Waits for the previous write, reports its failure, if any, and starts this write anyway.
         """
         self.wait()
         encoded = writer.encode_metadata(metadata)
@@ -110,12 +110,12 @@ class CheckpointStore:
         self._task.start(write, f"checkpoint of step {step}")
 
     def poll(self) -> None:
-        """Report the result of a write on the thread if it is done; never waits."""
+        """Report the result of a background write if it is done; does not wait."""
         if not self._task.is_running:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the write on the thread, and report a failure."""
+        """Wait for the background write and report a failure."""
         error = self._task.join()
         self._flush_reports()
         if isinstance(error, CheckpointWriteError):
@@ -125,7 +125,7 @@ class CheckpointStore:
             raise error
 
     def close(self) -> None:
-        """Wait for the write on the thread. Raises CheckpointWriteError if the last one failed."""
+        """Wait for the background write. Raises CheckpointWriteError if the last one failed."""
         self.wait()
         if self._failure is not None:
             raise self._failure
@@ -163,10 +163,10 @@ class CheckpointStore:
         return TrainingCheckpoint(self.folder / folder_name(step), verify=False)
 
     def latest(self, progress: Progress | None = None) -> TrainingCheckpoint | None:
-        """The newest complete checkpoint, every byte verified; None if there are none yet.
+        """The newest complete checkpoint, with all checksums verified; None without checkpoints.
 
-        Corrupt ones are reported and, if this process holds the run, moved aside. Raises UserError
-        if there are checkpoints but none is complete.
+        Reports corrupt checkpoints and, if this process has the lock, moves them aside. Raises
+        UserError if there are checkpoints but none is complete.
         """
         self.wait()
         corrupt: list[tuple[Path, str]] = []
@@ -204,7 +204,7 @@ class CheckpointStore:
             aside = sorted(name for name in self._names() if _ASIDE.fullmatch(name))
         if aside:
             raise UserError(
-                f"{self.folder}: holds only corrupt checkpoints ({', '.join(aside[:3])}); restore "
+                f"{self.folder}: has only corrupt checkpoints ({', '.join(aside[:3])}); restore "
                 "one from a copy, or name a new folder to start over"
             )
 
@@ -227,7 +227,7 @@ class CheckpointStore:
 
     @contextmanager
     def _attempt(self, step: int) -> Iterator[None]:
-        """Add to every failure what the run can still resume from."""
+        """Context manager that adds the newest usable checkpoint to write errors."""
         try:
             with writing(f"checkpoint of step {step}", self.folder):
                 yield
@@ -242,9 +242,9 @@ class CheckpointStore:
         return f"the newest is that of step {steps[-1]}" if steps else "there is none yet"
 
     def _prune(self, step: int) -> None:
-        """Apply the retention rule, now that the checkpoint of `step` is on the disk.
+        """Apply the retention rule after the checkpoint of `step` is on disk.
 
-        A failure here does not fail the checkpoint: it is reported, and tried again after the next.
+        A failure does not fail the checkpoint; it is reported, and retried after the next one.
         """
         try:
             writer.clear_deleted(self.folder)
@@ -259,7 +259,7 @@ class CheckpointStore:
             )
 
     def _times(self) -> dict[int, float]:
-        """When each checkpoint was written. Visibly corrupt ones are left out, and so stay."""
+        """Write time of each checkpoint, without visibly corrupt ones, which are never pruned."""
         times: dict[int, float] = {}
         for step in self._steps():
             try:

@@ -4,8 +4,7 @@
     step-00001000/            complete: only ever made by the rename
     .step-00001000.deleting/  being removed: renamed first, so that no half of it counts as complete
 
-Owns the order of these operations. Which checkpoints exist and which stay is `store`'s. OSError
-passes through from the functions that do not document otherwise.
+`store` applies retention. Functions raise OSError unless documented otherwise.
 """
 
 import json
@@ -42,14 +41,14 @@ from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object
 DIGEST_SUFFIX = ".part.json"
 """File next to a shard with its size and hash, from its writer to the process that commits."""
 SPACE_LEFT = 1 << 20
-"""Bytes of the disk that a checkpoint leaves to the logs of the run."""
+"""Bytes of disk space that a checkpoint leaves free for the logs of the run."""
 
 _WRITING = re.compile(r"\.step-[0-9]+\.writing")
 _DELETING = re.compile(r"\.step-[0-9]+\.deleting")
 
 
 def encode_metadata(metadata: Mapping[str, Any]) -> bytes:
-    """Metadata as they are written; TypeError or ValueError for what JSON cannot hold."""
+    """Encode metadata; raises TypeError or ValueError for values that JSON cannot hold."""
     data = (json.dumps(metadata, indent=1, allow_nan=False) + "\n").encode()
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"metadata of {len(data)} bytes; large state belongs into a shard")
@@ -59,7 +58,7 @@ def encode_metadata(metadata: Mapping[str, Any]) -> bytes:
 def write_training_checkpoint(
     root: Path, step: int, shards: Mapping[str, Sequence[NamedTensor]], metadata: bytes, now: float
 ) -> None:
-    """Write the whole checkpoint of `step` into `root`; nothing of it stays if that fails."""
+    """Write the checkpoint of `step` into `root`; a failure removes the partial checkpoint."""
     _check_names(shards)
     partial = _partial(root, step)
     _refuse_existing(root, step)
@@ -99,9 +98,9 @@ def commit_training_checkpoint(
 ) -> None:
     """Make one checkpoint of `shards`, all of which were written by `write_shard`.
 
-    Raises CheckpointWriteError if a shard is missing, differs from what its writer recorded, or
-    repeats a tensor of another, and if the folder holds anything else; nothing of the checkpoint
-    stays then.
+    Raises CheckpointWriteError, and removes the partial checkpoint, if a shard is missing, differs
+    from its recorded digest, or repeats a tensor of another shard, or if the folder has other
+    files.
     """
     partial = _partial(root, step)
     _refuse_existing(root, step)
@@ -138,7 +137,7 @@ def require_free_space(root: Path, step: int, tensors: Iterable[NamedTensor]) ->
 
 
 def delete_training_checkpoint(root: Path, step: int) -> None:
-    """Remove a checkpoint; at any moment it is complete under its name or does not exist."""
+    """Remove a checkpoint atomically: it is complete under its name or does not exist."""
     aside = root / f".{folder_name(step)}.deleting"
     rename_folder(root / folder_name(step), aside)
     remove_flat_folder(aside)
@@ -150,7 +149,7 @@ def clear_deleted(root: Path) -> None:
 
 
 def clear_unfinished(root: Path) -> None:
-    """Remove what killed processes were writing; no other process may be writing."""
+    """Remove partial checkpoints of killed processes; no other process may be writing."""
     _clear(root, _WRITING)
 
 
@@ -182,7 +181,7 @@ def _check_names(shards: Mapping[str, Iterable[NamedTensor]]) -> None:
 
 
 def _take_digest(partial: Path, shard: str) -> FileDigest:
-    """What the writer of `shard` recorded; the record is removed."""
+    """Read and remove the digest file of `shard`."""
     path = partial / (shard + DIGEST_SUFFIX)
     if not path.exists():
         raise CorruptCheckpointError(f"shard {shard} was not written")
@@ -212,7 +211,7 @@ def _parse_digest(content: bytes, shard: str) -> FileDigest:
 def _complete(
     partial: Path, step: int, digests: dict[str, FileDigest], metadata: bytes, now: float
 ) -> None:
-    """Write metadata and manifest, then rename: that makes it a checkpoint."""
+    """Write metadata and manifest, then commit the checkpoint by renaming the folder."""
     digests = digests | {METADATA_FILE: write_new_file(partial / METADATA_FILE, [metadata])}
     manifest = Manifest(step=step, time=now, files=digests)
     write_new_file(partial / MANIFEST_FILE, [manifest.encode()])
@@ -221,8 +220,8 @@ def _complete(
 
 
 def _discard(partial: Path) -> None:
-    """Remove what a failure left. The failure itself is what the caller must see; what cannot be
-    removed here goes at the next attempt or start.
+    """Remove a partial checkpoint after a failure. OSErrors are ignored, so that the caller sees
+    the original failure; the next attempt or start removes the rest.
     """
     try:
         remove_flat_folder(partial)

@@ -16,7 +16,7 @@ from lowlat.plan.flops import TokenFlops, token_flops
 from lowlat.plan.job import ParallelLayout, Schedule, TrainingJob, ZeroStage
 from lowlat.plan.memory import (
     ACTIVATIONS,
-    OPTIMISER,
+    OPTIMIZER,
     WEIGHTS,
     WORKING,
     MemoryEstimate,
@@ -44,7 +44,7 @@ CHECKPOINT_COPY, PHASES = "checkpoint copy", "change of phase"
 BATCH = "batch"
 TOKEN_BYTES = 9
 """Bytes per token of a batch: int64 id and loss mask."""
-KEPT_BY_PHASES = (WEIGHTS, OPTIMISER, "teacher")
+KEPT_BY_PHASES = (WEIGHTS, OPTIMIZER, "teacher")
 """Memory parts that stay allocated during a change of phase."""
 ALLOCATOR = 1.08
 """Allocated over requested memory, as measured (docs/planning.md)."""
@@ -139,8 +139,8 @@ def require_fit(
     teacher: ModelConfig | None = None,
     origin: str = "recipe",
 ) -> MemoryEstimate:
-    """The memory of a process; raises UserError naming the largest part and the remedy where
-    `memory_bytes` are not enough. origin: the recipe's name there.
+    """Memory of a process in the largest phase. Raises UserError naming the largest part and a
+    remedy if it exceeds `memory_bytes`. origin: the recipe's name in errors.
     """
     phase, memory = most_memory(config, recipe, teacher)
     if needed_bytes(memory) <= memory_bytes:
@@ -172,7 +172,7 @@ def job_of(recipe: Recipe, phase: Phase) -> TrainingJob:
         batch_size=rows * (2 * layout.pipeline if layout.pipeline > 1 else 1),
         micro_batch_size=phase.micro_batch_size,
         precision=recipe.precision,
-        optimiser=recipe.optimizer.name,
+        optimizer=recipe.optimizer.name,
         activation_checkpointing=recipe.activation_checkpointing,
         layout=layout,
     )
@@ -258,7 +258,7 @@ def _state_bytes(config: ModelConfig, recipe: Recipe, job: TrainingJob) -> float
         return update_bytes(config, recipe.lora, job) - gradient_bytes(config, recipe.lora)
     undivided = replace(job, layout=layout_of(ParallelConfig()), batch_size=job.micro_batch_size)
     parts = _step_memory(config, recipe, undivided, None).parts
-    return parts[WEIGHTS] + parts[OPTIMISER]
+    return parts[WEIGHTS] + parts[OPTIMIZER]
 
 
 def _with_copies(memory: MemoryEstimate, recipe: Recipe, state: float) -> MemoryEstimate:
@@ -289,7 +289,7 @@ def _remedy(recipe: Recipe, phase: Phase, memory: MemoryEstimate) -> str:
     if memory.largest == CHECKPOINT_COPY:
         muon = " or optimizer.name = 'muon'" if recipe.optimizer.name == "adamw" else ""
         return f"use a smaller model{muon}; checkpoints are written from a copy"
-    if memory.largest == OPTIMISER and recipe.optimizer.name == "adamw":
+    if memory.largest == OPTIMIZER and recipe.optimizer.name == "adamw":
         return "use a smaller model, optimizer.name = 'muon', or raise parallel.fsdp"
     return "use a smaller model, or raise parallel.fsdp, parallel.expert or parallel.pipeline"
 

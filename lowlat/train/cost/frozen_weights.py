@@ -14,7 +14,7 @@ from lowlat.plan.memory import (
     ACTIVATIONS,
     CASTS,
     CHUNK_ELEMENTS,
-    OPTIMISER,
+    OPTIMIZER,
     PIECE_COPIES,
     WEIGHTS,
     MemoryEstimate,
@@ -92,7 +92,7 @@ def learning_memory(
     if recipe.lora is not None:
         # Weights are frozen, in the dtype of matrix products.
         weights = parts[WEIGHTS] * (1.0 if recipe.precision == "fp32" else 0.5)
-        parts |= {WEIGHTS: weights, CASTS: 0.0, "gradients": 0.0, OPTIMISER: 0.0}
+        parts |= {WEIGHTS: weights, CASTS: 0.0, "gradients": 0.0, OPTIMIZER: 0.0}
         parts[UPDATES] = update_bytes(config, recipe.lora, job)
         updates_mlps = bool(set(recipe.lora.target_modules) & set(EXPERT_PROJECTIONS))
         unread = [INPUT_OF_ROUTER] if updates_mlps else [INPUT_OF_ROUTER, *INPUTS_OF_MLPS]
@@ -102,7 +102,7 @@ def learning_memory(
     elif recipe.trainable == "attention":
         moved = memory.parameters["attention"] / shares(job.layout, "attention")[1]
         parts["gradients"] = FP32_BYTES * moved
-        parts[OPTIMISER] = moment_bytes(job, "attention") * moved
+        parts[OPTIMIZER] = moment_bytes(job, "attention") * moved
         parts["loss"] -= _head_gradient(config)
         if recipe.precision == "bf16":
             parts |= _held_in_bf16(memory, job)

@@ -1,4 +1,4 @@
-"""Model config of every phase of a recipe, and the checks that the recipe suits the model.
+"""Model config of each phase of a recipe, and validation of the recipe against the model.
 
 The config comes from [model] or from the base model; a phase may change RoPE scaling and context.
 """
@@ -25,12 +25,13 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.json_fields import JsonFields
 
 NULLABLE = ("q_lora_rank", "sliding_window")
-"""JsonFields of config.json that must be null where they have no value; TOML has no null."""
+"""Fields of config.json that are null if missing from [model], since TOML has no null."""
 
 
 def recipe_config(recipe: Recipe, path: Path, base_model: Path | None) -> ModelConfig:
-    """The model of the recipe at `path`; its vocabulary is the data's unless [model] says it.
-    base_model: the files behind recipe.base_model. Raises UserError.
+    """Model config of the recipe at `path`; vocab_size defaults to that of the data.
+
+    base_model: files of recipe.base_model. Raises UserError.
     """
     vocab_size = (recipe.model or {}).get("vocab_size")
     if not isinstance(vocab_size, int):
@@ -41,7 +42,7 @@ def recipe_config(recipe: Recipe, path: Path, base_model: Path | None) -> ModelC
 def base_config(
     recipe: Recipe, base_model: Path | None, vocab_size: int, origin: str
 ) -> ModelConfig:
-    """The model's config before any phase changes it. Raises UserError naming the field."""
+    """Model config before the changes of phases. Raises UserError naming the field."""
     if base_model is not None:
         source = open_checkpoint(base_model)
         config = resolve_mtp_modules(read_config(source), source)
@@ -52,19 +53,19 @@ def base_config(
         config = config_from_hf(raw, source=f"{origin}: [model]")
         if config.quantization is not None or config.packing is not None:
             raise UserError(
-                f"{origin}: [model]: quantization_config says how a checkpoint is stored; leave it "
+                f"{origin}: [model]: quantization_config describes stored checkpoints; leave it "
                 "out (precision = 'fp8' trains in FP8, train export --dtype fp8 stores it)"
             )
     if config.vocab_size < vocab_size:
         raise UserError(
             f"{origin}: the data has {vocab_size} token ids, but the model's vocab_size is "
-            f"{config.vocab_size}; leave vocab_size out or tokenise with the model's tokenizer"
+            f"{config.vocab_size}; leave vocab_size out or tokenize with the model's tokenizer"
         )
     return config
 
 
 def phase_configs(config: ModelConfig, recipe: Recipe, origin: str) -> list[ModelConfig]:
-    """The model's config in every phase: what one changes about positions holds for those after it.
+    """Model config of each phase; changes of RoPE scaling and context apply to later phases too.
 
     Raises UserError naming phase and key.
     """
@@ -79,8 +80,8 @@ def _phase_config(config: ModelConfig, phase: Phase, origin: str) -> ModelConfig
     longest = phase.max_position_embeddings or config.max_position_embeddings
     if phase.sequence_length > longest:
         raise UserError(
-            f"{origin}: phase {phase.name}: sequence_length {phase.sequence_length} is beyond "
-            f"max_position_embeddings {longest}; raise that"
+            f"{origin}: phase {phase.name}: sequence_length {phase.sequence_length} exceeds "
+            f"max_position_embeddings {longest}; raise max_position_embeddings"
         )
     rope = (
         config.rope if phase.rope_scaling is None else _changed_rope(config, phase, longest, origin)
@@ -89,13 +90,15 @@ def _phase_config(config: ModelConfig, phase: Phase, origin: str) -> ModelConfig
 
 
 def _changed_rope(config: ModelConfig, phase: Phase, longest: int, origin: str) -> RopeConfig:
-    """What the phase gives as config.json's rope_scaling. Unless it says otherwise rope_theta
-    stays, and the context before extension is that of the phase before.
+    """RoPE config with the rope_scaling of `phase`.
+
+    Defaults: rope_theta is unchanged; original_max_position_embeddings is the context of the phase
+    before.
     """
     where = f"{origin}: phase {phase.name}: rope_scaling"
     before = config.rope
     if isinstance(before, tuple):
-        raise UserError(f"{where} cannot say what each layer has for itself; leave it out")
+        raise UserError(f"{where} does not support a model with RoPE per layer; leave it out")
     given = phase.rope_scaling or {}
     kept: dict[str, Any] = {
         "rope_theta": before.rope_theta,
@@ -119,8 +122,8 @@ def _changed_rope(config: ModelConfig, phase: Phase, longest: int, origin: str) 
 def check_recipe(
     config: ModelConfig, recipe: Recipe, origin: str, teacher: Path | None = None
 ) -> list[ModelConfig]:
-    """Whether a model of `config` can be trained as `recipe` says, whatever its data; its config in
-    every phase. Raises UserError naming phase or key.
+    """Validate `recipe` against the model `config`, except for data; returns the config of each
+    phase. Raises UserError naming phase or key.
     """
     check_lora(config, recipe, origin)
     check_trainable(config, recipe, origin)
@@ -132,8 +135,8 @@ def check_recipe(
 
 
 def check_teacher(config: ModelConfig, path: Path, recipe: Recipe, origin: str) -> None:
-    """Raises UserError where `recipe` asks of the teacher at `path` what it cannot give a model of
-    `config`, naming the key.
+    """Raises UserError naming the key if the teacher at `path` does not suit `recipe` and the
+    student's `config`.
     """
     check_divides_batches(recipe, "distillation", origin)
     if recipe.precision == "fp8":
@@ -147,10 +150,10 @@ def check_teacher(config: ModelConfig, path: Path, recipe: Recipe, origin: str) 
     for phase in recipe.phase:
         where = f"{origin}: phase {phase.name}"
         if phase.z_weight:
-            raise UserError(f"{where}: z_weight does not go with distillation; leave it out")
+            raise UserError(f"{where}: distillation does not support z_weight; leave it out")
         if phase.sequence_length > teacher.max_position_embeddings:
             raise UserError(
-                f"{where}: sequence_length {phase.sequence_length} is beyond the teacher's context "
+                f"{where}: sequence_length {phase.sequence_length} exceeds the teacher's context "
                 f"of {teacher.max_position_embeddings}; lower it"
             )
         if phase.match != "logits":

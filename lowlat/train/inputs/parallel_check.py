@@ -15,7 +15,7 @@ def check_parallel(config: ModelConfig, recipe: Recipe, origin: str) -> None:
     sizes = recipe.parallel
     if sizes.tensor > 1 and recipe.precision == "fp8":
         raise UserError(
-            f"{origin}: parallel.tensor {sizes.tensor} does not go with precision fp8; leave it "
+            f"{origin}: precision fp8 does not support parallel.tensor {sizes.tensor}; leave it "
             "at 1, or train in bf16"
         )
     if sizes.tensor > 1:
@@ -38,6 +38,6 @@ def check_parallel(config: ModelConfig, recipe: Recipe, origin: str) -> None:
         for phase in recipe.phase:
             if phase.sequence_length % chunks:
                 raise UserError(
-                    f"{origin}: phase {phase.name}: sequence_length {phase.sequence_length} is no "
-                    f"multiple of {chunks}, twice parallel.context"
+                    f"{origin}: phase {phase.name}: sequence_length {phase.sequence_length} is not "
+                    f"a multiple of {chunks}, twice parallel.context"
                 )

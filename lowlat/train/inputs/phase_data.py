@@ -1,6 +1,6 @@
 """Training data of a phase: the packed sequences of its tokenized dataset, train and held-out.
 
-Owns what makes a dataset unfit for a recipe: another tokenizer, too few tokens, no targets.
+Checks datasets against the recipe: same tokenizer, enough tokens, targets.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ class PhaseData:
     """The data of one phase: packed text documents, or packed chats."""
 
     dataset: TokenizedDataset
-    """What both splits are read from."""
+    """Dataset of both splits."""
     train: PackedSequences | PackedChats
     """Training sequences."""
     held_out: PackedSequences | PackedChats | None
@@ -103,8 +103,8 @@ def data_notes(recipe: Recipe, data: Sequence[PhaseData]) -> Iterator[str]:
 def check_tokenizers(
     recipe: Recipe, datasets: Sequence[TokenizedDataset], models: Sequence[Path], origin: str
 ) -> None:
-    """Raises UserError unless the datasets of all phases have one tokenizer, and every checkpoint
-    of `models` that has a tokenizer gives each of its ids the same token.
+    """Raises UserError unless the datasets of all phases have the same tokenizer, whose ids stand
+    for the same tokens in every checkpoint of `models` that has a tokenizer.
     """
     first = datasets[0]
     for dataset, phase in zip(datasets, recipe.phase, strict=True):
@@ -146,10 +146,10 @@ def check_targets(recipe: Recipe, data: Sequence[PhaseData], origin: str) -> Non
 
 
 def _order_seed(recipe: Recipe, index: int) -> int:
-    """Seed of the order in which phase `index` reads its data.
+    """Shuffle seed of phase `index`.
 
-    A phase that continues the data of an earlier one has that phase's seed. Data that begins later
-    has a seed of its own, different from every other seed of the recipe.
+    A phase that continues the data of an earlier phase has the same seed. Other data has a distinct
+    seed.
     """
     first = data_begins(recipe, index)
     return int(mixed(np.array([first]), recipe.seed)[0]) if first else recipe.seed

@@ -1,5 +1,5 @@
-"""Run inputs: all that a training run reads (configs, data, base model, teacher), opened and
-checked before anything is built.
+"""Run inputs: configs, data, base model and teacher of a training run, opened and checked before
+the model is built.
 
 Fingerprints of the inputs are part of every checkpoint, so that a resumed run has the same ones.
 """
@@ -61,7 +61,7 @@ class RunInputs:
 def open_run_inputs(
     recipe: Recipe, *, base: Path, base_model: Path | None, teacher: Path | None, origin: str
 ) -> RunInputs:
-    """Open and check what `recipe` names.
+    """Open and check the inputs of `recipe`.
 
     base: folder that relative paths of the recipe start from; base_model, teacher: the files that
     the recipe names; origin: the recipe's name in errors. Raises UserError naming phase, key or

@@ -99,14 +99,15 @@ class Fp8Experts(nn.Module):
 
 
 def use_fp8(model: Transformer, scale_fmt: ScaleFormat = None) -> None:
-    """Replace the linear layers, experts and MLA of `model` by those that compute in FP8, forward
-    and backward; its parameters become master weights. Stack experts before.
+    """Replace the linear layers, experts and MLA of `model` by modules that compute in FP8, forward
+    and backward; its parameters become master weights. Experts must be stacked.
 
-    The paper's scales are fp32 but for three kinds of tiles, which are powers of two: inputs of the
-    linears after attention (of which the backward pass gets E5M6), inputs of the routed experts,
-    and gradients before their down-projections. `scale_fmt` "ue8m0" makes all scales powers of two,
-    as in the checkpoints of DeepSeek-V3.1.
-    kv_b_proj of GLA, which the attention backend multiplies with, is unchanged. Raises UserError
+    As in the paper, scales are fp32 except for three kinds of tiles, whose scales are powers of
+    two: inputs of o_proj (saved as E5M6 for the backward pass), inputs of the routed experts, and
+    gradients before their down-projections. `scale_fmt` "ue8m0" makes all scales powers of two, as
+    in the checkpoints of DeepSeek-V3.1.
+
+    kv_b_proj of GLA stays in bf16, because the attention backend uses its weight. Raises UserError
     for weights that are packed, or fp8 in blocks of another size.
     """
     spared = {module.kv_b_proj for module in model.modules() if isinstance(module, GLA)}
@@ -126,7 +127,7 @@ def use_fp8(model: Transformer, scale_fmt: ScaleFormat = None) -> None:
 
 
 def expert_formats(scale_fmt: ScaleFormat) -> ExpertFormats:
-    """How routed experts quantise: scales of what is sent between devices are powers of two."""
+    """FP8 formats of routed experts: tensors sent between devices have power-of-two scales."""
     base = _base(scale_fmt)
     return ExpertFormats(
         up=replace(base, input_scales="ue8m0"), down=replace(base, gradient_scales="ue8m0")
@@ -140,7 +141,7 @@ def _check(name: str, linear: Linear) -> None:
 
 
 def _format(path: list[str], scale_fmt: ScaleFormat) -> Fp8Format | None:
-    """Of the layer at `path`; None for those that stay as they are."""
+    """FP8 format of the layer at `path`; None for layers that are not quantized."""
     if path[-1] in PLAIN:
         return None
     if path[-1] == "o_proj":

@@ -1,1 +1,1 @@
-"""What a training run says about itself: records, log, TensorBoard files, live view, report."""
+"""Metrics of training runs: records, log, TensorBoard files, live view, report."""

@@ -1,16 +1,16 @@
-"""Figures of a run as people read them. Owns number formats, shared by views, tables and plots."""
+"""Number formats shared by progress views, tables and plots."""
 
 import math
 from collections.abc import Sequence
 
 _SIZES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 BUSY = "rate measured while busy"
-"""Why a share of the measured rate of products can exceed 1: something else ran meanwhile."""
+"""Note for an MFU above 1: other programs ran while the GEMM rate was measured."""
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 def clock(seconds: int | float | None) -> str:
-    """'0:07', '12:34', '3:45:10', '2 d 03:45'; '?' if not known."""
+    """A duration such as '0:07', '12:34', '3:45:10' or '2 d 03:45'; '?' if unknown."""
     if seconds is None or not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(round(seconds), 60)
@@ -21,7 +21,7 @@ def clock(seconds: int | float | None) -> str:
 
 
 def count(n: int | float) -> str:
-    """'512', '12.3K', '4.56M', '14.8T': three digits and a letter."""
+    """A count with three digits and a suffix, such as '512', '12.3K', '4.56M' or '14.8T'."""
     if n < 1e4:
         return f"{n:,.0f}"
     size, letter = next(pair for pair in _SIZES if n >= pair[0])
@@ -29,7 +29,7 @@ def count(n: int | float) -> str:
 
 
 def tick(value: float, place: int) -> str:
-    """A number at an axis: '0.002', '2,500', '15K', '1.5M'. `place` is its index, not used."""
+    """An axis label such as '0.002', '2,500', '15K' or '1.5M'; `place` is unused."""
     if abs(value) < 1e4:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
     size, letter = next(pair for pair in _SIZES if abs(value) >= pair[0])
@@ -37,30 +37,30 @@ def tick(value: float, place: int) -> str:
 
 
 def memory(n: int) -> str:
-    """Bytes: '812 MB', '1.23 GB'."""
+    """Bytes as '812 MB' or '1.23 GB'."""
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
 
 def rate(tokens_per_second: float) -> str:
-    """'5,120 tok/s', '12.3 tok/s'."""
+    """Throughput as '5,120 tok/s' or '12.3 tok/s'."""
     digits = 0 if tokens_per_second >= 100 else 1
     return f"{tokens_per_second:,.{digits}f} tok/s"
 
 
 def share(part: float | None) -> str:
-    """'43 %'; '?' if not known."""
+    """A percentage as '43 %'; '?' if unknown."""
     return "?" if part is None else f"{part:.0%}".replace("%", " %")
 
 
 def utilisation(mfu: float) -> str:
-    """'43 %'; more than all there is is told to be no truth about the training."""
+    """MFU as '43 %', with a note if it is above 100 %."""
     return share(mfu) + (f" ({BUSY})" if mfu > 1 else "")
 
 
 def bars(load: Sequence[float], width: int) -> str:
-    """One bar per expert, the mean load half high and twice the mean or more full.
+    """Bar chart of expert loads: the mean load is half height, twice the mean or more is full.
 
-    More than `width` experts share bars evenly, the tallest of each group shown.
+    More than `width` experts are grouped evenly; each bar is the maximum of its group.
     """
     if not load:
         return ""

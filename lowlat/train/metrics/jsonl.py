@@ -1,8 +1,8 @@
-"""log.jsonl: one record per line, appended, and read back as the history of one training.
+"""Metrics log log.jsonl: an append-only file of records, and its reader.
 
-Owns the file. Lines are only ever added: a run that goes on from step s writes a start record with
-step s, and readers leave out what an earlier run had written about later steps. A killed process
-can leave one torn line at the end: readers leave it out, the next run cuts it off.
+A run that resumes from step s writes a start record with step s; readers drop earlier records of
+later steps. A killed process can leave a torn last line, which readers skip and the next run
+removes.
 """
 
 import os
@@ -18,20 +18,20 @@ from lowlat.utils.atomic_files import sync_descriptor
 from lowlat.utils.errors import UserError
 
 LOG_NAME = "log.jsonl"
-"""The log's name in the folder of a run."""
+"""Name of the log in a run folder."""
 _SYNC_SECONDS = 30.0
-"""How much of the log a power cut may take."""
+"""Seconds between fsyncs: the part of the log that a power failure can lose."""
 _BLOCK_BYTES = 2**16
 
 
 @final
 class LogWriter:
-    """Appends records; each is one write, so a killed process loses none that was written."""
+    """Appends records, each unbuffered, so a killed process loses no complete record."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError if the file cannot be opened for writing.
+        """Open `path` and remove a torn last line, of `cut_bytes` bytes; 0 if there is none.
 
-        `cut_bytes` then holds the length of the torn line that was cut off, 0 for none.
+        Raises UserError if the file cannot be opened for writing.
         """
         self._path = path
         try:
@@ -46,7 +46,7 @@ class LogWriter:
         self._synced = time.monotonic()
 
     def write(self, record: Record) -> None:
-        """Raises UserError where the file system refuses, such as a full disk."""
+        """Append `record`. Raises UserError if writing fails, for example on a full disk."""
         line = memoryview(encode(record))
         try:
             while line:
@@ -57,7 +57,7 @@ class LogWriter:
             self.sync()
 
     def sync(self) -> None:
-        """What was written reaches the disk. Raises UserError as `write` does."""
+        """fsync the file. Raises UserError as `write`."""
         try:
             sync_descriptor(self._file.fileno())
         except OSError as error:
@@ -65,18 +65,18 @@ class LogWriter:
         self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Further calls do nothing."""
+        """Close the file; further calls do nothing."""
         self._file.close()
 
     def _failed(self, error: OSError) -> UserError:
         return UserError(
             f"{self._path}: the log cannot be written ({error.strerror}); make it writable or free "
-            "space and start again, which goes on from the last save"
+            "space and start again to resume from the last checkpoint"
         )
 
 
 def _cut_torn_line(file: BinaryIO) -> int:
-    """Shorten `file` to whole lines and stand at its end; how many bytes went."""
+    """Truncate `file` to complete lines and seek to its end; returns the removed bytes."""
     size = file.seek(0, os.SEEK_END)
     end = size
     while end > 0:
@@ -94,30 +94,30 @@ def _cut_torn_line(file: BinaryIO) -> int:
 
 @dataclass
 class RunHistory:
-    """One training as its log tells it, without what was superseded by a later run."""
+    """Records of one training run, without those that a resumed run superseded."""
 
     path: Path
     """The log."""
     starts: list[StartRecord] = field(default_factory=list)
-    """Every run of the folder, the last one last; at least one."""
+    """Start records, one per start or resumption, in order; at least one."""
     steps: list[StepRecord] = field(default_factory=list)
-    """In order of steps."""
+    """Step records, in order of steps."""
     evaluations: list[EvalRecord] = field(default_factory=list)
-    """In order of steps; one for each step and split."""
+    """Evaluations, in order of steps; one per step and split."""
     notes: list[NoteRecord] = field(default_factory=list)
-    """In the order they were written, those of superseded steps included."""
+    """Notes, in the order written, those of superseded steps included."""
     superseded: int = 0
-    """Step records left out because a later run went on from before them."""
+    """Number of step records that were superseded."""
     torn: bool = False
-    """The last line is incomplete: being written now, or left by a killed process."""
+    """Whether the last line is incomplete: being written, or left by a killed process."""
 
     @property
     def start(self) -> StartRecord:
-        """The latest run."""
+        """The latest start record."""
         return self.starts[-1]
 
     def add(self, record: Record) -> None:
-        """Take the next record of the log."""
+        """Add the next record of the log."""
         match record:
             case StartRecord():
                 self.starts.append(record)
@@ -136,7 +136,7 @@ class RunHistory:
 
 
 def read_log(path: Path) -> RunHistory:
-    """The history in `path`, of a run that is over or still going.
+    """Read the log `path` of a finished or active run.
 
     Raises UserError for a file that is missing, unreadable, empty or damaged before its last line.
     """
@@ -150,13 +150,13 @@ def read_log(path: Path) -> RunHistory:
         except UserError as error:
             remedy = "delete that line to read the others"
             if number == 1:
-                remedy = "if this is no log of a training, name the folder of one"
+                remedy = "if this is not a training log, name a run folder"
             raise UserError(f"{error}; {remedy}") from error
         if not history.starts and not isinstance(record, StartRecord | NoteRecord):
             raise UserError(f"{path}: line {number}: a log begins with a start record")
         history.add(record)
     if not history.starts:
-        raise UserError(f"{path}: the log is empty; the run has not begun to train")
+        raise UserError(f"{path}: the log is empty; the run has not started training")
     return history
 
 

@@ -1,7 +1,7 @@
-"""Records as lines of strict JSON and back.
+"""Encoding of log records as lines of strict JSON.
 
-Owns the form of a line. JSON has no NaN and no infinities: where a number is not finite, its name
-stands as a string ("NaN", "Infinity", "-Infinity"), since null already means "not known".
+NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity" and "-Infinity"; null means
+"unknown".
 """
 
 import json
@@ -24,13 +24,13 @@ from lowlat.utils.strict_json import parse_object
 _KINDS = {StartRecord: "start", StepRecord: "step", EvalRecord: "evaluation", NoteRecord: "note"}
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 OPTIONAL = ("divergence", "layer_error", "targets")
-"""Fields that lines leave out where they are not known."""
+"""Fields that are omitted if unknown."""
 _LOAD_DIGITS = 4
-"""Significant digits kept of a load: all a picture shows, and a third of the bytes."""
+"""Significant digits of expert loads, enough for plots at a third of the bytes."""
 
 
 def encode(record: Record) -> bytes:
-    """`record` as one line with its line feed, UTF-8. Loads are rounded to four digits."""
+    """Encode `record` as a line of UTF-8 with a line feed; loads are rounded to four digits."""
     if isinstance(record, StepRecord):
         record = replace(record, experts=tuple(_rounded(layer) for layer in record.experts))
     raw = {"kind": _KINDS[type(record)], **plain(record)}
@@ -39,7 +39,7 @@ def encode(record: Record) -> bytes:
 
 
 def decode(line: bytes, where: str) -> Record:
-    """The record in `line`. Raises UserError starting with `where` if there is none."""
+    """Decode the record in `line`. Raises UserError that starts with `where`."""
     raw = parse_object(line, where)
     try:
         return _read(raw)
@@ -52,7 +52,7 @@ def _rounded(layer: ExpertRecord) -> ExpertRecord:
 
 
 def plain(value: Any) -> Any:
-    """`value` as strict JSON knows it: records as objects, names for numbers not finite."""
+    """`value` as strict JSON: records as objects, strings for NaN and infinities."""
     if isinstance(value, float):
         return value if math.isfinite(value) else _name(value)
     if isinstance(value, tuple | list):
@@ -87,7 +87,7 @@ Reader = Callable[[Any], Any]
 
 
 def _checked(raw: Mapping[str, Any], readers: Mapping[str, Reader]) -> dict[str, Any]:
-    """The fields of one record: those of `readers`, of which only OPTIONAL ones may be missing."""
+    """Typed fields of a record: exactly those of `readers`, except missing OPTIONAL ones."""
     spared = {name for name in OPTIONAL if name in readers and name not in raw}
     if odd := sorted((raw.keys() ^ readers.keys()) - spared):
         raise ValueError(f"'{odd[0]}' is {'unknown' if odd[0] in raw else 'missing'}")

@@ -1,6 +1,6 @@
-"""The live view of a training: a few lines at the bottom of a terminal that keep themselves fresh.
+"""Live progress view of a training in a terminal: a few lines at the bottom, redrawn regularly.
 
-Owns their layout. Notes and whatever else is written to stderr appear above them.
+Notes and other output to stderr appear above them.
 """
 
 import time
@@ -19,23 +19,23 @@ from lowlat.train.metrics.tracker import ProgressTracker
 
 _REFRESHES_PER_SECOND = 2
 _BESIDE_BAR = 64
-"""Columns that the progress bar leaves to name, steps and clocks."""
+"""Columns reserved next to the progress bar for name, steps and times."""
 _BESIDE_LOAD = 44
-"""Columns that the bars of the experts leave to the other figures of a layer."""
+"""Columns reserved next to the expert bars for the other values of a layer."""
 _OTHER_LINES = 9
-"""Lines of the terminal that layers of experts leave to the rest and to the notes above."""
+"""Lines of the terminal reserved for everything except expert layers."""
 
 
 @final
 class LiveView(ProgressView):
-    """Redraws itself on a thread, so that clocks run on while a step takes long."""
+    """Redraws itself on a thread, so that times advance during long steps."""
 
     def __init__(self) -> None:
         self._pace: ProgressTracker | None = None
         self._status = ""
         self._since = 0.0
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        # stdout carries results and may be a pipe: never send it through this console.
+        # stdout has results and may be a pipe, so it must not go through this console.
         self._live = Live(
             console=self._console,
             get_renderable=self._draw,
@@ -86,7 +86,7 @@ class LiveView(ProgressView):
 
 
 def _progress(pace: ProgressTracker, waited: float, status: str, width: int) -> Table:
-    """Name, bar, steps, clocks. `waited`: seconds since the latest step or the start."""
+    """Name, progress bar, steps, times. `waited`: seconds since the last step or the start."""
     last, total = pace.last, pace.start.total_steps
     step = pace.start.step if last is None else last.step
     spent = waited + (0.0 if last is None else last.seconds)
@@ -130,7 +130,7 @@ def _speed(pace: ProgressTracker, last: StepRecord) -> Text:
 
 
 def _experts(experts: tuple[ExpertRecord, ...], room: int, width: int) -> Table:
-    """A bar per expert and a line per layer; the least even layers where not all have room."""
+    """One line per MoE layer with a bar per expert; the least balanced layers if not all fit."""
     shown = sorted(experts, key=lambda layer: -layer.max_violation)[:room]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     load = f"load, {len(shown)} of {len(experts)} layers" if len(shown) < len(experts) else "load"
@@ -149,5 +149,5 @@ def _experts(experts: tuple[ExpertRecord, ...], room: int, width: int) -> Table:
 
 
 def _fitting(columns: int, most: int) -> int:
-    """Columns for something that shrinks with the terminal, but not to nothing."""
+    """`columns`, between 8 and `most`."""
     return max(8, min(most, columns))

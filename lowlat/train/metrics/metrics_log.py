@@ -1,6 +1,6 @@
-"""The one object a trainer tells what happens: log.jsonl, TensorBoard files and the view.
+"""Metrics logging of a run: passes records to log.jsonl, TensorBoard and the progress view.
 
-Owns who gets which record. Only one process of a run has a log; the others hold SilentMetricsLog.
+Only rank 0 writes a log; other processes have a SilentMetricsLog.
 """
 
 from abc import ABC, abstractmethod
@@ -16,15 +16,15 @@ from lowlat.train.metrics.progress_view import ProgressView
 from lowlat.train.metrics.record import EvalRecord, NoteRecord, StartRecord, StepRecord
 
 LOADS_EVERY = 10
-"""Least steps between two records in the log that hold the load of every expert. The others have
-what is derived from it, so that the log of a large model stays small.
+"""Minimum steps between log records with the load of every expert. The other records have only
+MaxVio, entropy and bias, so that the log of a large model stays small.
 """
 
 Fact = str | int | float | bool | None
 
 
 class MetricsLog(ABC):
-    """Takes the records of one run in the order they come."""
+    """Interface: takes the records of one run, in order."""
 
     @abstractmethod
     def start(
@@ -36,42 +36,43 @@ class MetricsLog(ABC):
         tokens_total: int,
         facts: Mapping[str, Fact],
     ) -> None:
-        """The run begins, or goes on from the save of `step`; comes first, notes aside.
+        """Log the start of the run, or its resumption from the checkpoint of `step`; must precede
+        all other records except notes.
 
         Args:
             name: the recipe's name.
-            step: optimiser steps done: 0, or those of the save. Records of later steps that a
-                dead run left are superseded; that of `step` itself is kept, so a step is to be
-                recorded before it is saved.
-            total_steps: optimiser steps of the whole recipe.
+            step: completed optimizer steps: 0, or those of the checkpoint. It supersedes older
+                records of later steps, but not that of `step`, so a step must be recorded before
+                its checkpoint is written.
+            total_steps: optimizer steps of the whole recipe.
             tokens_total: input tokens of the whole recipe.
-            facts: what else to keep, such as parameters, device, threads; shown at the start.
+            facts: other values to log and show, such as parameters, device, threads.
         """
 
     @abstractmethod
     def step(self, record: StepRecord) -> None:
-        """A step is done."""
+        """Log a step."""
 
     @abstractmethod
     def evaluation(self, record: EvalRecord) -> None:
-        """An evaluation is done; a second one of the same step and split replaces the first."""
+        """Log an evaluation; it replaces an earlier one of the same step and split."""
 
     @abstractmethod
     def note(self, text: str) -> None:
-        """One line worth keeping, such as a save that was skipped; shown at once."""
+        """Log and show one line, such as a failed checkpoint."""
 
     @abstractmethod
     def status(self, text: str) -> None:
-        """What goes on between two steps, such as 'evaluating', for a live view; '': nothing."""
+        """Show an activity between steps in a live view, such as 'evaluating'; '' clears it."""
 
     @abstractmethod
     def close(self) -> None:
-        """The run is over, done or not; to be called however it ends. Again: does nothing."""
+        """Close all files; must be called however the run ends. Further calls do nothing."""
 
 
 @final
 class SilentMetricsLog(MetricsLog):
-    """Keeps nothing: for the other processes of a run, and for tests."""
+    """Discards all records: for processes other than rank 0, and for tests."""
 
     def start(
         self,
@@ -102,7 +103,7 @@ class SilentMetricsLog(MetricsLog):
 
 @final
 class FolderMetricsLog(MetricsLog):
-    """Writes to the folder of a run and shows it."""
+    """Writes records to a run folder and shows them."""
 
     def __init__(
         self,
@@ -113,18 +114,18 @@ class FolderMetricsLog(MetricsLog):
         tensorboard_wanted: bool | None = None,
         loads_every: int = LOADS_EVERY,
     ) -> None:
-        """Opens the log, which is made where it is not there yet.
+        """Open or create the log.
 
         Args:
-            log: log.jsonl of the run; its folder exists.
-            tensorboard_folder: where TensorBoard files go.
-            view: who watches.
-            tensorboard_wanted: None writes TensorBoard files where tensorboard is installed and
-                notes where it is not; True insists; False leaves them out.
-            loads_every: least steps between two records in the log with the load of every expert.
+            log: log.jsonl of the run; its folder must exist.
+            tensorboard_folder: folder of TensorBoard files.
+            view: the progress view.
+            tensorboard_wanted: None writes TensorBoard files if tensorboard is installed and logs
+                a note otherwise; True requires tensorboard; False writes none.
+            loads_every: minimum steps between log records with the load of every expert.
 
         Raises:
-            UserError: the log cannot be written, or tensorboard is wanted and not installed.
+            UserError: the log cannot be written, or tensorboard is required and not installed.
         """
         if tensorboard_wanted:
             tensorboard.require()
@@ -158,8 +159,8 @@ class FolderMetricsLog(MetricsLog):
         self._log.write(record)
         if self._log.cut_bytes:
             self.note(
-                f"log: cut off a torn last line of {self._log.cut_bytes:,} bytes, left by a run "
-                "that was killed"
+                f"log: removed a torn last line of {self._log.cut_bytes:,} bytes, left by a "
+                "killed run"
             )
         if self._tensorboard_wanted is not False:
             self._open_tensorboard(record)

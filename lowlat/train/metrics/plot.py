@@ -1,7 +1,6 @@
-"""A training as a picture, one run in full or several compared.
+"""Report plot of training runs: the page of panels for one run, or for several runs compared.
 
-Owns the page: which panel stands where, and its files. Panels are `plot_panels`'s, the maps of
-expert loads `plot_loads`'s.
+`plot_panels` draws panels, `plot_loads` maps of expert loads.
 """
 
 from importlib.util import find_spec
@@ -27,10 +26,10 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.plots import STYLE
 
 FORMATS = (".png", ".svg", ".pdf")
-"""Endings of files a picture can be written to."""
+"""Suffixes of plot files."""
 _COLUMNS = 3
 _WIDTH, _HEIGHT = 4.4, 2.6
-"""Inches of a panel."""
+"""Size of a panel in inches."""
 _MOST_MAPS = 18
 _DOTS_PER_INCH = 130
 _STYLE: dict[Any, Any] = STYLE | {
@@ -48,11 +47,11 @@ def available() -> bool:
 
 
 def draw(histories: dict[str, RunHistory], paths: list[Path]) -> None:
-    """Write the picture of the runs, by label, to each of `paths`, whose endings choose formats.
+    """Draw the runs, by label, and write the plot to each of `paths`; suffixes choose the formats.
 
-    One run is drawn over its steps with all that is known about its experts; several are drawn
-    over tokens, without the loads of single experts. Every run must have a step. Raises UserError
-    without matplotlib, or where a file cannot be written.
+    A single run is drawn over steps, with maps of expert loads; several runs are drawn over tokens,
+    without them. Every run must have a step. Raises UserError without matplotlib, or if a file
+    cannot be written.
     """
     if not available():
         raise UserError("plots need matplotlib: pip install lowlat[train]")
@@ -83,7 +82,7 @@ def draw(histories: dict[str, RunHistory], paths: list[Path]) -> None:
 
 
 def _chosen(maps: list[LoadMap]) -> list[LoadMap]:
-    """All maps, or as many as a page holds, spread evenly over the layers."""
+    """All maps, or as many as fit the page, spread evenly over the layers."""
     if len(maps) <= _MOST_MAPS:
         return maps
     return [maps[round(i * (len(maps) - 1) / (_MOST_MAPS - 1))] for i in range(_MOST_MAPS)]
@@ -111,7 +110,7 @@ def _title(runs: list[DrawnRun]) -> str:
 
 
 def _panels(figure: Any, grid: Any, runs: list[DrawnRun]) -> None:
-    """Rows 0 to 2: the losses large, the schedule beside them, the speed below."""
+    """Rows 0 to 2: losses, with learning rate and gradient norm on the right, throughput below."""
     losses(figure.add_subplot(grid[0:2, 0:2]), runs)
     curve(figure.add_subplot(grid[0, 2]), runs, "learning rate", lambda s: s.learning_rate)
     norms = figure.add_subplot(grid[1, 2])
@@ -130,7 +129,7 @@ def _panels(figure: Any, grid: Any, runs: list[DrawnRun]) -> None:
 
 
 def _expert_panels(figure: Any, grid: Any, runs: list[DrawnRun]) -> None:
-    """Row 3: how evenly experts are used, and what their biases do about it."""
+    """Row 3: expert load balance and routing biases."""
     over = "" if runs[0].alone else ", mean of layers"
     title = f"MaxVio = largest load / mean - 1{over}"
     balance(figure.add_subplot(grid[3, 0]), runs, title, lambda e: e.max_violation)
@@ -140,7 +139,7 @@ def _expert_panels(figure: Any, grid: Any, runs: list[DrawnRun]) -> None:
 
 
 def _teacher_panels(figure: Any, row: Any, runs: list[DrawnRun]) -> None:
-    """The last row before the maps: how far from the teacher."""
+    """Last row before the maps: divergence from the teacher."""
     halves = row.subgridspec(1, 2)
     divergence(figure.add_subplot(halves[0]), runs)
     layers = figure.add_subplot(halves[1])
@@ -151,14 +150,13 @@ def _teacher_panels(figure: Any, row: Any, runs: list[DrawnRun]) -> None:
 def _save(figure: Any, path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in FORMATS:
-        raise UserError(f"{path}: a picture's name must end in one of {', '.join(FORMATS)}")
-    # Dates would make the same run give different files.
+        raise UserError(f"{path}: a plot's name must end in one of {', '.join(FORMATS)}")
+    # Without dates the same run gives the same files.
     undated = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata=undated[suffix])
     except OSError as error:
         raise UserError(
-            f"{path}: the picture cannot be written ({error.strerror}); name another file with "
-            "--out"
+            f"{path}: the plot cannot be written ({error.strerror}); name another file with --out"
         ) from error

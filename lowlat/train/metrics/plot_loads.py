@@ -1,7 +1,4 @@
-"""Maps of expert loads: which experts of a layer were used more than others, and when.
-
-Owns their colours: white is the mean, orange more, purple less.
-"""
+"""Heat maps of expert loads over training: white is the mean load, orange above, purple below."""
 
 from typing import Any
 
@@ -11,13 +8,13 @@ from lowlat.train.metrics.formatting import tick
 from lowlat.train.metrics.series import LoadMap
 
 _MOST = 2.0
-"""Load over mean load at which the colour is full."""
+"""Load over mean load at which the colour saturates."""
 _ROWS_OF_SCALE = 2
-"""Rows of maps along which the scale of colours stretches."""
+"""Rows of maps that the colour bar spans."""
 
 
 def draw_maps(figure: Any, panels: list[Any], maps: list[LoadMap]) -> None:
-    """Each of `maps` on its own axes of `panels`, with one scale of colours for all."""
+    """Draw each of `maps` on its axes of `panels`, with one colour bar for all."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     mesh = None

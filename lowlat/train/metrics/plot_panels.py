@@ -1,7 +1,4 @@
-"""Panels of curves: losses, a figure per step, balance of the experts.
-
-Owns colours, what is smoothed, legends and axes of one panel.
-"""
+"""Plot panels of training curves: losses, values per step, expert balance, routing bias."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,35 +17,34 @@ _FAINT = {"alpha": 0.25, "linewidth": 0.6}
 _MOST_NAMED_LAYERS = 8
 _MOST_MARKED_EVALUATIONS = 60
 _NAMED_PHASE = 0.02
-"""Part of the x axis that the name of a phase takes."""
+"""Share of the x axis that the name of a phase needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrawnRun:
-    """One run as all panels draw it."""
+    """A run with its label, colour and x axis."""
 
     label: str
-    """Its name in legends."""
+    """Name in legends."""
     colour: str
-    """Its colour beside other runs."""
+    """Colour if several runs are drawn."""
     history: RunHistory
-    """What there is to draw."""
     x: Array
-    """Where its steps stand on the x axis: steps if alone, else tokens."""
+    """Positions of its steps on the x axis: steps if alone, else tokens."""
     alone: bool
-    """No other run is drawn, so colours are free for what this one consists of."""
+    """Whether it is the only run, so that colours can distinguish its curves."""
 
     def values(self, value: Callable[[StepRecord], float | None]) -> Array:
-        """`value` of every step; NaN where it is None."""
+        """`value` of every step, with NaN for None."""
         return finite([value(step) for step in self.history.steps])
 
     def named(self, name: str) -> str:
-        """`name` in a legend."""
+        """Legend of the curve `name`."""
         return name if self.alone else f"{self.label}: {name}"
 
 
 def losses(axes: Any, runs: list[DrawnRun]) -> None:
-    """Training loss of steps faintly and smoothed, MTP modules dashed, evaluations as points."""
+    """Training loss per step (faint) and smoothed, MTP losses (dashed), evaluations (markers)."""
     means = []
     for run in runs:
         raw = run.values(lambda step: step.loss)
@@ -73,7 +69,7 @@ def curve(
     *,
     noisy: bool = False,
 ) -> None:
-    """One figure of every step; if `noisy`, faintly, with its moving median over it."""
+    """One value per step; if `noisy`, faint, with its moving median."""
     from matplotlib.ticker import FuncFormatter
 
     for run in runs:
@@ -85,17 +81,17 @@ def curve(
     _finish(axes, runs, title)
     axes.yaxis.set_major_formatter(FuncFormatter(tick))
     if not any(np.isfinite(run.values(value)).any() for run in runs):
-        axes.text(0.5, 0.5, "not known", ha="center", va="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "unknown", ha="center", va="center", transform=axes.transAxes)
         axes.set_yticks([])
 
 
 def is_taught(run: DrawnRun) -> bool:
-    """Whether the run learns from a teacher."""
+    """Whether the run distills a teacher."""
     return any(s.divergence is not None or s.layer_error is not None for s in run.history.steps)
 
 
 def divergence(axes: Any, runs: list[DrawnRun]) -> None:
-    """KL from the teacher: of steps, and of evaluations as points."""
+    """KL divergence from the teacher: steps, and evaluations as markers."""
     title = "KL from the teacher, nats per token"
     curve(axes, runs, title, lambda s: s.divergence, noisy=True)
     for run in runs:
@@ -104,8 +100,8 @@ def divergence(axes: Any, runs: list[DrawnRun]) -> None:
 
 
 def log_scale(axes: Any) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2 and 5 times powers of ten; linear if nothing
-    drawn is positive.
+    """Set a logarithmic y axis with labels at 1, 2 and 5 times powers of ten; linear without
+    positive values.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -120,7 +116,7 @@ def log_scale(axes: Any) -> None:
 def balance(
     axes: Any, runs: list[DrawnRun], title: str, value: Callable[[ExpertRecord], float]
 ) -> None:
-    """One figure of the experts: of every layer for one run, the mean of layers for several."""
+    """An expert statistic: per layer for one run, the mean of layers for several."""
     for run in runs:
         layers = _of_layers(run, value)
         if run.alone:
@@ -135,7 +131,7 @@ def balance(
 
 
 def bias(axes: Any, runs: list[DrawnRun]) -> None:
-    """The smallest and largest routing bias: of every layer for one run, of all for several."""
+    """Smallest and largest routing bias: per layer for one run, of all layers for several."""
     for run in runs:
         low = _of_layers(run, lambda e: e.bias_min)
         high = _of_layers(run, lambda e: e.bias_max)
@@ -155,7 +151,7 @@ def bias(axes: Any, runs: list[DrawnRun]) -> None:
 
 
 def _mtp_losses(axes: Any, run: DrawnRun) -> list[Array]:
-    """Draws them; returns their moving means."""
+    """Draw the MTP losses; returns their moving means."""
     means = []
     for depth in range(max(len(step.mtp_losses) for step in run.history.steps)):
 
@@ -190,7 +186,9 @@ def _evaluations(axes: Any, run: DrawnRun, value: Callable[[EvalRecord], float |
 
 
 def _leave_out_the_fall(axes: Any, means: list[Array]) -> None:
-    """End the y axis at what follows the first twentieth of the run, which flattens the rest."""
+    """Limit the y axis to the values after the first twentieth of the run, whose fast initial drop
+    would flatten the rest.
+    """
     rest = np.concatenate([mean[len(mean) // 20 :] for mean in means])
     rest = rest[np.isfinite(rest)]
     bottom = axes.dataLim.y0
@@ -200,9 +198,7 @@ def _leave_out_the_fall(axes: Any, means: list[Array]) -> None:
 
 
 def _phases(axes: Any, run: DrawnRun) -> None:
-    """A line where a phase of the recipe begins, with its name where that has room; nothing if
-    there is only one.
-    """
+    """A line at the start of each phase, with its name if it fits; none for a single phase."""
     steps = run.history.steps
     begins = [
         (x, step.phase)
@@ -228,7 +224,7 @@ def _phases(axes: Any, run: DrawnRun) -> None:
 
 
 def _of_layers(run: DrawnRun, value: Callable[[ExpertRecord], float]) -> dict[int, Array]:
-    """`value` of every MoE layer and step; NaN where a step has no record of the layer."""
+    """`value` of every MoE layer and step; NaN if a step has no record of the layer."""
     layers = dict.fromkeys(e.layer for step in run.history.steps for e in step.experts)
     curves = {layer: np.full(len(run.x), np.nan) for layer in sorted(layers)}
     for place, step in enumerate(run.history.steps):

@@ -1,7 +1,6 @@
-"""What someone who waits for a training sees, on stderr only.
+"""Progress views of a training on stderr: the interface, plain lines, and silence.
 
-Owns the interface of a view and the two that print nothing or plain lines; the live one is in
-`live`. Which view fits is decided in `make_view`.
+`live_view` has the live view; `make_view` chooses.
 """
 
 import os
@@ -15,35 +14,35 @@ from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, S
 from lowlat.train.metrics.tracker import ProgressTracker
 
 PLAIN_SECONDS = 30.0
-"""Seconds between two plain lines about steps."""
+"""Seconds between two lines about steps."""
 
 
 class ProgressView(ABC):
-    """Shows a run; everything may be called from the training thread alone."""
+    """Interface of a view; only the training thread may call it."""
 
     @abstractmethod
     def start(self, record: StartRecord) -> None:
-        """A run begins or goes on; comes before everything else but notes."""
+        """Show that a run starts or resumes; must precede everything except notes."""
 
     @abstractmethod
     def step(self, record: StepRecord) -> None:
-        """A step is done."""
+        """Show a completed step."""
 
     @abstractmethod
     def evaluation(self, record: EvalRecord) -> None:
-        """An evaluation is done."""
+        """Show an evaluation."""
 
     @abstractmethod
     def note(self, text: str) -> None:
-        """One line that stays on the screen."""
+        """Print one line."""
 
     @abstractmethod
     def status(self, text: str) -> None:
-        """What goes on between two steps, such as 'evaluating'; '' when it is over."""
+        """Show an activity between steps, such as 'evaluating'; '' clears it."""
 
     @abstractmethod
     def close(self) -> None:
-        """The run is over, whether it is done or not; further calls do nothing."""
+        """End the view, however the run ends; further calls do nothing."""
 
 
 @final
@@ -71,9 +70,9 @@ class SilentView(ProgressView):
 
 @final
 class PlainView(ProgressView):
-    """A line every half minute, and one per evaluation and note: for logs and pipes.
+    """Prints a line every half minute and one per evaluation and note, for logs and pipes.
 
-    A status is not shown: it would be out of date in a line that stays.
+    It shows no status.
     """
 
     def __init__(self, seconds: float = PLAIN_SECONDS) -> None:
@@ -115,7 +114,7 @@ class PlainView(ProgressView):
 
 
 def make_view(*, quiet: bool = False) -> ProgressView:
-    """Live where stderr is a terminal, plain lines where it is not, nothing if `quiet`."""
+    """The live view if stderr is a terminal, else plain lines; silent if `quiet`."""
     if quiet or sys.stderr is None:
         return SilentView()
     if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
@@ -126,7 +125,7 @@ def make_view(*, quiet: bool = False) -> ProgressView:
 
 
 def heading(record: StartRecord) -> str:
-    """What is trained, for how long, and the facts of the run."""
+    """Name, steps, tokens and facts of a run in one line."""
     begun = f"from step {record.step:,}, " if record.step else ""
     facts = "".join(f", {name} {_fact(value)}" for name, value in record.facts.items())
     size = f"{record.total_steps:,} steps, {count(record.tokens_total)} tokens"
@@ -134,7 +133,7 @@ def heading(record: StartRecord) -> str:
 
 
 def line(pace: ProgressTracker) -> str:
-    """The latest step in one line. A step must be known."""
+    """The latest step in one line; there must be one."""
     last = pace.last
     if last is None:
         raise ValueError("no step is known yet")
@@ -154,7 +153,7 @@ def line(pace: ProgressTracker) -> str:
 
 
 def evaluation_text(record: EvalRecord) -> str:
-    """'held_out loss 3.3012 (1.021 bits/byte), mtp 3.6120'; of chats 'per answer token'."""
+    """An evaluation in words, such as 'held_out loss 3.3012 (1.021 bits/byte), mtp 3.6120'."""
     bits = "" if record.bits_per_byte is None else f" ({record.bits_per_byte:.3f} bits/byte)"
     bits += "" if record.targets is None else f" per {record.targets}"
     mtp = "".join(f", mtp {loss:.4f}" for loss in record.mtp_losses)

@@ -1,8 +1,4 @@
-"""The report of one training or several: their logs found, summed up and drawn.
-
-Owns which files are read and written. `lowlat train report` prints what this returns, and a
-trainer calls `write_report` when it is done.
-"""
+"""Files of training reports: find logs, write plots and report.json."""
 
 import json
 from pathlib import Path
@@ -14,17 +10,17 @@ from lowlat.train.metrics.summary import Summary, summarise
 from lowlat.utils.errors import UserError
 
 REPORT_STEM = "report"
-"""Reports lie beside the log of their run under this name."""
+"""Name of report files, next to the log of their run."""
 
 
 def read_runs(runs: list[Path]) -> dict[str, RunHistory]:
-    """The history of each run by a label that tells them apart.
+    """Read the history of each run, by a unique label.
 
     Args:
-        runs: folders of runs, or their logs.
+        runs: run folders, or their logs.
 
     Raises:
-        UserError: a run named twice, or without a log that can be read.
+        UserError: a run named twice, or without a readable log.
     """
     names = [run.resolve().name if run.is_dir() else run.resolve().parent.name for run in runs]
     labels = [
@@ -37,27 +33,27 @@ def read_runs(runs: list[Path]) -> dict[str, RunHistory]:
 
 
 def log_of(run: Path) -> Path:
-    """The log of a run that is named by its folder or by the log itself."""
+    """Log of a run, given its folder or the log itself."""
     return run / LOG_NAME if run.is_dir() else run
 
 
 def pictures(out: Path) -> list[Path]:
-    """The files that `--out` means: itself, or a png and an svg where it has no ending.
+    """Plot files of `--out`: the file itself, or a .png and an .svg without a suffix.
 
-    Raises UserError for the ending of something else.
+    Raises UserError for another suffix.
     """
     if not out.suffix:
         return [out.with_suffix(".png"), out.with_suffix(".svg")]
     if out.suffix.lower() not in FORMATS:
-        raise UserError(f"--out {out}: must end in {', '.join(FORMATS)}, or have no ending")
+        raise UserError(f"--out {out}: must end in {', '.join(FORMATS)}, or have no suffix")
     return [out]
 
 
 def write_report(history: RunHistory) -> list[Path]:
-    """Draw and sum up one run beside its log, as report.png, report.svg and report.json.
+    """Write report.png, report.svg and report.json of one run next to its log.
 
-    Returns the files. Raises UserError without matplotlib, where no step is done yet, or where a
-    file cannot be written.
+    Returns the files. Raises UserError without matplotlib, without a completed step, or if a file
+    cannot be written.
     """
     folder = history.path.parent
     summary = summarise(history)
@@ -67,8 +63,8 @@ def write_report(history: RunHistory) -> list[Path]:
 
 
 def write_json(summary: Summary | dict[str, Summary], path: Path) -> Path:
-    """`summary`, or several by label, as strict JSON in `path`, which is returned. Raises UserError
-    if it cannot be.
+    """Write `summary`, or several by label, as strict JSON to `path`; returns `path`. Raises
+    UserError if writing fails.
     """
     text = json.dumps(plain(summary), allow_nan=False, indent=1)
     try:

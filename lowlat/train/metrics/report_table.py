@@ -1,4 +1,4 @@
-"""Summaries of runs as a table for people, side by side. Owns wording and layout."""
+"""Table of run summaries, side by side, for `lowlat train report`."""
 
 import statistics
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from lowlat.train.metrics.summary import Summary
 
 
 def table(summaries: dict[str, Summary]) -> Table:
-    """One column per run under its label, one row per figure that any run has."""
+    """One column per run, one row per value that any run has."""
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan")
     shown.add_column("", no_wrap=True)
     for label in summaries:
@@ -37,7 +37,7 @@ def _course(runs: list[Summary]) -> list[Row]:
 
 
 def _losses(runs: list[Summary]) -> list[Row]:
-    """Nats per target; those of an evaluation are of the one with the least main loss."""
+    """Losses in nats per target; evaluations are those with the lowest main loss."""
     rows = [("loss at the end", [_figure(run, "loss", ".4f") for run in runs])]
     for name, key in (
         ("  KL from the teacher", "divergence"),
@@ -77,7 +77,7 @@ def _speed(runs: list[Summary]) -> list[Row]:
 
 
 def _experts(runs: list[Summary]) -> list[Row]:
-    """From the first step to the end, and of any layer and step."""
+    """MaxVio at the first step and at the end, and the highest of any layer and step."""
     return [
         ("MaxVio, mean of layers", [_violation(run, statistics.fmean) for run in runs]),
         ("  worst layer", [_violation(run, max) for run in runs]),

@@ -1,7 +1,4 @@
-"""A run's history as arrays to draw: smoothed, thinned, and loads averaged over stretches of steps.
-
-Owns arithmetic over whole histories; drawing is `plot`'s.
-"""
+"""Plot data of a run: smoothed and downsampled curves, expert loads averaged over intervals."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,32 +11,32 @@ from lowlat.train.metrics.record import StepRecord
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 MOST_POINTS = 1500
-"""Points of a curve, more than a picture has columns."""
+"""Maximum points of a curve, more than a plot has pixel columns."""
 MOST_STRETCHES = 160
-"""Columns of a map of loads."""
+"""Maximum columns of a map of loads."""
 _SMOOTHED_PART = 40
-"""A smoothed value is the mean over this part of the run."""
+"""Smoothing windows are 1 / this of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadMap:
-    """Loads of one MoE layer over a run."""
+    """Expert loads of one MoE layer over a run."""
 
     layer: int
     """Decoder layer."""
     edges: Array
-    """Where the stretches of the run begin and end, one more than there are stretches."""
+    """[intervals + 1]: borders of the intervals on the x axis."""
     relative: Array
-    """[experts, stretches]: load over mean load, averaged over a stretch; 1 is even."""
+    """[experts, intervals]: load over mean load, averaged over an interval; 1 is balanced."""
 
 
 def finite(values: list[float | None]) -> Array:
-    """As an array; what is unknown is NaN, which is not drawn."""
+    """`values` as an array, with NaN for None, which plots omit."""
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def smoothed(values: Array) -> Array:
-    """Centred moving mean over a fortieth of the run that leaves out what is not finite."""
+    """Centered moving average over a fortieth of the run, ignoring values that are not finite."""
     known = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
@@ -49,8 +46,8 @@ def smoothed(values: Array) -> Array:
 
 
 def medians(values: Array) -> Array:
-    """Moving median over a fortieth of the run, at the points that `thinned` keeps: single steps
-    far off, such as one during a save, do not show in it.
+    """Moving median over a fortieth of the run, at the points of `thinned`; robust against single
+    outliers, such as a step during a checkpoint.
     """
     low, high = _windows(_kept(len(values)), len(values))
     windows = (values[i:j][np.isfinite(values[i:j])] for i, j in zip(low, high, strict=True))
@@ -58,7 +55,7 @@ def medians(values: Array) -> Array:
 
 
 def thinned(*curves: Array) -> list[Array]:
-    """Every n-th point of each curve, so that at most MOST_POINTS are left; the last is kept."""
+    """Downsample each curve to every n-th point, at most MOST_POINTS, the last included."""
     kept = _kept(len(curves[0]))
     return [curve[kept] for curve in curves]
 
@@ -69,17 +66,17 @@ def _kept(length: int) -> Any:
 
 
 def _windows(places: Any, length: int) -> tuple[Any, Any]:
-    """First and one past the last place of the window around each of `places`."""
+    """First index and one past the last index of the window around each of `places`."""
     half = length // _SMOOTHED_PART // 2
     return np.maximum(places - half, 0), np.minimum(places + half + 1, length)
 
 
 def load_maps(history: RunHistory, positions: Array) -> list[LoadMap]:
-    """One map per MoE layer of which loads were kept.
+    """One map per MoE layer with logged loads.
 
     Args:
         history: the run.
-        positions: where each of its steps stands on the x axis.
+        positions: positions of its steps on the x axis.
     """
     kept = [
         (position, step)
@@ -101,7 +98,7 @@ def load_maps(history: RunHistory, positions: Array) -> list[LoadMap]:
 
 
 def _mean_load(steps: list[StepRecord], layer: int, experts: int) -> Array:
-    """Mean share of each expert of `layer`; NaN where no step kept it."""
+    """Mean load of each expert of `layer`; NaN if no step logged it."""
     loads = [
         e.load
         for step in steps

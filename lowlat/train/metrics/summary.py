@@ -1,7 +1,7 @@
-"""What came of a run, in figures: the report as one JSON object.
+"""Summary of a run as one JSON object: losses, throughput, MFU, memory, expert balance.
 
-Owns what is summed up and how; wording is `report_table`'s. Losses and balance at the end are means
-over the last steps, since single steps are noisy; speeds are medians, which a pause does not move.
+Final losses and balance are means over the last steps, because single steps are noisy. Throughput
+is a median, which is robust against pauses.
 """
 
 import statistics
@@ -20,17 +20,17 @@ _LAST_PART, _MOST_LAST_STEPS = 20, 100
 
 
 def summarise(history: RunHistory) -> Summary:
-    """The figures of one run, which may still be going.
+    """Summarize a finished or active run.
 
-    Keys say their units: losses and divergences in nats per target, `mfu` as a share, `seconds` of
-    all runs of the folder. `mean_of_steps` tells over how many last steps `loss`, `divergence`,
-    `layer_error`, `mtp_losses` and the `last` of experts are means; None is not known.
+    Losses and divergences are in nats per target, `mfu` is a fraction, `seconds` is over all
+    resumptions. `loss`, `divergence`, `layer_error`, `mtp_losses` and the `_last` values of experts
+    are means over the last `mean_of_steps` steps. None is unknown.
 
-    Raises UserError if no step is done yet.
+    Raises UserError without a completed step.
     """
     steps = history.steps
     if not steps:
-        raise UserError(f"{history.path}: no step is done yet; ask again later")
+        raise UserError(f"{history.path}: no step is done yet; try again later")
     window = max(1, min(_MOST_LAST_STEPS, len(steps) // _LAST_PART))
     last, ending = steps[-1], steps[-window:]
     start = history.start
@@ -64,23 +64,23 @@ def summarise(history: RunHistory) -> Summary:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are known; None where none is."""
+    """Mean of the known values; None without any."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
 
 
 def _column_means(rows: Sequence[tuple[float, ...]]) -> list[float]:
-    """Of the rows that reach as far: a step may have fewer MTP modules with targets than others."""
+    """Column means over rows of different lengths: steps may differ in MTP modules with targets."""
     columns = zip_longest(*rows)
     return [statistics.fmean(x for x in column if x is not None) for column in columns]
 
 
 def _evaluations(records: Sequence[EvalRecord]) -> dict[str, Any]:
-    """Per split the first, the best and the last evaluation."""
+    """First, best and last evaluation of each split."""
     found = {}
     for split in dict.fromkeys(record.split for record in records):
         of_split = [record for record in records if record.split == split]
-        # A loss that is not a number compares as false with all and could stand as the best.
+        # NaN compares as false with every number, so it must sort last explicitly.
         best = min(of_split, key=lambda record: (record.loss != record.loss, record.loss))
         places = {"first": of_split[0], "best": best, "last": of_split[-1]}
         found[split] = {place: _evaluation(record) for place, record in places.items()}
@@ -99,12 +99,12 @@ def _evaluation(record: EvalRecord) -> dict[str, Any]:
 
 
 def _experts(steps: Sequence[StepRecord], ending: Sequence[StepRecord]) -> list[dict[str, Any]]:
-    """Per MoE layer its balance at the first step that ran it, at its worst, and at the end."""
+    """Balance of each MoE layer at its first step, at its worst step, and at the end."""
     courses, lasts = _by_layer(steps), _by_layer(ending)
     layers = []
     for layer in sorted(courses):
         course = courses[layer]
-        # Phases that match attention run no experts: a run that ends with one has the last known.
+        # Phases that match attention run no experts; after them, use the last known record.
         last = lasts.get(layer, course[-1:])
         layers.append(
             {
@@ -122,7 +122,7 @@ def _experts(steps: Sequence[StepRecord], ending: Sequence[StepRecord]) -> list[
 
 
 def _by_layer(steps: Sequence[StepRecord]) -> dict[int, list[ExpertRecord]]:
-    """The records of every MoE layer, in order of steps."""
+    """Records of each MoE layer, in order of steps."""
     found: dict[int, list[ExpertRecord]] = {}
     for step in steps:
         for record in step.experts:

@@ -1,7 +1,6 @@
-"""TensorBoard files of a run, through torch's SummaryWriter.
+"""TensorBoard files of a run, written with torch's SummaryWriter.
 
-Owns the names of the curves and how often the dear ones are written. Loss curves share a chart per
-group, as the part before the slash says.
+Curves with the same prefix before the slash share a section.
 """
 
 import threading
@@ -17,11 +16,11 @@ from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, S
 from lowlat.utils.errors import UserError
 
 _IMAGE_EVERY = 100
-"""Steps between two pictures and histograms of the loads; curves get every step."""
+"""Steps between images and histograms of loads; curves have every step."""
 _CELL = 8
-"""Pixels a side of one expert in a picture."""
+"""Side of one expert in an image, in pixels."""
 _COLD, _EVEN, _HOT = (33, 102, 172), (247, 247, 247), (178, 60, 20)
-"""Colours of no load, the mean load, and twice the mean or more."""
+"""Colors of zero load, the mean load, and twice the mean or more."""
 
 
 def available() -> bool:
@@ -30,7 +29,7 @@ def available() -> bool:
 
 
 def require() -> None:
-    """Raises UserError without tensorboard: asked before anything is trained."""
+    """Raises UserError if tensorboard is not installed; called before training starts."""
     if not available():
         raise UserError(
             "the recipe asks for TensorBoard files, which need tensorboard: "
@@ -40,10 +39,10 @@ def require() -> None:
 
 @final
 class TensorBoardFiles:
-    """Writes what the log gets, in TensorBoard's form."""
+    """Writes log records as TensorBoard events."""
 
     def __init__(self, folder: Path, start: StartRecord) -> None:
-        """Points that an earlier run wrote for steps after `start.step` are marked as void.
+        """Purge events of an earlier run for steps after `start.step`.
 
         Raises UserError without tensorboard, or if `folder` cannot be written.
         """
@@ -58,7 +57,7 @@ class TensorBoardFiles:
             self._writer = SummaryWriter(str(folder), purge_step=start.step + 1)
 
     def step(self, record: StepRecord) -> None:
-        """Raises UserError where the file system refuses, such as a full disk."""
+        """Raises UserError if writing fails, for example on a full disk."""
         if self._first is None:
             self._first = record.step
         with self._failures():
@@ -108,8 +107,8 @@ class TensorBoardFiles:
 
 
 class _WriterFaults:
-    """Hook of threads: a full disk reaches whoever writes next, by the writer's own doing, so that
-    the traceback of its thread would only come before one line that says the same.
+    """threading.excepthook that hides OSErrors of TensorBoard's writer thread: the writer raises
+    them again at the next write, which reports them in one line.
     """
 
     def __init__(self, before: Callable[[threading.ExceptHookArgs], Any]) -> None:
@@ -122,7 +121,7 @@ class _WriterFaults:
 
 
 def _curves(record: StepRecord) -> dict[str, float]:
-    """Names and values of the curves of a step; what is off or unknown has none."""
+    """Curves of a step by name, without those that are off or unknown."""
     curves = {
         "optimizer/learning_rate": record.learning_rate,
         "optimizer/grad_norm": record.grad_norm,
@@ -154,7 +153,7 @@ def _curves(record: StepRecord) -> dict[str, float]:
 
 
 def load_picture(layers: list[ExpertRecord]) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """Loads as a picture [layers * cell, experts * cell, 3]: blue below the mean, red above."""
+    """Image of loads [layers * cell, experts * cell, 3]: blue below the mean, red above."""
     experts = max(len(layer.load) for layer in layers)
     relative = np.ones((len(layers), experts))
     for row, layer in enumerate(layers):

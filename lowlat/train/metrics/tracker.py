@@ -1,7 +1,4 @@
-"""How a run is getting on: its smoothed figures, how fast it is, and when it will be done.
-
-Owns the arithmetic over the latest records, which the live view and the plain lines share.
-"""
+"""Progress of a run for progress views: smoothed losses, throughput, remaining time."""
 
 from collections import deque
 from typing import final
@@ -9,16 +6,16 @@ from typing import final
 from lowlat.train.metrics.record import EvalRecord, StartRecord, StepRecord
 
 FIGURES = {"loss": "loss", "divergence": "KL", "layer_error": "layers"}
-"""Fields of steps that are smoothed, and what people read."""
+"""Smoothed fields of steps, with their labels."""
 _SMOOTHING = 0.9
-"""Weight of what came before in smoothed figures; about ten steps are seen at once."""
+"""Decay of the exponential moving average; about ten steps."""
 _WINDOW_SECONDS = 600.0
-"""The speed that the remaining time is told from: long enough to hold evaluations."""
+"""Window of the throughput behind the remaining time, long enough to include evaluations."""
 
 
 @final
 class ProgressTracker:
-    """Follows a run record by record."""
+    """Tracks a run record by record."""
 
     def __init__(self, start: StartRecord) -> None:
         self.start = start
@@ -30,7 +27,7 @@ class ProgressTracker:
         self._recent: deque[tuple[float, int]] = deque()
 
     def step(self, record: StepRecord) -> None:
-        """Take the next step."""
+        """Add the next step."""
         self.last = record
         for name in FIGURES:
             value = getattr(record, name)
@@ -46,12 +43,12 @@ class ProgressTracker:
 
     @property
     def figures(self) -> dict[str, float]:
-        """Of FIGURES those that the latest step had: means that weigh recent steps more."""
+        """Exponential moving averages of those FIGURES that the latest step has."""
         return {FIGURES[name]: mean / weight for name, (mean, weight) in self._means.items()}
 
     @property
     def tokens_per_second(self) -> float:
-        """Recent speed, evaluations included; of the one step known so far, without."""
+        """Recent throughput, evaluations included; after a single step, that of the step."""
         if self.last is None:
             return 0.0
         (first, before), (last, after) = self._recent[0], self._recent[-1]
@@ -59,7 +56,7 @@ class ProgressTracker:
 
     @property
     def seconds_left(self) -> float | None:
-        """Seconds until all tokens of the recipe are read; None while no speed is known."""
+        """Estimated remaining seconds; None before the first step."""
         speed = self.tokens_per_second
         if self.last is None or speed <= 0:
             return None

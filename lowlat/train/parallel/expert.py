@@ -18,10 +18,10 @@ from lowlat.train.parallel.collectives import all_to_all
 
 
 class ExpertParallelExperts(nn.Module):
-    """`StackedExperts` of which this process holds consecutive ones, under the same names; those
-    of process i of `group` precede those of i + 1.
+    """`StackedExperts` with a consecutive share of the experts, under the same parameter names;
+    those of process i of `group` precede those of i + 1.
 
-    Every process routes its own tokens. Tokens travel in the dtype of activations and come back
+    Every process routes its own tokens. Dispatch and combine transfer activations in their dtype,
     unweighted, so that sums over experts are fp32 as in one process.
     """
 

@@ -31,11 +31,11 @@ def apply_fsdp(
     dtype: torch.dtype,
     ignored: set[nn.Parameter],
 ) -> None:
-    """Shard `model`, of which the forward passes of `roots` are called, over `mesh` (fsdp, or
-    replicate and fsdp), expert-parallel experts over `expert_mesh`.
+    """Shard `model` over `mesh` (fsdp, or replicate and fsdp), and expert-parallel experts over
+    `expert_mesh`.
 
-    dtype: of activations; modules of matrices only, which are cast to it where they are used, are
-    gathered in it. Parameters in `ignored` are not sharded.
+    roots: modules whose forward is called. dtype: that of activations; modules with matrices only
+    are all-gathered in it. Parameters in `ignored` are not sharded.
     """
     matrices = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

@@ -23,8 +23,8 @@ processes are detected immediately.
 """
 
 SETTLING = 0.2
-"""Seconds for gloo's threads to release the last tensors. A group that a mesh still refers
-to keeps its threads, and one that drops a tensor while the interpreter ends aborts the process.
+"""Seconds for gloo's threads to release their last tensors. A thread that frees a tensor while the
+interpreter shuts down aborts the process, and groups referenced by a mesh retain their threads.
 """
 
 _REPORTS = "lowlat/reports"

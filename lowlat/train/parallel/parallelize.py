@@ -39,7 +39,7 @@ class ShardedParameter:
     name: str
     """Its name in the full model."""
     parameter: nn.Parameter
-    """The model's own, which takes the gradient."""
+    """The model's parameter, which accumulates the gradient."""
     local: nn.Parameter
     """This process's shard as plain memory, which the optimizer updates: `parameter` itself, or the
     shard that FSDP2 holds between uses.
@@ -83,7 +83,7 @@ class ShardedParameters:
         return self._by_name[name].sharding
 
     def reduce_gradients(self) -> None:
-        """All-reduce the gradients of the backward passes and give every shard its own."""
+        """All-reduce the gradients of the backward passes, and set the gradient of every shard."""
         for param in self.parameters:
             if param.local is not param.parameter:
                 param.local.grad = _local(param.parameter.grad)
@@ -136,8 +136,8 @@ def parallelize(
     roots: Sequence[nn.Module] = (),
     copies: Collection[str] = frozenset(),
 ) -> ShardedParameters:
-    """Move this process's shards of `model`, which is complete, to `device` and make the model
-    compute with them.
+    """Parallelize the full `model` in place: move this process's shards to `device` and add the
+    communication.
 
     dtype: of the matrices that FSDP2 gathers, see `fsdp.apply_fsdp`; roots: modules whose forward
     passes are called, if not the model's; copies: see `ShardedParameters`. The config must be
@@ -187,7 +187,7 @@ def _names_of_partial_gradients(model: Transformer) -> set[str]:
 
 
 def _take_shards(model: nn.Module, shardings: dict[str, Sharding], device: str) -> None:
-    """Replace every parameter by this process's shard, in memory of its own on `device`."""
+    """Replace every parameter by a copy of this process's shard on `device`."""
     for prefix, module in model.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
             own = shardings[f"{prefix}.{key}" if prefix else key].local(parameter.detach())

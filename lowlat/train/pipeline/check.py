@@ -30,8 +30,8 @@ def check_pipeline(config: ModelConfig, recipe: Recipe, origin: str) -> None:
         )
     if sizes.fsdp > 1 and schedule in FOLDED and _is_used_twice(config):
         raise UserError(
-            f"{where}: with {schedule} the embedding is in two stages of one process, which "
-            "fsdp does not divide; use data instead, or another pipeline_schedule"
+            f"{where}: with {schedule} the embedding is in two stages of one process, which fsdp "
+            "does not support; use data instead, or another pipeline_schedule"
         )
     parts = sizes.data * sizes.fsdp
     timetable = TrainingSchedule(recipe, ranks=parts)
@@ -44,8 +44,8 @@ def check_pipeline(config: ModelConfig, recipe: Recipe, origin: str) -> None:
 
 
 def check_micro_batches(schedule: Schedule, size: int, count: int, where: str) -> None:
-    """Raises UserError, beginning with `where`, for a number of micro-batches per process that
-    `schedule` over `size` processes does not take.
+    """Raises UserError, starting with `where`, if `schedule` over `size` processes does not support
+    `count` micro-batches per process.
     """
     least = {"1f1b": size, "dualpipev": 2 * size}.get(schedule, 1)
     remedy = "change batch_size or micro_batch_size, or choose another pipeline_schedule"
@@ -57,8 +57,8 @@ def check_micro_batches(schedule: Schedule, size: int, count: int, where: str) -
     rounds = max(1, count // size)
     if schedule in ("interleaved", "zb") and count % rounds:
         raise UserError(
-            f"{where}: {count} micro-batches per process are no multiple of the {rounds} rounds of "
-            f"{schedule} over {size} processes; {remedy}"
+            f"{where}: {count} micro-batches per process are not a multiple of the {rounds} rounds "
+            f"of {schedule} over {size} processes; {remedy}"
         )
 
 

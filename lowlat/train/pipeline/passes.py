@@ -63,7 +63,7 @@ class PipelinePasses(Passes):
         holders = holders_of_embedding(model.config, division)
         self._partner = _partner(holders, place)
         self.copies = frozenset({EMBEDDING} if place in holders[1:] else ())
-        """Parameters that another process has as well and counts as its own."""
+        """Parameters that another process also has, and which only that process counts."""
         self._model = model
         self._dtype = dtype
         self._mesh = mesh
@@ -185,7 +185,7 @@ def _ids(micro_batches: Sequence[LocalBatch], num_ahead: int) -> Int[Tensor, "to
 
 
 def _partner(holders: Sequence[int], place: int) -> int | None:
-    """The other process that holds the embedding, where this one does."""
+    """The other process with the embedding, if this process has it."""
     others = [holder for holder in holders if holder != place]
     return others[0] if place in holders and others else None
 

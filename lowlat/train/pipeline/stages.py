@@ -51,9 +51,10 @@ def planned(schedule: Schedule, size: int) -> ParallelLayout:
 def divide(
     config: ModelConfig, schedule: Schedule, size: int, sequence_length: int
 ) -> list[list[PipelineStage]]:
-    """Every process's stages, in pipeline order: minimises the work of the busiest process for
-    sequences of `sequence_length` tokens. The model needs at least as many layers, head included,
-    as stages.
+    """Stages of each process, in pipeline order, balanced for sequences of `sequence_length`
+    tokens.
+
+    The model must have at least as many layers, head included, as stages.
     """
     costs = [
         layer_work(config, layer, sequence_length).total
@@ -74,7 +75,7 @@ def needs_embedding(config: ModelConfig, stage: PipelineStage) -> bool:
 
 
 class RemoteModule(nn.Module):
-    """Placeholder for a part of the model that another process holds."""
+    """Placeholder for a module of another process."""
 
 
 def holders_of_embedding(
@@ -89,7 +90,7 @@ def holders_of_embedding(
 
 
 def keep_stages(model: Transformer, stages: Sequence[PipelineStage]) -> None:
-    """Remove from `model` all that `stages` do not need; parameter names do not change."""
+    """Remove from `model` all modules that `stages` do not need; parameter names do not change."""
     own = {layer for stage in stages for layer in stage.layers}
     for layer in range(len(model.layers)):
         if layer not in own:
@@ -108,24 +109,24 @@ class StageInputs:
 
     micro_batches: Sequence[LocalBatch]
     targets: Sequence[int]
-    """Of the global batch, per head."""
+    """Number of targets of the global batch, per head."""
     mtp_weight: float
-    """Lambda."""
+    """Weight of the MTP loss (lambda)."""
     z_weight: float
     """Weight of the z-loss."""
 
 
 @final
 class StageModule(nn.Module):
-    """One stage: its parameters are those it uses, the embedding of a head or of MTP modules
-    included. The last stage ends in the loss.
+    """One pipeline stage with the parameters it uses, including the embedding of a tied head or of
+    MTP modules. The last stage computes the loss.
     """
 
     def __init__(
         self, model: Transformer, stage: PipelineStage, dtype: torch.dtype, *, defers: bool = False
     ) -> None:
-        """`model` has at least what `stage` needs; activations have `dtype`. With `defers` weight
-        gradients are computed by `deferred_work`, for zero-bubble schedules.
+        """`model` has at least the modules of `stage`; activations have `dtype`. With `defers`,
+        `deferred_work` computes weight gradients, for zero-bubble schedules.
         """
         super().__init__()
         self.stage = stage
@@ -137,7 +138,7 @@ class StageModule(nn.Module):
         self.inputs: StageInputs | None = None
         """Of the current step; set before its first forward pass."""
         self.sums = torch.zeros(0, dtype=torch.float64)
-        """On the last stage, as `Passes.backward` gives them."""
+        """On the last stage, the sums that `Passes.backward` returns."""
         self._dtype = dtype
         self._rotary = model.rotary
         # Not a child: its names and parameters are not those of this stage.
@@ -152,18 +153,17 @@ class StageModule(nn.Module):
         self.sums = torch.zeros(len(inputs.targets) + 1, dtype=torch.float64)
 
     def _defer_weight_gradients(self) -> None:
-        """Make backward passes leave the weight gradients of linear layers and experts to
-        `deferred_work`.
+        """Defer the weight gradients of linear layers and experts to `deferred_work`.
 
-        Those of norms, gates and the embedding stay part of the backward pass: they are small. So
-        does that of the head, which the fused cross entropy computes in the forward pass.
+        The backward pass still computes those of norms, gates and the embedding, which are small.
+        The fused cross entropy computes that of the head in the forward pass.
         """
         for part in (self.layers, self.mtp):
             if part is not None:
                 defer_weight_gradients(part, self._deferred.append)
 
     def deferred_work(self) -> Callable[[], None]:
-        """The weight gradients that the backward passes since the last call left to compute."""
+        """A function that computes the weight gradients deferred since the last call."""
         work = self._deferred.copy()
         self._deferred.clear()
         return partial(_run_all, work)

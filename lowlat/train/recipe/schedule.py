@@ -1,4 +1,4 @@
-"""Schedules of a recipe: learning rate, loss weights and batch size of each optimiser step.
+"""Schedules of a recipe: learning rate, loss weights and batch size of each optimizer step.
 
 All values are pure functions of recipe and step, so checkpoints store no scheduler state.
 """
@@ -12,7 +12,7 @@ from lowlat.train.recipe.schema import DataConfig, Phase, Recipe, Schedule, Segm
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """One optimiser step."""
+    """One optimizer step."""
 
     step: int
     """From 0, over all phases."""
@@ -101,7 +101,7 @@ def _reads(recipe: Recipe, index: int) -> tuple[DataConfig, int]:
 
 
 class TrainingSchedule:
-    """The optimiser steps of a recipe; `ranks` data-parallel processes share each batch."""
+    """The optimizer steps of a recipe; `ranks` data-parallel processes share each batch."""
 
     def __init__(self, recipe: Recipe, *, ranks: int = 1) -> None:
         self._phases: Sequence[Phase] = recipe.phase
@@ -117,7 +117,7 @@ class TrainingSchedule:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of all phases."""
+        """Optimizer steps of all phases."""
         return sum(phase.steps for phase in self._phases)
 
     @property

@@ -56,7 +56,7 @@ class Segment(_Table):
     to: Amount
     """Value at the end of the segment."""
     steps: Count | None = None
-    """Length in optimiser steps; the last segment may omit it to fill the rest of the phase."""
+    """Length in optimizer steps; the last segment may omit it to fill the rest of the phase."""
     shape: Literal["linear", "cosine", "constant"] = "linear"
     """Interpolation to the end value; `constant` applies the end value from the first step."""
 

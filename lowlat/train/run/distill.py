@@ -40,8 +40,8 @@ SmolLM2-135M with half its cache starts at a held-out divergence of 0.220. After
 tokens it has 0.190 at 1e-4 and 0.226 at 3e-4; after 64 steps at 1.5e-4, 0.158.
 """
 FULL_STEPS = 100
-"""The peak of a run of fewer steps is proportionally lower: AdamW's first steps move every weight
-by the whole rate, which a short run cannot correct.
+"""Runs of fewer steps have a proportionally lower peak: AdamW's first steps change every weight by
+the full learning rate, which a short run cannot correct.
 """
 WARM_UP, WARM_UP_STEPS = 0.05, 10
 """Share of warm-up steps, and their largest number."""
@@ -160,8 +160,8 @@ def distill(
     quiet: bool = False,
     progress: Progress | None = None,
 ) -> DistillationResult:
-    """Distil the checkpoint `teacher` into the checkpoint `student` (folders or .gguf files) on the
-    token folder `tokens`, in the run folder `out`.
+    """Distill the checkpoint `teacher` into the checkpoint `student` (folders or .gguf files) on
+    the tokenized dataset `tokens`, in the run folder `out`.
 
     Raises UserError as the trainer, if `tokens` has no held-out split, and if `out` holds a run
     with other arguments; KeyboardInterrupt, after a checkpoint, if SIGINT or SIGTERM stops the run.
@@ -205,8 +205,8 @@ def distill(
 def check_distillation(
     tokens: Path, options: DistillationOptions, *, origin: str | None = None
 ) -> None:
-    """Raises UserError if the token folder `tokens` does not suit `options`. origin: its name in
-    messages.
+    """Raises UserError if the tokenized dataset `tokens` does not suit `options`. origin: its name
+    in messages.
     """
     folder, length = TokenizedDataset.open(tokens), options.sequence_length
     origin = origin or str(tokens)

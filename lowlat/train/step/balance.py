@@ -165,9 +165,8 @@ class LoadBalancer:
 def choice_frequency(
     scores: Float[Tensor, "sequences length experts"], chosen: int
 ) -> Float[Tensor, "sequences experts"]:
-    """f_i of every sequence (DeepSeek-V3 equation 18): how often an expert is among the `chosen`
-    best unbiased scores of a token, that is, what the gate would choose without its bias; 1 on
-    average.
+    """f_i of every sequence (DeepSeek-V3 equation 18): how often an expert is among the top
+    `chosen` scores of a token without the routing bias, normalized to a mean of 1.
     """
     sequences, length, num_experts = scores.shape
     counts = scores.new_zeros(sequences, num_experts)

@@ -1,7 +1,7 @@
 """LoRA training (arXiv 2106.09685): which projections get a low-rank update, the trainable and
 checkpointed parameters, and merging of updates into the weights.
 
-The modules are in `layers.lora`, peft's file format in `run.lora_files`.
+The modules are in `layers.lora`, peft's file format in `run.adapter`.
 """
 
 import math
@@ -35,7 +35,7 @@ def check_lora(config: ModelConfig, recipe: Recipe, origin: str) -> None:
         raise UserError(f"{origin}: lora trains in bf16 or fp32; set precision = 'bf16'")
     sizes = recipe.parallel
     if sizes.processes > sizes.data or sizes.expert > 1:
-        raise UserError(f"{origin}: lora divides batches only; set all of [parallel] but data to 1")
+        raise UserError(f"{origin}: lora supports parallel.data only; set other sizes to 1")
     check_biases_stay(config, recipe, "lora", origin)
     _check_modules({name for name, _ in _shapes(config)}, recipe.lora, origin)
 
@@ -46,11 +46,11 @@ def base_dtype(recipe: Recipe) -> str:
 
 
 def add_lora(model: Transformer, table: LoraConfig, *, seed: int, origin: str) -> None:
-    """Freeze `model` and give the projections in `table` an update that is zero at first: A uniform
-    within 1 / sqrt(in), as in peft, B zero.
+    """Freeze `model` and add an update to the projections in `table`, initialized as in peft: A
+    uniform within 1 / sqrt(in), B zero.
 
-    Routed experts, which must be stacked, get a pair each. Raises UserError for a name that no
-    projection has.
+    Routed experts, which must be stacked, have one pair per expert. Raises UserError for a name
+    that no projection has.
     """
     _check_modules({name for name, _, _ in _projections(model)}, table, origin)
     model.requires_grad_(False)

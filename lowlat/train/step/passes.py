@@ -32,22 +32,22 @@ class Passes(ABC):
         head.
 
         Returns fp64 sums on the CPU over this process's tokens: negative log-likelihoods of the
-        main head and of each MTP module, squared log-denominators, and with a teacher what the
-        phase matches: KL divergences, or errors of layers (`layerwise.layer_errors`), with all
-        other sums zero.
+        main head and of each MTP module, squared log-denominators, and with a teacher the KL
+        divergence. In layer-wise distillation the last is the sum of `layerwise.layer_errors` and
+        all others are zero.
         """
 
     @abstractmethod
     def likelihood(self, batch: Batch) -> Float[Tensor, "heads"]:
-        """Negative log-likelihoods of every head, and with a teacher the KL divergence, without
-        gradients, in one micro-batch: fp64 sums on the CPU; in a pipeline the total over stages is
-        the result.
+        """Negative log-likelihood of every head, and with a teacher the KL divergence, without
+        gradients, in one micro-batch: fp64 sums on the CPU. In a pipeline, the result is the sum
+        over stages.
         """
 
 
 @final
 class PlainPasses(Passes):
-    """Micro-batch after micro-batch through the whole model."""
+    """Runs micro-batches one after another through the full model (gradient accumulation)."""
 
     def __init__(
         self,

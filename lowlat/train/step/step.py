@@ -22,24 +22,24 @@ class StepResult:
     """Losses and statistics of a step."""
 
     losses: tuple[float, ...]
-    """Mean negative log-likelihood of the main head and of each MTP module, nats per token; empty
-    where layers are matched, which asks no head. Heads of which no token of the batch is a target
-    have none: with none at all the batch teaches nothing.
+    """Mean negative log-likelihood of the main head and of each MTP module, nats per token.
+
+    Heads without a target in the batch are omitted; empty in layer-wise distillation.
     """
     z: float
-    """Mean squared log-denominator of the main head; 0 where it has no target."""
+    """Mean squared log-denominator of the main head; 0 without targets."""
     sequence_loss: float
     """Sequence-wise balance loss, alpha included, summed over layers."""
     grad_norm: float
-    """Global norm before clipping; NaN where a loss is not finite."""
+    """Global norm before clipping; NaN if a loss is not finite."""
     loads: tuple[ExpertLoad, ...]
-    """Every gate's load, and its bias as the step leaves it; empty where only attention is run."""
+    """Load of every gate, with its bias after the step; empty if only attention runs."""
     matched: float | None = None
-    """With a teacher, mean divergence from it in nats per token, or relative squared error of
-    layers, as the phase matches them; None where no token of the batch is a target.
+    """With a teacher, mean divergence from it in nats per token, or in layer-wise distillation the
+    relative squared error; None without targets.
     """
     has_targets: bool = True
-    """Whether any token of the global batch is a target. Where none is, nothing moved."""
+    """Whether the global batch has a target; without one, no weight is updated."""
 
     @property
     def is_finite(self) -> bool:
@@ -61,8 +61,8 @@ def train_step(
     """Train on one global batch, of which `batch` is this process's part; num_ahead = 1 +
     num_nextn_predict_layers.
 
-    Nothing is updated if a loss or the gradient is not finite (`is_finite` is false) or if no token
-    of the batch is a target (`has_targets` is false).
+    No weight is updated if a loss or the gradient is not finite (`is_finite` is false) or if the
+    batch has no target (`has_targets` is false).
     """
     mesh = mesh or ProcessMesh()
     targets = mesh.sum(torch.tensor(count_targets(batch, num_ahead)), BATCH_AXES).tolist()
@@ -101,9 +101,11 @@ def train_step(
 def evaluate(
     passes: Passes, batches: Iterable[Batch], *, num_ahead: int, mesh: ProcessMesh | None = None
 ) -> tuple[float, ...]:
-    """Mean loss of every head, and with a teacher the mean KL divergence, over the `batches` of all
-    processes, equally many in each, nats per token; NaN for a head without targets. Nothing is
-    updated or counted.
+    """Mean loss of every head, and with a teacher the mean KL divergence, in nats per token.
+
+    NaN for a head without targets.
+
+    Every process must pass the same number of `batches`. No weight or counter changes.
     """
     mesh = mesh or ProcessMesh()
     sums = torch.zeros((), dtype=torch.float64)

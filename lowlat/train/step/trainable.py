@@ -54,8 +54,8 @@ def check_divides_batches(recipe: Recipe, what: str, origin: str) -> None:
         size = getattr(recipe.parallel, axis)
         if size > 1:
             raise UserError(
-                f"{origin}: parallel.{axis} {size} does not go with {what}; leave it at 1, and "
-                "divide the run by data or fsdp"
+                f"{origin}: {what} does not support parallel.{axis} {size}; leave it at 1, and "
+                "use data or fsdp"
             )
 
 
@@ -66,6 +66,6 @@ def check_biases_stay(config: ModelConfig, recipe: Recipe, what: str, origin: st
     for phase in recipe.phase:
         if any(value_at(phase.bias_update_speed, step, phase.steps) for step in range(phase.steps)):
             raise UserError(
-                f"{origin}: phase {phase.name}: {what} leaves routing biases as they are; set "
+                f"{origin}: phase {phase.name}: {what} does not update routing biases; set "
                 "bias_update_speed = 0"
             )

@@ -171,7 +171,7 @@ def _spaced(match: re.Match[str]) -> str:
     [
         ("parallel.tensor=3", "parallel.tensor 3 does not divide num_attention_heads 4"),
         ("parallel.expert=2", "parallel.expert 2 does not divide n_routed_experts 0"),
-        ("parallel.context=3", "sequence_length 32 is no multiple of 6, twice parallel.context"),
+        ("parallel.context=3", "sequence_length 32 is not a multiple of 6, twice parallel.context"),
         ("parallel.pipeline=5", "parallel.pipeline 5: 1f1b makes 5 stages of num_hidden_layers 2"),
     ],
 )

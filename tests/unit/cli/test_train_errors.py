@@ -161,7 +161,7 @@ def test_no_recipe(
         (
             "sequence_length = 7",
             "sequence_length = 33",
-            "phase first: sequence_length 33 is beyond max_position_embeddings 32; raise that",
+            "phase first: sequence_length 33 exceeds max_position_embeddings 32; raise max_",
         ),
         (
             "1e-3",
@@ -242,7 +242,10 @@ def test_start(
         (["--set", "phase.3.steps=2"], "--set phase.3.steps=2: the recipe has no such place"),
         (["--set", "phase.0.step=2"], "r.toml: phase.0.step is not a key of recipes; did you mean"),
         (["--set", "phase.0.steps=two"], "r.toml: phase.0.steps: must be a valid integer, not"),
-        (["--out", "text"], "{folder}/text: is not empty and holds no run; name a new folder"),
+        (
+            ["--out", "text"],
+            "{folder}/text: is not empty and is not a run folder; name a new folder",
+        ),
         (["--out", "r.toml"], "{folder}/r.toml: cannot be used"),
     ],
 )
@@ -263,7 +266,7 @@ def test_arguments(
     [
         (
             ["phase.0.sequence_length=33"],
-            "r.toml: phase first: sequence_length 33 is beyond max_position_embeddings 32; raise",
+            "r.toml: phase first: sequence_length 33 exceeds max_position_embeddings 32; raise",
         ),
         (["data.fim_rate=0.5"], "tokens: the tokenizer has no fill-in-the-middle tokens such as"),
         (

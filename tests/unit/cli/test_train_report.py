@@ -89,7 +89,7 @@ def test_without_matplotlib_there_is_a_table(
         (None, "log.jsonl: no such log; name the folder of a training run"),
         (b"", "log.jsonl: the log is empty"),
         (b"\x00\x01\n", "log.jsonl: line 1: not valid JSON"),
-        (b"{}\n", "if this is no log of a training, name the folder of one"),
+        (b"{}\n", "if this is not a training log, name a run folder"),
     ],
 )
 def test_faults_are_one_line(

@@ -109,8 +109,8 @@ def test_equal_frequencies_fold_without_loss(place: int, bias: bool) -> None:
 
 
 def test_folds_gather_keys_in_fewer_components() -> None:
-    """The components that turn hold more of the keys the wider the fold; each turns with another of
-    its fold's frequencies, every second where half of them are kept.
+    """The wider the fold, the more of the keys its RoPE components hold. Each component has another
+    of its fold's frequencies; with stride 2, every second one.
     """
     weights = weights_of(model_config())
     own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
@@ -126,7 +126,7 @@ def test_folds_gather_keys_in_fewer_components() -> None:
     assert len(held) == 4 and held == sorted(held) and held[0] < 0.99 * held[-1]
     halved = folds(16, 3, 40)
     assert [method.fold for method in halved] == [2, 4, 8] and halved[0].stride == 2
-    parts = method_components(halved[1], own, statistics)
+    parts = halved[1].components(own, statistics)
     rope = parts.priority.flatten().argsort(descending=True, stable=True)[:4]
     found = parts.frequencies.flatten()[rope].sort(descending=True).values
     torch.testing.assert_close(found, own.frequencies[::2])

@@ -110,7 +110,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(make_folder: Make) -> None:
 
 
 def test_chats_are_not_rearranged(make_folder: Make) -> None:
-    with pytest.raises(UserError, match="holds chats, which cannot be rearranged"):
+    with pytest.raises(UserError, match="has chats, which cannot be rearranged"):
         rows(chats(make_folder, texts(9)), fim_rate=0.1)
 
 

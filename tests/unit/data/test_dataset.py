@@ -160,9 +160,9 @@ def test_every_flipped_bit_is_found(folder: Path) -> None:
 
 def test_ids_beyond_the_vocabulary_are_found(make_folder: Make) -> None:
     folder = make_folder([[1, 2, 999]])
-    with pytest.raises(UserError, match=r"train-00000.bin: holds id 999, beyond .* of 262"):
+    with pytest.raises(UserError, match=r"train-00000.bin: has id 999, beyond .* of 262"):
         folder.verify()
-    with pytest.raises(UserError, match=r"train holds id 999, beyond the vocabulary of 262"):
+    with pytest.raises(UserError, match=r"train has id 999, beyond the vocabulary of 262"):
         folder.tokens("train", np.array([2]))
     assert folder.tokens("train", np.array([1])).tolist() == [2]
 

@@ -79,7 +79,7 @@ def test_without_marks_infilling_is_an_error(make_folder: Make) -> None:
 def test_chats_are_not_rearranged(make_folder: Make) -> None:
     documents = texts(5)
     masks = [[True] * len(document) for document in documents]
-    with pytest.raises(UserError, match="holds chats, which cannot be rearranged"):
+    with pytest.raises(UserError, match="has chats, which cannot be rearranged"):
         windows(make_folder(documents, masks=masks), fim_rate=0.1)
 
 

@@ -85,7 +85,7 @@ def test_recipes_become_jobs():
     layout = job.layout
     assert (layout.data, layout.fsdp, layout.tensor, layout.pipeline) == (2, 3, 2, 2)
     assert (layout.schedule, layout.zero) == ("zb1p", 2)
-    assert (job.activation_checkpointing, job.optimiser, job.precision) == ("full", "muon", "fp32")
+    assert (job.activation_checkpointing, job.optimizer, job.precision) == ("full", "muon", "fp32")
     assert layout.devices == own.parallel.processes
     assert largest_job(own).batch_size == 12
     assert job_of(recipe(parallel={"fsdp": 3}), own.phase[0]).layout.zero == 3
@@ -134,7 +134,7 @@ def test_the_copy_that_is_saved_is_counted(optimizer: str, size: int | None):
     """Regression: a training that fits until its first save."""
     own = recipe(optimizer={"name": optimizer})
     parts = require_fit(config(own), own, memory_bytes=2**40).parts
-    assert parts["checkpoint copy"] == parts["weights"] + parts["optimiser"]
+    assert parts["checkpoint copy"] == parts["weights"] + parts["optimizer"]
     if size is not None:
         assert parts["checkpoint copy"] == size * count_parameters(config(own)).total
     there = needed_bytes(require_fit(config(own), own, memory_bytes=2**40))

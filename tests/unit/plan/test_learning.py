@@ -81,7 +81,7 @@ def test_memory_by_hand(precision: str, size: int) -> None:
     ours = require_fit(STUDENT, recipe(precision=precision), memory_bytes=2**40, teacher=TEACHER)
     attention = count_parameters(STUDENT).attention
     assert ours.parts["gradients"] == 4 * attention < full.parts["gradients"]
-    assert ours.parts["optimiser"] == 8 * attention < full.parts["optimiser"]
+    assert ours.parts["optimizer"] == 8 * attention < full.parts["optimizer"]
     stays = full.parts["weights"] / 4 - sum(ours.parameters[p] for p in HELD_IN_FP32)
     assert ours.parts["weights"] == full.parts["weights"] - (4 - size) * stays
     assert ours.parts["cast weights"] == (4 - size) * attention <= full.parts["cast weights"]

@@ -191,13 +191,13 @@ def test_states_by_hand():
     found = memory(JOB)
     count = sum(found.parameters.values())
     assert found.parts["weights"] == found.parts["gradients"] == 4 * count
-    assert found.parts["optimiser"] == 8 * count
+    assert found.parts["optimizer"] == 8 * count
     assert found.parts["cast weights"] == 0
     ends = sum(found.parameters[part] for part in ("embedding", "head", "router", "norms"))
-    muon = memory(replace(JOB, optimiser="muon"))
-    assert muon.parts["optimiser"] == pytest.approx(4 * (count - ends) + 8 * ends)
+    muon = memory(replace(JOB, optimizer="muon"))
+    assert muon.parts["optimizer"] == pytest.approx(4 * (count - ends) + 8 * ends)
     half = memory(replace(JOB, moments="bf16"))
-    assert half.parts["optimiser"] == 4 * count
+    assert half.parts["optimizer"] == 4 * count
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_zero_divides_more_and_more(zero: int, whole: tuple[str, ...]):
     base = replace(JOB, precision="bf16", batch_size=64)
     alone = memory(replace(base, layout=ParallelLayout(fsdp=1, zero=1)))
     shared = memory(replace(base, layout=ParallelLayout(fsdp=8, zero=zero)))  # pyright: ignore[reportArgumentType]
-    for part in ("weights", "optimiser", "gradients"):
+    for part in ("weights", "optimizer", "gradients"):
         factor = 1 if part in whole else 8
         assert shared.parts[part] == pytest.approx(alone.parts[part] / factor)
     expected = alone.parts["cast weights"] if "cast weights" in whole else 0
@@ -223,7 +223,7 @@ def test_experts_have_fewer_replicas_to_share_with():
     found = memory(job)
     routed = found.parameters["routed experts"]
     rest = sum(found.parameters.values()) - routed
-    assert found.parts["optimiser"] == pytest.approx(8 * (routed + rest / 5))
+    assert found.parts["optimizer"] == pytest.approx(8 * (routed + rest / 5))
 
 
 def test_recomputing_layers_keeps_their_inputs_alone():

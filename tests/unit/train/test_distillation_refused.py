@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fp8 of attention": ({"precision": "fp8"}, "trainable = 'attention' trains in bf16 or fp32"),
     "z-loss": (
         {"phase": [recovering.PHASE | {"z_weight": 0.1}]},
-        "phase heal: z_weight does not go",
+        "phase heal: distillation does not support z_weight",
     ),
     "no teacher": ({"distillation": {}}, r"distillation\.teacher is missing"),
     "unknown key": (
@@ -62,7 +62,7 @@ def test_other_divisions_than_of_batches_are_refused(
     from lowlat.train.inputs.run_inputs import open_phases
 
     recipe = parse_recipe(recovering.raw(parallel={axis: 2}, trainable=trainable), origin="r.toml")
-    with pytest.raises(UserError, match=rf"parallel\.{axis} 2 does not go with"):
+    with pytest.raises(UserError, match=rf"does not support parallel\.{axis} 2"):
         open_phases(recipe, folder / "damaged", folder, "r.toml", folder / "teacher")
 
 
@@ -73,7 +73,7 @@ def test_other_divisions_than_of_batches_are_refused(
         (
             {"max_position_embeddings": 23},
             {},
-            "phase heal: sequence_length 31 is beyond the teacher's context of 23",
+            "phase heal: sequence_length 31 exceeds the teacher's context of 23",
         ),
         (
             {"num_hidden_layers": 3},

@@ -110,7 +110,9 @@ def test_layers_that_differ(base: Path, precision: str) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=5e-6)
     phases = runs.phases({}, {"rope_scaling": {"type": "yarn", "factor": 2.0}})
     with (
-        pytest.raises(UserError, match="phase long: rope_scaling cannot say what each layer has"),
+        pytest.raises(
+            UserError, match="phase long: rope_scaling does not support a model with RoPE per layer"
+        ),
         runs.opened(base / "other", runs.recipe(model=LAYERS, phase=phases)),
     ):
         pass

@@ -241,10 +241,10 @@ def test_base_that_is_gone(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"precision": "fp8"}, "lora trains in bf16 or fp32; set precision = 'bf16'"),
-        ({"parallel": {"tensor": 5}}, "lora divides batches only"),
+        ({"parallel": {"tensor": 5}}, "lora supports parallel.data only"),
         (
             {"phase": tuning.phases({"bias_update_speed": 1e-3})},
-            "phase p: lora leaves routing biases as they are; set bias_update_speed = 0",
+            "phase p: lora does not update routing biases; set bias_update_speed = 0",
         ),
         (
             {"lora": {"rank": 2, "alpha": 4.0, "target_modules": ["q_b_proj", "qkv"]}},
@@ -289,7 +289,7 @@ def test_memory_is_that_of_weights_that_stay(precision: str, bytes_each: int) ->
         for raw in (plain, plain | {"lora": {"rank": 2, "alpha": 4.0}})
     )
     assert ours["weights"] == full["weights"] / 4 * bytes_each
-    assert ours["gradients"] == ours["optimiser"] == 0 < full["optimiser"]
+    assert ours["gradients"] == ours["optimizer"] == 0 < full["optimizer"]
     assert ours["cast weights"] == 0
 
 

@@ -147,7 +147,7 @@ def test_what_a_phase_changes_stays() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"sequence_length": 65}, "phase long: sequence_length 65 is beyond max_position"),
+        ({"sequence_length": 65}, "phase long: sequence_length 65 exceeds max_position"),
         (
             {"rope_scaling": {"type": "yarm"}},
             "phase long: rope_scaling.*yarm.*supported: default, linear",

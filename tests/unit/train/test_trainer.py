@@ -332,7 +332,7 @@ def test_longer_contexts(base: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"sequence_length": 33}, "phase long: sequence_length 33 is beyond"),
+        ({"sequence_length": 33}, "phase long: sequence_length 33 exceeds"),
         (
             {"rope_scaling": {"stretch": 2}},
             "phase long: rope_scaling: rope_scaling.stretch (2) is not a setting",

@@ -106,7 +106,7 @@ def test_forked_children_do_not_keep_the_lock(tmp_path: Path) -> None:
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     """Regression: a run that litters a home folder given by mistake."""
     (tmp_path / "letter.txt").write_text("precious")
-    with pytest.raises(UserError, match="is not empty and holds no run"):
+    with pytest.raises(UserError, match="is not empty and is not a run folder"):
         RunFolder(tmp_path).acquire()
     assert [entry.name for entry in tmp_path.iterdir()] == ["letter.txt"]
 

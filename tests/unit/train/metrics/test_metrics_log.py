@@ -73,9 +73,9 @@ def test_torn_line_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str
     log = open_log(tmp_path)
     begin(log, 1)
     log.close()
-    assert "cut off a torn last line of 11 bytes" in capsys.readouterr().err
+    assert "removed a torn last line of 11 bytes" in capsys.readouterr().err
     history = read_log(tmp_path / "log.jsonl")
-    assert "cut off a torn last line" in history.notes[0].text
+    assert "removed a torn last line" in history.notes[0].text
     assert [record.step for record in history.steps] == [1]
 
 

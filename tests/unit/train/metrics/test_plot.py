@@ -178,5 +178,5 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 def test_picture_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/a.png: the picture cannot be written"):
+    with pytest.raises(UserError, match=r"file/a.png: the plot cannot be written"):
         plot.draw({"tiny": history(*steps(1))}, [tmp_path / "file" / "a.png"])

@@ -97,10 +97,10 @@ def test_only_the_first_says_that_processes_are_missing(monkeypatch: pytest.Monk
     ("options", "message"),
     [
         ({"tensor": 3}, "tensor 3 does not divide num_attention_heads 4"),
-        ({"tensor": 2, "precision": "fp8"}, "tensor 2 does not go with precision fp8"),
+        ({"tensor": 2, "precision": "fp8"}, "precision fp8 does not support parallel.tensor 2"),
         ({"expert": 3}, "expert 3 does not divide n_routed_experts 8"),
         ({"expert": 2}, r"r\.toml: parallel\.expert 2 does not fit fsdp 1 and data x context 1"),
-        ({"context": 3}, "phase only: sequence_length 16 is no multiple of 6"),
+        ({"context": 3}, "phase only: sequence_length 16 is not a multiple of 6"),
     ],
 )
 def test_models_that_cannot_be_divided(options: dict, message: str) -> None:
