@@ -61,7 +61,7 @@ def mixed_logits(model: Transformer, other: Transformer, changed: int, ids: Tens
     for number, layer in enumerate(layers_of(model)):
         side = other if number == changed else model
         own = layers_of(side)[number].self_attn
-        rope = side.rotary.total(number, side.rotary(backend.positions()))
+        rope = side.rotary.of(number, side.rotary(backend.positions()))
         x = x + own(layer.input_layernorm(x), rope, backend)
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.logits(model.norm(x))
