@@ -50,8 +50,8 @@ class ChatEncoder:
         because the template omits the reasoning of earlier answers.
 
         Raises BadDocument if the template rejects the chat, if an answer lacks the reasoning that
-        the template opens, or if the template renders an answer differently once more messages
-        follow, since its tokens are then ambiguous. Raises UserError without a template.
+        the template opens, or if an answer renders differently once more messages follow. Raises
+        UserError without a template.
         """
         ids, answers = self._last(chat) if self._opens_reasoning else self._all(chat)
         loss_mask = np.zeros(len(ids), np.bool_)

@@ -98,9 +98,8 @@ def commit_training_checkpoint(
 ) -> None:
     """Make one checkpoint of `shards`, all of which were written by `write_shard`.
 
-    Raises CheckpointWriteError, and removes the partial checkpoint, if a shard is missing, differs
-    from its recorded digest, or repeats a tensor of another shard, or if the folder has other
-    files.
+    A failure removes the partial checkpoint. Raises CheckpointWriteError if a shard is missing,
+    differs from its recorded digest or repeats a tensor, and if the folder has other files.
     """
     partial = _partial(root, step)
     _refuse_existing(root, step)

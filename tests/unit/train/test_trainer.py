@@ -103,7 +103,7 @@ def test_evaluations_are_of_the_same_windows(base: Path) -> None:
         losses = evaluate(trainer._passes, [batch], num_ahead=2)
     last = log.evaluations[-1]
     assert (last.loss, *last.mtp_losses) == pytest.approx(losses, rel=1e-6)
-    tokens, size = data.folder.num_tokens("held_out"), data.folder.num_bytes("held_out")
+    tokens, size = data.dataset.num_tokens("held_out"), data.dataset.num_bytes("held_out")
     assert last.bits_per_byte == pytest.approx(last.loss / math.log(2) * tokens / size)
     assert tokens > size > 0
 
