@@ -83,20 +83,20 @@ def _read(raw: dict[str, Any]) -> Record:
             raise ValueError(f"kind is {kind!r}")
 
 
-Reader = Callable[[Any], Any]
+FieldParser = Callable[[Any], Any]
 
 
-def _checked(raw: Mapping[str, Any], readers: Mapping[str, Reader]) -> dict[str, Any]:
-    """Typed fields of a record: exactly those of `readers`, except missing OPTIONAL ones."""
-    spared = {name for name in OPTIONAL if name in readers and name not in raw}
-    if odd := sorted((raw.keys() ^ readers.keys()) - spared):
+def _checked(raw: Mapping[str, Any], parsers: Mapping[str, FieldParser]) -> dict[str, Any]:
+    """Typed fields of a record: exactly those of `parsers`, except missing OPTIONAL ones."""
+    spared = {name for name in OPTIONAL if name in parsers and name not in raw}
+    if odd := sorted((raw.keys() ^ parsers.keys()) - spared):
         raise ValueError(f"'{odd[0]}' is {'unknown' if odd[0] in raw else 'missing'}")
     values = {}
-    for name, reader in readers.items():
+    for name, parser in parsers.items():
         if name not in raw:
             continue
         try:
-            values[name] = reader(raw[name])
+            values[name] = parser(raw[name])
         except (TypeError, ValueError) as error:
             raise ValueError(f"'{name}' {error}") from error
     return values
@@ -144,7 +144,7 @@ def _experts(value: Any) -> tuple[ExpertRecord, ...]:
     return tuple(ExpertRecord(**_checked(layer, _EXPERT)) for layer in value)
 
 
-_EXPERT: dict[str, Reader] = {
+_EXPERT: dict[str, FieldParser] = {
     "layer": _integer,
     "load": _numbers,
     "max_violation": _number,
@@ -152,7 +152,7 @@ _EXPERT: dict[str, Reader] = {
     "bias_min": _number,
     "bias_max": _number,
 }
-_STEP: dict[str, Reader] = {
+_STEP: dict[str, FieldParser] = {
     "step": _integer,
     "phase": _text,
     "tokens": _integer,
@@ -171,7 +171,7 @@ _STEP: dict[str, Reader] = {
     "divergence": _number_or_none,
     "layer_error": _number_or_none,
 }
-_EVALUATION: dict[str, Reader] = {
+_EVALUATION: dict[str, FieldParser] = {
     "step": _integer,
     "tokens": _integer,
     "split": _text,
@@ -181,7 +181,7 @@ _EVALUATION: dict[str, Reader] = {
     "divergence": _number_or_none,
     "targets": _text,
 }
-_START: dict[str, Reader] = {
+_START: dict[str, FieldParser] = {
     "step": _integer,
     "name": _text,
     "total_steps": _integer,
@@ -189,4 +189,4 @@ _START: dict[str, Reader] = {
     "facts": _facts,
     "time": _text,
 }
-_NOTE: dict[str, Reader] = {"step": _integer, "text": _text}
+_NOTE: dict[str, FieldParser] = {"step": _integer, "text": _text}

@@ -312,9 +312,7 @@ class Trainer:
         self.log.evaluation(eval_record(found, num_ahead, *at))
 
     def _held_out_batches(self, plan: StepPlan) -> Iterator[Batch]:
-        """Held-out micro-batches of this process: every `data_parallel_size`-th. If their number is
-        not divisible, the last one is repeated without targets.
-        """
+        """Held-out micro-batches of this process; missing ones repeat the last without targets."""
         windows = self._present.held_out
         assert windows is not None
         rows = min(self.recipe.evaluation.sequences, windows.per_epoch)

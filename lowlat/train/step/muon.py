@@ -34,9 +34,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.1,
     ) -> None:
-        """`shardings` tell which shards of full tensors `params` are; by default they are full.
-        `blocks` is the number of matrices stacked along the rows of each, 2 where gate rows precede
-        up rows; by default 1.
+        """`shardings` of `params`; by default parameters are full tensors.
+
+        `blocks` is the number of matrices stacked along the rows of each parameter: 2 for gate rows
+        followed by up rows, by default 1.
         """
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         shardings = shardings or [Sharding(ProcessMesh(), p.shape) for p in params]
