@@ -19,7 +19,7 @@ def read_plain_text(path: Path, option: str) -> str:
     where = f"{option} {path}"
     if path.name.lower().endswith(RECORDS):
         raise UserError(
-            f"{where}: by its name it holds records or is packed; give their text as a plain file"
+            f"{where}: this is a file of records or compressed; give their text as a plain file"
         )
     try:
         text = path.read_bytes().decode("utf-8")

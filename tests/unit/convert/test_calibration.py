@@ -57,7 +57,7 @@ def test_short_texts_are_joined(tmp_path: Path) -> None:
 
 def test_records_are_no_calibration_text(tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text('{"text": "words"}\n' * 900)
-    with pytest.raises(UserError, match=r"--calibrate .*text\.jsonl: by its name it holds records"):
+    with pytest.raises(UserError, match=r"--calibrate .*text\.jsonl: this is a file of records"):
         read_calibration([tmp_path / "text.jsonl"], byte_tokenizer(), 36)
 
 

@@ -177,7 +177,7 @@ def test_records_that_nothing_reads(made: Path, tmp_path: Path, name: str, optio
     bad = tmp_path / name
     bad.write_text(json.dumps([{"text": tiny.prose(300, seed=1)}]))
     value = {"texts": (str(bad),), "calibrate": (bad,), "evaluate": bad}[option]
-    refused(made, tmp_path, f"{name}: by its name it holds records", **{option: value})
+    refused(made, tmp_path, f"{name}: this is a file of records", **{option: value})
 
 
 @pytest.mark.parametrize(
