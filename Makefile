@@ -10,13 +10,14 @@ SANITIZED := build/sanitized
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo chat serve test soak sanitize lint format types check docs clean
+.PHONY: help demo chat serve test test-all soak sanitize lint format types check docs clean
 
 help:
 	@echo "make demo    fetch a small model, convert it to MLA, answer one question"
 	@echo "make chat    the same model, interactively"
 	@echo "make serve   the same model as a server with a chat page"
-	@echo "make test    run the test suite"
+	@echo "make test    run the quick test suite (every package, under 8 minutes on two cores)"
+	@echo "make test-all  run the whole test suite"
 	@echo "make soak    a minute of a server under load"
 	@echo "make sanitize  run the tests of the native kernels with memory and undefined-behaviour checks"
 	@echo "make lint    ruff: rules and formatting     make format  apply them"
@@ -34,7 +35,11 @@ chat: .venv/run.stamp
 serve: .venv/dev.stamp
 	@$(BIN)/lowlat serve
 
+# Every package, without the tests marked slow; test-all is the whole suite.
 test: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" $(PYTEST_ARGS)
+
+test-all: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 # A minute of a server under load; half an hour is benchmarks/soak.py's default.
@@ -63,7 +68,7 @@ format: .venv/dev.stamp
 types: .venv/dev.stamp
 	$(BIN)/basedpyright
 
-check: test lint types
+check: test-all lint types
 
 # Fails for a link that leads nowhere and for a page that the navigation lacks.
 docs: .venv/docs.stamp

@@ -286,6 +286,7 @@ def test_sampling() -> None:
     assert greedy(logits) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_command_prints_the_text_of_lowlat_generate(prompt: str) -> None:
     """Greedy text of the bundled model: this file, with and without MTP, and the product."""

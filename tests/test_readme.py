@@ -62,6 +62,7 @@ def test_make_demo() -> None:
         assert words in shown
 
 
+@pytest.mark.slow
 def test_shell_commands(smollm_gguf: Path, tmp_path: Path) -> None:
     """All in one folder and in order: later commands use what earlier ones made."""
     (tmp_path / "notes.txt").write_text("The sea was calm, and the boats lay in the harbour.\n")

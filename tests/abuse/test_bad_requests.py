@@ -100,12 +100,14 @@ def faults(server: Server, cases: Iterator[Case]) -> Iterator[str]:
             yield f"{case}: {reply.status} {error}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", TABLES)
 def test_each_is_refused_by_name(server: Server, table: str) -> None:
     found = list(faults(server, TABLES[table]()))
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", TABLES)
 def test_each_is_refused_where_arguments_are_objects(tagged: Server, table: str) -> None:
     cases = (case for case in TABLES[table]() if not case.name.startswith("forced tool"))

@@ -60,6 +60,7 @@ def test_every_operation_is_fuzzed(document: dict[str, Any]) -> None:
     assert described == {(path, method) for path, method, _ in OPERATIONS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "method", "mode"), OPERATIONS, ids=[f"{m} {p} {k.value}" for p, m, k in OPERATIONS]
 )

@@ -115,6 +115,7 @@ def test_ten_times_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
         assert check_wave(bodies[:9], wave(server.port, bodies[:9])) == {200: 9}
 
 
+@pytest.mark.slow
 def test_waves_of_overload_leave_nothing_behind() -> None:
     """Memory, pages, tasks and descriptors after many waves are those after some."""
     rng = random.Random(2)

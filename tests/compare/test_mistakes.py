@@ -58,6 +58,7 @@ def planted_pair(plant: Plant, guilty: str, path: Path) -> ComparisonResult:
     return compare(*pair, [window()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plant", "guilty"), GUILTY, ids=[f"{plant.name} in {side}" for plant, side in GUILTY]
 )

@@ -19,6 +19,17 @@ def test_every_mutant_still_applies(mutant: Mutant) -> None:
     assert (REPOSITORY / mutant.test.partition("::")[0]).is_file()
 
 
+def test_the_quick_suite_kills_every_mutant() -> None:
+    """No test that a mutant names is marked slow."""
+    for mutant in MUTANTS:
+        file, _, name = mutant.test.partition("::")
+        head = (
+            (REPOSITORY / file).read_text(encoding="utf-8").split(f"def {name.split('[')[0]}(")[0]
+        )
+        decorators = head.rpartition("\n\n\n")[2]
+        assert "mark.slow" not in decorators, mutant.test
+
+
 def test_a_mutant_that_no_longer_applies_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "lowlat").mkdir()
     (tmp_path / "lowlat" / "file.py").write_text("a = 1\na = 1\n")

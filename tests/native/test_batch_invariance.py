@@ -158,6 +158,7 @@ class Happened:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NUM_REQUESTS)
 @torch.inference_mode()
 def test_not_one_token_differs_from_running_alone(

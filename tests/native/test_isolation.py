@@ -85,6 +85,7 @@ class Steps:
         return list(logits.split([len(sequence) for sequence in sequences]))
 
 
+@pytest.mark.slow
 @every_level
 @every_config
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])

@@ -40,6 +40,7 @@ def large_config(case: Case) -> ModelConfig:
     return replace(config, moe=moe, num_nextn_predict_layers=1, **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
 @pytest.mark.parametrize("storage", STORAGES)
 @torch.inference_mode()

@@ -194,5 +194,5 @@ def test_no_logit_may_be_nan(level: str, size: int, place: int) -> None:
 )
 def test_options_out_of_range_are_errors(wrong: dict[str, Any]) -> None:
     right: dict[str, Any] = {"logits": torch.zeros(3), "number": 0.5, "temperature": 1.0}
-    with pytest.raises(ValueError, match="out of their ranges"):
+    with pytest.raises(ValueError, match="sampling options are out of range"):
         native_kernels.draw(**(right | wrong))

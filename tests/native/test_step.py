@@ -158,6 +158,7 @@ every_level = pytest.mark.parametrize("level", native.levels(), indirect=True)
 few_cases = pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "level"),
     RUNS,
@@ -215,6 +216,7 @@ def native_modules(model: NativeModel, break_even: float, steps: Sequence[Steps]
     return torch.cat(rows)
 
 
+@pytest.mark.slow
 @every_level
 @few_cases
 @pytest.mark.parametrize("has_copies", [False, True])

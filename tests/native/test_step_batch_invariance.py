@@ -69,6 +69,7 @@ def alone(
     return model.step(ids, batch, cache, list(range(length)))[1]
 
 
+@pytest.mark.slow
 @every_level
 @few_cases
 @every_storage
@@ -97,6 +98,7 @@ def test_bits_do_not_depend_on_batch_pages_or_threads(
         assert end == len(together)
 
 
+@pytest.mark.slow
 @every_level
 @few_cases
 @pytest.mark.parametrize("storage", ["bf16", "int4"])

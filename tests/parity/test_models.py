@@ -116,6 +116,7 @@ def mtp_logits(model: Transformer, ids: Tensor, positions: Tensor) -> list[Tenso
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_logits_and_experts(case: Case, pair: tuple[Oracle, LoadedModel]) -> None:
     oracle, loaded = pair

@@ -152,6 +152,7 @@ def streaming(server: Server, body: dict[str, Any]) -> Iterator[Iterator[str]]:
         yield lines
 
 
+@pytest.mark.slow
 def test_draining_finishes_what_runs_and_refuses_what_is_new() -> None:
     with serving("--drain-seconds", f"{PATIENCE}", *ROOM) as server:
         thread, answers = start(server, LONG)

@@ -68,6 +68,7 @@ def reference(
     return Reference(recipe, base / "undisturbed")
 
 
+@pytest.mark.slow
 def test_kills(server: TrainServer, reference: Reference, tmp_path: Path) -> None:
     chance = random.Random(KILLS)
     left = KILLS // 2

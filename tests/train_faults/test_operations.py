@@ -84,6 +84,7 @@ def test_a_fault_at_every_operation(prepared: Path, scenario: Scenario) -> None:
             check_afterwards(run, scenario, done=done and not unreadable, unreadable=unreadable)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ON_ONE_THREAD, indirect=True)
 def test_a_death_at_every_operation(prepared: Path, scenario: Scenario) -> None:
     """The process ends there and then, in a write also with half of it done."""
@@ -100,6 +101,7 @@ def test_a_death_at_every_operation(prepared: Path, scenario: Scenario) -> None:
             check_afterwards(run, scenario, done=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ON_ONE_THREAD, indirect=True)
 def test_a_power_cut_after_every_operation(prepared: Path, scenario: Scenario) -> None:
     """Whatever was not brought to the disk may be lost, all of it or any part."""

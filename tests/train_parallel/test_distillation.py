@@ -26,6 +26,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "recipe.toml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
 def test_two_processes_learn_what_one_learns(recipe: Path, tmp_path: Path, axis: str) -> None:
     """Checkpoints of both are alike, frozen weights to the bit; FSDP2 divides no layer by layer."""
@@ -41,6 +42,7 @@ def test_two_processes_learn_what_one_learns(recipe: Path, tmp_path: Path, axis:
         assert error <= allowed * tensor.double().norm(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
 def test_weights_that_stay_are_divided_in_bf16(recipe: Path, tmp_path: Path, axis: str) -> None:
     """Beside fp32 ones that move: a run of two processes ends with the bits of what stays."""

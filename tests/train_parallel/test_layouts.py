@@ -30,6 +30,7 @@ from tests.train_parallel.training import train
 CASES = ALL if os.environ.get("LOWLAT_ALL_LAYOUTS") else SHORT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", by_processes(CASES))
 def test_training_is_that_of_one_process(processes: int, tmp_path: Path) -> None:
     cases = by_processes(CASES)[processes]

@@ -21,6 +21,7 @@ from tests.train_parallel.training import train
 CASES = ALL if os.environ.get("LOWLAT_ALL_LAYOUTS") else SHORT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", sorted({case.processes for case in CASES}))
 def test_a_pipeline_trains_as_one_process(processes: int, tmp_path: Path) -> None:
     cases = [case for case in CASES if case.processes == processes]

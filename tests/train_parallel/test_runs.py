@@ -86,6 +86,7 @@ def test_an_error_is_reported_once(recipe: Path, tmp_path: Path) -> None:
     assert errors.count("lowlat: error") == errors.count("\n") == 1, errors
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others(recipe: Path, tmp_path: Path) -> None:
     steps = ["--set", "phase.0.steps=100000"]
     processes = start(2, command(recipe, tmp_path / "run", *sizes(data=2), *steps))

@@ -116,7 +116,7 @@ def test_a_path_is_no_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("options", "message"),
     [
         ({"max_cache_bytes": True}, "max_cache_bytes must be an integer of bytes"),
-        ({"max_cache_bytes": 1 << 60}, "more than the"),
+        ({"max_cache_bytes": 1 << 60}, "exceeds the"),
         ({"context": 1}, "context must be an integer from 2"),
         ({"device": "gpu"}, "device 'gpu' is unknown"),
     ],

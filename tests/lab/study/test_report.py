@@ -29,6 +29,7 @@ SAID = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_study_becomes_a_page(
     kind: str,

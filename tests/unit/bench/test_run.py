@@ -54,6 +54,7 @@ def test_lowlat_alone_from_plan_to_report(fakes_only: None, checkpoint: Path) ->
     assert len(report["start_to_first_token"]["lowlat"]["samples"]) == 2
 
 
+@pytest.mark.slow
 def test_fp8_blocks_are_made_of_a_plain_checkpoint_once(
     fakes_only: None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

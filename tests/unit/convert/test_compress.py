@@ -328,6 +328,7 @@ def compressed_model(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", ["standard", "free"])
 @pytest.mark.parametrize("config", CASES, ids=IDS)

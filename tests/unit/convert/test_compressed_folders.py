@@ -91,6 +91,7 @@ def test_other_programs_compute_the_same(tmp_path: Path, bias: bool, method: str
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["standard", "free"])
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "int8"])
 def test_what_is_written(tmp_path: Path, layout: str, dtype: str) -> None:
@@ -112,6 +113,7 @@ def test_what_is_written(tmp_path: Path, layout: str, dtype: str) -> None:
     assert left == {"source", "mla", "text.txt"}
 
 
+@pytest.mark.slow
 def test_the_same_bytes_again(tmp_path: Path) -> None:
     source = source_model(tmp_path / "source")
     for name in "ab":

@@ -29,6 +29,7 @@ def raw_config(folder: Path) -> dict[str, object]:
     return json.loads((folder / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "int8", "int4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_written_as_loaded(tmp_path: Path, family: str, dtype: str) -> None:
@@ -75,6 +76,7 @@ def test_fp8_as_released(tmp_path: Path, family: str) -> None:
     assert bool(kept) == padded and all(".self_attn" in name for name in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", TYPES)
 @pytest.mark.parametrize("second", TYPES)
 def test_every_pair(tmp_path: Path, first: str, second: str) -> None:

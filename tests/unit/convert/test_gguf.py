@@ -60,6 +60,7 @@ MODELS = {name: config for name, config in FAMILIES.items() if "fp8" not in name
 EXPRESSIBLE = [name for name in MODELS if "converted" not in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["auto", "fp32", "bf16"])
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 def test_there_and_back_to_the_bit(tmp_path: Path, name: str, dtype: str) -> None:
@@ -168,7 +169,7 @@ def test_packed_folders_keep_their_type(tmp_path: Path) -> None:
     ("config", "what"),
     [
         (MODELS["llama-converted"], "a latent without norm"),
-        (mla("deepseek_v3", rope=replace(YARN, mscale=1.0)), "YaRN's mscale 1.0 beside"),
+        (mla("deepseek_v3", rope=replace(YARN, mscale=1.0)), "YaRN's mscale 1.0 with"),
         (mla("deepseek_v3", rope=replace(YARN, rope_interleave=False)), "rope_interleave false"),
         (
             mla("deepseek_v3", moe=replace(mla("deepseek_v3").moe, moe_layer_freq=2)),
@@ -204,7 +205,7 @@ def test_what_the_format_cannot_say(tmp_path: Path, config: ModelConfig, what: s
     ("options", "message"),
     [
         ({"dtype": "fp8"}, "--dtype fp8 does not exist in GGUF files; choose fp32, bf16"),
-        ({"file_format": "hf"}, "m.gguf: --format hf names a folder, which must not end in .gguf"),
+        ({"file_format": "hf"}, "m.gguf: --format hf needs a folder that does not end in .gguf"),
         ({"to": "mla"}, "files cannot express a latent without norm"),
     ],
 )

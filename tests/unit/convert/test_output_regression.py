@@ -76,6 +76,7 @@ def test_a_layer_runs_as_the_model_has_it(config: ModelConfig) -> None:
         torch.testing.assert_close(x + joined, middle)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["standard", "free"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_it_brings_a_model_nearer(

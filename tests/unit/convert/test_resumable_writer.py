@@ -77,6 +77,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, place: Path) -> Counted:
     return Counted(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [0, 1, 7])
 def test_ctrl_c_and_on(place: Path, counted: Counted, done: int) -> None:
     """Nothing under the destination's name; then only what is missing is made."""
@@ -183,6 +184,7 @@ def test_what_would_fail_again_is_not_kept(place: Path) -> None:
     assert not partial_path(place).exists() and not place.exists()
 
 
+@pytest.mark.slow
 def test_a_destination_that_appears_meanwhile_costs_no_work(
     place: Path, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +245,7 @@ def killed(place: Path, segments: int) -> list[str]:
     return labels
 
 
+@pytest.mark.slow
 def test_killed(place: Path, counted: Counted) -> None:
     labels = killed(place, 4)
     again(place)

@@ -237,7 +237,7 @@ def test_tokenizer_and_generation_files_are_copied(tmp_path: Path) -> None:
         ({"dtype": "int3"}, "--dtype 'int3' is unknown"),
         ({"dtype": "fp64"}, "--dtype 'fp64' is unknown"),
         ({"file_format": "onnx"}, "--format 'onnx' is unknown"),
-        ({"file_format": "gguf"}, "new: --format gguf names a file that must end in .gguf"),
+        ({"file_format": "gguf"}, "new: --format gguf needs a file name that ends in .gguf"),
     ],
 )
 def test_options_that_cannot_be_served(
@@ -322,7 +322,7 @@ def test_no_usable_tokenizer_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     (source / "tiktoken.model").write_text("YQ== 0")
     convert(source, tmp_path / "new", dtype="fp16")
     assert (tmp_path / "new" / "tiktoken.model").read_text() == "YQ== 0"
-    assert "new: is made without a usable tokenizer" in caplog.text
+    assert "new: has no usable tokenizer" in caplog.text
     assert "convert_tiktoken_to_fast(" in caplog.text
     caplog.clear()
     write_tokenizer(source)

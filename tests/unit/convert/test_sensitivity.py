@@ -67,6 +67,7 @@ def mixed_logits(model: Transformer, other: Transformer, changed: int, ids: Tens
     return model.logits(model.norm(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CASES, ids=IDS)
 def test_one_layer_at_a_time(config: ModelConfig, tmp_path: Path) -> None:
     """The figures are those of whole models in which one layer's attention was put in."""

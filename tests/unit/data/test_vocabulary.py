@@ -47,7 +47,7 @@ def test_training_is_repeatable(tmp_path: Path) -> None:
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         command = [sys.executable, "-c", TRAIN, str(source), str(folder)]
         environment = {"RAYON_NUM_THREADS": threads, "PATH": ""}
-        subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[4])
+        subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[3])
         digests.add(hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest())
     assert len(digests) == 1
 

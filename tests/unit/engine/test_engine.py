@@ -194,6 +194,7 @@ def test_generation_equals_recomputing_everything_for_every_token(model: Transfo
     assert len(set(found)) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, ids=["gqa", "mla"])
 def test_chunks_and_page_sizes_change_no_token(model: Transformer) -> None:
     prompt = [(i * 37) % 263 for i in range(40)]

@@ -21,6 +21,7 @@ def likeliest(model: Transformer, tokens: list[int]) -> list[int]:
     return model.logits(hidden).argmax(dim=-1).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize("speculates", [True, False])
 def test_greedy_tokens(config: ModelConfig, speculates: bool) -> None:

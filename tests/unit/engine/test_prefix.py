@@ -348,6 +348,7 @@ def test_check_integrity_finds_a_marked_page_without_index_entry() -> None:
 # Against the plain model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_random_sequences_agree_with_the_model(seed: int) -> None:
     """`benchmarks/page_allocator.py` makes 100,000 steps of each."""

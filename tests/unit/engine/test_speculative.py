@@ -134,6 +134,7 @@ def test_a_completion_ends_in_the_middle_of_its_drafts(end: dict[str, Any]) -> N
     assert engine.runner.allocator.num_used == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [1, 2, 3])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}])
 def test_mtp_drafts_change_no_token(modules: int, options: dict[str, Any]) -> None:
@@ -186,6 +187,7 @@ def fresh_drafts(model: Transformer, tokens: list[int], modules: int) -> list[in
     return known[len(tokens) :]
 
 
+@pytest.mark.slow
 def test_sampled_output_has_the_models_distribution() -> None:
     """Chi-squared over pairs of tokens: with drafts as without, and equal to the softmax."""
     config = gqa_config(vocab_size=5)

@@ -56,6 +56,7 @@ def test_a_folder_loads_and_generates(folder: Path, dtype: str) -> None:
     assert model.logits([1, 2, 3]).dtype == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "int4"])
 def test_int8_cache(folder: Path, dtype: str) -> None:
     """[K ; V] in bytes with scales; the same model except for the rounding of its entries."""

@@ -27,6 +27,7 @@ def packed_logits(model: Transformer, lengths: list[int]) -> torch.Tensor:
     return model.logits(model(IDS, packed.positions(), packed))
 
 
+@pytest.mark.slow
 @every_config
 @pytest.mark.parametrize("chunk", [1, 7, 61])
 def test_cached_equals_whole(config: ModelConfig, chunk: int) -> None:

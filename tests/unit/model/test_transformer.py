@@ -71,6 +71,7 @@ def random_chunks(length: int, seed: int) -> list[int]:
     return chunks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("page_size", [1, 3, 64])
 @pytest.mark.parametrize("break_even", [math.inf, 0.0, 2.0])

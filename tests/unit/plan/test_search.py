@@ -16,6 +16,7 @@ V3 = load_preset("deepseek-v3")
 JOB = DEEPSEEK_V3.job
 
 
+@pytest.mark.slow
 def test_the_papers_layout_is_the_best_around_it():
     """PP16 and EP64 with the schedules the paper compares; ties go to the quieter network."""
     layouts = [

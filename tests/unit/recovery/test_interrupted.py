@@ -56,6 +56,7 @@ STAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "at", "late"), STAGES)
 def test_ctrl_c_and_on(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, at: int, late: bool
@@ -82,6 +83,7 @@ def test_ctrl_c_and_on(
     assert [path.name for path in tmp_path.iterdir()] == ["mla"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_renamed", [False, True])
 def test_ctrl_c_around_the_last_renaming(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_renamed: bool
@@ -176,6 +178,7 @@ def test_two_at_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tiny.call(made, tmp_path / "mla")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "at"), [("evaluate", 2), ("distill", 1), ("export_save", 1)])
 def test_a_full_disk(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, at: int
@@ -189,6 +192,7 @@ def test_a_full_disk(
     assert tiny.contents(tmp_path / "mla") == tiny.contents(made / "whole")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_attention_is_measured(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +219,7 @@ def test_a_disk_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         pass
 
 
+@pytest.mark.slow
 def test_a_destination_made_meanwhile(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +257,7 @@ tiny.call(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_killed(made: Path, tmp_path: Path) -> None:
     """By SIGKILL, after the first save of the training."""
     arguments = [sys.executable, "-c", CHILD, str(made), str(tmp_path / "mla")]

@@ -79,6 +79,7 @@ def test_other_programs_compute_the_same(made: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "dtype"), [({"dtype": "int8"}, "int8"), ({"layout": "free"}, "fp32")]
 )
@@ -180,6 +181,7 @@ def test_records_that_nothing_reads(made: Path, tmp_path: Path, name: str, optio
     refused(made, tmp_path, f"{name}: this is a file of records", **{option: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("within_reach", "what"), [(4, "held out for evaluation"), (0, "for training")]
 )
@@ -318,7 +320,7 @@ def test_calibration_is_on_the_text_to_heal_on(made: Path, tmp_path: Path) -> No
 
 def test_experts_are_made_of_what_was_healed(made: Path, tmp_path: Path) -> None:
     report = tiny.call(made, tmp_path / "experts", experts=4)
-    assert report.experts == "4 routed, of which a token uses 2, and 1 shared"
+    assert report.experts == "4 routed, 2 active per token, 1 shared"
     assert tiny.report(tmp_path / "experts")["routed_experts"] == 4
     dense, found = (load_model(path).model for path in (made / "whole", tmp_path / "experts"))
     assert found.config.moe is not None and found.config.moe.n_routed_experts == 4
@@ -350,7 +352,9 @@ def test_a_tokenizer_with_more_ids_than_the_model(made: Path, tmp_path: Path) ->
         for number in range(20)
     ]
     file.write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="its tokenizer has ids up to 279, its model only 263"):
+    with pytest.raises(
+        UserError, match="its tokenizer has ids up to 279, but the model has 263 tokens"
+    ):
         convert_with_recovery(
             source,
             tmp_path / "mla",

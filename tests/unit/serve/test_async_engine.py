@@ -135,6 +135,7 @@ def test_a_full_queue_refuses_and_who_was_admitted_is_served() -> None:
     assert_nothing_is_left(with_engine(use, model, max_queue=5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_grammar", [False, True])
 def test_thousands_of_disconnects_leave_nothing_behind(has_grammar: bool) -> None:
     """Clients that leave before, while and after their request runs; prompts and n of all sizes."""

@@ -310,6 +310,7 @@ def test_what_is_no_json_ends_at_the_first_end(tools: ToolParser, raw: str) -> N
     assert_read(tools, schema, written_out + 'Done "}', {"x": raw, "y": '"}', "z": '"}]'})
 
 
+@pytest.mark.slow
 def test_a_value_above_the_limit_is_none() -> None:
     """However it is cut: a call that is not read to its end is passed on as it is."""
     raw = json.dumps({"a": "x" * MAX_VALUE})

@@ -89,6 +89,7 @@ def conversation(texts: list[str]) -> tuple[list[dict[str, Any]], list[dict[str,
 hostile = st.lists(st.sampled_from(HOSTILE), min_size=1, max_size=4).map("".join)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(hostile, min_size=5, max_size=5))

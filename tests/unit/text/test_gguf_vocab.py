@@ -150,6 +150,7 @@ def test_files_that_are_no_gguf(tmp_path: Path, make_gguf: MakeGguf) -> None:
         Tokenizer.from_gguf(path)
 
 
+@pytest.mark.slow
 def test_smollm2(smollm_gguf: Path) -> None:
     """The real file: ids of a ChatML prompt, digits one by one, and every text back whole."""
     tokenizer = Tokenizer.from_gguf(smollm_gguf)

@@ -86,6 +86,7 @@ def test_a_stopped_healing_resumes(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1024, 100_000, 500_000, 2_000_000, 20_000_000])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("layer_share", [None, 0.0, 0.3, 1.0])
@@ -124,7 +125,7 @@ def test_few_steps_are_small(steps: int, share: float) -> None:
     ("changes", "message"),
     [
         ({"tokens": 30}, "30 training tokens are less than a sequence of 31"),
-        ({"layer_share": 1.5}, "layer by layer, 1.5, must be 0 to 1"),
+        ({"layer_share": 1.5}, "layer_share is 1.5 and must be 0 to 1"),
         ({"sequence_length": 90}, "held-out tokens, at least 91 are needed"),
     ],
 )

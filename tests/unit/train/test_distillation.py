@@ -75,6 +75,7 @@ def test_an_exact_student_diverges_by_rounding(folder: Path) -> None:
     assert run.records("step")[0]["grad_norm"] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_a_damaged_student_heals(folder: Path, optimiser: str) -> None:
     """Held-out KL falls, to what the exported model really has; what was measured before the first

@@ -32,6 +32,7 @@ def logits(model: Transformer) -> list[Tensor]:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_finished_model(base: Path, tied: bool) -> None:
     """The very logits of the trained model in fp32, MTP module and routing biases included."""
@@ -82,6 +83,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_layers_that_differ(base: Path, precision: str) -> None:
     """Trained from a recipe, saved, resumed, exported: the weights bit by bit, the logits, and a
@@ -155,6 +157,7 @@ def test_any_save_of_a_run(base: Path) -> None:
         export_save(base / "new", base / "x", step=None, dtype="bf16")
 
 
+@pytest.mark.slow
 def test_going_on_from_a_model(base: Path) -> None:
     """A finished model as base_model: its first loss is the model's, by the data's tokenizer."""
     outcome, log = runs.train(base / "run", runs.recipe())
@@ -177,6 +180,7 @@ def test_the_tokenizer_of_a_run_is_kept_once(base: Path) -> None:
     assert {path.name for path in (base / TOKENIZER).iterdir()} == files
 
 
+@pytest.mark.slow
 def test_a_start_of_another_tokenizer_is_refused(base: Path) -> None:
     """Regression: a model trained further on ids that mean other tokens to it."""
     outcome, _ = runs.train(base / "run", runs.recipe())

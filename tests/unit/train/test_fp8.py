@@ -275,6 +275,7 @@ def test_a_weight_that_is_not_finite_is_not_exported(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
 def test_training_follows_fp32(scale_fmt: ScaleFormat) -> None:
     """Steps on one text: the loss falls as in fp32, and every weight gets a gradient."""

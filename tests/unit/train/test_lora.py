@@ -143,6 +143,7 @@ def lora_recipe(**changes: Any) -> dict[str, Any]:
     return tuning.raw_recipe(base_model="base", lora=table, **changes)
 
 
+@pytest.mark.slow
 def test_run(tmp_path: Path) -> None:
     """A run saves updates alone, a resumed one ends on the same bits, and what it exports is the
     base with the updates merged: trained where there are updates, elsewhere the base's bits.

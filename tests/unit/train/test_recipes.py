@@ -136,6 +136,7 @@ def test_reference_is_in_the_document() -> None:
     assert "|  |" not in text, "a key has no docstring"
 
 
+@pytest.mark.slow
 def test_tiny_then_long_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands in the heads of both recipes, for a step of each phase: a vocabulary of the
     documentation, a model, the same model with sixteen times its context.

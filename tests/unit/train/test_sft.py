@@ -198,6 +198,7 @@ STARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STARTS)
 def test_start(tmp_path: Path, kind: str) -> None:
     """Training moves every matrix, the loss falls, and the export has the base model's layout,

@@ -83,6 +83,7 @@ ODD_RUNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("records", ODD_RUNS)
 def test_odd_runs_are_drawn(records: list[StepRecord], tmp_path: Path) -> None:
     """Regression: a picture that fails, or warns, for a run that just began or went astray."""
