@@ -1,4 +1,4 @@
-"""Draft tokens from the checkpoint's MTP modules (DeepSeek-V3 sections 2.2 and 5.4.3).
+"""MTP draft model: draft tokens from the checkpoint's modules (DeepSeek-V3 sections 2.2 and 5.4.3).
 
 Owns the modules' KV cache entries and the hidden states they continue from. Module k predicts the
 token k + 2 places after a position from the hidden state of module k - 1 there and the embedding of

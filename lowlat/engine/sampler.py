@@ -1,7 +1,7 @@
 """Sampler: logits to tokens, with penalties, logit bias, grammar masks, top-k, top-p and min-p.
 
-Owns the order of the sampling steps and each sequence's random numbers. Knows no text and no KV
-cache.
+Owns the order of the sampling steps, log-probabilities (logprobs) and each sequence's random
+numbers. Knows no text and no KV cache.
 
 The order is: repetition, frequency and presence penalty, logit bias, grammar mask, temperature,
 top-k, top-p, min-p, draw; `ops.sampling` implements the last five. Probabilities are computed in

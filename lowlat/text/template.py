@@ -1,4 +1,4 @@
-"""Chat templates: untrusted Jinja programs of a model's files, rendered in a sandboxed process.
+"""Chat template rendering: untrusted Jinja programs of a model's files, in a sandboxed process.
 
 A template may loop forever, or allocate any amount of memory inside one operation, which no check
 in this process could interrupt. So it runs in its own process (`text.template_worker`), inside

@@ -1,4 +1,4 @@
-"""Writer of safetensors files: header encoding, known tensors, or tensor by tensor.
+"""Safetensors writer: header encoding, known tensors, or tensor by tensor.
 
 A file is 8 bytes of header length (little-endian), a JSON header padded with spaces, then the data;
 `reader` documents the format. Which tensors go into which file is the callers' choice.
