@@ -126,8 +126,8 @@ def _run(
 
 def _log(parsed: "Recipe", run: "RunFolder", quiet: bool) -> "MetricsLog":
     """The metrics log of the process that locks the run folder; a silent one for the others."""
+    from lowlat.train.metrics.live_view import make_view
     from lowlat.train.metrics.metrics_log import FolderMetricsLog, SilentMetricsLog
-    from lowlat.train.metrics.progress_view import make_view
 
     if not run.held:
         return SilentMetricsLog()

@@ -3,6 +3,8 @@
 Notes and other output to stderr appear above them.
 """
 
+import os
+import sys
 import time
 from typing import final
 
@@ -13,7 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from lowlat.train.metrics.formatting import bars, clock, count, memory, rate, utilisation
-from lowlat.train.metrics.progress_view import ProgressView, evaluation_text, heading
+from lowlat.train.metrics.progress_view import (
+    PlainView,
+    ProgressView,
+    SilentView,
+    evaluation_text,
+    heading,
+)
 from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
 from lowlat.train.metrics.tracker import ProgressTracker
 
@@ -24,6 +32,14 @@ _BESIDE_LOAD = 44
 """Columns reserved next to the expert bars for the other values of a layer."""
 _OTHER_LINES = 9
 """Lines of the terminal reserved for everything except expert layers."""
+
+
+def make_view(*, quiet: bool = False) -> ProgressView:
+    """The live view if stderr is a terminal, else plain lines; silent if `quiet`."""
+    if quiet or sys.stderr is None:
+        return SilentView()
+    is_live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return LiveView() if is_live else PlainView()
 
 
 @final

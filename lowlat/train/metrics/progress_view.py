@@ -1,9 +1,8 @@
 """Progress views of a training on stderr: the interface, plain lines, and silence.
 
-`live_view` has the live view; `make_view` chooses.
+`live_view` has the live view and selects one.
 """
 
-import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -111,17 +110,6 @@ class PlainView(ProgressView):
     def _show(self, pace: ProgressTracker) -> None:
         self._shown_at, self._unseen = time.monotonic(), False
         self.note(line(pace))
-
-
-def make_view(*, quiet: bool = False) -> ProgressView:
-    """The live view if stderr is a terminal, else plain lines; silent if `quiet`."""
-    if quiet or sys.stderr is None:
-        return SilentView()
-    if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-        from lowlat.train.metrics.live_view import LiveView
-
-        return LiveView()
-    return PlainView()
 
 
 def heading(record: StartRecord) -> str:

@@ -17,8 +17,8 @@ from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.cost.dry_run import gigabytes, most_memory, needed_bytes, usable_memory
 from lowlat.train.inputs.phase_data import phase_data
 from lowlat.train.metrics.jsonl import read_log
+from lowlat.train.metrics.live_view import make_view
 from lowlat.train.metrics.metrics_log import FolderMetricsLog
-from lowlat.train.metrics.progress_view import make_view
 from lowlat.train.metrics.record import EvalRecord
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.recipe.toml import to_toml

@@ -21,8 +21,8 @@ from lowlat.data.build import build
 from lowlat.data.selection import BuildOptions
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.store import CheckpointStore
+from lowlat.train.metrics.live_view import make_view
 from lowlat.train.metrics.metrics_log import FolderMetricsLog
-from lowlat.train.metrics.progress_view import make_view
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.run.trainer import Trainer, TrainingResult
 from tests.fakes import byte_tokenizer

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from lowlat.train.metrics.live_view import LiveView
-from lowlat.train.metrics.progress_view import PlainView, ProgressView, SilentView, make_view
+from lowlat.train.metrics.live_view import LiveView, make_view
+from lowlat.train.metrics.progress_view import PlainView, ProgressView, SilentView
 from tests.unit.train.metrics.records import evaluation, experts, start, step
 
 
