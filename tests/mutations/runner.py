@@ -1,8 +1,7 @@
 """Applies mutants to a copy of the package and runs each one's test against it.
 
 Tests run in forks of one process that has torch and pytest loaded already: a fork takes a tenth
-of a second, a new
-interpreter three. lowlat itself is imported in the forks only.
+of a second, a new interpreter three. lowlat itself is imported in the forks only.
 """
 
 import contextlib
@@ -121,6 +120,9 @@ def _in_child(workspace: Path, tests: Sequence[str], log: Path) -> NoReturn:
             os.dup2(file.fileno(), 2)
         os.chdir(workspace)
         sys.path.insert(0, str(workspace))
+        # The package `tests` is the original's; pytest must import the copy's.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]
         code = int(pytest.main([*OPTIONS, "--rootdir", str(workspace), *tests]))
     except BaseException:
         traceback.print_exc()

@@ -61,4 +61,4 @@ def test_cases_are_distinguished() -> None:
 
 def test_the_document_counts_them() -> None:
     text = " ".join((Path(__file__).parents[2] / "docs" / "parallelism.md").read_text().split())
-    assert f"in {len(ALL)} layouts" in text and f"{len(PIPELINES)} pipelines" in text
+    assert f"{len(ALL)} layouts" in text and f"{len(PIPELINES)} pipelines" in text

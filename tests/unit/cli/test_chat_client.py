@@ -206,7 +206,7 @@ def test_a_key_that_no_header_can_hold(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"keys': a key must be printable ASCII characters"):
         read_key(keys)
     monkeypatch.setenv("LOWLAT_API_KEY", "two words")
-    with pytest.raises(UserError, match="LOWLAT_API_KEY: a key has printable"):
+    with pytest.raises(UserError, match="LOWLAT_API_KEY: a key must be printable"):
         read_key(None)
     monkeypatch.setenv("LOWLAT_API_KEY", "")
     assert read_key(None) is None

@@ -295,7 +295,9 @@ def test_a_teacher_that_changed_is_refused(folder: Path, teacher_models: Path) -
         next(other.model.parameters())[5, 3] += 0.01
     (folder / "teacher").unlink()
     save_model(other.model, other.config, folder / "teacher", source=teacher_models / "teacher")
-    with pytest.raises(UserError, match=r"run: was trained by .* distillation\.teacher is another"):
+    with pytest.raises(
+        UserError, match=r"run: was trained with .* distillation\.teacher is another"
+    ):
         recovering.train(folder, recipe)
     shutil.rmtree(folder / "teacher")
     (folder / "teacher").symlink_to(teacher_models / "teacher")
@@ -372,9 +374,7 @@ def test_a_teacher_without_numbers_is_named(
 ) -> None:
     """Regression: a lower rate advised where none would help."""
     break_teacher(folder, teacher_models, value)
-    with pytest.raises(
-        UserError, match=r"distillation\.teacher .*'norm\.weight' holds values that"
-    ):
+    with pytest.raises(UserError, match=r"distillation\.teacher .*'norm\.weight' has values that"):
         recovering.train(folder, recovering.raw())
 
 
