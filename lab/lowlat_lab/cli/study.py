@@ -38,44 +38,62 @@ Out = Annotated[
         show_default=False,
     ),
 ]
-Seeds = Annotated[int, typer.Option(metavar="N", min=1, help="Runs per variant: seeds 1 to N.")]
-Steps = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        help="Optimiser steps of a run; default: by size.",
-        show_default=False,
-    ),
-]
-Tokens = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        help="Length of a run in tokens, instead of --steps.",
-        show_default=False,
-    ),
-]
-SizeName = Annotated[str, typer.Option("--size", help="Of the models: tiny, small or medium.")]
 Variants = Annotated[
     str | None,
     typer.Option(
         metavar="VARIANT,...", help="Variants to run, including the baseline.", show_default=False
     ),
 ]
-Page = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Also write the page FILE.md with its plot and report.",
-        show_default=False,
-    ),
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show variants, parameters and estimated time.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """Number, length and size of the trainings."""
+
+    seeds: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Runs per variant: seeds 1 to N.")
+    ] = 3
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Optimizer steps of a run; default: by size.",
+            show_default=False,
+        ),
+    ] = None
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Length of a run in tokens, instead of --steps.",
+            show_default=False,
+        ),
+    ] = None
+    size: Annotated[str, typer.Option("--size", help="Of the models: tiny, small or medium.")] = (
+        "small"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputOptions:
+    """What a study prints and writes next to its runs."""
+
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write the page FILE.md with its plot and report.",
+            show_default=False,
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show variants, parameters and estimated time.")
+    ] = False
+    as_json: options.Json = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False
+
 
 app = typer.Typer(
     help="Ablation studies: train small models that differ in one factor, with several seeds.",
@@ -83,30 +101,10 @@ app = typer.Typer(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """Output options."""
-
-    out: Path
-    page: Path | None
-    dry_run: bool
-    as_json: bool
-    quiet: bool
-
-
 @app.command("attention")
+@options.with_option_groups
 def attention(
-    data: Data,
-    out: Out,
-    seeds: Seeds = 3,
-    steps: Steps = None,
-    tokens: Tokens = None,
-    size: SizeName = "small",
-    variants: Variants = None,
-    page: Page = None,
-    dry_run: DryRun = False,
-    as_json: options.Json = False,
-    quiet: Quiet = False,
+    *, data: Data, out: Out, runs: RunOptions, variants: Variants = None, output: OutputOptions
 ) -> None:
     """MHA, GQA, MQA, MLA, GLA, GTA and TPA at equal parameters.
 
@@ -119,112 +117,70 @@ def attention(
         found = own.attention_variants(chosen, folder.vocab_size)
         return found if variants else own.usual(found)
 
-    plan, folder = _plan("attention", data, seeds, steps, tokens, size, variants, all_variants)
-    _study(own.study, plan, folder, _Output(out, page, dry_run, as_json, quiet))
+    plan, folder = _plan("attention", data, runs, variants, all_variants)
+    _study(own.study, plan, folder, out, output)
 
 
 @app.command("balance")
+@options.with_option_groups
 def balance(
-    data: Data,
-    out: Out,
-    seeds: Seeds = 3,
-    steps: Steps = None,
-    tokens: Tokens = None,
-    size: SizeName = "small",
-    variants: Variants = None,
-    page: Page = None,
-    dry_run: DryRun = False,
-    as_json: options.Json = False,
-    quiet: Quiet = False,
+    *, data: Data, out: Out, runs: RunOptions, variants: Variants = None, output: OutputOptions
 ) -> None:
     """Expert load balancing by a routing bias, an auxiliary loss, or none: loss and MaxVio."""
     wait_passively()
     from lowlat_lab.study import balance as own
 
     plan, folder = _plan(
-        "balance",
-        data,
-        seeds,
-        steps,
-        tokens,
-        size,
-        variants,
-        lambda chosen, _: own.balance_variants(chosen),
+        "balance", data, runs, variants, lambda chosen, _: own.balance_variants(chosen)
     )
-    _study(own.study, plan, folder, _Output(out, page, dry_run, as_json, quiet))
+    _study(own.study, plan, folder, out, output)
 
 
 @app.command("mtp")
-def mtp(
-    data: Data,
-    out: Out,
-    seeds: Seeds = 3,
-    steps: Steps = None,
-    tokens: Tokens = None,
-    size: SizeName = "small",
-    page: Page = None,
-    dry_run: DryRun = False,
-    as_json: options.Json = False,
-    quiet: Quiet = False,
-) -> None:
+@options.with_option_groups
+def mtp(*, data: Data, out: Out, runs: RunOptions, output: OutputOptions) -> None:
     """A model trained with and without a multi-token prediction module: loss, acceptance rate."""
     wait_passively()
     from lowlat_lab.study import mtp as own
 
-    def all_variants(chosen: "StudySize", _folder: "TokenizedDataset") -> "Sequence[Variant]":
-        return own.mtp_variants(chosen)
-
-    plan, folder = _plan("mtp", data, seeds, steps, tokens, size, None, all_variants)
-    _study(own.study, plan, folder, _Output(out, page, dry_run, as_json, quiet))
+    plan, folder = _plan("mtp", data, runs, None, lambda chosen, _: own.mtp_variants(chosen))
+    _study(own.study, plan, folder, out, output)
 
 
 @app.command("precision")
+@options.with_option_groups
 def precision(
-    data: Data,
-    out: Out,
-    seeds: Seeds = 3,
-    steps: Steps = None,
-    tokens: Tokens = None,
-    size: SizeName = "small",
-    variants: Variants = None,
-    page: Page = None,
-    dry_run: DryRun = False,
-    as_json: options.Json = False,
-    quiet: Quiet = False,
+    *, data: Data, out: Out, runs: RunOptions, variants: Variants = None, output: OutputOptions
 ) -> None:
     """One model trained in bf16, in DeepSeek-V3's FP8 and in fp32: loss relative to bf16's."""
     wait_passively()
     from lowlat_lab.study import precision as own
 
-    def all_variants(chosen: "StudySize", _folder: "TokenizedDataset") -> "Sequence[Variant]":
-        return own.precision_variants(chosen)
-
-    plan, folder = _plan("precision", data, seeds, steps, tokens, size, variants, all_variants)
-    _study(own.study, plan, folder, _Output(out, page, dry_run, as_json, quiet))
+    plan, folder = _plan(
+        "precision", data, runs, variants, lambda chosen, _: own.precision_variants(chosen)
+    )
+    _study(own.study, plan, folder, out, output)
 
 
 def _plan(
     kind: str,
     data: Path,
-    seeds: int,
-    steps: int | None,
-    tokens: int | None,
-    size: str,
+    runs: RunOptions,
     variants: str | None,
     all_variants: "Callable[[StudySize, TokenizedDataset], Sequence[Variant]]",
 ) -> "tuple[StudyPlan, TokenizedDataset]":
     from lowlat_lab.study.plan import StudyPlan, choose_variants, num_steps, open_data
     from lowlat_lab.study.sizes import find_size
 
-    chosen = find_size(size)
+    chosen = find_size(runs.size)
     folder = open_data(data, chosen)
     plan = StudyPlan(
         kind=kind,
         data=folder.path,
         size=chosen,
-        steps=num_steps(chosen, steps=steps, tokens=tokens),
+        steps=num_steps(chosen, steps=runs.steps, tokens=runs.tokens),
         variants=choose_variants(all_variants(chosen, folder), variants),
-        seeds=tuple(range(1, seeds + 1)),
+        seeds=tuple(range(1, runs.seeds + 1)),
     )
     return plan, folder
 
@@ -233,7 +189,8 @@ def _study(
     run: "Callable[[StudyPlan, TokenizedDataset, Path, Progress, str], dict[str, Any]]",
     plan: "StudyPlan",
     folder: "TokenizedDataset",
-    output: _Output,
+    out: Path,
+    output: OutputOptions,
 ) -> None:
     page = output.page
     from lowlat.utils.progress import make_progress
@@ -250,11 +207,11 @@ def _study(
         return describe(plan, folder, progress, as_json=output.as_json)
     require_matplotlib()
     # checked before hours of training
-    check_page(output.out / "report.md", "--out")
+    check_page(out / "report.md", "--out")
     if page is not None:
         check_page(page, "--page")
-    report = run(plan, folder, output.out.resolve(), progress, _command(plan))
-    written = write_page(report, output.out / "report.md")
+    report = run(plan, folder, out.resolve(), progress, _command(plan))
+    written = write_page(report, out / "report.md")
     if page is not None:
         written += write_page(report, page)
     if output.as_json:
