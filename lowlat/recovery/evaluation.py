@@ -33,7 +33,7 @@ def read_evaluation_text(path: Path, tokenizer: Tokenizer) -> EvaluationText:
     with training text.
     """
     content = read_plain_text(path, "--evaluate")
-    # encoded as in token folders
+    # encoded as in tokenized datasets
     ids = encode_plain(tokenizer, content).astype(np.int64)
     if len(ids) < LENGTH:
         raise UserError(

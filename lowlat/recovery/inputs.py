@@ -124,7 +124,7 @@ def _distillation_options(
 def _training_tokens(
     inputs: RecoveryInputs, work: WorkFolder, progress: Progress
 ) -> TokenizedDataset | None:
-    """The training text as a checked token folder; None without recovery training."""
+    """The training text as a checked dataset; None without recovery training."""
     distillation, texts = inputs.distillation, inputs.recovery.texts
     if distillation is None:
         return None

@@ -1,4 +1,4 @@
-"""Training text of recovery training: token folder, held-out documents, contamination check.
+"""Training text of recovery training: tokenized dataset, held-out documents, contamination check.
 
 Plain text files are cut into passages, which become documents. `lowlat.data` builds the folder.
 """
@@ -46,7 +46,7 @@ HELD_OUT = (0.01, 0.05, 0.2, 0.5)
 def build_tokens(
     folder: Path, texts: Sequence[str], tokenizer: Tokenizer, length: int, progress: Progress
 ) -> TokenizedDataset:
-    """Build the token folder `folder` from `texts`, for sequences of `length` tokens.
+    """Build the tokenized dataset `folder` from `texts`, for sequences of `length` tokens.
 
     Raises UserError naming a file that is not text, or if there is too little text.
     """

@@ -4,7 +4,7 @@ The folder is `.NAME.conversion`, next to the destination:
 
     lock            locked by the running process
     request.json    fingerprint of source and options
-    tokens/         token folder of the training text
+    tokens/         tokenized dataset of the training text
     start/          the compressed model
     run/            run folder of the trainer
     trained/        the trained model, exported in fp32

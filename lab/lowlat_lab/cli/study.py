@@ -25,7 +25,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="TOKENS",
-        help="Token folder made by lowlat data build, with documents held out.",
+        help="Tokenized dataset made by lowlat data build, with documents held out.",
         show_default=False,
     ),
 ]

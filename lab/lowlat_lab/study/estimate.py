@@ -24,7 +24,7 @@ class Estimate:
     """Estimated seconds."""
 
     step_seconds: dict[str, float]
-    """Time of one optimiser step, by variant."""
+    """Time of one optimizer step, by variant."""
     seconds: float
     """Time of the whole study: training and held-out losses, without decoding."""
 

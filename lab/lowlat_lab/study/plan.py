@@ -54,10 +54,10 @@ class StudyPlan:
     kind: str
     """attention, balance, mtp or precision."""
     data: Path
-    """Token folder, absolute."""
+    """Folder of the tokenized dataset, absolute."""
     size: StudySize
     steps: int
-    """Optimiser steps of every run."""
+    """Optimizer steps of every run."""
     variants: tuple[Variant, ...]
     """The first is the baseline."""
     seeds: tuple[int, ...]

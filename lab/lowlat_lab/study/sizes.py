@@ -26,11 +26,11 @@ class StudySize:
     sequence_length: int
     """Tokens of a sequence."""
     batch_size: int
-    """Sequences of an optimiser step."""
+    """Sequences of an optimizer step."""
     micro_batch_size: int
     """Sequences of a forward and backward pass."""
     steps: int
-    """Optimiser steps of a run."""
+    """Optimizer steps of a run."""
     learning_rate: float
     """Peak learning rate of Muon."""
     held_out_windows: int
