@@ -12,7 +12,6 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.cli import main
 from lowlat.compare.implementations import llama_cpp
@@ -25,6 +24,7 @@ from lowlat.peers.protocol import Unsupported, timed_handlers
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
 from tests.fakes import byte_tokenizer
+from tests.packed_attention import PackedAttention
 
 from .models import llama_case, v3_case, write
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.mapped_file import MappedFile
 from lowlat.checkpoint.save import save_model
@@ -22,6 +21,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 from lowlat.utils.huge_pages import HAS_HUGE_PAGES
 from lowlat.utils.progress import Task, Unit
+from tests.packed_attention import PackedAttention
 
 from .builders import (
     FAMILIES,

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint import resumable_writer as restart
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
@@ -29,6 +28,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer, gqa_config
 from tests.lowlat_configs import EVERY, random_model
+from tests.packed_attention import PackedAttention
 from tests.unit.convert.test_run import edit_tensors
 
 LENGTH = 40

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import RopeConfig
 from lowlat.model.gta import GTA as Module
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from tests.lowlat_configs import GTA, lowlat_config, random_model
+from tests.packed_attention import PackedAttention
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import RopeConfig, TPAConfig
 from lowlat.model.init import init_weights
 from lowlat.model.tpa import TPA as Module
 from lowlat.model.transformer import Transformer
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from tests.lowlat_configs import TPA, lowlat_config, random_model
+from tests.packed_attention import PackedAttention
 
 
 @pytest.mark.parametrize("interleave", [True, False])

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lowlat.attention.flash import FlashAttention
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig, MoEConfig, QuantConfig
@@ -27,6 +26,7 @@ from lowlat.train.layers.stacked_experts import stack_experts, unstacked
 from lowlat.train.run.fp8_export import save_fp8
 from lowlat.utils.errors import UserError
 from tests.fakes import gqa_config, mla_config, tiny_model
+from tests.packed_attention import PackedAttention
 
 MOE = MoEConfig(
     n_routed_experts=5,
