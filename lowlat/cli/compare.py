@@ -28,12 +28,9 @@ Reference = Annotated[
         metavar="A",
         help="The reference: NAME, transformers:NAME, official:MODEL.PY:NAME or gguf:FILE, each "
         "with @OPTIONS.",
-        show_default=False,
     ),
 ]
-Checked = Annotated[
-    str, typer.Argument(metavar="B", help="The implementation to check.", show_default=False)
-]
+Checked = Annotated[str, typer.Argument(metavar="B", help="The implementation to check.")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +38,7 @@ class InputOptions:
     """The tokens that both implementations run."""
 
     text: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Run a UTF-8 text instead of random tokens.", show_default=False
-        ),
+        Path | None, typer.Option(metavar="FILE", help="Run a UTF-8 text instead of random tokens.")
     ] = None
     tokens: Annotated[
         int,
@@ -69,12 +63,7 @@ class InputOptions:
     ] = 0
     seed: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            max=(1 << 63) - 1,
-            help="Seed of the random tokens, by default 0.",
-            show_default=False,
-        ),
+        typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the random tokens, by default 0."),
     ] = None
 
 
@@ -86,10 +75,7 @@ class OutputOptions:
         False
     )
     plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Plot the differences over the layers.", show_default=False
-        ),
+        Path | None, typer.Option(metavar="FILE", help="Plot the differences over the layers.")
     ] = None
     as_json: options.Json = False
 
@@ -107,7 +93,6 @@ def compare(
             min=0.0,
             help="Relative difference up to which parts are equal, by default that of the coarser "
             "number type.",
-            show_default=False,
         ),
     ] = None,
     impose_experts: Annotated[

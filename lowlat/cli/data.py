@@ -61,7 +61,6 @@ class HeldOutOptions:
             metavar="SHARE",
             help="Share of the documents to hold out, selected by content hash; by default 0.01, or"
             " 0 with --held-out-source.",
-            show_default=False,
         ),
     ] = None
     held_out_source: Annotated[
@@ -78,8 +77,7 @@ class SourceOptions:
         str | None,
         typer.Option(
             help="JSON field or table column that holds the text or the chat messages, by default "
-            "text.",
-            show_default=False,
+            "text."
         ),
     ] = None
     separator: Annotated[

@@ -41,7 +41,6 @@ def info(
             metavar="MODEL",
             help="Folder, .gguf file, hub id, pypi:PACKAGE==VERSION/FILE, 'default', or one of "
             f"{', '.join(preset_names())}.",
-            show_default=False,
         ),
     ],
     json_output: Annotated[
@@ -53,10 +52,7 @@ def info(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help=f"Number type of the weights: {', '.join(DTYPES)}, or auto (as stored).",
-            show_default=False,
-        ),
+        typer.Option(help=f"Number type of the weights: {', '.join(DTYPES)}, or auto (as stored)."),
     ] = None,
     cache: Annotated[
         str,

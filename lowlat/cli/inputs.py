@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Unpack
 
 from lowlat import api
 from lowlat.generate.model import Model
@@ -11,33 +11,14 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.progress import make_progress
 
 
-def load_model(
-    name: str,
-    *,
-    dtype: str,
-    cache: str,
-    device: str,
-    threads: int | None,
-    context: int | None = None,
-    max_cache_bytes: int | Literal["auto"] | None = None,
-    speculates: bool = True,
-) -> Model:
+def load_model(name: str, *, threads: int | None, **loading: Unpack[api.LoadOptions]) -> Model:
     """The model `name`, downloaded and converted if necessary, with progress on stderr.
 
     Sets the threads of PyTorch and of the native kernels if `threads` is given.
     """
     if threads is not None:
         native.use_threads(threads)
-    return api.load(
-        name,
-        dtype=dtype,
-        cache=cache,
-        device=device,
-        context=context,
-        max_cache_bytes=max_cache_bytes,
-        speculates=speculates,
-        progress=make_progress(),
-    )
+    return api.load(name, **loading, progress=make_progress())
 
 
 def read_stdin() -> str:

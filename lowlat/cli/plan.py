@@ -63,32 +63,21 @@ def plan(
             metavar="RECIPE|MODEL",
             help="Recipe in TOML, or any model that lowlat info accepts; deepseek-v3 includes the "
             "layout of its paper.",
-            show_default=False,
         ),
     ],
     devices: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="Search the parallel layouts of N devices.", show_default=False
-        ),
+        typer.Option(metavar="N", min=1, help="Search the parallel layouts of N devices."),
     ] = None,
     machine: Annotated[
-        str | None,
-        typer.Option(help=f"Device type: {', '.join(MACHINES)}.", show_default=False),
+        str | None, typer.Option(help=f"Device type: {', '.join(MACHINES)}.")
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory of a device, such as 80GB (1 GB = 2^30 bytes).",
-            show_default=False,
-        ),
+        typer.Option(metavar="SIZE", help="Memory of a device, such as 80GB (1 GB = 2^30 bytes)."),
     ] = None,
     network: Annotated[
-        float | None,
-        typer.Option(
-            metavar="GB/S", help="Bandwidth of a device to other nodes.", show_default=False
-        ),
+        float | None, typer.Option(metavar="GB/S", help="Bandwidth of a device to other nodes.")
     ] = None,
     changes: Annotated[
         list[str] | None,
@@ -96,12 +85,7 @@ def plan(
     ] = None,
     top: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help=f"Number of layouts to show, by default {TOP}.",
-            show_default=False,
-        ),
+        typer.Option(metavar="N", min=1, help=f"Number of layouts to show, by default {TOP}."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
