@@ -141,14 +141,6 @@ class Scheduler:
             self._shares.serve(chunk.sequence.request.options.cache_namespace, chunk.length)
         return list(chosen.values())
 
-    def advance(self, sequence: Sequence, num_tokens: int) -> None:
-        """Count the next `num_tokens` tokens of a sequence as cached."""
-        self.kv_cache.advance(sequence, num_tokens)
-
-    def withdraw(self, sequence: Sequence) -> None:
-        """Remove the pages of a sequence from the prefix cache: one of them holds bad values."""
-        self.kv_cache.withdraw(sequence)
-
     # --- admission -----------------------------------------------------------------------------
 
     def _admit(self) -> None:
@@ -230,7 +222,7 @@ class Scheduler:
         one is about to compute. They find it in the prefix cache, so a shared prompt is computed
         once."""
         prefilling = [s for s in sorted(self.running, key=_order) if s.is_prefilling]
-        if not self.kv_cache.has_prefix_cache:
+        if self.kv_cache.prefix is None:
             return prefilling
         for sequence in self._awaiting.intersection(prefilling):
             self.kv_cache.match(sequence)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lowlat.ops import native_training_kernels
 from lowlat.ops.autograd import gated_backward
 from lowlat.ops.deferred import Defer, add_gradient
+from lowlat.ops.experts import swiglu
 from lowlat.ops.norm import accumulation_dtype
 from lowlat.ops.routing import Routing
 
@@ -245,9 +246,8 @@ def _combine(
 
 
 def _swiglu(gate_up: Float[Tensor, "rows inner_twice"]) -> Float[Tensor, "rows inner"]:
-    """silu(gate) * up, computed in fp32 and rounded once, as `experts.swiglu`."""
+    """`experts.swiglu` of the two halves."""
     gate, up = gate_up.chunk(2, dim=1)
     if native_training_kernels.usable(gate_up):
         return native_training_kernels.gated_forward(gate, up)
-    wide = accumulation_dtype(gate_up.dtype)
-    return (F.silu(gate.to(wide)) * up.to(wide)).to(gate_up.dtype)
+    return swiglu(gate, up)

@@ -90,7 +90,7 @@ def test_packing_is_the_same_with_and_without_kernels(storage: str, dtype: torch
 def test_packed_on_meta_stays_on_meta() -> None:
     with torch.device("meta"):
         linear = Linear(5, 3, dtype=torch.bfloat16)
-    linear.store_int4()
+    linear.store_packed("int4")
     assert all(parameter.is_meta for parameter in linear.parameters())
     assert not any(parameter.requires_grad for parameter in linear.parameters())
 
