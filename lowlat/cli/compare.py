@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from lowlat.compare.implementations.spec import ImplementationSpec
     from lowlat.compare.trace import Window
 
-TOKENS = 64
-WINDOW = 64
 DIFFERENT = 1
 
 
@@ -48,11 +46,11 @@ class InputOptions:
             max=1 << 24,
             help="Number of tokens; a last window of one token is dropped.",
         ),
-    ] = TOKENS
+    ] = 64
     window: Annotated[
         int,
         typer.Option(metavar="N", min=1, help="Tokens per window; memory grows with its square."),
-    ] = WINDOW
+    ] = 64
     start: Annotated[
         int,
         typer.Option(

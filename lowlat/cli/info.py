@@ -1,7 +1,6 @@
 """`lowlat info MODEL`: parameters, KV cache and memory of a model, from its config.
 
-Finds the model and prints JSON; `config.parameter_count` has the numbers, `cli.info_view` the
-tables. Only headers of checkpoints are read.
+Only headers of checkpoints are read.
 """
 
 import json

@@ -8,7 +8,7 @@ from lowlat import api
 from lowlat.generate.model import Model
 from lowlat.ops import native
 from lowlat.utils.errors import UserError
-from lowlat.utils.progress import make_progress
+from lowlat.utils.progress import Progress, make_progress
 
 
 def load_model(name: str, *, threads: int | None, **loading: Unpack[api.LoadOptions]) -> Model:
@@ -19,6 +19,21 @@ def load_model(name: str, *, threads: int | None, **loading: Unpack[api.LoadOpti
     if threads is not None:
         native.use_threads(threads)
     return api.load(name, **loading, progress=make_progress())
+
+
+def recipe_checkpoint(recipe: Path, key: str, name: str | None, progress: Progress) -> Path | None:
+    """Files of the checkpoint `name`, the value of `key` in a recipe file; None if it has none.
+
+    A name is a path relative to the recipe, else relative to the working directory, else a preset
+    or hub id. Raises UserError naming recipe and key.
+    """
+    if name is None:
+        return None
+    relative = recipe.parent / name
+    try:
+        return api.prepare(str(relative) if relative.exists() else name, progress=progress)
+    except UserError as error:
+        raise UserError(f"{recipe}: {key}: {error}") from error
 
 
 def read_stdin() -> str:

@@ -1,7 +1,4 @@
-"""`lowlat plan train`: estimate memory, traffic and time of a training on a cluster.
-
-Parses arguments; `lowlat.plan` estimates, `cli.plan_view` prints tables.
-"""
+"""`lowlat plan train`: estimate memory, traffic and time of a training on a cluster."""
 
 import json
 import re
@@ -14,23 +11,21 @@ import typer
 from lowlat.cli import options
 from lowlat.cli.info import find
 from lowlat.config.model import ModelConfig
+from lowlat.plan.job import TrainingJob, check
+from lowlat.plan.machine import H100, MACHINES, Machine
+from lowlat.plan.published import PUBLISHED
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from lowlat.plan.job import TrainingJob
-    from lowlat.plan.machine import Machine
     from lowlat.train.recipe.schema import Recipe
 
-MACHINES = ("h800", "h100")
 DEFAULT_LENGTH = 4096
 DEFAULT_ROWS = 4096
 TOP = 10
 MOST_GB = 1e6
 
-
 app = typer.Typer(
     name="plan",
-    help="Estimate what a workload needs before it runs.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -47,8 +42,8 @@ class Subject:
 
     name: str
     config: ModelConfig
-    job: "TrainingJob"
-    machine: "Machine"
+    job: TrainingJob
+    machine: Machine
     has_layout: bool
     """Whether the job has a parallel layout; otherwise layouts are searched."""
     published_hours: float | None = None
@@ -129,10 +124,6 @@ def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> N
 
 
 def _subject(name: str, changes: list[str]) -> Subject:
-    from lowlat.plan.job import TrainingJob
-    from lowlat.plan.machine import H100
-    from lowlat.plan.published import PUBLISHED
-
     if name.endswith(".toml"):
         return _recipe(Path(name), changes)
     if changes:
@@ -153,9 +144,7 @@ def _subject(name: str, changes: list[str]) -> Subject:
 
 
 def _recipe(path: Path, changes: list[str]) -> Subject:
-    from lowlat.cli.train_inputs import base_model_files
-    from lowlat.plan.job import check
-    from lowlat.plan.machine import H100
+    from lowlat.cli.inputs import recipe_checkpoint
     from lowlat.train.cost.dry_run import largest_job
     from lowlat.train.inputs.configs import recipe_config
     from lowlat.train.inputs.parallel_check import check_parallel
@@ -164,7 +153,7 @@ def _recipe(path: Path, changes: list[str]) -> Subject:
 
     recipe = read_recipe(path, changes)
     _check_whole(recipe, path)
-    base_model = base_model_files(recipe, path, make_progress())
+    base_model = recipe_checkpoint(path, "base_model", recipe.base_model, make_progress())
     config = recipe_config(recipe, path, base_model)
     check_parallel(config, recipe, str(path))
     job = largest_job(recipe)
@@ -190,10 +179,8 @@ def _check_whole(recipe: "Recipe", path: Path) -> None:
 
 
 def _machine(
-    default: "Machine", name: str | None, memory: str | None, network: float | None
-) -> "Machine":
-    from lowlat.plan.machine import MACHINES
-
+    default: Machine, name: str | None, memory: str | None, network: float | None
+) -> Machine:
     if name is not None and name not in MACHINES:
         raise UserError(f"--machine '{name}' is unknown; choose one of {', '.join(MACHINES)}")
     machine = default if name is None else MACHINES[name]

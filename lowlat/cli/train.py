@@ -1,7 +1,5 @@
 """`lowlat train`: train a model from a recipe or resume from the last checkpoint; summarize runs;
 export checkpoints.
-
-Parses arguments and prints; the trainer is `lowlat.train`.
 """
 
 import json
@@ -48,7 +46,7 @@ def train(
     Ctrl-C writes a checkpoint and stops. The trained model is written to FOLDER/model, which
     lowlat chat and lowlat serve load.
     """
-    from lowlat.cli.train_inputs import base_model_files, teacher_files
+    from lowlat.cli.inputs import recipe_checkpoint
     from lowlat.train.recipe.schema import read_recipe
     from lowlat.train.recipe.toml import text_of
     from lowlat.utils.progress import make_progress
@@ -56,8 +54,9 @@ def train(
     parsed = read_recipe(recipe, changes or [])
     progress = make_progress(quiet=quiet)
     _check_device(parsed, recipe)
-    base_model = base_model_files(parsed, recipe, progress)
-    teacher = teacher_files(parsed, recipe, progress)
+    base_model = recipe_checkpoint(recipe, "base_model", parsed.base_model, progress)
+    taught_by = None if parsed.distillation is None else parsed.distillation.teacher
+    teacher = recipe_checkpoint(recipe, "distillation.teacher", taught_by, progress)
     if dry_run:
         from lowlat.cli.train_dry_run import print_dry_run
 

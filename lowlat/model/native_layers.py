@@ -16,9 +16,7 @@ from lowlat.model.moe import MLP, Experts, MoE
 from lowlat.model.mtp import MTPModule
 from lowlat.ops import native
 from lowlat.ops.gta import selectors
-
-TILE = 16
-"""Rows of a tile."""
+from lowlat.ops.quantized import TILE
 
 
 # The return types below are inferred: those of the native module have no names of their own.

@@ -1,8 +1,7 @@
 """Cost model of a training step: time of computation, communication, pipeline bubble, gradient
 synchronization and optimizer update.
 
-`machine` has the reached shares of published rates. All values are of the slowest device of a
-pipeline.
+All values are of the slowest device of a pipeline.
 """
 
 from collections.abc import Iterable

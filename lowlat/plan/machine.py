@@ -1,7 +1,5 @@
 """Machines of the cost model: published rates and bandwidths of H800 and H100, and the shares of
-them that kernels reach.
-
-`rate` measures this machine.
+them that kernels reach. `rate` measures this machine.
 """
 
 from dataclasses import dataclass, replace

@@ -203,7 +203,7 @@ def test_a_stream_that_goes_wrong_is_one_line(
 def test_a_key_that_no_header_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = tmp_path / "keys"
     keys.write_text("schl\u00fcssel\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"keys': a key must be printable ASCII characters"):
+    with pytest.raises(UserError, match=r"keys': keys must be ASCII text"):
         read_key(keys)
     monkeypatch.setenv("LOWLAT_API_KEY", "two words")
     with pytest.raises(UserError, match="LOWLAT_API_KEY: a key must be printable"):
