@@ -120,7 +120,6 @@ def questions(prompt: str, console: Console) -> Iterator[str]:
 
 
 def command(conversation: Conversation, line: str, console: Console) -> None:
-    """Run a /command."""
     name, _, rest = line.partition(" ")
     match name:
         case "/help":

@@ -117,7 +117,6 @@ def defer_garbage_collection() -> None:
 
 
 def run() -> None:
-    """Entry point of `lowlat`."""
     run_app(app)
 
 

@@ -107,7 +107,6 @@ class KVCacheManager:
         return copy
 
     def release(self, sequence: Sequence) -> None:
-        """Release all pages of a sequence."""
         self.allocator.release(sequence.pages)
         sequence.pages = []
         sequence.num_cached = sequence.num_indexed = 0

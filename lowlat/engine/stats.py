@@ -99,7 +99,6 @@ class StatsRecorder:
         self._e2e = _Counts(LONG_SECONDS)
 
     def started(self, request: Request) -> None:
-        """Record the first step of a request."""
         assert request.started_at is not None
         with self._lock:
             self._prompt_tokens += len(request.prompt)

@@ -202,7 +202,6 @@ def weight_of(linear: Linear, *, sparse: bool = False):
 
 
 def matrix_of(weight: Float[Tensor, "out in"], occupied: UInt8[Tensor, "tiles"] | None = None):
-    """A bf16 matrix."""
     return native.module().Matrix.bf16(weight.detach(), occupied=occupied)
 
 

@@ -87,7 +87,6 @@ def levels() -> list[str]:
 
 
 def level() -> str:
-    """The level in use."""
     return module().level()
 
 
@@ -140,7 +139,6 @@ def use_threads(count: int) -> None:
 
 
 def threads() -> int:
-    """Threads the native kernels use."""
     return module().threads()
 
 

@@ -68,7 +68,6 @@ class ParallelLayout:
 
     @property
     def num_stages(self) -> int:
-        """Number of pipeline stages."""
         if self.pipeline == 1:
             return 1
         per_device = {"interleaved": self.stages_per_device, "dualpipev": 2}
