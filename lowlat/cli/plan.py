@@ -2,9 +2,9 @@
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from lowlat.plan.published import PUBLISHED
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from lowlat.plan.estimate import Estimate
+    from lowlat.plan.flops import TokenFlops
+    from lowlat.plan.search import Neighbour, SearchResult
     from lowlat.train.recipe.schema import Recipe
 
 DEFAULT_LENGTH = 4096
@@ -96,7 +99,6 @@ def plan(
 
 
 def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> None:
-    from lowlat.cli.plan_json import plan_object
     from lowlat.plan.estimate import estimate
     from lowlat.plan.flops import token_flops
     from lowlat.plan.search import all_layouts, neighbours, search
@@ -121,6 +123,69 @@ def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> N
 
     hours = subject.published_hours
     show(subject.name, main, flops, around, found, top=top, published_hours=hours)
+
+
+def plan_object(
+    main: "Estimate",
+    flops: "TokenFlops",
+    around: "list[Neighbour]",
+    search: "SearchResult | None",
+    shown: int,
+) -> dict[str, Any]:
+    """The object of --json, in bytes, seconds and FLOPs: an estimate, the effect of single changes,
+    and the best `shown` layouts of a search.
+    """
+    plan = {
+        "estimate": _estimate(main),
+        "flops_per_token": {
+            "forward": flops.forward,
+            "training": flops.training,
+            "executed": flops.executed,
+            "forward_by_part": flops.parts,
+        },
+        "changes": [
+            {
+                "change": each.change,
+                "step_seconds": None if each.found is None else each.found.time.total,
+                "memory_bytes": None if each.found is None else each.found.memory.total,
+                "why": each.why,
+            }
+            for each in around
+        ],
+    }
+    if search is not None:
+        best = [_estimate(found) for found in search.ranked[:shown]]
+        plan["search"] = {"tried": search.tried, "failed": dict(search.failed), "best": best}
+    return plan
+
+
+def _estimate(found: "Estimate") -> dict[str, Any]:
+    """A layout with its memory, time and traffic."""
+    memory = found.memory
+    return {
+        "layout": asdict(found.job.layout),
+        "micro_batches": found.job.micro_batches,
+        "activation_checkpointing": found.job.activation_checkpointing,
+        "precision": found.job.precision,
+        "fits": found.fits,
+        "memory": {
+            "total": memory.total,
+            "by_purpose": memory.parts,
+            "activations_by_tensor": memory.activations,
+            "parameters_by_part": memory.parameters,
+            "largest": memory.largest,
+            "pipeline_rank": memory.rank,
+        },
+        "step_seconds": {"total": found.time.total, **asdict(found.time)},
+        "bubble_share": found.bubble_share,
+        "sent_bytes": {
+            sent.kind: {"node": sent.node_bytes, "network": sent.network_bytes}
+            for sent in found.transfers
+        },
+        "tokens_per_second": found.tokens_per_second,
+        "mfu": found.mfu,
+        "device_hours_per_trillion_tokens": found.device_hours(1e12),
+    }
 
 
 def _subject(name: str, changes: list[str]) -> Subject:

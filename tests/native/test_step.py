@@ -4,7 +4,7 @@ Batch invariance of its bits: test_step_batch_invariance.py.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -144,14 +144,6 @@ def check_near_to_fp32(
 def distances(logits: Tensor, reference: Tensor) -> Tensor:
     """Per token, relative to the reference."""
     return (logits - reference).norm(dim=-1) / reference.norm(dim=-1)
-
-
-@pytest.fixture
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    used = native.level()
-    native.module().set_level(request.param)
-    yield request.param
-    native.module().set_level(used)
 
 
 every_level = pytest.mark.parametrize("level", native.levels(), indirect=True)
