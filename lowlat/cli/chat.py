@@ -85,7 +85,7 @@ def chat(
             "is set on the server",
         )
         backend = _remote(server, None if model == options.DEFAULT_MODEL else model)
-    conversation = Conversation(backend, settings, max_tokens=sampling.max_tokens, system=system)
+    conversation = Conversation(backend, settings, system)
     if once is None:
         talk(conversation)
     else:

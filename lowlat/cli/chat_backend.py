@@ -41,11 +41,10 @@ class ChatBackend(abc.ABC):
         self,
         messages: Sequence[Message],
         sampling: SamplingOptions,
-        max_tokens: int,
         write: Callable[[str], None],
         interrupted: threading.Event,
     ) -> Completion:
-        """Stream an answer of at most `max_tokens` through `write`; `interrupted` ends it early.
+        """Stream an answer through `write`; `interrupted` ends it early.
 
         Raises UserError if the context is full or the backend fails.
         """
@@ -77,12 +76,12 @@ class LocalChatBackend(ChatBackend):
         self,
         messages: Sequence[Message],
         sampling: SamplingOptions,
-        max_tokens: int,
         write: Callable[[str], None],
         interrupted: threading.Event,
     ) -> Completion:
         capacity = max(1, self._model.context - len(self._model.encode_prompt(messages)))
-        options: SamplingOptions = {**sampling, "max_tokens": min(max_tokens, capacity)}
+        max_tokens = min(sampling.get("max_tokens") or capacity, capacity)
+        options: SamplingOptions = {**sampling, "max_tokens": max_tokens}
         with self._model.generate(messages, stream=True, **options) as stream:
             for piece in stream:
                 write(piece)

@@ -119,7 +119,6 @@ class ChatClient(ChatBackend):
         self,
         messages: Sequence[Message],
         sampling: SamplingOptions,
-        max_tokens: int,
         write: Callable[[str], None],
         interrupted: threading.Event,
     ) -> Completion:
@@ -128,7 +127,6 @@ class ChatClient(ChatBackend):
             "messages": list(messages),
             "stream": True,
             "stream_options": {"include_usage": True},
-            "max_tokens": max_tokens,
             **{name: value for name, value in sampling.items() if value is not None},
         }
         try:

@@ -1,7 +1,7 @@
 """`lowlat serve`: command-line options of the HTTP server."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -71,7 +71,7 @@ class LimitOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """How the model is loaded, and what it runs on."""
+    """Speculation and KV cache of the engine."""
 
     speculate: Annotated[
         bool,
@@ -79,16 +79,12 @@ class EngineOptions:
             help="Speculative decoding (MTP or prompt lookup) where it pays; changes no token."
         ),
     ] = True
-    device: options.Device = options.DEFAULT_DEVICE
-    dtype: options.Dtype = options.DEFAULT_DTYPE
-    cache: options.Cache = options.DEFAULT_CACHE
     cache_memory: Annotated[
         float | None,
         typer.Option(
             min=0.001, help="GiB for the KV cache; default: most of the memory left by the weights."
         ),
     ] = None
-    threads: options.Threads = None
 
 
 @options.with_option_groups
@@ -98,6 +94,7 @@ def serve(
     server: Annotated[ServerOptions, "Server"],
     limits: Annotated[LimitOptions, "Limits"],
     engine: Annotated[EngineOptions, "Machine"],
+    machine: options.Machine,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API under /v1, a chat page at /, metrics at /metrics."""
     _check_extra()
@@ -108,16 +105,13 @@ def serve(
 
     if server.served_model_name == "":
         raise UserError("--served-model-name is empty; set a name, or leave the option out")
-    max_cache_bytes = _cache_bytes(engine.cache_memory, engine.device)
+    max_cache_bytes = _cache_bytes(engine.cache_memory, machine.device)
     config = _config(model, server, limits)
     # Before the model is fetched and loaded, so that a port in use fails at once.
     with open_socket(config) as listener:
         loaded = load_model(
             model,
-            dtype=engine.dtype,
-            cache=engine.cache,
-            device=engine.device,
-            threads=engine.threads,
+            **asdict(machine),
             context=limits.max_context,
             max_cache_bytes=max_cache_bytes,
             speculates=engine.speculate,

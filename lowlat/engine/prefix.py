@@ -9,6 +9,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from lowlat.engine.page_allocator import PageAllocator, require
 
@@ -143,12 +144,12 @@ class PrefixCache:
         if not doomed:
             return
         numbers = {indexed.page for indexed in doomed}
-        for indexed in sorted(self._by_page.values(), key=_depth):
+        for indexed in sorted(self._by_page.values(), key=attrgetter("depth")):
             follows = indexed.parent is not None and indexed.parent.page in numbers
             if follows and indexed.page not in numbers:
                 doomed.append(indexed)
                 numbers.add(indexed.page)
-        for indexed in sorted(doomed, key=_depth, reverse=True):
+        for indexed in sorted(doomed, key=attrgetter("depth"), reverse=True):
             self._forget(indexed.page)
             self._allocator.unkeep(indexed.page)
 
@@ -246,10 +247,6 @@ class PrefixCache:
             depth,
         ):
             raise AssertionError(f"page {indexed.page} is indexed with other content")
-
-
-def _depth(indexed: IndexedPage) -> int:
-    return indexed.depth
 
 
 def _sha256(data: bytes) -> bytes:

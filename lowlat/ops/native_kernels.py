@@ -1,9 +1,9 @@
-"""Native kernels of quantization and sampling, with the signatures of their reference
-implementations. `level` selects another instruction-set level.
+"""Native kernels of quantization, with the signatures of their reference implementations. `level`
+selects another instruction-set level.
 """
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from torch import Tensor
 
 from lowlat.ops import native
@@ -43,25 +43,3 @@ def quantize_int4(
     module = native.module()
     module.pack(dense, module.Matrix.int4(*packed, rows=rows, columns=columns), level)
     return packed
-
-
-def draw(
-    logits: Float32[Tensor, " vocab"],
-    number: float,
-    *,
-    temperature: int | float,
-    top_k: int = 0,
-    top_p: int | float = 1.0,
-    min_p: int | float = 0.0,
-    level: str = "",
-) -> int:
-    """Native kernel of lowlat.ops.sampling.draw; every level gives the same token."""
-    return native.module().draw(
-        logits.detach().contiguous(),
-        number,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        level=level,
-    )

@@ -101,6 +101,28 @@ def _choice(moe: MoEConfig) -> Any:
     )
 
 
+def draw(
+    logits: Float32[Tensor, " vocab"],
+    number: float,
+    *,
+    temperature: int | float,
+    top_k: int = 0,
+    top_p: int | float = 1.0,
+    min_p: int | float = 0.0,
+    level: str = "",
+) -> int:
+    """Native kernel of lowlat.ops.sampling.draw; every level gives the same token."""
+    return native.module().draw(
+        logits.detach().contiguous(),
+        number,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        level=level,
+    )
+
+
 def pack_entries(
     rows: BFloat16[Tensor, "tokens entry_dim"], quantized: int, *, level: str = ""
 ) -> UInt8[Tensor, "tokens entry_bytes"]:

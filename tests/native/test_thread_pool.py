@@ -136,7 +136,7 @@ print(len(same), all(same), torch.equal(expected[0], expected[1]))
 
 LIMIT = """
 import resource, torch
-from lowlat.ops import native, native_kernels
+from lowlat.ops import native
 from tests.native import kernels
 module = native.module()
 def leave(mebibytes=None):
@@ -180,15 +180,15 @@ def test_a_draw_without_memory_is_an_error() -> None:
         LIMIT
         + """
 x = torch.zeros(4_000_000)
-native_kernels.draw(x[:3], 0.5, temperature=1.0)
+kernels.draw(x[:3], 0.5, temperature=1.0)
 for _ in range(3):
     leave(20)  # 31 for the weights
     try:
-        native_kernels.draw(x, 0.5, temperature=1.0)
+        kernels.draw(x, 0.5, temperature=1.0)
     except MemoryError:
         print("MemoryError")
     leave()
-draw = native_kernels.draw
+draw = kernels.draw
 print(draw(x[:3], 0.5, temperature=1.0), draw(x, 0.5, temperature=1.0))
 """
     )
