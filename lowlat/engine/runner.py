@@ -124,7 +124,7 @@ class ModelRunner:
         ids = self._ids([token for chunk in chunks for token in chunk.tokens])
         wanted = _wanted(chunks)
         if self._native is not None:
-            return self._native.mtp(depth, hidden, ids, batch, self.cache, wanted)
+            return self._native.step(ids, batch, self.cache, wanted, depth=depth, previous=hidden)
         attention = CachedAttention(self.cache, batch)
         hidden = self.model.mtp_hidden(depth, hidden, ids, batch.positions, attention)
         return hidden, self.model.mtp_logits(depth, hidden[wanted])

@@ -204,7 +204,8 @@ def native_modules(model: NativeModel, break_even: float, steps: Sequence[Steps]
         batch = batch_of(step, break_even)
         for depth in range(config.num_nextn_predict_layers):
             states, ids = drawn_states(config, step, depth), ahead_of(config, step, depth)
-            rows.append(model.mtp(depth, states, ids, batch, cache, list(range(len(ids))))[1])
+            every = list(range(len(ids)))
+            rows.append(model.step(ids, batch, cache, every, depth=depth, previous=states)[1])
     return torch.cat(rows)
 
 
@@ -230,7 +231,7 @@ def test_only_mtp_modules_continue_from_hidden_states() -> None:
     hidden, _ = model.step(ids, batch, cache, [])
     for wrong in (hidden[:-1], hidden[:, :-1], hidden.float()):
         with pytest.raises((ValueError, TypeError)):
-            model.mtp(0, wrong.contiguous(), ids, batch, cache, [])
+            model.step(ids, batch, cache, [], depth=0, previous=wrong.contiguous())
 
 
 @every_level
