@@ -46,7 +46,7 @@ def draw(report: Report, path: Path) -> None:
             axes.errorbar(value["mean"], place, xerr=half, fmt="o", color=BLUE, capsize=3)
         axes.axvline(0.0, color=BLACK, linewidth=0.8)
         axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
         axes.set(title=title, xlabel=unit)
         axes.text(1.0, 1.01, _setting(report), transform=axes.transAxes, ha="right", color=GREY)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
