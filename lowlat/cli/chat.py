@@ -37,8 +37,6 @@ class ServerOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatSampling:
-    """Sampling options of a chat."""
-
     max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per answer.")] = (
         MAX_TOKENS
     )

@@ -96,8 +96,10 @@ class LocalChatBackend(ChatBackend):
 def print_answer_report(model: Model, completion: Completion, console: Console) -> None:
     """Model, attention before and after conversion, cache per token, speed."""
     usage = completion.usage
-    source = source_config(model.name)
-    label = MODEL_PRESETS[model.name].label if model.name in MODEL_PRESETS else model.name
+    is_preset = model.name in MODEL_PRESETS
+    # The config that presets are converted from.
+    source = load_preset("smollm2-135m") if is_preset else None
+    label = MODEL_PRESETS[model.name].label if is_preset else model.name
     plain = str(model.transformer.embed_tokens.weight.dtype).removeprefix("torch.")
     numbers = packed_type(model.transformer) or plain
     rows = {
@@ -109,11 +111,6 @@ def print_answer_report(model: Model, completion: Completion, console: Console) 
         f"in {usage.prefill_seconds:.2f} s)",
     }
     print_rows(rows, console)
-
-
-def source_config(name: str) -> ModelConfig | None:
-    """The config that the preset `name` was converted from; None for other models."""
-    return load_preset("smollm2-135m") if name in MODEL_PRESETS else None
 
 
 def _attention(source: ModelConfig | None, config: ModelConfig) -> str:

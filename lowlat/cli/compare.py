@@ -67,8 +67,6 @@ class InputOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputOptions:
-    """How the result is shown."""
-
     every_part: Annotated[bool, typer.Option("--all", help="List every part of every layer.")] = (
         False
     )

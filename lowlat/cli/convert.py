@@ -50,8 +50,6 @@ Format = Annotated[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheOptions:
-    """Compression of the KV cache."""
-
     cache: Annotated[
         float | None,
         typer.Option(

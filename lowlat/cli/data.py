@@ -53,8 +53,6 @@ class VocabularyOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutOptions:
-    """The held-out split."""
-
     held_out: Annotated[
         float | None,
         typer.Option(
@@ -71,8 +69,6 @@ class HeldOutOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceOptions:
-    """How sources are read."""
-
     field: Annotated[
         str | None,
         typer.Option(

@@ -20,8 +20,6 @@ STDIN = "-"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateSampling:
-    """All sampling options."""
-
     max_tokens: Annotated[
         int | None,
         typer.Option(

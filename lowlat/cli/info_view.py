@@ -60,9 +60,9 @@ def _parameters(config: ModelConfig, count: ParameterCount) -> Table:
     if count.mtp:
         copies = count.mtp + count.mtp_copies
         table.add_section()
-        table.add_row(
-            "MTP", _amount(count.mtp), "", f"{_depth(config)} in addition to the main model"
-        )
+        modules = config.num_nextn_predict_layers
+        depth = "1 module" if modules == 1 else f"{modules} modules"
+        table.add_row("MTP", _amount(count.mtp), "", f"{depth} in addition to the main model")
         table.add_row("", _amount(copies), "", "with copies of embedding and LM head")
         table.add_row("", _amount(count.total + copies, digits=2), "", "total with MTP")
     return table
@@ -94,11 +94,6 @@ def _attention(config: ModelConfig) -> str:
     if isinstance(attention, MLAConfig | GLAConfig | tuple):
         return f"{heads} heads"
     return f"{heads} heads of {attention.head_dim}"
-
-
-def _depth(config: ModelConfig) -> str:
-    modules = config.num_nextn_predict_layers
-    return "1 module" if modules == 1 else f"{modules} modules"
 
 
 def _cache(config: ModelConfig, cost: KVCacheSize, dtype: str) -> Table:

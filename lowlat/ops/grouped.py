@@ -197,7 +197,8 @@ def _outer(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of gate_up_proj and down_proj, in `dtype`."""
-    down = grouped_outer(_scaled(grads, factors), inner, groups.counts, dtype)
+    scaled = (grads * factors[:, None]).to(grads.dtype)
+    down = grouped_outer(scaled, inner, groups.counts, dtype)
     rows = x.index_select(0, groups.tokens)
     return grouped_outer(grad_gate_up, rows, groups.counts, dtype), down
 
@@ -207,13 +208,6 @@ def _add_outer(leaves: tuple[Tensor, Tensor], outer: Callable[[], tuple[Tensor, 
     for leaf, gradient in zip(leaves, outer(), strict=True):
         if leaf.requires_grad:
             add_gradient(leaf, gradient)
-
-
-def _scaled(
-    rows: Float[Tensor, "rows dim"], factors: Float[Tensor, "rows"]
-) -> Float[Tensor, "rows dim"]:
-    """Each row times its factor, rounded once."""
-    return (rows * factors[:, None]).to(rows.dtype)
 
 
 def _factors(
