@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowlat.ops import native
 from lowlat.utils.errors import UserError
