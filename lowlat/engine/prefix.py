@@ -1,8 +1,7 @@
 """Automatic prefix caching: an index from tokens to KV cache pages by a chain of SHA-256 block
 hashes (block: page).
 
-Owns the index. `engine.page_allocator` owns the pages' states and evicts them; `engine.scheduler`
-decides which requests run, `engine.prefill_planner` on which attention path.
+Owns the index; `engine.page_allocator` owns the pages' states and evicts them.
 """
 
 import hashlib
