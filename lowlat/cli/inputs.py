@@ -18,7 +18,8 @@ def load_model(name: str, *, threads: int | None, **loading: Unpack[api.LoadOpti
     """
     if threads is not None:
         native.use_threads(threads)
-    return api.load(name, **loading, progress=make_progress())
+    loading.setdefault("progress", make_progress())
+    return api.load(name, **loading)
 
 
 def recipe_checkpoint(recipe: Path, key: str, name: str | None, progress: Progress) -> Path | None:

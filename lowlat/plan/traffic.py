@@ -6,7 +6,7 @@ share. `estimate` turns volumes into time.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from lowlat.config.model import ModelConfig
 from lowlat.plan.activations import FP8_BYTES, FP32_BYTES
@@ -28,6 +28,7 @@ class Transfer:
     """Bytes per step within the node."""
     network_bytes: float
     """Bytes per step to other nodes."""
+    _: KW_ONLY
     forward_share: float = 0.5
     """Share in forward passes."""
     is_per_step: bool = False
