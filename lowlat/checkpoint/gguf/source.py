@@ -17,13 +17,18 @@ from torch import Tensor
 
 from lowlat.checkpoint.gguf.file import GGUFFile
 from lowlat.checkpoint.gguf.metadata_reader import architecture, hf_config
-from lowlat.checkpoint.gguf.tensor_names import EXPERTS, GLOBAL_NAMES, MODULES, ROUTER_BIAS
+from lowlat.checkpoint.gguf.tensor_layout import (
+    EXPERTS,
+    GLOBAL_NAMES,
+    MODULES,
+    ROPE_FACTORS,
+    ROUTER_BIAS,
+    join_kv_b,
+    unpermute,
+)
 from lowlat.checkpoint.tensor_source import StoredTensor, TensorSource
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import quoted
-
-IN_CONFIG = ("rope_freqs.weight",)
-"""Tensors that became fields of the config."""
 
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)\.(weight|bias)")
 
@@ -85,7 +90,7 @@ class _Layout:
         pair).
         """
         shape = self._gguf.tensors[name].shape
-        if name in IN_CONFIG:
+        if name == ROPE_FACTORS:  # a field of the config
             return {}
         match = _BLOCK.fullmatch(name)
         if match is None:
@@ -181,21 +186,3 @@ def _by_heads(of_heads: Callable[[int, int], Tensor], width: int) -> Callable[[i
         return of_heads(first, last)[start - first * width : stop - first * width]
 
     return rows
-
-
-def unpermute(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head from GGUF's order (pairs adjacent) to Hugging Face's (real parts, then
-    imaginary).
-    """
-    # [heads * pairs * 2, ...] -> heads x pairs x 2 -> heads x 2 x pairs
-    pairs = tensor.view(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
-    return pairs.transpose(1, 2).reshape(tensor.shape)
-
-
-def join_kv_b(keys: Tensor, values: Tensor) -> Tensor:
-    """attn_k_b [heads, latent, nope] and attn_v_b [heads, v, latent] as kv_b_proj [heads * (nope
-    + v), latent].
-    """
-    dtype = keys.dtype if keys.dtype == values.dtype else torch.float32
-    joint = torch.cat([keys.to(dtype).transpose(1, 2), values.to(dtype)], dim=1)
-    return joint.flatten(0, 1)
