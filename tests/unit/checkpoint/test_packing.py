@@ -191,9 +191,15 @@ class Saved(NamedTuple):
     folder: Path
 
 
-@pytest.fixture(
-    scope="module", params=[(family, dtype) for family in FAMILIES for dtype in WORDS], ids=str
-)
+QUICK = ("deepseek_v3-fp8", "deepseek_v3-mtp", "llama-tied", "qwen2-converted")
+SAVED = [
+    pytest.param((family, dtype), marks=() if family in QUICK else pytest.mark.slow)
+    for family in FAMILIES
+    for dtype in WORDS
+]
+
+
+@pytest.fixture(scope="module", params=SAVED, ids=str)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     family, dtype = request.param
     folder = tmp_path_factory.mktemp("saved")

@@ -118,6 +118,7 @@ def test_the_same_bytes_again(tmp_path: Path) -> None:
     assert first == second
 
 
+@pytest.mark.slow
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
     """Of attention whose values are small and whose output makes them large again.
 

@@ -259,7 +259,13 @@ def test_windows_that_llama_cpp_does_not_read_are_said(
     assert ("llama.cpp reads no sliding_window of mistral" in caplog.text) == is_said
 
 
-@pytest.mark.parametrize("family", EXPRESSIBLE)
+@pytest.mark.parametrize(
+    "family",
+    [
+        name if name in ARCHITECTURES else pytest.param(name, marks=pytest.mark.slow)
+        for name in EXPRESSIBLE
+    ],
+)
 def test_folders_made_of_files_name_their_class(tmp_path: Path, family: str) -> None:
     """`architectures`, which programs choose the model's code by."""
     write_model(tmp_path / "m", MODELS[family])

@@ -205,7 +205,7 @@ def test_a_stopped_run_resumes_exactly(folder: Path, match: str, stopped: int) -
     assert whole.records("step")[-1]["divergence"] == parts.records("step")[-1]["divergence"]
 
 
-@pytest.mark.parametrize("match", ["attention", "layers"])
+@pytest.mark.parametrize("match", [pytest.param("attention", marks=pytest.mark.slow), "layers"])
 def test_layers_learn_from_the_teachers_own_inputs(folder: Path, match: str) -> None:
     """The error falls, as does the divergence of a model that had no gradient from it; steps know
     no loss.

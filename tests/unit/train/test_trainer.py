@@ -126,6 +126,7 @@ def test_a_model_whose_saves_are_gone_is_not_taken_for_a_new_one(base: Path) -> 
         pass
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_cannot_be_written(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: a full disk told by a traceback, and half a tokenizer taken for a whole one."""
     full = OSError(errno.ENOSPC, "No space left on device")
@@ -151,7 +152,9 @@ def test_a_stop_before_the_first_step(base: Path) -> None:
 BOOM = {"learning_rate": [{"to": 0.01, "steps": 2}, {"to": 1e30, "shape": "constant"}]}
 
 
-@pytest.mark.parametrize("every", [1, 2, 50])
+@pytest.mark.parametrize(
+    "every", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(50, marks=pytest.mark.slow)]
+)
 def test_a_loss_that_is_not_finite(base: Path, every: int) -> None:
     """The run ends with the batch of the step and the state before it, whenever the last save was;
     started again it ends at the same step.
