@@ -36,15 +36,6 @@ def write_async(path: Path) -> None:
         saves.close()
 
 
-def write_parts(path: Path) -> None:
-    """One save by several writers, for which nothing has to go."""
-    with RunFolder(path) as run:
-        saves = saves_in(run, keep_last=5)
-        for part, tensors in state(3).items():
-            saves.write_shard(3, part, tensors)
-        saves.commit(3, list(state(3)), facts(3))
-
-
 def start(path: Path) -> None:
     """A run begins: clears what dead ones left, passes over a broken save."""
     with RunFolder(path) as run:
@@ -84,7 +75,6 @@ def with_recipe(path: Path) -> None:
 SCENARIOS = {
     "write": Scenario(write, newest_after=3),
     "write later": Scenario(write_async, newest_after=3),
-    "write parts": Scenario(write_parts, newest_after=3),
     "start": Scenario(start, newest_after=2, prepare=leftovers),
     "keep recipe": Scenario(write_recipe, newest_after=2, prepare=with_recipe),
 }

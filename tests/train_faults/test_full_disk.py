@@ -64,8 +64,6 @@ def test_a_save_that_does_not_fit_is_not_begun(small_disk: Path) -> None:
         ):
             saves.write(3, {"model": BIG}, {})
         assert not {"mkdir", "open", "write"} & {done.name for done in tracer.operations}
-        with pytest.raises(CheckpointWriteError, match=r"needs 5.2 MB"):
-            saves.write_shard(3, "model", BIG)
         assert_is(saves.latest(), 2)
 
 

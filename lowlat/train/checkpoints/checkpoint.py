@@ -65,11 +65,6 @@ class TrainingCheckpoint:
         """Optimizer steps done."""
         return self._manifest.step
 
-    @property
-    def time(self) -> float:
-        """Time of writing, in seconds since 1970."""
-        return self._manifest.time
-
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
         return sorted(self._files)
@@ -85,10 +80,6 @@ class TrainingCheckpoint:
                 "optimizer"
             )
         return self._files[name].read(name)
-
-    def release(self, name: str) -> None:
-        """Drop a tensor's memory pages; in-place changes to them are lost."""
-        self._files[name].release(name)
 
 
 def _check_files(folder: Path, manifest: Manifest, progress: Progress) -> None:
