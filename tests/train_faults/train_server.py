@@ -13,8 +13,7 @@ import torch
 
 from lowlat.plan import rate
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.metrics.metrics_log import FolderMetricsLog
-from lowlat.train.metrics.progress_view import SilentView
+from lowlat.train.metrics.metrics_log import FolderMetricsLog, SilentMetricsLog
 from lowlat.train.recipe.schema import read_recipe
 from lowlat.train.run.trainer import Trainer
 
@@ -27,7 +26,7 @@ def train(recipe_path: Path, folder: Path) -> None:
         log = FolderMetricsLog(
             log=run.log,
             tensorboard_folder=run.tensorboard,
-            view=SilentView(),
+            view=SilentMetricsLog(),
             tensorboard_wanted=recipe.log.tensorboard,
         )
         try:

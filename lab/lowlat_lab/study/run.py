@@ -20,8 +20,7 @@ from typing import Any, final
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.metrics.jsonl import RunHistory, read_log
-from lowlat.train.metrics.metrics_log import FolderMetricsLog
-from lowlat.train.metrics.progress_view import ProgressView
+from lowlat.train.metrics.metrics_log import FolderMetricsLog, MetricsLog
 from lowlat.train.metrics.record import EvalRecord, StartRecord, StepRecord
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.recipe.toml import to_toml
@@ -225,7 +224,7 @@ def model_folder(out: Path, variant: str, seed: int) -> Path:
 
 
 @final
-class _TaskView(ProgressView):
+class _TaskView(MetricsLog):
     """Progress of a run as one task of the study."""
 
     def __init__(self, task: Task) -> None:

@@ -1,6 +1,6 @@
 """Report plot of training runs: the page of panels for one run, or for several runs compared.
 
-`plot_panels` draws panels, `plot_loads` maps of expert loads.
+`plot_panels` draws the panels.
 """
 
 from importlib.util import find_spec
@@ -9,7 +9,6 @@ from typing import Any
 
 from lowlat.train.metrics.formatting import count
 from lowlat.train.metrics.jsonl import RunHistory
-from lowlat.train.metrics.plot_loads import draw_maps
 from lowlat.train.metrics.plot_panels import (
     COLOURS,
     DrawnRun,
@@ -17,6 +16,7 @@ from lowlat.train.metrics.plot_panels import (
     bias,
     curve,
     divergence,
+    draw_maps,
     is_taught,
     log_scale,
     losses,

@@ -1,14 +1,11 @@
-"""Progress views of a training on stderr: the interface, plain lines, and silence.
-
-`live_view` has the live view and selects one.
-"""
+"""Plain progress view of a training: lines on stderr. `live_view` redraws its lines instead."""
 
 import sys
 import time
-from abc import ABC, abstractmethod
 from typing import final
 
 from lowlat.train.metrics.formatting import clock, count, memory, rate, utilisation
+from lowlat.train.metrics.metrics_log import MetricsLog
 from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
 from lowlat.train.metrics.tracker import ProgressTracker
 
@@ -16,59 +13,8 @@ PLAIN_SECONDS = 30.0
 """Seconds between two lines about steps."""
 
 
-class ProgressView(ABC):
-    """Interface of a view; only the training thread may call it."""
-
-    @abstractmethod
-    def start(self, record: StartRecord) -> None:
-        """Show that a run starts or resumes; must precede everything except notes."""
-
-    @abstractmethod
-    def step(self, record: StepRecord) -> None:
-        """Show a completed step."""
-
-    @abstractmethod
-    def evaluation(self, record: EvalRecord) -> None:
-        """Show an evaluation."""
-
-    @abstractmethod
-    def note(self, text: str) -> None:
-        """Print one line."""
-
-    @abstractmethod
-    def status(self, text: str) -> None:
-        """Show an activity between steps, such as 'evaluating'; '' clears it."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End the view, however the run ends; further calls do nothing."""
-
-
 @final
-class SilentView(ProgressView):
-    """Shows nothing."""
-
-    def start(self, record: StartRecord) -> None:
-        pass
-
-    def step(self, record: StepRecord) -> None:
-        pass
-
-    def evaluation(self, record: EvalRecord) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-    def status(self, text: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-@final
-class PlainView(ProgressView):
+class PlainView(MetricsLog):
     """Prints a line every half minute and one per evaluation and note, for logs and pipes.
 
     It shows no status.
@@ -85,11 +31,12 @@ class PlainView(ProgressView):
         self.note(heading(record))
 
     def step(self, record: StepRecord) -> None:
-        pace = _started(self._pace)
-        pace.step(record)
+        assert self._pace is not None
+        self._pace.step(record)
         self._unseen = True
-        if time.monotonic() - self._shown_at >= self._every or self._is_last(record):
-            self._show(pace)
+        is_last = record.step >= self._pace.start.total_steps
+        if is_last or time.monotonic() - self._shown_at >= self._every:
+            self._show(self._pace)
 
     def evaluation(self, record: EvalRecord) -> None:
         self.note(f"step {record.step:,}: {evaluation_text(record)}")
@@ -103,9 +50,6 @@ class PlainView(ProgressView):
     def close(self) -> None:
         if self._unseen and self._pace is not None:
             self._show(self._pace)
-
-    def _is_last(self, record: StepRecord) -> bool:
-        return record.step >= _started(self._pace).start.total_steps
 
     def _show(self, pace: ProgressTracker) -> None:
         self._shown_at, self._unseen = time.monotonic(), False
@@ -123,8 +67,7 @@ def heading(record: StartRecord) -> str:
 def line(pace: ProgressTracker) -> str:
     """The latest step in one line; there must be one."""
     last = pace.last
-    if last is None:
-        raise ValueError("no step is known yet")
+    assert last is not None
     parts = [
         f"step {last.step:,}/{pace.start.total_steps:,}",
         *(f"{name} {value:.4f}" for name, value in pace.figures.items()),
@@ -158,9 +101,3 @@ def _fact(value: str | int | float | bool | None) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return count(value) if isinstance(value, int) else f"{value:g}"
-
-
-def _started(pace: ProgressTracker | None) -> ProgressTracker:
-    if pace is None:
-        raise ValueError("a step came before the start of the run")
-    return pace

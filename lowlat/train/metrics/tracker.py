@@ -47,17 +47,13 @@ class ProgressTracker:
         return {FIGURES[name]: mean / weight for name, (mean, weight) in self._means.items()}
 
     @property
-    def tokens_per_second(self) -> float:
-        """Recent throughput, evaluations included; after a single step, that of the step."""
-        if self.last is None:
-            return 0.0
-        (first, before), (last, after) = self._recent[0], self._recent[-1]
-        return (after - before) / (last - first) if last > first else self.last.tokens_per_second
-
-    @property
     def seconds_left(self) -> float | None:
-        """Estimated remaining seconds; None before the first step."""
-        speed = self.tokens_per_second
-        if self.last is None or speed <= 0:
+        """Estimated remaining seconds at the recent throughput, evaluations included; None before
+        the first step.
+        """
+        if self.last is None:
             return None
-        return max(0, self.start.tokens_total - self.last.tokens) / speed
+        (first, before), (last, after) = self._recent[0], self._recent[-1]
+        is_single = last <= first
+        speed = self.last.tokens_per_second if is_single else (after - before) / (last - first)
+        return max(0, self.start.tokens_total - self.last.tokens) / speed if speed > 0 else None

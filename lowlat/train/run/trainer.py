@@ -8,7 +8,7 @@ import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from lowlat.train.cost.frozen_weights import training_flops
 from lowlat.train.inputs.phase_data import PhaseData, data_notes
 from lowlat.train.inputs.run_inputs import open_run_inputs
 from lowlat.train.metrics.metrics_log import MetricsLog
+from lowlat.train.metrics.record import StartRecord
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import Recipe
@@ -140,13 +141,7 @@ class Trainer:
         Raises UserError if a loss or gradient is not finite.
         """
         self._meter = self._new_meter()
-        self.log.start(
-            name=self.recipe.name,
-            step=self.position.step,
-            total_steps=self.schedule.steps,
-            tokens_total=self.schedule.tokens,
-            facts=self._run_facts(),
-        )
+        self.log.start(self._start_record())
         for note in data_notes(self.recipe, self._inputs.data):
             self.log.note(note)
         losses: tuple[float, ...] = ()
@@ -378,9 +373,9 @@ class Trainer:
             device=torch.device(self.recipe.device),
         )
 
-    def _run_facts(self) -> dict[str, str | int | float | bool | None]:
+    def _start_record(self) -> StartRecord:
         count = count_parameters(self.config)
-        return {
+        facts = {
             "parameters": count.total,
             "active parameters": count.active,
             "MTP parameters": count.mtp,
@@ -390,6 +385,14 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "GEMM GFLOP/s": round(self._meter.gemm_rate / 1e9),
         }
+        return StartRecord(
+            step=self.position.step,
+            name=self.recipe.name,
+            total_steps=self.schedule.steps,
+            tokens_total=self.schedule.tokens,
+            facts=facts,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
 
 def _tensors(save: TrainingCheckpoint | None) -> dict[str, Tensor]:
