@@ -234,8 +234,8 @@ OPTIMISING = [
 STATES = [
     Mutant(
         "resume: optimiser begins anew",
-        "train/run/build.py",
-        "        optimizer.load(tensors)\n",
+        "train/run/trainer.py",
+        "        self.optimizer.load(moments)\n",
         "        pass\n",
         TRAIN + "test_trainer.py::test_a_stopped_run_resumes_exactly[fp32-adamw-none]",
     ),
@@ -325,7 +325,7 @@ DISTILLING = [
     Mutant(
         "resume: another teacher taken",
         "train/run/state.py",
-        'if saved.get("teacher") != teacher:',
+        'if saved.get("teacher") != inputs.teacher_fingerprint:',
         "if False:",
         DISTILLATION + "test_a_teacher_that_changed_is_refused",
     ),

@@ -6,7 +6,6 @@ here knows of models.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -98,12 +97,12 @@ class ProcessMesh:
         dist.broadcast(tensor, src=0)
         return int(tensor.item())
 
-    def batch_shard(self, first: int, rows: int) -> "BatchShard":
-        """This process's part of sequences first .. first + rows - 1, whose number is a multiple of
-        `data_parallel_size`.
+    def batch_shard(self, first: int, rows: int) -> tuple[int, int]:
+        """First sequence and number of sequences of this process's part of `rows` sequences from
+        `first`; `rows` is a multiple of `data_parallel_size`.
         """
         count = rows // self.data_parallel_size
-        return BatchShard(first=first + self.data_parallel_rank * count, rows=count)
+        return first + self.data_parallel_rank * count, count
 
     @property
     def data_parallel_size(self) -> int:
@@ -136,14 +135,6 @@ class ProcessMesh:
             if set(axes) <= set(mesh.mesh_dim_names or ()):
                 return mesh
         raise AssertionError(f"no device mesh has the axes {axes}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchShard:
-    """Sequences of a global batch that belong to one process."""
-
-    first: int
-    rows: int
 
 
 def view_sizes(parallel: ParallelConfig) -> list[dict[str, int]]:

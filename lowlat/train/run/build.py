@@ -4,7 +4,7 @@ training checkpoint.
 `inputs` opens the files that the recipe names.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,6 @@ from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.parallel.parallelize import ShardedParameters, parallelize
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.step.lora import add_lora, base_dtype
-from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import Passes, PlainPasses
 from lowlat.train.step.teacher import Teacher
 from lowlat.train.step.trainable import cast_frozen, freeze_all_but_attention
@@ -111,19 +110,6 @@ def new_teacher(path: Path, recipe: Recipe) -> Teacher:
         DTYPES[recipe.precision],
         cross_entropy=recipe.distillation.cross_entropy_weight,
     )
-
-
-def new_optimizer(
-    model: Transformer,
-    recipe: Recipe,
-    tensors: MutableMapping[str, Tensor],
-    sharded: ShardedParameters,
-) -> Optimizer:
-    """The optimizer; loads its full state, if `tensors` has one, and pops it from `tensors`."""
-    optimizer = Optimizer(model, recipe.optimizer, sharded)
-    if tensors:
-        optimizer.load(tensors)
-    return optimizer
 
 
 def load_base_model(base_model: Path, config: ModelConfig, dtype: str) -> Transformer:

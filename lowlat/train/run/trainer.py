@@ -5,6 +5,7 @@
 """
 
 import gc
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,13 +31,7 @@ from lowlat.train.metrics.record import StartRecord
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import Recipe
-from lowlat.train.run.build import (
-    DTYPES,
-    new_model,
-    new_optimizer,
-    new_passes,
-    new_teacher,
-)
+from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
 from lowlat.train.run.export import TOKENIZER, export, keep_tokenizer, refuse_older_model
 from lowlat.train.run.replay import batch_file, keep_batch
 from lowlat.train.run.signals import StopSignals
@@ -130,7 +125,7 @@ class Trainer:
         self.position = Position(step=0, seconds=0.0) if save is None else self._resumed(save)
         self._phase = self._plan().phase_index
         self._teacher: Teacher | None = None if teacher is None else new_teacher(teacher, recipe)
-        self._build(_tensors(save))
+        self._build({} if save is None else {name: save.tensor(name) for name in save.names()})
         if mesh.is_main_process:
             keep_tokenizer(run.path, self._inputs.tokenizer_source)
 
@@ -187,14 +182,7 @@ class Trainer:
     def _resumed(self, save: TrainingCheckpoint) -> Position:
         """Position of `save`. Raises UserError if its recipe or inputs differ from this run's."""
         folder = str(self.run_folder.path)
-        position = check_resumable(
-            save.metadata,
-            self.recipe,
-            self._inputs.fingerprints,
-            self.schedule,
-            folder,
-            self._inputs.teacher_fingerprint,
-        )
+        position = check_resumable(save.metadata, self.recipe, self._inputs, self.schedule, folder)
         check_config(save.metadata, self._inputs.configs, self.schedule, folder)
         return position
 
@@ -220,7 +208,8 @@ class Trainer:
             sequence_length=self.recipe.phase[self._phase].sequence_length,
             teacher=self._teacher,
         )
-        self.optimizer: Optimizer = new_optimizer(self.model, self.recipe, moments, self.sharded)
+        self.optimizer = Optimizer(self.model, self.recipe.optimizer, self.sharded)
+        self.optimizer.load(moments)
         if random is not None:
             torch.set_rng_state(random)
         self._balancer = LoadBalancer(
@@ -244,8 +233,8 @@ class Trainer:
 
     def _step(self, plan: StepPlan) -> StepResult:
         began = time.monotonic()
-        share = self._mesh.batch_shard(plan.first_row, plan.rows)
-        batch = self._present.train.batch(share.first, share.rows).to(self.recipe.device)
+        first, rows = self._mesh.batch_shard(plan.first_row, plan.rows)
+        batch = self._present.train.batch(first, rows).to(self.recipe.device)
         result = train_step(
             self._passes,
             self.optimizer,
@@ -283,7 +272,7 @@ class Trainer:
         self._saves.wait()
         self._mesh.barrier()
         losses = (*result.losses, result.matched or 0.0)
-        what = "gradient" if all(map(_is_finite, losses)) else "loss"
+        what = "gradient" if all(map(math.isfinite, losses)) else "loss"
         raise UserError(
             f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the checkpoint "
             f"before it in {self._saves.folder}; to continue, run lowlat train export "
@@ -329,16 +318,7 @@ class Trainer:
             self._saves.write_async(
                 self.position.step,
                 {"state": tensors},
-                facts(
-                    self.recipe,
-                    self.config,
-                    self.position,
-                    self._inputs.fingerprints,
-                    self.schedule,
-                    self._inputs.base_model,
-                    self._inputs.teacher,
-                    self._inputs.teacher_fingerprint,
-                ),
+                facts(self.recipe, self.config, self.position, self._inputs, self.schedule),
             )
         self._advance(0, time.monotonic() - began)
 
@@ -393,11 +373,3 @@ class Trainer:
             facts=facts,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-
-
-def _tensors(save: TrainingCheckpoint | None) -> dict[str, Tensor]:
-    return {} if save is None else {name: save.tensor(name) for name in save.names()}
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0

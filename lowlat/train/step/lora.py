@@ -179,14 +179,9 @@ def _update(weight: Tensor, table: LoraConfig) -> LowRank:
 
 
 def _of_experts(experts: StackedExperts, table: LoraConfig) -> LowRankExperts | None:
-    if not set(EXPERT_PROJECTIONS) & set(table.target_modules):
-        return None
-    return LowRankExperts(
-        **{
-            name: _update(weight, table) if name in table.target_modules else None
-            for name, weight in _expert_weights(experts).items()
-        }
-    )
+    weights = _expert_weights(experts).items()
+    updates = {name: _update(w, table) for name, w in weights if name in table.target_modules}
+    return LowRankExperts(updates) if updates else None
 
 
 def _expert_weights(experts: StackedExperts) -> dict[str, Tensor]:

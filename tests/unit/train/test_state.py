@@ -67,13 +67,13 @@ def test_a_snapshot_does_not_change() -> None:
 
 def resume(saved: dict[str, Any], **changes: Any) -> Position:
     recipe = runs.recipe(**changes)
-    return check_resumable(saved, recipe, ["a", "b"], TrainingSchedule(recipe), "runs/x")
+    return check_resumable(saved, recipe, tiny.inputs("a", "b"), TrainingSchedule(recipe), "runs/x")
 
 
 def saved(step: int) -> dict[str, Any]:
     recipe = runs.recipe()
     position = Position(step=step, seconds=2.5)
-    return facts(recipe, tiny.config(), position, ["a", "b"], TrainingSchedule(recipe))
+    return facts(recipe, tiny.config(), position, tiny.inputs("a", "b"), TrainingSchedule(recipe))
 
 
 @pytest.mark.parametrize(
