@@ -51,8 +51,8 @@ LOSSES = [
     Mutant(
         "loss: an MTP module predicts the next token",
         "train/step/loss.py",
-        "tokens[:, depth + 1 : length + depth + 1].flatten(),",
-        "tokens[:, 1 : length + 1].flatten(),",
+        "following = tokens[:, depth + 1 : length + depth + 1].flatten()",
+        "following = tokens[:, 1 : length + 1].flatten()",
         TRAIN + "test_loss.py::test_losses_and_gradients[two MTP modules-False]",
     ),
     Mutant(

@@ -24,10 +24,7 @@ def train(recipe_path: Path, folder: Path) -> None:
     recipe = read_recipe(recipe_path)
     with RunFolder(folder) as run:
         log = FolderMetricsLog(
-            log=run.log,
-            tensorboard_folder=run.tensorboard,
-            view=SilentMetricsLog(),
-            tensorboard_wanted=recipe.log.tensorboard,
+            run, view=SilentMetricsLog(), tensorboard_wanted=recipe.log.tensorboard
         )
         try:
             Trainer(recipe, run, log, base=recipe_path.parent).run()

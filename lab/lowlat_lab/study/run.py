@@ -172,12 +172,7 @@ def _run(
     recipe = plan.recipe(variant, seed)
     with RunFolder(folder) as run:
         with progress.task(f"{variant.name}, seed {seed}", plan.steps) as task:
-            log = FolderMetricsLog(
-                log=run.log,
-                tensorboard_folder=run.tensorboard,
-                view=_TaskView(task),
-                tensorboard_wanted=False,
-            )
+            log = FolderMetricsLog(run, view=_TaskView(task), tensorboard_wanted=False)
             with closing(log):
                 run.write_recipe(to_toml(plan.raw_recipe(variant, seed)))
                 outcome = Trainer(recipe, run, log, base=Path("/"), origin=recipe.name).run()

@@ -71,11 +71,8 @@ def _teacher_flops(teacher: ModelConfig, phase: Phase) -> float:
     head.
     """
     parts = token_flops(teacher, phase.sequence_length).parts
-    return sum(flops for part, flops in parts.items() if part in (*LAYER_PARTS, *_head(phase)))
-
-
-def _head(phase: Phase) -> tuple[str, ...]:
-    return ("head",) if phase.match == "logits" else ()
+    passed = (*LAYER_PARTS, "head") if phase.match == "logits" else LAYER_PARTS
+    return sum(flops for part, flops in parts.items() if part in passed)
 
 
 def learning_memory(

@@ -6,9 +6,9 @@ Only rank 0 writes a log; other processes have a SilentMetricsLog.
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from pathlib import Path
 from typing import final
 
+from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.metrics import tensorboard
 from lowlat.train.metrics.jsonl import LogWriter
 from lowlat.train.metrics.record import EvalRecord, NoteRecord, StartRecord, StepRecord
@@ -80,9 +80,8 @@ class FolderMetricsLog(MetricsLog):
 
     def __init__(
         self,
+        run: RunFolder,
         *,
-        log: Path,
-        tensorboard_folder: Path,
         view: MetricsLog,
         tensorboard_wanted: bool | None = None,
         loads_every: int = LOADS_EVERY,
@@ -90,8 +89,7 @@ class FolderMetricsLog(MetricsLog):
         """Open or create the log.
 
         Args:
-            log: log.jsonl of the run; its folder must exist.
-            tensorboard_folder: folder of TensorBoard files.
+            run: the run folder, which must exist.
             view: shows the records.
             tensorboard_wanted: None writes TensorBoard files if tensorboard is installed and logs
                 a note otherwise; True requires tensorboard; False writes none.
@@ -103,13 +101,13 @@ class FolderMetricsLog(MetricsLog):
         if tensorboard_wanted:
             tensorboard.require()
         self._view = view
-        self._tensorboard_folder = tensorboard_folder
+        self._run = run
         self._tensorboard_wanted = tensorboard_wanted
         self._tensorboard: tensorboard.TensorBoardFiles | None = None
         self._loads_every = loads_every
         self._step = 0
         self._loads_due = 0
-        self._log = LogWriter(log)
+        self._log = LogWriter(run.log)
 
     def start(self, record: StartRecord) -> None:
         self._step = record.step
@@ -157,7 +155,7 @@ class FolderMetricsLog(MetricsLog):
 
     def _open_tensorboard(self, record: StartRecord) -> None:
         if self._tensorboard_wanted or tensorboard.available():
-            self._tensorboard = tensorboard.TensorBoardFiles(self._tensorboard_folder, record)
+            self._tensorboard = tensorboard.TensorBoardFiles(self._run.tensorboard, record)
         else:
             self.note("no TensorBoard files: tensorboard is not installed (lowlat[train])")
 

@@ -360,18 +360,16 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
-        node = _step_into(node, part, change)
-    if isinstance(node, list) and last.isdecimal() and int(last) < len(node):
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"--set {change}: the recipe has no such place")
+        if isinstance(node, dict):
+            node.setdefault(part, {})
+        node = node[_place(node, part, change)]
+    node[_place(node, last, change)] = value
 
 
-def _step_into(node: Any, part: str, change: str) -> Any:
+def _place(node: Any, part: str, change: str) -> str | int:
+    """Key or index of `part` in a table or list."""
     if isinstance(node, dict):
-        return node.setdefault(part, {})
+        return part
     if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
-        return node[int(part)]
+        return int(part)
     raise UserError(f"--set {change}: the recipe has no such place")

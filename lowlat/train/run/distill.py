@@ -170,12 +170,7 @@ def distill(
     raw = distillation_recipe(student, teacher, tokens, options)
     recipe = parse_recipe(raw, origin="distillation")
     with RunFolder(out) as run:
-        log = FolderMetricsLog(
-            log=run.log,
-            tensorboard_folder=run.tensorboard,
-            view=make_view(quiet=quiet),
-            tensorboard_wanted=False,
-        )
+        log = FolderMetricsLog(run, view=make_view(quiet=quiet), tensorboard_wanted=False)
         with closing(log):
             trainer = Trainer(
                 recipe,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.metrics import tensorboard
 from lowlat.train.metrics.jsonl import read_log
 from lowlat.train.metrics.lines import encode
@@ -16,8 +17,7 @@ from tests.unit.train.metrics.records import evaluation, layer, start, step
 
 def open_log(folder: Path, *, tensorboard_wanted: bool | None = False) -> FolderMetricsLog:
     return FolderMetricsLog(
-        log=folder / "log.jsonl",
-        tensorboard_folder=folder / "tensorboard",
+        RunFolder(folder),
         view=PlainView(),
         tensorboard_wanted=tensorboard_wanted,
         loads_every=3,
