@@ -60,7 +60,7 @@ def leftovers(path: Path) -> None:
         for gone in ("step-00000000", "step-00000004"):
             (run.checkpoints / gone).rename(run.checkpoints / f".{gone}.deleting")
         (run.checkpoints / ".step-00000000.deleting" / "facts.json").unlink()
-        broken = run.checkpoints / "step-00000003" / "model.safetensors"
+        broken = run.checkpoints / "step-00000003" / "state.safetensors"
         content = bytearray(broken.read_bytes())
         content[-1] ^= 1
         broken.write_bytes(content)

@@ -1,7 +1,4 @@
-"""Reader of one training checkpoint: verification, metadata, and memory-mapped tensors.
-
-`store` chooses the checkpoint.
-"""
+"""Reader of one training checkpoint: verification, metadata, and memory-mapped tensors."""
 
 import re
 from collections.abc import Iterable, Mapping

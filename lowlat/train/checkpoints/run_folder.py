@@ -1,12 +1,10 @@
 """Run folder: paths of its files, and a lock against a second training process.
 
-    RUN/lock            locked while a process trains here; holds its id and host
-    RUN/recipe.toml     the recipe as it ran
-    RUN/saves/          training checkpoints
-    RUN/log.jsonl       one record per step
-    RUN/tensorboard/    the same for TensorBoard
-
-`store` writes checkpoints, `lowlat.train.metrics` writes logs.
+RUN/lock            locked while a process trains here; holds its id and host
+RUN/recipe.toml     the recipe as it ran
+RUN/saves/          training checkpoints
+RUN/log.jsonl       one record per step
+RUN/tensorboard/    the same for TensorBoard
 """
 
 import contextlib

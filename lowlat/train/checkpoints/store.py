@@ -35,12 +35,6 @@ from lowlat.utils.atomic_files import rename_folder
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
-Shards = Mapping[str, Iterable[NamedTensor]]
-"""Tensors by the name of their shard (file); a tensor's name is unique in all of them."""
-
-MIN_KEEP_LAST = 2
-"""One complete checkpoint must remain while the next is written or found corrupt."""
-
 _ASIDE = re.compile(r"step-[0-9]+\.broken(-[0-9]+)?")
 
 
@@ -53,21 +47,19 @@ class CheckpointStore:
         run: RunFolder,
         *,
         report: Callable[[str], None],
-        keep_last: int = MIN_KEEP_LAST,
+        keep_last: int = 2,
         keep_every: timedelta | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """If this process has the lock of `run`, remove unfinished files of killed processes.
 
         report: takes one line about a checkpoint that failed, is corrupt, or cannot be removed.
-        keep_last: number of newest checkpoints to retain, at least 2; one more during a write.
+        keep_last: number of newest checkpoints to retain, one more during a write; at least 2, as
+        one must remain if another is found corrupt.
         keep_every: also retain one checkpoint per this time.
-        clock: seconds since 1970. Raises UserError for bad values and an unusable folder.
+        clock: seconds since 1970. Raises UserError for an unusable folder.
         """
-        if keep_last < MIN_KEEP_LAST:
-            raise UserError(f"keep_last {keep_last} must be at least {MIN_KEEP_LAST}")
-        if keep_every is not None and keep_every <= timedelta(0):
-            raise UserError(f"keep_every {keep_every} must be above zero")
+        assert keep_last >= 2
         self.folder = run.checkpoints
         self._run = run
         self._report = report
@@ -84,18 +76,20 @@ class CheckpointStore:
 
     # Writing
 
-    def write(self, step: int, shards: Shards, metadata: Mapping[str, Any]) -> Path:
+    def write(self, step: int, tensors: Iterable[NamedTensor], metadata: Mapping[str, Any]) -> Path:
         """Write a checkpoint and return its folder once it is complete and durable.
 
         It references the tensors until then, so pass views, not copies. Raises
         CheckpointWriteError; earlier checkpoints are unchanged then.
         """
         self.wait()
-        self._write(step, _listed(shards), writer.encode_metadata(metadata))
+        self._write(step, list(tensors), writer.encode_metadata(metadata))
         self._flush_reports()
         return self.folder / folder_name(step)
 
-    def write_async(self, step: int, shards: Shards, metadata: Mapping[str, Any]) -> None:
+    def write_async(
+        self, step: int, tensors: Iterable[NamedTensor], metadata: Mapping[str, Any]
+    ) -> None:
         """`write` on a background thread; the tensors must not change any more.
 
         Waits for the previous write, reports its failure, if any, and starts this write anyway.
@@ -103,7 +97,7 @@ class CheckpointStore:
         self.wait()
         encoded = writer.encode_metadata(metadata)
         self._failure = None
-        self._pending = self._thread.submit(self._write, step, _listed(shards), encoded)
+        self._pending = self._thread.submit(self._write, step, list(tensors), encoded)
 
     def poll(self) -> None:
         """Report the result of a background write if it is done; does not wait."""
@@ -192,14 +186,12 @@ class CheckpointStore:
     def _steps(self) -> list[int]:
         return sorted(step for name in self._names() if (step := step_of(name)) is not None)
 
-    def _write(
-        self, step: int, shards: Mapping[str, Sequence[NamedTensor]], metadata: bytes
-    ) -> None:
+    def _write(self, step: int, tensors: Sequence[NamedTensor], metadata: bytes) -> None:
         assert self._run.held
         try:
             with writing(f"checkpoint of step {step}", self.folder):
                 now = self._clock()
-                writer.write_training_checkpoint(self.folder, step, shards, metadata, now)
+                writer.write_training_checkpoint(self.folder, step, tensors, metadata, now)
         except CheckpointWriteError as error:
             raise CheckpointWriteError(f"{error}; {self._newest_in_words()}") from error
         self._prune(step)
@@ -241,10 +233,6 @@ class CheckpointStore:
     def _flush_reports(self) -> None:
         while self._pending_reports:
             self._report(self._pending_reports.pop(0))
-
-
-def _listed(shards: Shards) -> dict[str, list[NamedTensor]]:
-    return {shard: list(tensors) for shard, tensors in shards.items()}
 
 
 def _unused(path: Path) -> Path:

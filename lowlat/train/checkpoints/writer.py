@@ -4,7 +4,7 @@
     step-00001000/            complete: only ever made by the rename
     .step-00001000.deleting/  being removed: renamed first, so that no half of it counts as complete
 
-`store` applies retention. Functions raise OSError unless documented otherwise.
+Functions raise OSError unless documented otherwise.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lowlat.checkpoint.safetensors.writer import NamedTensor, write_safetensors
-from lowlat.train.checkpoints.checkpoint import METADATA_FILE, SHARD_SUFFIX, folder_name
+from lowlat.train.checkpoints.checkpoint import METADATA_FILE, folder_name
 from lowlat.train.checkpoints.errors import CheckpointWriteError
 from lowlat.train.checkpoints.manifest import MANIFEST_FILE, Manifest
 from lowlat.utils.atomic_files import (
@@ -29,10 +29,9 @@ from lowlat.utils.atomic_files import (
 from lowlat.utils.progress import amount
 from lowlat.utils.strict_json import MAX_JSON_BYTES
 
+STATE_FILE = "state.safetensors"
 SPACE_LEFT = 1 << 20
 """Bytes of disk space that a checkpoint leaves free for the logs of the run."""
-
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 WRITING = re.compile(r"\.step-[0-9]+\.writing")
 DELETING = re.compile(r"\.step-[0-9]+\.deleting")
@@ -42,28 +41,26 @@ def encode_metadata(metadata: Mapping[str, Any]) -> bytes:
     """Encode metadata; raises TypeError or ValueError for values that JSON cannot hold."""
     data = (json.dumps(metadata, indent=1, allow_nan=False) + "\n").encode()
     if len(data) > MAX_JSON_BYTES:
-        raise ValueError(f"metadata of {len(data)} bytes; large state belongs into a shard")
+        raise ValueError(f"metadata of {len(data)} bytes; large state belongs into a tensor")
     return data
 
 
 def write_training_checkpoint(
-    root: Path, step: int, shards: Mapping[str, Sequence[NamedTensor]], metadata: bytes, now: float
+    root: Path, step: int, tensors: Sequence[NamedTensor], metadata: bytes, now: float
 ) -> None:
     """Write the checkpoint of `step` into `root`; a failure removes the partial checkpoint."""
-    _check_names(shards)
     partial = root / f".{folder_name(step)}.writing"
     if os.path.lexists(folder := root / folder_name(step)):
         raise CheckpointWriteError(f"checkpoint of step {step}: {folder} exists already; move it")
     if partial.is_dir():
         remove_flat_folder(partial)
-    require_free_space(root, step, [pair for tensors in shards.values() for pair in tensors])
+    require_free_space(root, step, tensors)
     try:
         os.mkdir(partial)
         digests = {
-            shard + SHARD_SUFFIX: write_safetensors(partial / (shard + SHARD_SUFFIX), tensors)
-            for shard, tensors in shards.items()
+            STATE_FILE: write_safetensors(partial / STATE_FILE, tensors),
+            METADATA_FILE: write_new_file(partial / METADATA_FILE, [metadata]),
         }
-        digests[METADATA_FILE] = write_new_file(partial / METADATA_FILE, [metadata])
         manifest = Manifest(step=step, time=now, files=digests)
         write_new_file(partial / MANIFEST_FILE, [manifest.encode()])
         sync_folder(partial)
@@ -105,15 +102,3 @@ def clear_leftovers(root: Path, *kinds: re.Pattern[str]) -> None:
     for name in sorted(os.listdir(root)):
         if any(kind.fullmatch(name) for kind in kinds):
             remove_flat_folder(root / name)
-
-
-def _check_names(shards: Mapping[str, Iterable[NamedTensor]]) -> None:
-    seen: set[str] = set()
-    for shard, tensors in shards.items():
-        if not _SHARD_NAME.fullmatch(shard):
-            raise ValueError(f"shard name {shard!r} must be letters, digits, '-' and '_'")
-        names = [name for name, _ in tensors]
-        twice = seen.intersection(names)
-        if twice:
-            raise ValueError(f"tensors {sorted(twice)[:3]} come in more than one shard")
-        seen.update(names)

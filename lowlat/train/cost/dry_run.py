@@ -1,7 +1,5 @@
 """Dry run of a recipe: parameters, FLOPs, memory and time on this machine, and the out-of-memory
 check before a run starts.
-
-Converts phases of a Recipe to TrainingJobs. `plan.estimate` and `plan.search` are for clusters.
 """
 
 import os

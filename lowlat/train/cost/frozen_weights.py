@@ -1,7 +1,4 @@
-"""FLOPs and memory of LoRA, attention-only training and distillation, relative to full training.
-
-`plan.flops` and `plan.memory` estimate full training.
-"""
+"""FLOPs and memory of LoRA, attention-only training and distillation, relative to full training."""
 
 from dataclasses import replace
 

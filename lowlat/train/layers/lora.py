@@ -1,7 +1,4 @@
-"""LoRA modules (arXiv 2106.09685): frozen weights with low-rank updates, W + alpha / rank * B A.
-
-Which projections get an update is decided in `train.step.lora`.
-"""
+"""LoRA modules (arXiv 2106.09685): frozen weights with low-rank updates, W + alpha / rank * B A."""
 
 import torch
 import torch.nn.functional as F

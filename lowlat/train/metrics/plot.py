@@ -1,7 +1,4 @@
-"""Report plot of training runs: the page of panels for one run, or for several runs compared.
-
-`plot_panels` draws the panels.
-"""
+"""Report plot of training runs: the page of panels for one run, or for several runs compared."""
 
 from importlib.util import find_spec
 from pathlib import Path

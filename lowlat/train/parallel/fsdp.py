@@ -1,7 +1,7 @@
 """FSDP2 (fully sharded data parallelism): weights, gradients and optimizer state are sharded, and
 the weights of a layer are all-gathered while it runs.
 
-Which modules are gathered together, and in which dtype, is decided here. Gradients are summed, not
+Gradients are summed, not
 averaged: losses are already divided by the targets of the global batch.
 """
 

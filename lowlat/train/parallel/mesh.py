@@ -1,8 +1,7 @@
 """Process mesh of a training run: data, FSDP, expert, tensor, pipeline and context parallelism as
 axes of PyTorch device meshes, and reductions over them.
 
-A single process is a mesh of size 1 on every axis, on which all operations are trivial. Nothing
-here knows of models.
+A single process is a mesh of size 1 on every axis, on which all operations are trivial.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,4 @@
-"""Pipeline stages: the division of a model's layers among processes, and one stage as a module.
-
-The order of micro-batches is in `schedule`.
-"""
+"""Pipeline stages: the division of a model's layers among processes, and one stage as a module."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

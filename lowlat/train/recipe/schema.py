@@ -1,7 +1,4 @@
-"""Schema of training recipes: TOML tables as frozen, validated pydantic models.
-
-`recipe.schedule` evaluates schedules. This module reads no file except the recipe.
-"""
+"""Schema of training recipes: TOML tables as frozen, validated pydantic models."""
 
 import json
 import tomllib

@@ -1,7 +1,5 @@
 """Construction of model, parallelism and optimizer for a recipe: new, from a base model, or from a
 training checkpoint.
-
-`inputs` opens the files that the recipe names.
 """
 
 from collections.abc import Mapping
@@ -46,7 +44,7 @@ def new_model(
     if recipe.lora is not None:
         assert base_model is not None
         model = load_base_model(base_model, config, base_dtype(recipe))
-        add_lora(model, recipe.lora, seed=recipe.seed, origin=recipe.name)
+        add_lora(model, recipe.lora, seed=recipe.seed)
         model.load_state_dict(weights or {}, strict=False, assign=True)
     elif weights is not None:
         with torch.device("meta"):

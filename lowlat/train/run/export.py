@@ -1,7 +1,5 @@
 """Export of a training checkpoint as a model folder in the Hugging Face layout, or as a LoRA
 adapter.
-
-`lowlat.checkpoint` writes the files.
 """
 
 import logging

@@ -1,7 +1,5 @@
 """Diagnosis of a step that failed with NaN or infinity: recomputes the step and finds the first
 module and gradient that are not finite.
-
-The batch is from `replay`, the weights are from the checkpoint before the step.
 """
 
 import math

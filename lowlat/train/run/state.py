@@ -1,7 +1,7 @@
 """Complete state of a training run, as named tensors and JSON metadata, and validation on resume.
 
 The state is the weights with routing biases, the optimizer state, the random state, the position
-in the data, and the recipe. It does not depend on the parallelism. `checkpoints` stores it.
+in the data, and the recipe. It does not depend on the parallelism.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

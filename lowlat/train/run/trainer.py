@@ -1,8 +1,4 @@
-"""Training loop: resume, optimizer steps, evaluation, checkpoints, phase changes and final export.
-
-`inputs` opens files, `build` constructs the model, `step` computes a step, `checkpoints` and
-`metrics` write files.
-"""
+"""Training loop: resume, optimizer steps, evaluation, checkpoints, phase changes and final export."""
 
 import gc
 import math
@@ -317,7 +313,7 @@ class Trainer:
         if self._mesh.is_main_process:
             self._saves.write_async(
                 self.position.step,
-                {"state": tensors},
+                tensors,
                 facts(self.recipe, self.config, self.position, self._inputs, self.schedule),
             )
         self._advance(0, time.monotonic() - began)

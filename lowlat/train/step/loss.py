@@ -1,7 +1,5 @@
 """Training losses: next-token cross entropy, MTP loss (DeepSeek-V3 section 2.2), z-loss and
 distillation, with the target mask of each head.
-
-The sequence-wise balance loss is added in the gates, by `balance`.
 """
 
 from collections.abc import Sequence

@@ -131,5 +131,5 @@ def test_facts_survive_json(tmp_path: Path) -> None:
     """What a save holds after it was written compares as before."""
     with runs.RunFolder(tmp_path / "run") as run:
         saves = runs.CheckpointStore(run, report=pytest.fail)
-        saves.write(3, {"state": [("a", torch.zeros(1))]}, saved(3))
+        saves.write(3, [("a", torch.zeros(1))], saved(3))
     assert resume(dict(runs.saved(tmp_path / "run").metadata)).step == 3
