@@ -31,23 +31,12 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.abspath(path))
+        self.checkpoints = self.path / "saves"
+        self.log = self.path / "log.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.recipe = self.path / "recipe.toml"
+        self._lock_file = self.path / "lock"
         self._descriptor: int | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "saves"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.toml"
 
     @property
     def held(self) -> bool:
@@ -90,20 +79,6 @@ class RunFolder:
         assert self.held
         with using(self.recipe):
             replace_file(self.recipe, text.encode())
-
-    def read_recipe(self) -> str | None:
-        """The recipe in the folder, or None. Raises UserError if it is unreadable."""
-        try:
-            with using(self.recipe):
-                return self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else None
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.recipe}: is not UTF-8 text; restore it from the run's original recipe"
-            ) from error
-
-    @property
-    def _lock_file(self) -> Path:
-        return self.path / "lock"
 
     def __enter__(self) -> "RunFolder":
         self.acquire()

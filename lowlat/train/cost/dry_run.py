@@ -76,11 +76,6 @@ class DryRun:
     """Measured FLOP/s of matrix products in one process."""
 
     @property
-    def needed_bytes(self) -> float:
-        """Memory of a process, program and libraries included."""
-        return needed_bytes(self.memory)
-
-    @property
     def seconds(self) -> tuple[float, float]:
         """Least and most expected time, at the higher and lower share of REACHED."""
         whole = self.total_flops / (self.rate * self.processes)

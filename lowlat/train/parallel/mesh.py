@@ -44,21 +44,19 @@ class ProcessMesh:
         """
         self.parallel = parallel = parallel or ParallelConfig()
         self.device = device
-        self.rank = dist.get_rank() if parallel.processes > 1 else 0
+        self.world_size = parallel.processes
+        self.rank = dist.get_rank() if self.world_size > 1 else 0
         """This process, from 0."""
+        self.is_main_process = self.rank == 0
+        """Whether this is rank 0, which writes logs, checkpoints and models."""
         views = view_sizes(parallel)
         self._sizes = {name: size for view in views for name, size in view.items()}
         self._meshes = [mesh for view in views if (mesh := _device_mesh(view, device)) is not None]
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.parallel.processes
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this is rank 0, which writes logs, checkpoints and models."""
-        return self.rank == 0
+        fsdp = self.size("fsdp")
+        self.data_parallel_size = self.size("data") * fsdp
+        """Number of parts the sequences of a batch are divided into."""
+        self.data_parallel_rank = self.local_rank("data") * fsdp + self.local_rank("fsdp")
+        """Which of these parts this process has."""
 
     def size(self, axis: str) -> int:
         """Number of processes along `axis`."""
@@ -103,18 +101,7 @@ class ProcessMesh:
         count = rows // self.data_parallel_size
         return first + self.data_parallel_rank * count, count
 
-    @property
-    def data_parallel_size(self) -> int:
-        """Number of parts the sequences of a batch are divided into."""
-        return self.size("data") * self.size("fsdp")
-
-    @property
-    def data_parallel_rank(self) -> int:
-        """Which of these parts this process has."""
-        return self.local_rank("data") * self.size("fsdp") + self.local_rank("fsdp")
-
     def barrier(self) -> None:
-        """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
 

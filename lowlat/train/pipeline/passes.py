@@ -1,4 +1,4 @@
-"""Pipeline parallelism: forward and backward passes of micro-batches through the stages of a model."""
+"""Pipeline parallelism: forward and backward passes of micro-batches through a model's stages."""
 
 import logging
 from collections.abc import Iterator, Sequence

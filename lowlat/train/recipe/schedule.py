@@ -115,16 +115,10 @@ class TrainingSchedule:
         self._first = [
             sum(totals[data_begins(recipe, index) : index]) for index in range(len(totals))
         ]
-
-    @property
-    def steps(self) -> int:
+        self.steps = sum(phase.steps for phase in recipe.phase)
         """Optimizer steps of all phases."""
-        return sum(phase.steps for phase in self._phases)
-
-    @property
-    def tokens(self) -> int:
+        self.tokens = self.tokens_before(self.steps)
         """Input tokens of all phases."""
-        return self.tokens_before(self.steps)
 
     def tokens_before(self, step: int) -> int:
         """Input tokens of the steps before `step`."""

@@ -1,4 +1,4 @@
-"""Training loop: resume, optimizer steps, evaluation, checkpoints, phase changes and final export."""
+"""Training loop: resume, optimizer steps, evaluation, checkpoints, phase changes, final export."""
 
 import gc
 import math
