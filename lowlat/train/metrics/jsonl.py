@@ -50,14 +50,9 @@ class LogWriter:
         with self._failures():
             while line:
                 line = line[self._file.write(line) :]
-        if time.monotonic() - self._synced > _SYNC_SECONDS:
-            self.sync()
-
-    def sync(self) -> None:
-        """fsync the file. Raises UserError as `write`."""
-        with self._failures():
-            sync_descriptor(self._file.fileno())
-        self._synced = time.monotonic()
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                sync_descriptor(self._file.fileno())
+                self._synced = time.monotonic()
 
     def close(self) -> None:
         """Close the file; further calls do nothing."""

@@ -16,9 +16,8 @@ from rich.text import Text
 
 from lowlat.train.metrics.formatting import bars, clock, count, memory, rate, utilisation
 from lowlat.train.metrics.metrics_log import MetricsLog, SilentMetricsLog
-from lowlat.train.metrics.progress_view import PlainView, evaluation_text, heading
+from lowlat.train.metrics.progress_view import PlainView, ProgressTracker, evaluation_text, heading
 from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
-from lowlat.train.metrics.tracker import ProgressTracker
 
 _REFRESHES_PER_SECOND = 2
 _BESIDE_BAR = 64

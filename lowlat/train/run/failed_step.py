@@ -1,7 +1,8 @@
 """Diagnosis of a step that failed with NaN or infinity: recomputes the step and finds the first
-module and gradient that are not finite.
+module and gradient that are not finite. Also the file of its batch.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lowlat.data.batch import Batch
 from lowlat.train.inputs.configs import phase_configs
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.parallel.parallelize import ShardedParameters
 from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
 from lowlat.train.run.export import base_model_of, contents, open_save, teacher_of
-from lowlat.train.run.replay import BATCH_FILES, read_batch, step_of
 from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.loss import count_targets
 from lowlat.utils.errors import UserError
+
+BATCH_FILES = "failed-step-*.safetensors"
+"""Pattern of batch files in a run folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,3 +154,43 @@ def _nearest_gradient(sharded: ShardedParameters) -> str | None:
         if gradient is not None and not torch.isfinite(gradient).all():
             return param.name
     return None
+
+
+def batch_file(folder: Path, step: int) -> Path:
+    """Path of the batch of `step` (from 0) in a run folder."""
+    return folder / f"failed-step-{step + 1:08}.safetensors"
+
+
+def step_of(path: Path) -> int:
+    """The step (from 0) in the name of a batch file."""
+    return int(path.stem.rpartition("-")[2]) - 1
+
+
+def keep_batch(path: Path, step: int, batch: Batch) -> str:
+    """Write `batch` of `step` (from 0) to `path`, replacing an existing file.
+
+    Returns the path, or the reason why writing failed, as a phrase for the error of the step: a
+    write error must not hide the step's error.
+    """
+    documents = json.dumps(batch.documents)
+    tensors = {"tokens": batch.tokens.cpu(), "loss_mask": batch.loss_mask.cpu()}
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(tensors, partial, metadata={"documents": documents, "step": str(step)})
+        partial.rename(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        return f"not saved ({error})"
+    return f"in {path}"
+
+
+def read_batch(path: Path) -> Batch:
+    """Read a file of `keep_batch`. Raises UserError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tokens, loss_mask = file.get_tensor("tokens"), file.get_tensor("loss_mask")
+            documents = json.loads((file.metadata() or {})["documents"])
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: is not the batch file of a failed step ({error})") from error
+    rows = None if documents is None else tuple(tuple(row) for row in documents)
+    return Batch(tokens=tokens, loss_mask=loss_mask.to(torch.bool), documents=rows)

@@ -23,7 +23,6 @@ from lowlat.train.step.lora import is_lora_parameter
 from lowlat.train.step.optim import Optimizer
 from lowlat.utils.errors import UserError
 
-Snapshot = list[tuple[str, Tensor]]
 MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random.torch"
 FREE_KEYS = (
     "name",
@@ -61,7 +60,9 @@ def state_tensors(sharded: ShardedParameters, optimizer: Optimizer) -> Iterator[
     yield RANDOM, torch.get_rng_state()
 
 
-def snapshot(sharded: ShardedParameters, optimizer: Optimizer, *, keep: bool = True) -> Snapshot:
+def snapshot(
+    sharded: ShardedParameters, optimizer: Optimizer, *, keep: bool = True
+) -> list[tuple[str, Tensor]]:
     """Copy of `state_tensors` in CPU memory. Collective: with `keep` false, this process takes part
     but stores nothing.
     """

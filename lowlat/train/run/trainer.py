@@ -29,7 +29,7 @@ from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
 from lowlat.train.run.export import TOKENIZER, export, keep_tokenizer, refuse_older_model
-from lowlat.train.run.replay import batch_file, keep_batch
+from lowlat.train.run.failed_step import batch_file, keep_batch
 from lowlat.train.run.signals import StopSignals
 from lowlat.train.run.state import (
     MODEL,

@@ -18,6 +18,7 @@ from lowlat.model.moe import Gate, MoE
 from lowlat.model.transformer import Transformer
 from lowlat.ops.routing import Routing
 from lowlat.train.metrics.record import ExpertRecord
+from lowlat.train.parallel.collectives import applied
 from lowlat.train.parallel.mesh import TOKEN_AXES, ProcessMesh
 from lowlat.train.parallel.pipeline_gather import AXIS as PIPELINE
 from lowlat.train.parallel.pipeline_gather import gather_along_pipeline
@@ -118,9 +119,7 @@ class LoadBalancer:
             loss = self._sequence_wise(observed.gate, routing)
             if not _in_backward():
                 self._sequence_loss += loss.detach()
-            weights = _AddLoss.apply(routing.weights, loss)
-            assert isinstance(weights, Tensor)
-            return routing._replace(weights=weights)
+            return routing._replace(weights=applied(_AddLoss, routing.weights, loss))
 
         return hook
 

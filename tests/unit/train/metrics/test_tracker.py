@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lowlat.train.metrics.formatting import bars, clock, count, memory, rate, share, tick
-from lowlat.train.metrics.tracker import ProgressTracker
+from lowlat.train.metrics.progress_view import ProgressTracker
 from tests.unit.train.metrics.records import start, step
 
 
