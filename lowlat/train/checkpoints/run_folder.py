@@ -40,7 +40,6 @@ class RunFolder:
 
     @property
     def held(self) -> bool:
-        """Whether this object holds the lock."""
         return self._descriptor is not None
 
     def acquire(self) -> None:
@@ -67,7 +66,6 @@ class RunFolder:
                 raise
 
     def release(self) -> None:
-        """Unlock the folder."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             # an error can only concern the text in the lock file; the lock is released anyway

@@ -156,7 +156,13 @@ class CheckpointStore:
                 f"{self.folder}: no checkpoint is complete ({_list(corrupt)}); restore one from a "
                 "copy, or name a new folder to start over"
             )
-        self._refuse_all_corrupt()
+        with using(self.folder):
+            aside = sorted(name for name in self._names() if _ASIDE.fullmatch(name))
+        if aside:  # a run must not start over
+            raise UserError(
+                f"{self.folder}: has only corrupt checkpoints ({', '.join(aside[:3])}); restore "
+                "one from a copy, or name a new folder to start over"
+            )
         return None
 
     def _skip_corrupt(self, folder: Path, problem: str, instead: TrainingCheckpoint) -> None:
@@ -167,16 +173,6 @@ class CheckpointStore:
                 rename_folder(folder, aside)
             line += f", this one is renamed to {aside.name}"
         self._report(line)
-
-    def _refuse_all_corrupt(self) -> None:
-        """Raise UserError if only corrupt checkpoints exist: a run must not start over then."""
-        with using(self.folder):
-            aside = sorted(name for name in self._names() if _ASIDE.fullmatch(name))
-        if aside:
-            raise UserError(
-                f"{self.folder}: has only corrupt checkpoints ({', '.join(aside[:3])}); restore "
-                "one from a copy, or name a new folder to start over"
-            )
 
     # Inside
 

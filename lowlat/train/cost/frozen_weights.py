@@ -90,8 +90,8 @@ def learning_memory(
         parts[UPDATES] = update_bytes(config, recipe.lora, job)
         updates_mlps = bool(set(recipe.lora.target_modules) & set(EXPERT_PROJECTIONS))
         unread = [INPUT_OF_ROUTER] if updates_mlps else [INPUT_OF_ROUTER, *INPUTS_OF_MLPS]
-        activations = {k: v for k, v in activations.items() if k not in unread}
-        activations |= _kept_by_updates(config, recipe.lora, job)
+        added = _kept_by_updates(config, recipe.lora, job)
+        activations = {k: v for k, v in activations.items() if k not in unread} | added
         parts[ACTIVATIONS] = sum(activations.values())
     elif recipe.trainable == "attention":
         moved = memory.parameters["attention"] / shares(job.layout, "attention")[1]

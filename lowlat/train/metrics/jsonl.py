@@ -111,7 +111,6 @@ class RunHistory:
         return self.starts[-1]
 
     def add(self, record: Record) -> None:
-        """Add the next record of the log."""
         match record:
             case StartRecord():
                 self.starts.append(record)

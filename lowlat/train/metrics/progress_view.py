@@ -33,7 +33,6 @@ class ProgressTracker:
         self._recent: deque[tuple[float, int]] = deque()
 
     def step(self, record: StepRecord) -> None:
-        """Add the next step."""
         self.last = record
         for name in FIGURES:
             value = getattr(record, name)

@@ -114,7 +114,6 @@ class ShardedParameters:
         return self.mesh.sum(norm.square(), (PIPELINE,)).sqrt()
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
         for param in self.parameters:
             param.parameter.grad = param.local.grad = None
 

@@ -93,13 +93,14 @@ def diagnose_failed_step(run: Path) -> FailedStep:
     ):
         sums = passes.backward(batch.to(recipe.device), plan, targets).tolist()
     sharded.reduce_gradients()
+    with_gradients = [param.name for param in sharded.parameters if param.local.grad is not None]
     losses = tuple(total / max(1, count) for total, count in zip(sums, targets, strict=False))
     return FailedStep(
         step=step + 1,
         losses=losses if plan.phase.match == "logits" else (),
         matched=None if teacher is None else sums[num_ahead + 1] / max(1, targets[0]),
         sequence_loss=balancer.sequence_loss,
-        grad_norm=_norm(sharded),
+        grad_norm=sharded.gradient_norm(with_gradients).item() if with_gradients else math.nan,
         activation=next(iter(found), None),
         gradient=_nearest_gradient(sharded),
     )
@@ -138,11 +139,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for part in output:
             yield from _tensors(part)
-
-
-def _norm(sharded: ShardedParameters) -> float:
-    names = [param.name for param in sharded.parameters if param.local.grad is not None]
-    return sharded.gradient_norm(names).item() if names else math.nan
 
 
 def _nearest_gradient(sharded: ShardedParameters) -> str | None:
