@@ -136,6 +136,7 @@ def test_a_limit_of_file_sizes(tmp_path: Path) -> None:
         assert_is(saves_in(run).latest(), 4)
 
 
+@pytest.mark.slow
 def test_training_continues(small_disk: Path, tmp_path: Path) -> None:
     """A run whose saves do not fit any more trains to its end, says what it could not save, and
     goes on from its last save, bit for bit, once there is room.

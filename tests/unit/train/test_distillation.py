@@ -180,8 +180,17 @@ def test_biases_of_attention_move_and_its_norms_do_not(tmp_path: Path) -> None:
     assert all(".self_attn." in name and "norm" not in name for name in moved)
 
 
-@pytest.mark.parametrize("stopped", [3, 5])
-@pytest.mark.parametrize("match", ["logits", "attention", "layers"])
+@pytest.mark.parametrize(
+    ("match", "stopped"),
+    [
+        ("layers", 3),
+        pytest.param("layers", 5, marks=pytest.mark.slow),
+        pytest.param("attention", 3, marks=pytest.mark.slow),
+        pytest.param("attention", 5, marks=pytest.mark.slow),
+        pytest.param("logits", 3, marks=pytest.mark.slow),
+        pytest.param("logits", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_resumes_exactly(folder: Path, match: str, stopped: int) -> None:
     """Bit for bit, within a phase that matches layers and between that and the next."""
     phases = ({"steps": 5, "match": match}, {"name": "more", "steps": 4, "learning_rate": 1e-3})

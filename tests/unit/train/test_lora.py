@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.hf_folder import open_checkpoint
-from lowlat.config.model import GQAConfig
 from lowlat.convert.run import convert
 from lowlat.model.transformer import Transformer
 from lowlat.train.cost.dry_run import require_fit
@@ -23,6 +22,7 @@ from lowlat.train.run.export import export_adapter, export_save
 from lowlat.train.step.lora import add_lora, check_lora, count_updates, is_lora_parameter, merged
 from lowlat.train.step.loss import batch_loss
 from lowlat.utils.errors import UserError
+from tests.configs import GQA
 from tests.fakes import gqa_config
 from tests.lowlat_configs import random_model
 
@@ -176,7 +176,7 @@ def test_adapter(tmp_path: Path) -> None:
     """peft's layout: every file's weight plus alpha / r B A is that of the merged model; an exactly
     converted one, whose files are padded, shows that shapes follow the files.
     """
-    gqa = GQAConfig(num_attention_heads=3, num_key_value_heads=1, head_dim=8)
+    gqa = replace(GQA, num_attention_heads=3, num_key_value_heads=1, head_dim=8)
     source = gqa_config(attention=gqa, hidden_size=24, max_position_embeddings=64)
     convert(tuning.checkpoint(tmp_path / "gqa", source), tmp_path / "base", to="mla")
     tuning.chats(tmp_path / "tokens")

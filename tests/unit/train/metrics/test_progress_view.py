@@ -10,24 +10,8 @@ from rich.console import Console
 from lowlat.train.metrics.live_view import LiveView, make_view
 from lowlat.train.metrics.metrics_log import SilentMetricsLog
 from lowlat.train.metrics.progress_view import PlainView
+from tests.terminal import attach_terminal
 from tests.unit.train.metrics.records import evaluation, experts, start, step
-
-
-class FakeTerminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def attach_terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> FakeTerminal:
-    """A terminal as stderr; called inside the test, since pytest sets stderr between its phases."""
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("LINES", "24")
-    fake = FakeTerminal()
-    monkeypatch.setattr(sys, "stderr", fake)
-    return fake
 
 
 def drawn(view: LiveView, columns: int = 100) -> list[str]:
