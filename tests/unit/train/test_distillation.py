@@ -23,7 +23,7 @@ from lowlat.train.step.loss import batch_loss, count_targets
 from lowlat.train.step.teacher import Teacher
 from lowlat.utils.errors import UserError
 
-from . import recovering, tuning
+from . import recovering, tiny, tuning
 
 
 @pytest.fixture
@@ -333,7 +333,8 @@ def test_a_save_from_before_there_were_teachers_resumes(folder: Path) -> None:
     written = recipe.model_dump(mode="json")
     del written["distillation"], written["trainable"], written["phase"][0]["match"]
     saved = {"recipe": written, "data": ["f"], "step": 0, "tokens": 0, "seconds": 0.0}
-    assert check_resumable(saved, recipe, ["f"], TrainingSchedule(recipe), "runs/x").step == 0
+    schedule, inputs = TrainingSchedule(recipe), tiny.inputs("f")
+    assert check_resumable(saved, recipe, inputs, schedule, "runs/x").step == 0
 
 
 def test_a_teacher_of_another_size_teaches_distributions(folder: Path) -> None:

@@ -24,7 +24,7 @@ from lowlat.ops.fp8_training import ScaleFormat
 from lowlat.train.layers.fp8 import Fp8Experts, Fp8Linear, Fp8MLA, use_fp8
 from lowlat.train.layers.replace import replace_modules
 from lowlat.train.layers.stacked_experts import stack_experts, unstacked
-from lowlat.train.run.fp8_export import save_fp8
+from lowlat.train.run.export import save_fp8
 from lowlat.utils.errors import UserError
 from tests.configs import PLAIN_MOE
 from tests.fakes import gqa_config, mla_config, tiny_model

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lowlat.train.recipe.schema import Recipe
-from lowlat.train.run.failed_step import diagnose_failed_step
-from lowlat.train.run.replay import read_batch
+from lowlat.train.run.failed_step import diagnose_failed_step, read_batch
 from lowlat.train.run.trainer import Trainer
 from lowlat.train.step.step import evaluate
 from lowlat.utils.errors import UserError
