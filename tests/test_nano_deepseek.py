@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +53,14 @@ CASES = [v3_case(index) for index in range(COUNTS["deepseek_v3"])]
 WITH_MTP = [case for case in CASES if case.mtp]
 
 
+def some_slow(cases: list[Case], quick: int) -> list[Any]:
+    """Parameters of a test: the first `quick` cases, and the others, marked slow."""
+    return [
+        pytest.param(case, id=case.name, marks=() if number < quick else pytest.mark.slow)
+        for number, case in enumerate(cases)
+    ]
+
+
 def saved(case: Case, folder: Path) -> Oracle:
     """transformers' model of `case`, saved in the released layout with a tokenizer next to it."""
     oracle = build(case)
@@ -83,7 +92,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", some_slow(CASES, 6))
 def test_logits(case: Case, tmp_path: Path) -> None:
     """Equal to transformers and to the product; absorbed equal to expanded, cached to uncached."""
     oracle, ids = saved(case, tmp_path), drawn_ids(case)
@@ -249,7 +258,7 @@ def test_bundled_model_logits() -> None:
     assert difference(found, product.logits(ids)) < TOLERANCE
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_mtp_decoding_gives_the_same_tokens(temperature: float) -> None:
     """Drafts change the number of forward passes alone, sampled with the same seed or greedy."""
     outputs = []
@@ -297,6 +306,7 @@ def test_command_prints_the_text_of_lowlat_generate(prompt: str) -> None:
     assert len(texts) == 1, texts
 
 
+@pytest.mark.slow
 def test_command_takes_token_ids() -> None:
     command = [sys.executable, str(SCRIPT), str(MINNOW), "--ids", "17", "300", "--max-tokens", "5"]
     assert len(run(command).split()) == 5

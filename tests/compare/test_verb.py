@@ -113,7 +113,7 @@ def test_text_is_read_by_the_tokenizer_in_windows(folder: Path, tmp_path: Path) 
     assert (report["tokens"], report["windows"]) == (40, 3)
 
 
-@pytest.mark.parametrize("ending", ["svg", "png"])
+@pytest.mark.parametrize("ending", [pytest.param("svg", marks=pytest.mark.slow), "png"])
 def test_plot_is_written(v3: Path, tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"plot.{ending}"

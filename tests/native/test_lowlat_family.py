@@ -32,7 +32,14 @@ CONFIGS = {
     for name, config in EVERY.items()
     if not isinstance(config.attention, TPAConfig)
 }
-every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+QUICK = ("gla-2", "gta-3", "combined gqa", "combined mla", "layers all")
+every_config = pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, config in CONFIGS.items()
+    ],
+)
 
 
 def in_fp32(model: Transformer, config: ModelConfig) -> Transformer:
@@ -86,7 +93,10 @@ def test_latents_and_layers_at_every_level(name: str, level: str) -> None:
 PACKED = ("gla-2", "gla-3", "gta-3", "combined gqa", "combined gta", "layers all", "layers experts")
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PACKED],
+)
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @torch.inference_mode()
 def test_packed_weights(name: str, dtype: str) -> None:

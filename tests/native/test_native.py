@@ -102,6 +102,7 @@ def test_a_build_has_the_levels_of_its_processor() -> None:
     assert expected <= set(native.levels())
 
 
+@pytest.mark.slow
 @needs_native
 def test_the_environment_chooses_the_level() -> None:
     code = "from lowlat.ops import native; print(native.level())"
@@ -131,6 +132,7 @@ def test_without_the_module_models_run_and_say_once_that_they_are_slow() -> None
     assert "apt install g++" in result.stderr
 
 
+@pytest.mark.slow
 def test_turned_off_models_run_in_silence() -> None:
     result = run(USE, "none")
     assert result.stdout.split() == ["1", "True", "True"], result.stderr
@@ -161,6 +163,7 @@ def test_threads_are_limited_by_processors() -> None:
             native.use_threads(count)
 
 
+@pytest.mark.slow
 @needs_native
 def test_default_threads_follow_openmp() -> None:
     code = "from lowlat.ops import native; print(native.threads())"

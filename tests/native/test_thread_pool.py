@@ -2,6 +2,7 @@
 
 import threading
 
+import pytest
 import torch
 
 from lowlat.ops import native
@@ -196,6 +197,7 @@ print(draw(x[:3], 0.5, temperature=1.0), draw(x, 0.5, temperature=1.0))
     assert result.stdout.split() == ["MemoryError"] * 3 + ["1", "2000000"], result.stderr
 
 
+@pytest.mark.slow
 @needs_native
 def test_a_step_without_memory_is_an_error() -> None:
     """Wherever it runs out: while some threads wait for others, too."""

@@ -82,6 +82,7 @@ def test_pages_that_cannot_be_written(tmp_path: Path) -> None:
         write_page({"variants": [], "study": "mtp"}, tmp_path / "file" / "page.md")
 
 
+@pytest.mark.slow
 def test_text_around_the_generated_part_stays(
     size: StudySize, data: TokenizedDataset, tmp_path: Path
 ) -> None:

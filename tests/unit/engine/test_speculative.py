@@ -289,7 +289,7 @@ def test_an_error_in_the_lookup_leaves_one_sequence_without_drafts(
     ]
 
 
-@pytest.mark.parametrize("modules", [1, 2])
+@pytest.mark.parametrize("modules", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_error_in_the_mtp_modules_changes_no_token(
     monkeypatch: pytest.MonkeyPatch, modules: int
 ) -> None:

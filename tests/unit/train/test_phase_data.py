@@ -12,7 +12,10 @@ from . import runs
 from .runs import opened, train
 
 
-@pytest.mark.parametrize("last", [None, 1, 2, 3])
+@pytest.mark.parametrize(
+    "last",
+    [None, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)],
+)
 def test_a_phase_continues_in_the_same_data(
     base: Path, last: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
