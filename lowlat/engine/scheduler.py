@@ -209,13 +209,13 @@ class Scheduler:
                 budget -= given
         for sequence, limit in planned.items():
             if sequence in self.running:
-                chunk = self._planner.next_chunk(
+                length, path = self._planner.next_chunk(
                     sequence.num_cached,
                     len(sequence.request.prompt),
                     len(sequence.tokens),
                     limit,
                 )
-                self._choose(chosen, sequence, chunk.length, chunk.path)
+                self._choose(chosen, sequence, length, path)
 
     def _prefilling(self) -> list[Sequence]:
         """Sequences that prefill in this step, in order: all but those whose next page an earlier
