@@ -13,9 +13,9 @@ from typing import Any
 from lowlat import api
 from lowlat.bench import agreement, environment, results
 from lowlat.bench.agreement import Agreement
-from lowlat.bench.benchmark_plan import BenchmarkPlan
+from lowlat.bench.benchmark_plan import BenchmarkPlan, Program
 from lowlat.bench.measure import CaseResult, measure
-from lowlat.bench.session import BenchmarkSession, LoadedWorker, Program
+from lowlat.bench.session import BenchmarkSession, LoadedWorker
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.peers.worker import PeerError, Worker
@@ -28,7 +28,6 @@ START_CONTEXT = 64
 START_IDS = [1, 2, 3]
 LONG_START = 20.0
 """A program whose starts have taken this many seconds is not started again."""
-CALIBRATION = "lowlat.bench.calibration"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,7 +61,7 @@ def bench(model: str, plan: BenchmarkPlan, progress: Progress) -> dict[str, Any]
         raise UserError(
             f"{model}: holds {config.packing} weights, which stay so; give --dtype {config.packing}"
         )
-    programs = [Program(name="lowlat", python=sys.executable), *map(Program.of, plan.peers)]
+    programs = [Program(name="lowlat", python=sys.executable), *plan.peers]
     with tempfile.TemporaryDirectory(prefix="lowlat-bench-") as folder:
         session = BenchmarkSession(
             plan=plan, model=path, config=config, folder=Path(folder), progress=progress
@@ -76,15 +75,9 @@ def _run(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, An
     agreed = agreement.check_agreement(session, programs)
     with ExitStack() as stack:
         loaded = _load_all(session, programs, agreed, stack)
-        calibration = Worker(
-            "calibration",
-            CALIBRATION,
-            python=sys.executable,
-            threads=plan.threads,
-            folder=session.folder,
-        )
+        calibration = session.start(Program(name="calibration", python=sys.executable))
         stack.enter_context(calibration)
-        calibration.ask("load", threads=plan.threads)
+        calibration.ask("load")
         rows, rates = measure(
             loaded.workers, plan.cases, calibration, plan.rounds, session.progress
         )

@@ -17,13 +17,9 @@ from lowlat.convert.conversion import Conversion
 from lowlat.convert.options import CompressionOptions, RecoveryOptions
 from lowlat.convert.parameters.exact_mla import check_exact
 from lowlat.data.dataset import TokenizedDataset
+from lowlat.data.overlap import share_seen, shared_runs
 from lowlat.recovery.evaluation import EvaluationText, read_evaluation_text
-from lowlat.recovery.training_text import (
-    build_tokens,
-    require_uncalibrated,
-    require_unseen,
-    text_fingerprint,
-)
+from lowlat.recovery.training_text import build_tokens, require_disjoint, text_fingerprint
 from lowlat.recovery.work_folder import WorkFolder
 from lowlat.text.pieces import encode_plain
 from lowlat.text.plain import read_plain_text
@@ -142,7 +138,8 @@ def _training_tokens(
         )
     text = inputs.evaluation_text
     if text is not None:
-        require_unseen(folder, text.ids, text.path, progress)
+        share = shared_runs(folder, text.ids, progress=progress)
+        require_disjoint(share, text.path, "the text of --text")
     return folder
 
 
@@ -170,4 +167,4 @@ def _check_calibration(inputs: RecoveryInputs, work: WorkFolder) -> None:
         ids = (encode_plain(inputs.tokenizer, each).astype(np.int64) for each in texts)
         calibration = ids if paths else found.windows.numpy()
         origin = "the text of --calibrate" if paths else "lowlat's own calibration text"
-        require_uncalibrated(calibration, text.ids, text.path, origin)
+        require_disjoint(share_seen(text.ids, calibration), text.path, origin)

@@ -18,7 +18,7 @@ from lowlat.cli import main
 from lowlat.compare.implementations import llama_cpp
 from lowlat.compare.implementations.open import open_implementation
 from lowlat.compare.implementations.spec import parse
-from lowlat.compare.result_table import heading
+from lowlat.compare.result_text import heading
 from lowlat.convert.run import convert
 from lowlat.peers import llama_cpp_model
 from lowlat.peers.protocol import Unsupported, timed_handlers

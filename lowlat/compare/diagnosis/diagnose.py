@@ -7,8 +7,8 @@ config is the cause. If both follow their own, different configs, each is judged
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
-from lowlat.compare.diagnosis.attention_audit import AUDITED, audit
-from lowlat.compare.diagnosis.mistakes import Mistake, MistakeKind, StepAudit
+from lowlat.compare.diagnosis.audit import AUDITED, audit
+from lowlat.compare.diagnosis.mistakes import NAMES, Mistake, StepAudit
 from lowlat.compare.trace import Place, Trace, Window
 from lowlat.config.attention import AttentionConfig
 from lowlat.config.attention_summary import short_name
@@ -18,34 +18,13 @@ Label = Literal["A", "B"]
 LABELS: tuple[Label, ...] = ("A", "B")
 Audits = dict[Label, dict[Place, StepAudit]]
 
-NAMES: dict[MistakeKind, str] = {
-    "yarn_cos_sin": "YaRN scale of cos and sin",
-    "yarn_softmax_scale": "YaRN scale of the softmax",
-    "softmax_scale": "softmax scale",
-    "rope_frequencies": "RoPE frequencies",
-    "rope_layout": "RoPE layout",
-    "rope_missing": "missing RoPE",
-    "rope_order": "order of RoPE channels",
-    "group_mask": "group mask",
-    "group_rank": "ranking of groups",
-    "bias_in_weights": "bias in the routing weights",
-    "bias_not_in_choice": "bias missing in the selection",
-    "gate_precision": "router precision",
-    "gate_normalisation": "normalisation of the routing weights",
-    "gate_scaling": "routed_scaling_factor",
-    "mtp_order": "MTP concatenation order",
-    "mtp_hidden": "MTP hidden state",
-    "mtp_zeroed": "MTP embedding of the first position",
-}
-"""Descriptions of the mistakes."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
     """A known mistake of one implementation."""
 
     label: Label
-    kind: MistakeKind
+    kind: str
     detail: str
     judged_by: Label
     """The implementation whose config defines the correct result."""

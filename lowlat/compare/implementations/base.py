@@ -52,9 +52,7 @@ def import_error(module: str, package: str, error: Exception, *, label: str) -> 
     )
 
 
-def run_in_worker(
-    module: str, requests: Sequence[dict[str, Any]], *, label: str, threads: int | None = None
-) -> None:
+def run_in_worker(module: str, requests: Sequence[dict[str, Any]], *, label: str) -> None:
     """Send `requests` to a new worker process that runs lowlat's `module`, then end it.
 
     Peers run in separate processes, because a failed assertion of llama.cpp ends its process and
@@ -63,7 +61,7 @@ def run_in_worker(
     with tempfile.TemporaryDirectory(prefix="lowlat-compare-") as folder:
         place = Path(folder)
         name = module.rpartition(".")[2]
-        with Worker(name, module, python=sys.executable, threads=threads, folder=place) as worker:
+        with Worker(name, module, python=sys.executable, threads=None, folder=place) as worker:
             try:
                 for request in requests:
                     worker.ask(timeout=TIMEOUT, **request)

@@ -2,7 +2,6 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -47,6 +46,7 @@ class DeepSeekModel(Implementation):
             }
             save_file(imposed, folder / "in")
             request = {
+                "op": "trace",
                 "script": str(self.script.resolve()),
                 "path": str(self.path.resolve()),
                 "dtype": self.precision,
@@ -55,9 +55,5 @@ class DeepSeekModel(Implementation):
                 "choices": str(folder / "in"),
                 "out": str(folder / "out"),
             }
-            self._run(request)
+            run_in_worker(WORKER, [request], label=self.label)
             return load_trace(folder / "out", self.dtype)
-
-    def _run(self, request: dict[str, Any]) -> None:
-        """Run the worker. Raises UserError if it fails."""
-        run_in_worker(WORKER, [{"op": "trace", **request}], label=self.label)

@@ -126,11 +126,9 @@ def _watch_gate(observer: Observer, block: Block, gate: Gate, imposed: Tensor | 
             scores=routing.scores,
             chosen=routing.experts,
             weights=routing.weights,
-            experts=gate.moe.n_routed_experts,
+            gate_weight=gate.weight,
+            gate_bias=gate.e_score_correction_bias,
         )
-        observer.trace.record_evidence(block, "gate_weight", gate.weight)
-        if gate.e_score_correction_bias is not None:
-            observer.trace.record_evidence(block, "gate_bias", gate.e_score_correction_bias)
         return routing if imposed is not None else None
 
     observer.watch(gate, seen)

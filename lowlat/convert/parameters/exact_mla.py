@@ -54,18 +54,6 @@ def mla_config(config: ModelConfig) -> ModelConfig:
     """`config` with exact MLA. Raises UserError if its attention cannot be expressed so."""
     source = check_exact(config)
     width = source.num_key_value_heads * source.head_dim
-    attention = MLAConfig(
-        num_attention_heads=source.num_attention_heads,
-        kv_lora_rank=width,
-        q_lora_rank=None,
-        qk_nope_head_dim=0,
-        qk_rope_head_dim=width,
-        v_head_dim=source.head_dim,
-        attention_bias=source.qkv_bias,
-        q_bias=source.qkv_bias,
-        o_bias=source.o_bias,
-        kv_a_layernorm=False,
-    )
     rope = config.rope_of(0)  # equal in all GQA layers
     wide = wide_rope(
         inverse_frequencies(rope, source.head_dim),
@@ -76,11 +64,29 @@ def mla_config(config: ModelConfig) -> ModelConfig:
     return replace(
         config,
         model_type="deepseek_v3",
-        attention=attention,
+        attention=mla_attention_config(source, latent=width, nope=0, rope=width),
         rope=wide,
         quantization=None,
         sliding_window=None,
         sliding_window_layers=None,
+    )
+
+
+def mla_attention_config(source: GQAConfig, *, latent: int, nope: int, rope: int) -> MLAConfig:
+    """MLA with the heads and biases of `source`, and the given channels of the latent, of a head's
+    NoPE part and of the rotary key.
+    """
+    return MLAConfig(
+        num_attention_heads=source.num_attention_heads,
+        kv_lora_rank=latent,
+        q_lora_rank=None,
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=rope,
+        v_head_dim=source.head_dim,
+        attention_bias=source.qkv_bias,
+        q_bias=source.qkv_bias,
+        o_bias=source.o_bias,
+        kv_a_layernorm=False,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from lowlat.bench import environment, results, results_table
-from lowlat.bench.benchmark_plan import BenchmarkCase, PeerSpec, make_plan
+from lowlat.bench.benchmark_plan import BenchmarkCase, Program, make_plan
 from lowlat.bench.measure import CaseResult, Sample
 from lowlat.bench.results_plot import draw
 from lowlat.bench.roofline import time_bound
@@ -111,5 +111,5 @@ def test_the_plot_has_every_program_and_the_roofline(tmp_path: Path, name: str) 
 
 def test_no_peer_no_ratio() -> None:
     plan = make_plan(prefill="8", decode="", threads=1)
-    assert plan.peers == () and isinstance(PeerSpec(name="vllm", python="p"), PeerSpec)
+    assert plan.peers == () and isinstance(Program(name="vllm", python="p"), Program)
     assert results.best_peer([row("lowlat", plan.cases[0], 1.0)], plan.cases[0]) is None
