@@ -25,16 +25,13 @@ def build(
     model: Path,
     config: ModelConfig,
     plan: BenchmarkPlan,
-    precisions: Mapping[str, str],
-    facts: Mapping[str, dict[str, Any]],
-    differences: Mapping[str, float],
-    errors: Mapping[str, float],
+    programs: Mapping[str, dict[str, Any]],
     rows: Sequence[CaseResult],
     rates: Sequence[dict[str, float]],
     starts: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """The JSON object. Rates are in tokens per second, memory in bytes, times in seconds."""
-    entry_bytes = facts["lowlat"]["cache_bytes_per_token"]
+    entry_bytes = programs["lowlat"]["cache_bytes_per_token"]
     bounds = {
         case: time_bound(
             config,
@@ -54,15 +51,7 @@ def build(
         "machine": machine,
         "model": _model(model, config, entry_bytes),
         "plan": {**asdict(plan), "peers": [peer.name for peer in plan.peers]},
-        "programs": {
-            name: {
-                "precision": precision,
-                "fp32_difference": differences.get(name),
-                "error_against_fp32": errors.get(name),
-                **facts.get(name, {}),
-            }
-            for name, precision in precisions.items()
-        },
+        "programs": dict(programs),
         "calibration": {"median": median_rates(rates), "rounds": list(rates)},
         "rows": [_row(row, bounds[row.case], rows) for row in rows],
         "start_to_first_token": {

@@ -94,10 +94,15 @@ def _run(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, An
         model=session.model,
         config=session.config,
         plan=plan,
-        precisions={p.name: p.precision(plan.dtype) for p in programs},
-        facts=loaded.facts,
-        differences=agreed.differences,
-        errors=loaded.errors,
+        programs={
+            program.name: {
+                "precision": program.precision(plan.dtype),
+                "fp32_difference": agreed.differences.get(program.name),
+                "error_against_fp32": loaded.errors.get(program.name),
+                **loaded.facts.get(program.name, {}),
+            }
+            for program in programs
+        },
         rows=rows,
         rates=rates,
         starts=starts,

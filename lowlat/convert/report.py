@@ -24,24 +24,20 @@ PLOT_FILE = "conversion.svg"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionReport:
-    """Sizes before and after a conversion. Cache sizes are lowlat's, in bf16 unless named
-    otherwise.
+    """Sizes before (of the source) and after (of the destination). Cache sizes are lowlat's, of all
+    layers together, in bf16 unless named otherwise.
     """
 
     source: Path
-    """The source folder or .gguf file."""
     destination: Path
-    """The written folder or .gguf file."""
     attention_before: str
     """'GQA, 9 heads in 3 groups of 64'."""
     attention_after: str
     """'MLA, 9 heads, latent 192 + rotary key 192'."""
     cache_bytes_per_token_before: int
-    """All layers together."""
     cache_bytes_per_token_after: int
-    """All layers together."""
     cache_bytes_per_token_int8: int
-    """The same in an int8 cache."""
+    """After, in an int8 cache."""
     parameters_before: int
     """Without MTP modules; a tied head counts once."""
     parameters_after: int
@@ -49,11 +45,9 @@ class ConversionReport:
     weight_bytes_before: int
     """Size of the weight files."""
     weight_bytes_after: int
-    """The same of the destination."""
     bits_per_weight_before: float
     """Bits of the weight files per parameter, MTP modules included."""
     bits_per_weight_after: float
-    """The same of the destination."""
     experts: str | None
     """Experts made of every dense layer ('8 routed, 2 active per token, 1 shared'), or None."""
     seconds: float

@@ -98,8 +98,12 @@ def with_calibration(
         _check_calibration(inputs, work)  # first, because reading all of --text takes longer
         _training_tokens(inputs, work, progress)
         return inputs
-    tokens = _training_tokens(inputs, work, progress)
-    inputs = replace(inputs, compression=_calibrated_on(tokens, inputs))
+    folder = _training_tokens(inputs, work, progress)
+    if folder is not None:
+        tokens, count = partial(folder.tokens, "train"), folder.num_tokens("train")
+        context = inputs.conversion.config.max_position_embeddings
+        calibration = calibration_from_tokens(tokens, count, context, "the text of --text")
+        inputs = replace(inputs, compression=replace(inputs.compression, calibration=calibration))
     _check_calibration(inputs, work)
     return inputs
 
@@ -141,18 +145,6 @@ def _training_tokens(
         share = shared_runs(folder, text.ids, progress=progress)
         require_disjoint(share, text.path, "the text of --text")
     return folder
-
-
-def _calibrated_on(folder: TokenizedDataset | None, inputs: RecoveryInputs) -> CompressionOptions:
-    """The compression options, with the training text in `folder` as calibration text unless it is
-    too short.
-    """
-    compression, context = inputs.compression, inputs.conversion.config.max_position_embeddings
-    if folder is None:
-        return compression
-    tokens, count = partial(folder.tokens, "train"), folder.num_tokens("train")
-    calibration = calibration_from_tokens(tokens, count, context, "the text of --text")
-    return replace(compression, calibration=calibration)
 
 
 def _check_calibration(inputs: RecoveryInputs, work: WorkFolder) -> None:

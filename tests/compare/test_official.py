@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowlat.compare.implementations import base, deepseek, deepseek_worker
-from lowlat.compare.implementations.deepseek import DeepSeekModel
+from lowlat.compare.implementations import deepseek_worker, peers
+from lowlat.compare.implementations.peers import DeepSeekModel
 from lowlat.compare.result_json import as_dict
 from lowlat.compare.result_text import notes
 from lowlat.compare.run import ComparisonResult, compare
@@ -49,7 +49,7 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
         except UserError as error:
             raise UserError(f"{label}: {error}") from error
 
-    monkeypatch.setattr(deepseek, "run_in_worker", run)
+    monkeypatch.setattr(peers, "run_in_worker", run)
     for name in ("kernel", "deepseek_model_py"):  # the worker adds them
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
 
@@ -92,7 +92,7 @@ def test_the_end_of_the_other_process_is_reported(
     script = edited(tmp_path, "import math\n", "import os\nos.abort()\n")
     with pytest.raises(UserError, match="official: fails at run time: killed by SIGABRT"):
         official(script, checkpoint).trace(window())
-    monkeypatch.setattr(base, "TIMEOUT", 0.01)
+    monkeypatch.setattr(peers, "TIMEOUT", 0.01)
     with pytest.raises(UserError, match="official: fails at run time: no answer within 0 s"):
         official(STAND_IN, checkpoint).trace(window())
 

@@ -34,11 +34,8 @@ from lowlat.ops.routing import Routing
 from lowlat.utils.device import dtype_name
 
 
-class LowlatPyTorch(Implementation):
+class LowlatModel(Implementation):
     """A Transformer with an empty KV cache of one sequence."""
-
-    unseen = ""
-    can_impose_experts = True
 
     def __init__(
         self,
@@ -58,6 +55,13 @@ class LowlatPyTorch(Implementation):
         """Attention path; None: the one that a request of that length takes."""
         self.cache = cache
         """Number type of the KV cache; None: that of the activations."""
+
+
+class LowlatPyTorch(LowlatModel):
+    """A Transformer in plain PyTorch."""
+
+    unseen = ""
+    can_impose_experts = True
 
     @torch.no_grad()
     def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:

@@ -94,11 +94,8 @@ def expand_queries(
     queries: Shaped[Tensor, "rows *inputs"], source: GQAConfig
 ) -> Shaped[Tensor, "wide_rows *inputs"]:
     """q_proj weight or bias [heads * d, ...] -> [heads * G * d, ...], zero outside the group."""
-    heads, groups, head_dim = (
-        source.num_attention_heads,
-        source.num_key_value_heads,
-        source.head_dim,
-    )
+    heads, groups = source.num_attention_heads, source.num_key_value_heads
+    head_dim = source.head_dim
     width = groups * head_dim
     order = channel_order(groups, head_dim)
     group = torch.arange(heads) // (heads // groups)
@@ -123,13 +120,9 @@ def join_keys_values(
 
 def select_values(source: GQAConfig, dtype: torch.dtype) -> Float[Tensor, "value_rows latent"]:
     """kv_b_proj [heads * d, G * d]: ones that select the value channels of each head's group."""
-    heads, groups, head_dim = (
-        source.num_attention_heads,
-        source.num_key_value_heads,
-        source.head_dim,
-    )
+    heads, groups = source.num_attention_heads, source.num_key_value_heads
     groups_of_heads = torch.eye(groups).repeat_interleave(heads // groups, dim=0)
-    return torch.kron(groups_of_heads, torch.eye(head_dim)).to(dtype)
+    return torch.kron(groups_of_heads, torch.eye(source.head_dim)).to(dtype)
 
 
 def mla_attention(tensors: dict[str, Tensor], source: GQAConfig) -> dict[str, Tensor]:
