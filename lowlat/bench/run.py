@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowlat import api
-from lowlat.bench import agreement, environment, results
+from lowlat.bench import agreement, results
 from lowlat.bench.agreement import Agreement
 from lowlat.bench.benchmark_plan import BenchmarkPlan, Program
 from lowlat.bench.measure import CaseResult, measure
@@ -90,7 +90,7 @@ def _run(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, An
     return results.build(
         command=shlex.join(["lowlat", *sys.argv[1:]]),
         started=started,
-        machine=environment.describe(),
+        machine=results.describe_machine(),
         model=session.model,
         config=session.config,
         plan=plan,

@@ -11,7 +11,33 @@ import torch
 from torch import Tensor
 
 
-class TensorSource(ABC):
+class TensorReader(ABC):
+    """Tensors by name, on the CPU, read whole or by rows."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype that holds the tensor without loss; touches no data."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The tensor: a view of the mapped file if the format allows it."""
+
+    @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """`read(name)[start:stop]`, computed without the other rows if possible."""
+
+    @abstractmethod
+    def release(self, name: str) -> None:
+        """Release the memory pages of `read(name)`'s result, which must not be used any more. The
+        tensor may be read again.
+        """
+
+    @abstractmethod
+    def where(self, name: str) -> str:
+        """'FILE: tensor NAME', the start of an error message about this tensor."""
+
+
+class TensorSource(TensorReader):
     """A checkpoint opened for reading. Names not in `names()` raise UserError naming file and
     tensor.
     """
@@ -33,23 +59,3 @@ class TensorSource(ABC):
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the tensor `read` returns; touches no data."""
-
-    @abstractmethod
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of the tensor `read` returns; touches no data."""
-
-    @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU: a view of the mapped file if the format allows it."""
-
-    @abstractmethod
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """`read(name)[start:stop]`, computed without the other rows if the format allows it."""
-
-    @abstractmethod
-    def release(self, name: str) -> None:
-        """Release the memory pages of `read(name)`'s result, which must not be used any more."""
-
-    @abstractmethod
-    def where(self, name: str) -> str:
-        """'FILE: tensor NAME', the start of an error message about this tensor."""

@@ -142,11 +142,7 @@ def headline(result: Object) -> str:
 def diagnosis_lines(result: Object) -> list[str]:
     """Causes of the difference, one per line."""
     mistakes = result["diagnosis"]["mistakes"]
-    lines = [
-        f"{found['name']}: {found['implementation']} {found['detail']}, at {_where(found['places'])}"
-        for found in mistakes
-        if _is_own(found)
-    ]
+    lines = [_mistake(found) for found in mistakes if _is_own(found)]
     if result["config_differences"] and (mistakes or not result["equal"]):
         listed = "; ".join(result["config_differences"][:6])
         lines.append(f"configs differ: {listed}{_seen([m for m in mistakes if not _is_own(m)])}")
@@ -169,6 +165,11 @@ def diagnosis_lines(result: Object) -> list[str]:
 def _is_own(found: Object) -> bool:
     """Whether an implementation deviates from its own config."""
     return found["judged_by_config_of"] == found["implementation"]
+
+
+def _mistake(found: Object) -> str:
+    where = _where(found["places"])
+    return f"{found['name']}: {found['implementation']} {found['detail']}, at {where}"
 
 
 def _seen(crossed: list[Object]) -> str:

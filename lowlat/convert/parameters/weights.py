@@ -3,7 +3,6 @@
 Parameters are read one at a time. `convert.storage` writes them.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import reduce
 from typing import final
@@ -14,7 +13,7 @@ from torch import Tensor
 from lowlat.checkpoint.mapping import check_tensors, operations
 from lowlat.checkpoint.mapping_operations import Read, Rename
 from lowlat.checkpoint.padded_latent import PaddingError
-from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.checkpoint.tensor_source import TensorReader, TensorSource
 from lowlat.config.model import ModelConfig
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
@@ -22,31 +21,11 @@ from lowlat.utils.errors import UserError
 Shapes = dict[str, tuple[int, ...]]
 
 
-class Weights(ABC):
+class Weights(TensorReader):
     """The parameters of a model as plain matrices, by the model's names."""
 
     config: ModelConfig
     """The model's config, without storage fields."""
-
-    @abstractmethod
-    def dtype(self, name: str) -> torch.dtype:
-        """The number type that holds the parameter without loss."""
-
-    @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """The parameter."""
-
-    @abstractmethod
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """`read(name)[start:stop]`, without computing the other rows if possible."""
-
-    @abstractmethod
-    def release(self, name: str) -> None:
-        """Allow the parameter's memory-mapped pages to be evicted. It may be read again."""
-
-    @abstractmethod
-    def where(self, name: str) -> str:
-        """Name of the parameter in error messages: file and tensor."""
 
 
 @final

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lowlat.bench import environment, results, results_table
+from lowlat.bench import results, results_table
 from lowlat.bench.benchmark_plan import BenchmarkCase, Program, make_plan
 from lowlat.bench.measure import CaseResult, Sample
 from lowlat.bench.results_plot import draw
@@ -47,7 +47,7 @@ def build() -> dict[str, Any]:
     return results.build(
         command="lowlat bench model",
         started=0.0,
-        machine=environment.describe(),
+        machine=results.describe_machine(),
         model=Path("/models/small"),
         config=CONFIG,
         plan=plan,
