@@ -24,7 +24,7 @@ from lowlat.compare.trace import (
     load_trace,
     save_trace,
 )
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import short_name
 from lowlat.config.model import MoEConfig, RopeConfig
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from lowlat.ops.routing import route

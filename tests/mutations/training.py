@@ -15,7 +15,7 @@ LOSSES = [
     ),
     Mutant(
         "loss: what fills a row of chats is learned",
-        "data/chat_packing.py",
+        "data/packing.py",
         "loss_mask = np.zeros((count, self._length), np.bool_)",
         "loss_mask = np.ones((count, self._length), np.bool_)",
         "tests/unit/data/test_chat_packing.py::test_every_chat_is_whole_in_one_row[0-False]",

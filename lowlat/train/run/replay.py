@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from lowlat.checkpoint.safetensors.reader import SafetensorsFile
+from lowlat.checkpoint.safetensors.writer import file_pieces
 from lowlat.data.batch import Batch
 from lowlat.utils.errors import UserError
 
@@ -30,13 +30,14 @@ def keep_batch(path: Path, step: int, batch: Batch) -> str:
     Returns the path, or the reason why writing failed, as a phrase for the error of the step: a
     write error must not hide the step's error.
     """
-    documents = json.dumps(batch.documents)
-    tensors = {"tokens": batch.tokens.cpu(), "loss_mask": batch.loss_mask.cpu()}
+    metadata = {"documents": json.dumps(batch.documents), "step": str(step)}
+    tensors = [("tokens", batch.tokens), ("loss_mask", batch.loss_mask)]
     partial = path.with_suffix(".partial")
     try:
-        save_file(tensors, partial, metadata={"documents": documents, "step": str(step)})
+        with partial.open("wb") as file:
+            file.writelines(file_pieces(tensors, metadata))
         partial.rename(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         partial.unlink(missing_ok=True)
         return f"not saved ({error})"
     return f"in {path}"
@@ -45,10 +46,10 @@ def keep_batch(path: Path, step: int, batch: Batch) -> str:
 def read_batch(path: Path) -> Batch:
     """Read a file of `keep_batch`. Raises UserError."""
     try:
-        with safe_open(path, framework="pt") as file:
-            tokens, loss_mask = file.get_tensor("tokens"), file.get_tensor("loss_mask")
-            documents = json.loads((file.metadata() or {})["documents"])
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        file = SafetensorsFile(path)
+        tokens, loss_mask = file.read("tokens"), file.read("loss_mask")
+        documents = json.loads(file.metadata["documents"])
+    except (UserError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: is not the batch file of a failed step ({error})") from error
     rows = None if documents is None else tuple(tuple(row) for row in documents)
     return Batch(tokens=tokens, loss_mask=loss_mask.to(torch.bool), documents=rows)

@@ -11,7 +11,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -345,12 +344,10 @@ def test_a_disk_too_small_is_said_before_calibration(
 
 
 def test_a_full_disk_while_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library of the scratch files has an exception of its own for it."""
-
     def full(*arguments: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lowlat.convert.compression.scratch.save_file", full)
+    monkeypatch.setattr("lowlat.convert.compression.scratch.file_pieces", full)
     source = source_model(tmp_path / "source")
     with pytest.raises(UserError, match=r"cannot be written .*No space left.*free some space"):
         convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path))

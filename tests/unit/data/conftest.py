@@ -9,7 +9,6 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from lowlat.data.chat_packing import PackedChats
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.manifest import (
     SPLITS,
@@ -17,7 +16,7 @@ from lowlat.data.manifest import (
     Split,
     id_type,
 )
-from lowlat.data.packing import PackedSequences
+from lowlat.data.packing import PackedChats, PackedSequences
 from lowlat.data.vocabulary import CHAT_TEMPLATE, FIM, end_of_text, fim_tokens
 from lowlat.data.writer import SplitWriter, write_manifest, write_tokenizer
 from lowlat.text.parts import TokenizerParts

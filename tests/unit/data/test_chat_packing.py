@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowlat.data.chat_packing import PackedChats, TruncatedChats, packed
 from lowlat.data.dataset import TokenizedDataset
+from lowlat.data.packing import PackedChats, TruncatedChats, packed
 from lowlat.utils.errors import UserError
 
 from .conftest import END, Make, assert_found_by_number, texts

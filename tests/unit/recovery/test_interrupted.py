@@ -11,7 +11,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from safetensors import SafetensorError
 
 from lowlat.recovery import inputs as recovery_inputs
 from lowlat.recovery import run as recovery_run
@@ -198,8 +197,8 @@ def test_a_disk_that_fills_while_attention_is_measured(
 ) -> None:
     """Tokens stay, and are not made again."""
     with monkeypatch.context() as patch:
-        fault = SafetensorError("I/O error: No space left on device (os error 28)")
-        patch.setattr("lowlat.convert.compression.scratch.save_file", Mock(side_effect=fault))
+        fault = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        patch.setattr("lowlat.convert.compression.scratch.file_pieces", Mock(side_effect=fault))
         with pytest.raises(UserError, match=r"No space left.*repeat the command"):
             tiny.call(made, tmp_path / "mla")
     assert (work_folder_path(tmp_path / "mla") / "tokens").is_dir()

@@ -14,9 +14,8 @@ from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.data.batch import Batch
-from lowlat.data.chat_packing import PackedChats
 from lowlat.data.dataset import TokenizedDataset
-from lowlat.data.packing import PackedSequences
+from lowlat.data.packing import PackedChats, PackedSequences
 from lowlat.model.transformer import Transformer
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.run.failed_step import diagnose_failed_step
