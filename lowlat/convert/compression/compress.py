@@ -269,9 +269,5 @@ def _is_replaced(source: GQAConfig, method: CompressionMethod) -> Callable[[str]
     """A predicate for new parameters of the converted model: all of the attention, except an output
     projection that is not fitted.
     """
-    kept = ["o_proj.weight"] * (not method.fits_output) + ["o_proj.bias"] * source.o_bias
-
-    def is_replaced(name: str) -> bool:
-        return ".self_attn." in name and not name.endswith(tuple(kept))
-
-    return is_replaced
+    kept = ("o_proj.weight",) * (not method.fits_output) + ("o_proj.bias",) * source.o_bias
+    return lambda name: ".self_attn." in name and not name.endswith(kept)
