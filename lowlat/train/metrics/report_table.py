@@ -38,19 +38,12 @@ def _course(runs: list[Summary]) -> list[Row]:
 
 def _losses(runs: list[Summary]) -> list[Row]:
     """Losses in nats per target; evaluations are those with the lowest main loss."""
-    rows = [("loss at the end", [_figure(run, "loss", ".4f") for run in runs])]
-    for name, key in (
-        ("  KL from the teacher", "divergence"),
-        ("  error of layers", "layer_error"),
-    ):
-        rows.append((name, [_figure(run, key, ".4f") for run in runs]))
-    for depth in range(max(len(run["mtp_losses"]) for run in runs)):
-        rows.append(
-            (
-                f"  MTP module {depth + 1}",
-                [_at(run["mtp_losses"], depth) for run in runs],
-            )
-        )
+    rows = [
+        ("loss at the end", [_figure(run, "loss", ".4f") for run in runs]),
+        ("  KL from the teacher", [_figure(run, "divergence", ".4f") for run in runs]),
+        ("  error of layers", [_figure(run, "layer_error", ".4f") for run in runs]),
+        *_mtp_losses(runs),
+    ]
     for split in dict.fromkeys(split for run in runs for split in run["evaluations"]):
         best = [run["evaluations"].get(split, {"best": None})["best"] for run in runs]
         rows += [
@@ -59,11 +52,21 @@ def _losses(runs: list[Summary]) -> list[Row]:
             ("  bits per byte", [_figure(e, "bits_per_byte", ".4f") for e in best]),
             ("  KL from the teacher", [_figure(e, "divergence", ".4f") for e in best]),
             ("  at step", [_figure(e, "step", ",") for e in best]),
+            *_mtp_losses(best),
         ]
-        for depth in range(max(len(e["mtp_losses"]) if e else 0 for e in best)):
-            cells = [_at(e["mtp_losses"], depth) if e else "" for e in best]
-            rows.append((f"  MTP module {depth + 1}", cells))
     return rows
+
+
+def _mtp_losses(figures: Sequence[dict[str, Any] | None]) -> list[Row]:
+    """One row per MTP module."""
+    losses = [() if each is None else each["mtp_losses"] for each in figures]
+    return [
+        (
+            f"  MTP module {depth + 1}",
+            [f"{each[depth]:.4f}" if depth < len(each) else "" for each in losses],
+        )
+        for depth in range(max(map(len, losses)))
+    ]
 
 
 def _speed(runs: list[Summary]) -> list[Row]:
@@ -83,10 +86,6 @@ def _experts(runs: list[Summary]) -> list[Row]:
         ("  worst layer", [_violation(run, max) for run in runs]),
         ("  highest in between", [_highest(run) for run in runs]),
     ]
-
-
-def _at(losses: Sequence[float], depth: int) -> str:
-    return f"{losses[depth]:.4f}" if depth < len(losses) else ""
 
 
 def _figure(figures: dict[str, Any] | None, name: str, form: str) -> str:

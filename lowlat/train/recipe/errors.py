@@ -26,8 +26,9 @@ def explain(error: ValidationError, table: type[BaseModel], raw: Any) -> str:
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     match first["type"]:
         case "extra_forbidden":
-            near = _similar(str(path[-1]), _keys(table, path[:-1]))
-            return f"{key} is not a key of recipes{near}{more}"
+            near = difflib.get_close_matches(str(path[-1]), _keys(table, path[:-1]), 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            return f"{key} is not a key of recipes{meant}{more}"
         case "missing":
             return f"{key} is missing{more}"
     return f"{key}{': ' if key else ''}{_reason(first)}{more}"
@@ -75,12 +76,7 @@ def _is_meant(location: tuple[int | str, ...], raw: Any) -> bool:
     return True
 
 
-def _similar(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _keys(table: type[BaseModel], path: list[int | str]) -> Iterable[str]:
+def _keys(table: type[BaseModel], path: list[int | str]) -> list[str]:
     """The keys of the table at `path`."""
     for part in path:
         if isinstance(part, int):
@@ -89,7 +85,7 @@ def _keys(table: type[BaseModel], path: list[int | str]) -> Iterable[str]:
         if not inner:
             return []
         table = inner[0]
-    return table.model_fields
+    return list(table.model_fields)
 
 
 def _tables(annotation: Any) -> Iterable[type[BaseModel]]:
