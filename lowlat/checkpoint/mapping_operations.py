@@ -1,7 +1,7 @@
 """Two-way operations between checkpoint tensors and model parameters; `mapping` chooses them.
 
 Each knows its file tensors, their shapes, and both directions, so that export cannot drift from
-import. Reads and writes nothing itself: both directions take a function from name to tensor.
+import.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from lowlat.checkpoint import padded_latent as padding
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.model import MLAConfig
+from lowlat.utils.errors import UserError
 
 Read = Callable[[str], Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -38,7 +40,7 @@ class Operation(ABC):
         """The parameters."""
 
     @abstractmethod
-    def load(self, read: Read) -> Iterator[Piece]:
+    def load(self, source: TensorSource) -> Iterator[Piece]:
         """File tensors to parameters, one at a time. Raises UserError for invalid tensors."""
 
     @abstractmethod
@@ -60,8 +62,8 @@ class Rename(Operation):
     def parameters(self) -> list[str]:
         return [self.parameter]
 
-    def load(self, read: Read) -> Iterator[Piece]:
-        yield Piece(self.parameter, read(self.file))
+    def load(self, source: TensorSource) -> Iterator[Piece]:
+        yield Piece(self.parameter, source.read(self.file))
 
     def save(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield self.file, read(self.parameter)
@@ -92,11 +94,14 @@ class PadLatent(Operation):
     def parameters(self) -> list[str]:
         return [self.parameter_prefix + name for name in parameter_names(self.attention)]
 
-    def load(self, read: Read) -> Iterator[Piece]:
-        def read_below(name: str) -> Tensor:
-            return read(self.file_prefix + name)
+    def load(self, source: TensorSource) -> Iterator[Piece]:
+        def read(name: str) -> Tensor:
+            return source.read(self.file_prefix + name)
 
-        tensors = padding.unpad_latent(read_below, self.attention, self.file_prefix)
+        try:
+            tensors = padding.unpad_latent(read, self.attention, self.file_prefix)
+        except padding.PaddingError as error:
+            raise UserError(f"{source.path}: {error}") from error
         for name, tensor in tensors.items():
             yield Piece(self.parameter_prefix + name, tensor)
 

@@ -3,6 +3,7 @@
 Parameters are read one at a time. `convert.storage` writes them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import reduce
 from typing import final
@@ -12,20 +13,38 @@ from torch import Tensor
 
 from lowlat.checkpoint.mapping import check_tensors, operations
 from lowlat.checkpoint.mapping_operations import Read, Rename
-from lowlat.checkpoint.padded_latent import PaddingError
-from lowlat.checkpoint.tensor_source import TensorReader, TensorSource
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.model import ModelConfig
 from lowlat.model.transformer import Transformer
-from lowlat.utils.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-class Weights(TensorReader):
+class Weights(ABC):
     """The parameters of a model as plain matrices, by the model's names."""
 
     config: ModelConfig
     """The model's config, without storage fields."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """The number type that holds the parameter without loss."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """The parameter."""
+
+    @abstractmethod
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """`read(name)[start:stop]`, without computing the other rows if possible."""
+
+    @abstractmethod
+    def release(self, name: str) -> None:
+        """Allow the parameter's memory-mapped pages to be evicted. It may be read again."""
+
+    @abstractmethod
+    def where(self, name: str) -> str:
+        """Name of the parameter in error messages: file and tensor."""
 
 
 @final
@@ -41,8 +60,7 @@ class SourceWeights(Weights):
         self.config = config
         shapes = parameter_shapes(config)
         plan = operations(config, shapes, pads=pads)
-        files = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
-        check_tensors(config, source, files)
+        check_tensors(config, source, plan, shapes)
         self._steps = {name: step for step in plan for name in step.parameters()}
         self._files = {
             name: list(step.file_shapes(shapes)) for step in plan for name in step.parameters()
@@ -58,10 +76,7 @@ class SourceWeights(Weights):
         if isinstance(step, Rename):
             return self._source.read(step.file)
         if name not in self._held:
-            try:
-                self._held = dict(step.load(self._source.read))
-            except PaddingError as error:
-                raise UserError(f"{self._source.path}: {error}") from error
+            self._held = dict(step.load(self._source))
         return self._held[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

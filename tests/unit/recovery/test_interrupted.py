@@ -16,8 +16,8 @@ from lowlat.recovery import inputs as recovery_inputs
 from lowlat.recovery import run as recovery_run
 from lowlat.recovery import work_folder as work
 from lowlat.recovery.work_folder import WorkFolder, work_folder_path
-from lowlat.train.run.trainer import Trainer
 from lowlat.utils.errors import UserError
+from tests.unit.train.runs import stopped_after
 
 from . import tiny
 
@@ -115,21 +115,10 @@ def test_ctrl_c_around_the_last_renaming(
     assert [path.name for path in tmp_path.iterdir()] == ["mla"]
 
 
-def test_a_stopped_training_resumes(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_training_resumes(made: Path, tmp_path: Path) -> None:
     """SIGINT in the middle of it: the step is finished and saved."""
-    save = Trainer._save
-
-    def stopping(trainer: Trainer) -> None:
-        save(trainer)
-        if trainer.position.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            tiny.call(made, tmp_path / "mla")
+    with stopped_after(2, signal.SIGINT):
+        tiny.call(made, tmp_path / "mla")
     log = work_folder_path(tmp_path / "mla") / "run" / "log.jsonl"
     assert '"step":2' in log.read_text().replace(" ", "")
     tiny.call(made, tmp_path / "mla")
