@@ -16,7 +16,6 @@ from lowlat.data.manifest import (
     MANIFEST_FILE,
     SPLITS,
     DatasetManifest,
-    FimTokens,
     Split,
     ends_file,
     from_json,
@@ -70,17 +69,10 @@ class TokenizedDataset:
         """One more than the highest id of the tokenizer; every id in the dataset is smaller."""
         return self.manifest.vocab_size
 
-    @property
-    def fim(self) -> FimTokens | None:
-        """Fill-in-the-middle tokens, if the tokenizer has them."""
-        return self.manifest.fim
-
     def num_tokens(self, split: Split) -> int:
-        """Number of tokens of `split`."""
         return self.manifest.splits[split].tokens
 
     def num_documents(self, split: Split) -> int:
-        """Number of documents of `split`."""
         return self.manifest.splits[split].documents
 
     def num_bytes(self, split: Split) -> int:
@@ -92,7 +84,6 @@ class TokenizedDataset:
         return self.manifest.splits[split].mask_sha256 is not None
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the dataset."""
         return Tokenizer.from_folder(self.path)
 
     def ends(self, split: Split) -> Int64[np.ndarray, " documents"]:

@@ -16,6 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 from torch import Tensor
 
+from lowlat.checkpoint.file_layout import aligned
 from lowlat.checkpoint.mapped_file import MappedFile
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import quoted
@@ -218,7 +219,7 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int]:
 
 def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GGUFTensor]:
     infos = [_read_info(cursor) for _ in range(count)]
-    path, data = cursor.file.path, _aligned(cursor.at, alignment)
+    path, data = cursor.file.path, aligned(cursor.at, alignment)
     tensors: dict[str, GGUFTensor] = {}
     end = 0
     for name, kind, shape, size, offset in infos:
@@ -236,7 +237,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GGUF
                 f"{cursor.file.size}; it is truncated, download it again"
             )
         tensors[name] = GGUFTensor(kind, shape, data + offset, data + offset + size)
-        end = _aligned(offset + size, alignment)
+        end = aligned(offset + size, alignment)
     return tensors
 
 
@@ -288,7 +289,3 @@ def _dequantized(stored: np.ndarray, kind: GGMLQuantizationType) -> Tensor:
             chunk = torch.from_numpy(dequantize(row, kind)).view(-1)
         values[first * block : first * block + len(chunk)] = chunk
     return values
-
-
-def _aligned(offset: int, alignment: int) -> int:
-    return -(-offset // alignment) * alignment
