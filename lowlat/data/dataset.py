@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -113,7 +114,7 @@ class TokenizedDataset:
         """
         progress = SilentProgress() if progress is None else progress
         checked = list(self._files())
-        total = sum(_size(path) for path, _, _ in checked)
+        total = sum(os.path.getsize(path) for path, _, _ in checked if os.path.exists(path))
         with progress.task(f"Checking {self.path.name}", total, "bytes") as task:
             for path, sha256, is_shard in checked:
                 self._verify_file(path, sha256, is_shard, task)
@@ -180,13 +181,6 @@ class _MappedSplit:
             return np.ones(positions.shape, np.bool_)
         bits = self._mask[positions >> 3] >> (positions & 7).astype(np.uint8)
         return (bits & 1).astype(np.bool_)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
