@@ -69,9 +69,7 @@ class _FileTensor(StoredTensor):
 
 
 def _open_folder(folder: Path) -> TensorSource:
-    """A folder with config.json and safetensors: `model.safetensors`, or shards named by an
-    index.
-    """
+    """A folder with config.json and `model.safetensors`, or shards named by an index."""
     config = read_json(contained(folder, "config.json"))
     if (folder / SINGLE_FILE).exists():
         file = SafetensorsFile(contained(folder, SINGLE_FILE))
@@ -115,9 +113,7 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
-    """Tensor name -> shard, in the index's order. The index and the shards must name the same
-    tensors.
-    """
+    """Tensor name -> shard, in the index's order. Index and shards must name the same tensors."""
     index, weight_map = folder / INDEX_FILE, _weight_map(folder)
     shards = {
         name: SafetensorsFile(contained(folder, name)) for name in sorted(set(weight_map.values()))

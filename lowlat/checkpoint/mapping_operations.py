@@ -65,9 +65,7 @@ class Rename(Operation):
 @final
 @dataclass(frozen=True, slots=True)
 class PadLatent(Operation):
-    """The attention of a layer whose latent is normalized in files but not in the model; see
-    `padded_latent`.
-    """
+    """The attention of a layer whose latent only files normalize; see `padded_latent`."""
 
     file_prefix: str
     """'model.layers.3.self_attn.'"""

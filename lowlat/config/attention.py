@@ -64,9 +64,7 @@ class MLAConfig(_LatentAttention):
     qk_nope_head_dim: int
     """Query-key channels per head without position; may be 0."""
     qk_rope_head_dim: int
-    """Rotary channels per query head and of the one shared key, d_h^R; 0 in a
-    layer without positions (NoPE).
-    """
+    """Rotary channels d_h^R per query head and of the shared key; 0 in a layer without positions."""
     v_head_dim: int
     """Value channels per head."""
     attention_bias: bool = False
@@ -259,9 +257,7 @@ def distinct(attention: ModelAttention) -> tuple[AttentionConfig, ...]:
 
 
 def short_name(attention: ModelAttention) -> str:
-    """'MLA 512 + 64', 'MLA 96-224 + 16-64' where layers differ, 'GQA, 8 groups', 'TPA, ranks 2 +
-    2': the form in a few words.
-    """
+    """The form in a few words: 'MLA 512 + 64', 'MLA 96-224 + 16-64' where layers differ."""
     match attention:
         case MLAConfig() | tuple():
             latent, rotary = entry_widths(attention)

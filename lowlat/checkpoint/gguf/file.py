@@ -99,9 +99,7 @@ class GGUFFile:
         return self.rows(name, 0, math.prod(shape[:-1])).view(shape)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first..last - 1 of the tensor as a matrix with its last axis as columns; dtype as
-        `read`.
-        """
+        """Rows [first, last), all axes but the last taken as one; dtype as `read`."""
         kind, own_shape, start, stop = self.tensors[name]
         size = (stop - start) // math.prod(own_shape[:-1])
         start, stop = start + first * size, start + last * size
@@ -192,9 +190,7 @@ class _Cursor:
 
 
 def _scalar(value: Any) -> int | float | bool:
-    """A Python number; fp32 values in their shortest decimal form (1e-05, not
-    9.999999747378752e-06).
-    """
+    """A Python number; fp32 values as their shortest decimal: 1e-05, not 9.999999747378752e-06."""
     return float(str(value)) if value.dtype == np.float32 else value.item()
 
 
