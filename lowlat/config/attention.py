@@ -64,7 +64,7 @@ class MLAConfig(_LatentAttention):
     qk_nope_head_dim: int
     """Query-key channels per head without position; may be 0."""
     qk_rope_head_dim: int
-    """Rotary channels d_h^R per query head and of the shared key; 0 in a layer without positions."""
+    """Rotary channels d_h^R per query head and of the shared key; 0 in layers without positions."""
     v_head_dim: int
     """Value channels per head."""
     attention_bias: bool = False
