@@ -56,10 +56,7 @@ def build_app(state: ServerState) -> Starlette:
     """
     metrics = Metrics(state)
     routes = [
-        *(
-            Route(post.path, JsonEndpoint(state, post.request, post.handle), methods=["POST"])
-            for post in POSTS
-        ),
+        *(Route(post.path, JsonEndpoint(state, post), methods=["POST"]) for post in POSTS),
         *InfoRoutes(state).routes(),
         metrics.route(),
         openapi_route(state),

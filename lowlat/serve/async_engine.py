@@ -346,9 +346,7 @@ class AsyncEngine:
 
 def _record_times(generation: Generation, request: TextRequest, index: int) -> None:
     """Copy a request's timing to its generation."""
-    usage, record = request.builders[index].usage, request.request
-    generation.cached_tokens = record.num_matched
-    if record.started_at is not None:
-        generation.queue_seconds = record.started_at - record.arrived_at
+    usage = request.builders[index].usage
+    generation.cached_tokens = usage.cached_tokens
     generation.prefill_seconds = usage.prefill_seconds
     generation.decode_seconds = max(generation.decode_seconds, usage.decode_seconds)

@@ -53,8 +53,6 @@ class Generation:
         """From the first step of the prompt to the first token."""
         self.decode_seconds = 0.0
         """From the first token to the last, of the completion that took longest."""
-        self.queue_seconds = 0.0
-        """From arrival to the first step."""
         self._cancel = cancel
         self._deltas: asyncio.Queue[CompletionDelta] = asyncio.Queue()
         self._num_open = params.n

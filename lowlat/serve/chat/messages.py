@@ -15,11 +15,11 @@ from lowlat.serve.protocol.messages import (
     AssistantMessage,
     Message,
     SystemMessage,
+    ToolCall,
     ToolMessage,
     UserMessage,
     text_of,
 )
-from lowlat.serve.protocol.tools import ToolCall
 from lowlat.serve.tool_parsers.base import ToolParser
 
 

@@ -12,17 +12,15 @@ from typing import Any
 from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
 from lowlat.generate.structured import StructuredOutput
-from lowlat.serve.chat.constraints import ReasoningPrefix, ToolCallConstraint, constrained_output
+from lowlat.serve.chat.constraints import ToolCallConstraint, constrained_output
 from lowlat.serve.chat.messages import template_messages
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode
 from lowlat.serve.chat.template_features import TemplateFeatures
 from lowlat.serve.protocol.chat import ChatRequest
-from lowlat.serve.protocol.errors import RequestError
-from lowlat.serve.protocol.tools import Function, NamedTool, Tool
-from lowlat.serve.structured_outputs import from_response_format, from_structured_outputs
+from lowlat.serve.protocol.errors import RequestError, about
+from lowlat.serve.protocol.messages import Function, NamedTool, Tool
 from lowlat.serve.tool_parsers.base import ToolFunction
 from lowlat.text.chat_prompt import encode_chat
-from lowlat.utils.errors import UserError
 
 NO_ARGUMENTS: dict[str, object] = {"type": "object", "properties": {}}
 """Schema that templates render for a function without parameters, as in training data."""
@@ -85,10 +83,8 @@ def _encode(
     check_text_size(model, (str(message.get("content") or "") for message in messages), "messages")
     described = [_described(tool.function) for tool in tools] or None
     variables = _variables(features, request)
-    try:
+    with about("messages"):
         ids = encode_chat(model.tokenizer, messages, tools=described, **variables)
-    except UserError as error:
-        raise RequestError(f"messages: {error}", param="messages") from error
     if not 1 <= len(ids) < model.context:
         raise RequestError(
             f"messages: the prompt has {len(ids)} tokens, it must have 1 to {model.context - 1}"
@@ -140,26 +136,16 @@ def _constraint(
     features: TemplateFeatures, request: ChatRequest, tools: list[Tool], thinking: ReasoningMode
 ) -> StructuredOutput | None:
     """The constraint on the whole output, including reasoning and tool calls."""
-    field = request.constraint_field
-    reasoning = None
-    if features.reasoning is not None and thinking != "never":
-        marks = features.reasoning
-        reasoning = ReasoningPrefix(
-            open=marks.open, close=marks.close, is_begun=thinking == "begun"
-        )
-    try:
-        if request.structured_outputs is None:
-            output = from_response_format(request.response_format)
-        else:
-            output = from_structured_outputs(request.structured_outputs)
+    given = request.structured_outputs or request.response_format
+    with about(request.constraint_field):
+        output = None if given is None else given.to_output()
         return constrained_output(
             features.tokenizer,
             output=output,
             calls=_tool_call_constraint(features, request, tools, is_structured=output is not None),
-            reasoning=reasoning,
+            marks=features.reasoning,
+            thinking=thinking,
         )
-    except UserError as error:
-        raise RequestError(f"{field}: {error}", param=field) from error
 
 
 def _tool_call_constraint(

@@ -12,11 +12,15 @@ from typing import Any
 
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.tool_parsers.base import ToolParser
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser, DeepSeekV31ToolParser
-from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.kimi import KimiK2ToolParser
-from lowlat.serve.tool_parsers.llama import Llama3ToolParser
-from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
+from lowlat.serve.tool_parsers.formats import (
+    DeepSeekV3ToolParser,
+    DeepSeekV31ToolParser,
+    HermesToolParser,
+    KimiK2ToolParser,
+    Llama3ToolParser,
+    MistralListToolParser,
+    MistralToolParser,
+)
 from lowlat.serve.tool_parsers.state import Schemas
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from lowlat.text.tokenizer import Tokenizer

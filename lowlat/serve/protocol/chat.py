@@ -12,10 +12,9 @@ from lowlat.generate.params import SamplingParams
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import Name, OnlyFalse
 from lowlat.serve.protocol.errors import RequestError
-from lowlat.serve.protocol.messages import Message
+from lowlat.serve.protocol.messages import Message, NamedTool, Tool, ToolChoice
 from lowlat.serve.protocol.sampling import MaxTokens, Metadata, SamplingRequest, TopLogprobs
 from lowlat.serve.protocol.structured_outputs import ResponseFormat, StructuredOutputs, TextFormat
-from lowlat.serve.protocol.tools import NamedTool, Tool, ToolChoice
 
 TemplateVariable = bool | int | Annotated[str, Field(max_length=limits.MAX_ID)]
 

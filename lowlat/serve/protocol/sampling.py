@@ -11,7 +11,7 @@ from pydantic import Field
 from lowlat.engine import params
 from lowlat.generate.params import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams
 from lowlat.serve.protocol import limits
-from lowlat.serve.protocol.base import Id, StrictModel
+from lowlat.serve.protocol.base import GenerationRequest, StrictModel
 from lowlat.serve.protocol.errors import RequestError
 
 DEFAULT_TEMPERATURE = 1.0
@@ -41,11 +41,9 @@ class StreamOptions(StrictModel):
     """Whether a last chunk without choices reports the usage."""
 
 
-class SamplingRequest(StrictModel):
+class SamplingRequest(GenerationRequest):
     """Fields that chat and completions requests share. Null means the default."""
 
-    model: Id
-    """A name that /v1/models lists."""
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     """Divides the logits; 0 means greedy decoding. Default 1."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
@@ -65,14 +63,9 @@ class SamplingRequest(StrictModel):
     stop: Stop | None = None
     ignore_eos: bool | None = None
     """Continue after the end-of-sequence token; not with structured outputs."""
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
     """An annotation without effect."""
-    priority: Annotated[int, Field(ge=-limits.MAX_PRIORITY, le=limits.MAX_PRIORITY)] | None = None
-    """Lower values first: each unit counts as one second of waiting. Default 0."""
-    deadline_seconds: Annotated[float, Field(gt=0.0, le=limits.MAX_DEADLINE_SECONDS)] | None = None
-    """Time limit from arrival; then status 408."""
 
     @property
     def includes_usage(self) -> bool:

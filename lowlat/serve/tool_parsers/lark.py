@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lowlat.generate.grammar_source import lark_string
 from lowlat.text.tokenizer import Tokenizer
 
 
@@ -38,7 +39,7 @@ class LarkBuilder:
 
     def quoted(self, text: str) -> Rule:
         """`text`, which may come from a user: never a special token."""
-        return Rule(json.dumps(text).replace("\x7f", "\\u007f"))
+        return Rule(lark_string(text))
 
     def sequence(self, *items: str) -> Rule:
         """`items` in sequence: rules and texts; a marker must be an item of its own."""
@@ -106,12 +107,3 @@ class LarkBuilder:
 def escaped(text: str) -> str:
     """`text` escaped for a regular expression between slashes."""
     return re.sub(r"([.+*?()|\[\]{}^$/\\&~#-])", r"\\\1", text).replace("\n", "\\n")
-
-
-def between_slashes(pattern: str) -> str:
-    """The regular expression `pattern`, with slashes and line breaks escaped."""
-    return re.sub(r"\\.|[/\n]", _escape_in_slashes, pattern, flags=re.DOTALL)
-
-
-def _escape_in_slashes(match: re.Match[str]) -> str:
-    return {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}.get(match[0], match[0])

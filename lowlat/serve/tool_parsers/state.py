@@ -116,6 +116,16 @@ class ParserState:
             self.arguments(self.reader.unread)
             self.reader.skip(len(self.reader.unread))
 
+    def read_arguments(self, name: str, *, until: str | None, id: str | None = None) -> Steps[None]:
+        """Parse the arguments of a call of `name`, as `stream_object` does. Raises Malformed if the
+        name is invalid or no object follows.
+        """
+        self.checked(name)
+        if not (yield from self.reader.is_next("{")):
+            raise Malformed("arguments")
+        self.start(name, id=id)
+        yield from self.stream_object(until)
+
     def read_object_call(self, *, until: str | None, only_known: bool = False) -> Steps[None]:
         """Parse {"name": ..., "arguments": {...}} with members in any order; ignore others.
 

@@ -35,7 +35,8 @@ NAME = "[^<>\\s]{1,64}"
 
 
 class _Tagged(ToolParser):
-    opening = OPEN
+    after_call = (CLOSE,)
+    between = ("\n", OPEN)
     key_end: ClassVar[str]
     """Text after the name of an argument."""
     value_end: ClassVar[str]
@@ -43,11 +44,7 @@ class _Tagged(ToolParser):
     before_end: ClassVar[str] = ""
     """Text between the value and `value_end`."""
 
-    def read(self, state: ParserState) -> Steps[None]:
-        while (opening := (yield from state.content_until(OPEN))) is not None:
-            yield from state.attempt(opening, self._read_call(state))
-
-    def _read_call(self, state: ParserState) -> Steps[None]:
+    def read_calls(self, state: ParserState) -> Steps[None]:
         name = state.checked((yield from self._read_name(state)))
         state.start(name)
         schema, comma = state.schemas.get(name, {}), "{"
@@ -82,17 +79,6 @@ class _Tagged(ToolParser):
             raw = yield from state.reader.read_until(self.value_end, limit=MAX_VALUE)
         raw = raw.removeprefix(self.before_end).removesuffix(self.before_end)
         return key, to_json(raw, allowed)
-
-    def rule(
-        self, grammar: LarkBuilder, functions: Sequence[ToolFunction], *, parallel: bool
-    ) -> Rule:
-        bodies = [self._body(grammar, function) for function in functions]
-        call = grammar.sequence(grammar.choice(bodies), CLOSE)
-        return grammar.repeated(call, between=("\n", OPEN), parallel=parallel)
-
-    def _body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
-        """The grammar of a call's name and arguments."""
-        raise NotImplementedError
 
     def _pairs(self, grammar: LarkBuilder, function: ToolFunction) -> list[Rule]:
         """The grammars of a call's arguments: listed ones in order, then any others."""
@@ -190,7 +176,7 @@ class GlmToolParser(_Tagged):
     def _read_end(self, state: ParserState) -> Steps[None]:
         yield from state.reader.accept_within_call(CLOSE)
 
-    def _body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
+    def body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
         return grammar.sequence(function.name + "\n", *self._pairs(grammar, function))
 
     def _pair(self, grammar: LarkBuilder, key: Rule, value: Rule) -> Rule:
@@ -217,7 +203,7 @@ class Qwen3CoderToolParser(_Tagged):
         yield from state.reader.accept_within_call("</function>")
         yield from state.reader.accept_within_call(CLOSE)
 
-    def _body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
+    def body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
         pairs = self._pairs(grammar, function)
         return grammar.sequence(f"\n<function={function.name}>\n", *pairs, "</function>\n")
 

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.tool_parsers.base import ToolParser
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser
-from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.llama import Llama3ToolParser
-from lowlat.serve.tool_parsers.mistral import MistralToolParser
+from lowlat.serve.tool_parsers.formats import (
+    DeepSeekV3ToolParser,
+    HermesToolParser,
+    Llama3ToolParser,
+    MistralToolParser,
+)
 from lowlat.serve.tool_parsers.parts import (
     ContentPart,
     Part,

@@ -4,11 +4,15 @@ import pytest
 
 from lowlat.serve.chat.output_parser import ReasoningTags
 from lowlat.serve.chat.template_features import TemplateFeatures, find_tool_parser
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser, DeepSeekV31ToolParser
-from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.kimi import KimiK2ToolParser
-from lowlat.serve.tool_parsers.llama import Llama3ToolParser
-from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
+from lowlat.serve.tool_parsers.formats import (
+    DeepSeekV3ToolParser,
+    DeepSeekV31ToolParser,
+    HermesToolParser,
+    KimiK2ToolParser,
+    Llama3ToolParser,
+    MistralListToolParser,
+    MistralToolParser,
+)
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from tests.fakes import byte_tokenizer
 from tests.unit.serve.templates import CHATML, HERMES, TEMPLATES, tokenizer_of, tokenizer_with

@@ -35,7 +35,7 @@ def compiler() -> GrammarCompiler:
 def grammar_of(tools: ToolParser, schema: dict[str, Any], compiler: GrammarCompiler) -> Any:
     function = ToolFunction(name="f", schema={"type": "object", **schema}, path=PLACE)
     calls = ToolCallConstraint(format=tools, functions=[function], parallel=True, required=True)
-    output = constrained_output(TOKENIZER, output=None, calls=calls, reasoning=None)
+    output = constrained_output(TOKENIZER, output=None, calls=calls)
     assert output is not None
     return compiler.compile(output)
 
