@@ -144,7 +144,6 @@ class CompiledGrammar(Constraint):
         return GrammarState(self._matcher.deep_copy(), self)
 
     def error(self, message: str) -> GrammarError:
-        """The error for llguidance's `message`."""
         return GrammarError(str(_error(self.field, message)))
 
 

@@ -55,7 +55,6 @@ class StructuredOutputManager:
         return self._held.total()
 
     def close(self) -> None:
-        """Stop the thread."""
         self._worker.close()
 
     def _compile(

@@ -33,8 +33,6 @@ def template_messages(
 
 @dataclass(slots=True)
 class _Call:
-    """An earlier tool call of the conversation."""
-
     id: str
     name: str
 

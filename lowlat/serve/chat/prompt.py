@@ -54,13 +54,16 @@ def prepare_chat(model: Model, request: ChatRequest) -> PreparedChat:
     structured = _constraint(features, request, tools, thinking)
     if structured is not None:
         request.check_end()
-    schemas = {tool.function.name: _schema(tool.function) for tool in tools} if tools else None
+    schemas = {tool.function.name: _schema(tool.function) for tool in tools}
+    parser = features.tools if tools else None
     return PreparedChat(
         ids=tuple(ids),
         params=request.to_params(),
         structured=structured,
         keep_special=features.keep_special(thinking=thinking, tools=bool(tools)),
-        make_parser=lambda: features.parser(thinking=thinking, schemas=schemas),
+        make_parser=lambda: OutputParser(
+            marks=features.reasoning, thinking=thinking, tools=parser, schemas=schemas
+        ),
     )
 
 
@@ -68,7 +71,7 @@ def _offered_tools(features: TemplateFeatures, request: ChatRequest) -> list[Too
     """The functions that the template presents to the model."""
     if not request.tools or request.tool_choice == "none":
         return []
-    if not features.supports_tools:
+    if features.tools is None:
         raise RequestError(
             "tools: this model's chat template has no known tool-call format; leave them out",
             param="tools",
@@ -96,7 +99,6 @@ def _encode(
 
 
 def _described(function: Function) -> dict[str, Any]:
-    """A function in the format that templates expect."""
     shown: dict[str, Any] = {"name": function.name}
     if function.description is not None:
         shown["description"] = function.description
@@ -108,14 +110,12 @@ def _schema(function: Function) -> dict[str, object]:
 
 
 def _enforced_schema(function: Function, *, is_strict: bool) -> dict[str, object]:
-    """The schema enforced on the arguments of a call."""
     if function.parameters is None:
         return {**NO_ARGUMENTS, "additionalProperties": False}
     return {"type": "object", **(function.parameters if is_strict else {})}
 
 
 def _variables(features: TemplateFeatures, request: ChatRequest) -> dict[str, Any]:
-    """The template variables that a request sets."""
     field = "chat_template_kwargs"
     given = request.chat_template_kwargs or {}
     for name, value in given.items():

@@ -125,7 +125,6 @@ class ChatRequest(SamplingRequest):
         return self.max_tokens or self.max_completion_tokens
 
     def to_params(self) -> SamplingParams:
-        """The engine's sampling params for this request."""
         return self.sampling_params(
             max_tokens=self.completion_limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,

@@ -31,7 +31,7 @@ from lowlat.serve.routes.reply import (
     timings_of,
     usage_of,
 )
-from lowlat.serve.tool_parsers.parts import (
+from lowlat.serve.tool_parsers.state import (
     ContentPart,
     Part,
     ReasoningPart,
@@ -187,8 +187,6 @@ def _renamed_max_tokens(request: ChatRequest) -> AbstractContextManager[None]:
 
 
 class _Choice:
-    """One completion of the chat so far."""
-
     def __init__(self, parser: OutputParser) -> None:
         self.parser = parser
         self.content: list[str] = []
@@ -230,8 +228,6 @@ class _Choice:
 
 
 class ChatReply(Reply):
-    """Builds the response to `request` from the deltas of `ctx`."""
-
     def __init__(
         self, ctx: RequestContext, request: ChatRequest, make_parser: Callable[[], OutputParser]
     ) -> None:

@@ -70,19 +70,14 @@ class CompletionRequest(SamplingRequest):
         if self.structured_outputs is not None:
             self.check_end()
         if self.echo and self.logprobs is not None:
-            raise RequestError(
-                "echo with logprobs is not supported; leave one out",
-                param="echo",
-            )
+            raise RequestError("echo with logprobs is not supported; leave one out", param="echo")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError("best_of must equal n; leave it out", param="best_of")
-        if len(self.prompts) * (self.n or 1) > limits.MAX_PROMPTS:
-            raise RequestError(
-                f"prompts times n exceed {limits.MAX_PROMPTS} completions; send fewer",
-                param="n",
-            )
+        completions = len(self.prompts) * (self.n or 1)
+        if completions > limits.MAX_PROMPTS:
+            message = f"prompts times n exceed {limits.MAX_PROMPTS} completions; send fewer"
+            raise RequestError(message, param="n")
         if self.logprobs is not None:
-            completions = len(self.prompts) * (self.n or 1)
             self.check_logprobs(self.logprobs, completions=completions, param="logprobs")
         return self
 
@@ -152,12 +147,8 @@ async def create_completion(ctx: RequestContext, request: CompletionRequest) -> 
         # All or none: otherwise started completions would be discarded.
         state.engine.check_room(len(prompts) - 1)
     for (ids, _), own, begins_text in zip(prompts, params, begin, strict=True):
-        await ctx.submit(
-            ids,
-            own,
-            grammar=grammars.get(begins_text),
-            begins_text=begins_text,
-        )
+        grammar = grammars.get(begins_text)
+        await ctx.submit(ids, own, grammar=grammar, begins_text=begins_text)
     reply = CompletionReply(ctx, request, [echo for _, echo in prompts])
     return await respond(ctx, reply, stream=request.stream)
 
@@ -237,11 +228,10 @@ class CompletionReply(Reply):
     def add(self, number: int, delta: CompletionDelta) -> Iterable[bytes]:
         index = number * self._n + delta.index
         text = delta.text if self._texts[index] else self._echoes[number] + delta.text
-        reason = finish_reason(delta)
         self._texts[index].append(text)
         self._entries[index].extend(delta.logprobs)
-        self._reasons[index] = reason
-        return self._events(self._choice(index, text, delta.logprobs, reason))
+        self._reasons[index] = finish_reason(delta)
+        return self._events(index, text, delta)
 
     def response(self) -> CompletionResponse:
         each = zip(self._texts, self._entries, self._reasons, strict=True)
@@ -262,8 +252,9 @@ class CompletionReply(Reply):
     def failure(self, status: int, message: str, param: str | None, code: str | None) -> bytes:
         return error_event(status, message, param, code)
 
-    def _events(self, choice: CompletionChoice) -> Iterator[bytes]:
-        if choice.text or choice.logprobs or choice.finish_reason:
+    def _events(self, index: int, text: str, delta: CompletionDelta) -> Iterator[bytes]:
+        if text or delta.logprobs or delta.finish_reason:
+            choice = self._choice(index, text, delta.logprobs, finish_reason(delta))
             yield event(self._response([choice]).model_dump_json())
 
     def _choice(

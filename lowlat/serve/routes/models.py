@@ -94,6 +94,6 @@ def model_card(state: ServerState) -> ModelCard:
         cache_dtype=model.cache_dtype,
         batch_invariant=model.runner.is_batch_invariant,
         has_chat_template=has_template,
-        supports_tools=has_template and dialect.supports_tools,
+        supports_tools=has_template and dialect.tools is not None,
         reasoning=has_template and dialect.reasoning is not None,
     )

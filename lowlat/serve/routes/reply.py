@@ -91,7 +91,6 @@ class Timings(WireModel):
 
 
 def usage_of(ctx: RequestContext) -> Usage:
-    """Token counts of all prompts and completions of `ctx` so far."""
     return Usage(
         prompt_tokens=ctx.prompt_tokens,
         completion_tokens=ctx.num_tokens,
@@ -101,7 +100,6 @@ def usage_of(ctx: RequestContext) -> Usage:
 
 
 def timings_of(ctx: RequestContext) -> Timings:
-    """Times of `ctx` so far."""
     return Timings(
         prefill_seconds=round(ctx.prefill_seconds, 6),
         decode_seconds=round(ctx.decode_seconds, 6),
@@ -110,12 +108,10 @@ def timings_of(ctx: RequestContext) -> Timings:
 
 
 def new_id(prefix: str) -> str:
-    """A unique id with `prefix`."""
     return f"{prefix}{uuid.uuid4().hex}"
 
 
 def now() -> int:
-    """Unix time in seconds."""
     return int(time.time())
 
 

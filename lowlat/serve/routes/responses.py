@@ -29,7 +29,7 @@ from lowlat.serve.routes.responses_request import (
     TextFormatChoice,
     as_chat,
 )
-from lowlat.serve.tool_parsers.parts import (
+from lowlat.serve.tool_parsers.state import (
     ContentPart,
     Part,
     ReasoningPart,
@@ -266,8 +266,6 @@ def _dump(model: BaseModel) -> dict[str, Any]:
 
 
 class ResponsesReply(Reply):
-    """Builds the response to `request` from the deltas of `ctx`."""
-
     def __init__(
         self, ctx: RequestContext, request: ResponsesRequest, parser: OutputParser
     ) -> None:

@@ -13,6 +13,9 @@ from lowlat.serve.tool_parsers.lark import LarkBuilder, Rule
 from lowlat.serve.tool_parsers.reader import Steps
 from lowlat.serve.tool_parsers.state import ParserState
 
+NAME = "<function name>"
+"""Place of the function's name in a text of a format."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolFunction:

@@ -7,20 +7,20 @@ import string
 from abc import abstractmethod
 from typing import ClassVar
 
-from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
+from lowlat.serve.tool_parsers.base import NAME, ToolFunction, ToolParser
 from lowlat.serve.tool_parsers.lark import LarkBuilder, Rule
 from lowlat.serve.tool_parsers.reader import Malformed, Steps
 from lowlat.serve.tool_parsers.state import ParserState
 
-NAME, ARGUMENTS = "<function name>", "<arguments>"
-"""Places in `call` of the function's name, inside a text, and of the JSON of the arguments."""
+ARGUMENTS = "<arguments>"
+"""Place of the JSON of the arguments in `call`."""
 MAX_HEADER = 256
 MISTRAL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 
 
 class _JsonToolParser(ToolParser):
     call: ClassVar[tuple[str, ...]]
-    """The name and the arguments of a call, as `body` has them."""
+    """The grammar's `body`: texts, in one of them NAME, and ARGUMENTS."""
 
     def body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
         items = [

@@ -26,7 +26,6 @@ class LarkBuilder:
         self._rules: list[str] = []
 
     def rule(self, expression: str) -> Rule:
-        """A new rule for the Lark expression `expression`."""
         name = f"r{len(self._rules)}"
         self._rules.append(f"{name}: {expression}")
         return Rule(name)
@@ -62,7 +61,6 @@ class LarkBuilder:
         return self.rule(f"({item})?")
 
     def json(self, schema: Mapping[str, Any]) -> Rule:
-        """JSON that matches `schema`."""
         return self.json_text(json.dumps(schema))
 
     def json_text(self, schema: str) -> Rule:

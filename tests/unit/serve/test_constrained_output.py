@@ -25,7 +25,7 @@ from lowlat.serve.tool_parsers.formats import (
     MistralListToolParser,
     MistralToolParser,
 )
-from lowlat.serve.tool_parsers.parts import (
+from lowlat.serve.tool_parsers.state import (
     ContentPart,
     Part,
     ToolCallArguments,

@@ -16,15 +16,15 @@ from lowlat.serve.tool_parsers.formats import (
     Llama3ToolParser,
     MistralToolParser,
 )
-from lowlat.serve.tool_parsers.parts import (
+from lowlat.serve.tool_parsers.state import (
     ContentPart,
+    ParserState,
     Part,
     ReasoningPart,
     ToolCallArguments,
     ToolCallStart,
     append_part,
 )
-from lowlat.serve.tool_parsers.state import ParserState
 from lowlat.serve.tool_parsers.xml import GlmToolParser
 from tests.unit.serve.templates import FORMATS, IDS
 

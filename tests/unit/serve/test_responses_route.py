@@ -15,7 +15,7 @@ from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.reply import respond
 from lowlat.serve.routes.responses import Output, ResponseObject, ResponsesReply
 from lowlat.serve.routes.responses_request import ResponsesRequest, as_chat
-from lowlat.serve.tool_parsers.parts import (
+from lowlat.serve.tool_parsers.state import (
     ContentPart,
     ReasoningPart,
     ToolCallArguments,

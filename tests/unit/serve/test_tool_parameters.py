@@ -12,8 +12,7 @@ from lowlat.serve.chat.output_parser import OutputParser, ReasoningTags
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
 from lowlat.serve.tool_parsers.parameters import json_types
-from lowlat.serve.tool_parsers.parts import ToolCallArguments, append_part
-from lowlat.serve.tool_parsers.state import ParserState
+from lowlat.serve.tool_parsers.state import ParserState, ToolCallArguments, append_part
 from lowlat.serve.tool_parsers.xml import MAX_VALUE, GlmToolParser, Qwen3CoderToolParser
 from tests.unit.serve.templates import tokenizer_of
 from tests.unit.serve.test_constrained_output import accepts
