@@ -1,7 +1,10 @@
-"""What every test may use: fixed seeds, and the one real model the suite knows."""
+"""What every test may use: fixed seeds, no time for measuring the machine, and the one real model
+the suite knows.
+"""
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,18 @@ def fixed_seeds() -> None:
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_gemm_benchmark() -> Iterator[None]:
+    """Every run of the trainer measures the machine, which takes seconds: here with small matrices,
+    as its speed is of no interest.
+    """
+    from lowlat.plan import rate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rate.SIDES, "cpu", 64)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -80,8 +80,7 @@ def load_model(
     parameters = model.state_dict()
     plan = operations(config, parameters, pads=not is_packed)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    expected = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
-    check_tensors(config, source, expected)
+    check_tensors(config, source, plan, shapes)
     if place.type == "cpu":
         made = weight_bytes(config, form) if form and config.packing is None else None
         _check_memory(stored, source, wanted, dtype, made)

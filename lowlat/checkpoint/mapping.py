@@ -10,7 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from lowlat.checkpoint.mapping_operations import Operation, PadLatent, Rename, parameter_names
+from lowlat.checkpoint.mapping_operations import (
+    Operation,
+    PadLatent,
+    Rename,
+    Shapes,
+    parameter_names,
+)
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
@@ -103,16 +109,17 @@ def resolve_mtp_modules(config: ModelConfig, source: TensorSource) -> ModelConfi
 
 
 def check_tensors(
-    config: ModelConfig, source: TensorSource, expected: Mapping[str, tuple[int, ...]]
+    config: ModelConfig, source: TensorSource, plan: Iterable[Operation], shapes: Shapes
 ) -> None:
-    """Raise UserError unless `source` has exactly the tensors `expected`, in these shapes.
+    """Raise UserError unless `source` has exactly the tensors of `plan`, in the shapes that
+    parameters of `shapes` need.
 
     Two leftovers are accepted: rotary frequencies of old llama files, which config determines, and
     the head of a tied model, which must equal the embedding bit for bit.
     """
+    expected = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
     names = source.names()
-    present = set(names)
-    missing = [name for name in expected if name not in present]
+    missing = [name for name in expected if name not in source.tensors]
     if missing:
         raise UserError(
             f"{source.path}: tensor {_listed(missing)} is missing; the checkpoint is incomplete"

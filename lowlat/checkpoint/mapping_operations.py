@@ -1,7 +1,7 @@
 """Two-way operations between checkpoint tensors and model parameters; `mapping` chooses them.
 
 Each knows its file tensors, their shapes, and both directions, so that export cannot drift from
-import. Reads and writes nothing itself: both directions take a function from name to tensor.
+import.
 """
 
 from abc import ABC, abstractmethod
@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
+import torch
 from torch import Tensor
 
 from lowlat.checkpoint import padded_latent as padding
-from lowlat.config.hf.padded_latent import padded_rank
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.model import MLAConfig
+from lowlat.utils.errors import UserError
 
 Read = Callable[[str], Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -38,7 +40,7 @@ class Operation(ABC):
         """The parameters."""
 
     @abstractmethod
-    def load(self, read: Read) -> Iterator[Piece]:
+    def load(self, source: TensorSource) -> Iterator[Piece]:
         """File tensors to parameters, one at a time. Raises UserError for invalid tensors."""
 
     @abstractmethod
@@ -60,8 +62,8 @@ class Rename(Operation):
     def parameters(self) -> list[str]:
         return [self.parameter]
 
-    def load(self, read: Read) -> Iterator[Piece]:
-        yield Piece(self.parameter, read(self.file))
+    def load(self, source: TensorSource) -> Iterator[Piece]:
+        yield Piece(self.parameter, source.read(self.file))
 
     def save(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield self.file, read(self.parameter)
@@ -81,27 +83,26 @@ class PadLatent(Operation):
     attention: MLAConfig
 
     def file_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        rows, hidden = shapes[self.parameter_prefix + "kv_a_proj_with_mqa.weight"]
-        out, rank = shapes[self.parameter_prefix + "kv_b_proj.weight"]
-        width = padded_rank(rank)
-        result = {
-            "kv_a_proj_with_mqa.weight": (rows - rank + width, hidden),
-            "kv_a_proj_with_mqa.bias": (rows - rank + width,),
-            "kv_a_layernorm.weight": (width,),
-            "kv_b_proj.weight": (out, width),
-            "o_proj.weight": shapes[self.parameter_prefix + "o_proj.weight"],
-            "o_proj.bias": (hidden,),
+        # bool: a byte per element, so that the sizes of no config overflow 64 bits
+        empty = {
+            name: torch.empty(shapes[self.parameter_prefix + name], dtype=torch.bool, device="meta")
+            for name in parameter_names(self.attention)
         }
-        q_rows = shapes[self.parameter_prefix + "q_proj.weight"][0]
-        result |= self._query_shapes(q_rows, hidden)
-        return {self.file_prefix + name: shape for name, shape in result.items()}
+        padded = padding.pad_latent(empty, self.attention)
+        return {self.file_prefix + name: tuple(tensor.shape) for name, tensor in padded.items()}
 
     def parameters(self) -> list[str]:
         return [self.parameter_prefix + name for name in parameter_names(self.attention)]
 
-    def load(self, read: Read) -> Iterator[Piece]:
-        tensors = {name: read(self.file_prefix + name) for name in self._file_names()}
-        for name, tensor in padding.unpad_latent(tensors, self.attention, self.file_prefix).items():
+    def load(self, source: TensorSource) -> Iterator[Piece]:
+        def read(name: str) -> Tensor:
+            return source.read(self.file_prefix + name)
+
+        try:
+            tensors = padding.unpad_latent(read, self.attention, self.file_prefix)
+        except padding.PaddingError as error:
+            raise UserError(f"{source.path}: {error}") from error
+        for name, tensor in tensors.items():
             yield Piece(self.parameter_prefix + name, tensor)
 
     def save(self, read: Read) -> Iterator[tuple[str, Tensor]]:
@@ -110,22 +111,6 @@ class PadLatent(Operation):
         }
         for name, tensor in padding.pad_latent(tensors, self.attention).items():
             yield self.file_prefix + name, tensor
-
-    def _query_shapes(self, rows: int, hidden: int) -> dict[str, tuple[int, ...]]:
-        if not self.attention.q_bias:
-            return {"q_proj.weight": (rows, hidden)}
-        width = padded_rank(hidden)
-        return {
-            "q_a_proj.weight": (width, hidden),
-            "q_a_proj.bias": (width,),
-            "q_a_layernorm.weight": (width,),
-            "q_b_proj.weight": (rows, width),
-        }
-
-    def _file_names(self) -> list[str]:
-        names = ["kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias", "kv_a_layernorm.weight"]
-        names += ["kv_b_proj.weight", "o_proj.weight", "o_proj.bias"]
-        return names + list(self._query_shapes(0, 0))
 
 
 def parameter_names(attention: MLAConfig) -> list[str]:

@@ -20,6 +20,10 @@ class TensorGroup(NamedTuple):
     pieces: Pieces
     """Makes their bytes."""
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
 
 def shard_names(count: int) -> list[str]:
     """File names of `count` shards, as transformers writes them."""
@@ -44,12 +48,11 @@ def plan_shards(
     shards: list[list[TensorGroup]] = [[]]
     sizes = [0]
     for group in groups:
-        size = sum(tensor.nbytes for tensor in group.tensors)
-        if shards[-1] and sizes[-1] + size > max_shard_bytes:
+        if shards[-1] and sizes[-1] + group.nbytes > max_shard_bytes:
             shards.append([])
             sizes.append(0)
         shards[-1].append(group)
-        sizes[-1] += size
+        sizes[-1] += group.nbytes
     names = shard_names(len(shards))
     files = [_layout(name, shard) for name, shard in zip(names, shards, strict=True)]
     if len(shards) == 1:
@@ -67,7 +70,6 @@ def _layout(name: str, groups: list[TensorGroup]) -> FileLayout:
     header = encode_header((tensor for group in groups for tensor in group.tensors), PYTORCH)
     segments, at = [], len(header)
     for group in groups:
-        size = sum(tensor.nbytes for tensor in group.tensors)
-        segments.append(Segment(group.tensors[0].name, at, size, group.pieces))
-        at += size
+        segments.append(Segment(group.tensors[0].name, at, group.nbytes, group.pieces))
+        at += group.nbytes
     return FileLayout(name, header, tuple(segments), at)

@@ -6,7 +6,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import short_name
 from lowlat.config.kv_cache_size import KVCacheSize, kv_cache_size
 from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
 from lowlat.config.parameter_count import ParameterCount, count_parameters

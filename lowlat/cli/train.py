@@ -132,10 +132,7 @@ def _log(parsed: "Recipe", run: "RunFolder", quiet: bool) -> "MetricsLog":
     if not run.held:
         return SilentMetricsLog()
     return FolderMetricsLog(
-        log=run.log,
-        tensorboard_folder=run.tensorboard,
-        view=make_view(quiet=quiet),
-        tensorboard_wanted=parsed.log.tensorboard,
+        run, view=make_view(quiet=quiet), tensorboard_wanted=parsed.log.tensorboard
     )
 
 

@@ -1,4 +1,4 @@
-"""Attention configurations: MLA, GQA, GLA, GTA, TPA, and the sizes derived from them.
+"""Attention configurations: MLA, GQA, GLA, GTA, TPA, their short names and derived sizes.
 
 All provide the same sizes: heads, widths of queries and values, KV cache entry. A model has one of
 them in every layer, or MLA with per-layer sizes. Equations are in docs/mla.md and
@@ -38,8 +38,59 @@ def expansion_break_even(layers: Iterable[LatentSizes]) -> float:
     return build / saved if saved > 0 else math.inf
 
 
+class _LatentAttention:
+    """Sizes that MLA and GLA share: a cached latent, and one rotary key for all heads."""
+
+    __slots__ = ()
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a query-key product."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def entry_dim(self) -> int:
+        """Cached elements per token and layer: [c_t ; k_R], in GLA [c_1 ; ... ; c_g ; k_R]."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return self.qk_rope_head_dim
+
+    @property
+    def latent_sizes(self) -> LatentSizes:
+        """The same in GLA, since the up-projections read the whole KV cache entry."""
+        return LatentSizes(
+            latent=self.kv_lora_rank,
+            rope=self.qk_rope_head_dim,
+            nope=self.qk_nope_head_dim,
+            value=self.v_head_dim,
+        )
+
+
+class _OneWidth:
+    """Sizes of attention whose query, key and value heads all have head_dim channels."""
+
+    __slots__ = ()
+    head_dim: int
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a query-key product."""
+        return self.head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        """Value channels per head."""
+        return self.head_dim
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MLAConfig:
+class MLAConfig(_LatentAttention):
     """Multi-head Latent Attention (DeepSeek-V2 section 2.1, DeepSeek-V3 section 2.1.1)."""
 
     num_attention_heads: int
@@ -67,16 +118,6 @@ class MLAConfig:
     """
 
     @property
-    def qk_head_dim(self) -> int:
-        """Channels of a query-key product."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def entry_dim(self) -> int:
-        """Cached elements per token and layer: [c_t ; k_R]."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
-    @property
     def quantized_dim(self) -> int:
         """Leading elements of an entry that an int8 cache stores in int8: c_t, while k_R stays
         bf16. In converted models, whose k_R comes from the keys of GQA, all of the entry as with
@@ -84,22 +125,9 @@ class MLAConfig:
         """
         return self.kv_lora_rank if self.kv_a_layernorm else self.entry_dim
 
-    @property
-    def rope_dim(self) -> int:
-        return self.qk_rope_head_dim
-
-    @property
-    def latent_sizes(self) -> LatentSizes:
-        return LatentSizes(
-            latent=self.kv_lora_rank,
-            rope=self.qk_rope_head_dim,
-            nope=self.qk_nope_head_dim,
-            value=self.v_head_dim,
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GQAConfig:
+class GQAConfig(_OneWidth):
     """Grouped-query attention; MHA when every head has its own keys, MQA when all share one."""
 
     num_attention_heads: int
@@ -114,16 +142,6 @@ class GQAConfig:
     """Bias on o_proj."""
     qk_norm: bool = False
     """RMSNorm over each query and key head before the rotation (qwen3)."""
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Channels of a query-key product."""
-        return self.head_dim
-
-    @property
-    def v_head_dim(self) -> int:
-        """Value channels per head."""
-        return self.head_dim
 
     @property
     def entry_dim(self) -> int:
@@ -141,7 +159,7 @@ class GQAConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GLAConfig:
+class GLAConfig(_LatentAttention):
     """Grouped Latent Attention (arXiv 2505.21487): MLA whose latent is divided into groups; each
     head reads one group. GLA-2 has two.
     """
@@ -167,37 +185,13 @@ class GLAConfig:
         return self.kv_lora_rank // self.num_latent_groups
 
     @property
-    def qk_head_dim(self) -> int:
-        """Channels of a query-key product."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def entry_dim(self) -> int:
-        """Cached elements per token and layer: [c_1 ; ... ; c_g ; k_R], as many as MLA's."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
-    @property
     def quantized_dim(self) -> int:
         """Leading elements of an entry that an int8 cache stores in int8: the latents."""
         return self.kv_lora_rank
 
-    @property
-    def rope_dim(self) -> int:
-        return self.qk_rope_head_dim
-
-    @property
-    def latent_sizes(self) -> LatentSizes:
-        """As in MLA, since the up-projections read the whole KV cache entry."""
-        return LatentSizes(
-            latent=self.kv_lora_rank,
-            rope=self.qk_rope_head_dim,
-            nope=self.qk_nope_head_dim,
-            value=self.v_head_dim,
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GTAConfig:
+class GTAConfig(_OneWidth):
     """Grouped-Tied Attention (arXiv 2505.21487): one state per group of heads is its value and, in
     its leading channels, its key without position; GTA-4 has four groups.
     """
@@ -217,16 +211,6 @@ class GTAConfig:
     def qk_nope_head_dim(self) -> int:
         """Channels of the tied state that serve as key."""
         return self.head_dim - self.qk_rope_head_dim
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Channels of a query-key product."""
-        return self.head_dim
-
-    @property
-    def v_head_dim(self) -> int:
-        """Value channels per head."""
-        return self.head_dim
 
     @property
     def tied_dim(self) -> int:
@@ -259,7 +243,7 @@ class GTAConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TPAConfig:
+class TPAConfig(_OneWidth):
     """Tensor Product Attention (arXiv 2501.06425, section 3): the keys of all heads of a token are
     a sum of outer products of head factors and channel factors; so are values and queries.
     """
@@ -274,16 +258,6 @@ class TPAConfig:
     """Rank of keys, the number of outer products averaged."""
     v_rank: int
     """Rank of values, the number of outer products averaged."""
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Channels of a query-key product."""
-        return self.head_dim
-
-    @property
-    def v_head_dim(self) -> int:
-        """Value channels per head."""
-        return self.head_dim
 
     @property
     def entry_dim(self) -> int:
@@ -313,3 +287,40 @@ DECOUPLED_ROPE = (MLAConfig, GLAConfig, GTAConfig)
 def distinct(attention: ModelAttention) -> tuple[AttentionConfig, ...]:
     """The configs that occur: one for all layers, or one per layer in order."""
     return attention if isinstance(attention, tuple) else (attention,)
+
+
+def short_name(attention: ModelAttention) -> str:
+    """'MLA 512 + 64', 'MLA 96-224 + 16-64' where layers differ, 'GQA, 8 groups', 'TPA, ranks 2 +
+    2': the form in a few words.
+    """
+    match attention:
+        case MLAConfig() | tuple():
+            latent, rotary = entry_widths(attention)
+            return f"MLA {latent} + {rotary}"
+        case GLAConfig():
+            groups, rank = attention.num_latent_groups, attention.group_rank
+            return f"GLA-{groups}, {groups} x {rank} + {attention.qk_rope_head_dim}"
+        case GTAConfig():
+            groups, width = attention.num_key_value_heads, attention.head_dim
+            return f"GTA-{groups}, {groups} x {width} + {attention.qk_rope_head_dim}"
+        case TPAConfig():
+            return f"TPA, ranks {attention.k_rank} + {attention.v_rank}"
+        case GQAConfig():
+            groups = attention.num_key_value_heads
+            if groups == attention.num_attention_heads:
+                return f"MHA, {groups} heads"
+            return "MQA" if groups == 1 else f"GQA, {groups} groups"
+
+
+def entry_widths(attention: MLAConfig | tuple[MLAConfig, ...]) -> tuple[str, str]:
+    """d_c and d_R as text: '512' and '64', or from the narrowest to the widest layer, '96-224'."""
+    layers = attention if isinstance(attention, tuple) else (attention,)
+    return (
+        _span([layer.kv_lora_rank for layer in layers]),
+        _span([layer.qk_rope_head_dim for layer in layers]),
+    )
+
+
+def _span(widths: list[int]) -> str:
+    low, high = min(widths), max(widths)
+    return f"{low}" if low == high else f"{low}-{high}"

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowlat.checkpoint.hf_folder import weight_files
-from lowlat.config.attention import ModelAttention, distinct
-from lowlat.config.attention_summary import entry_widths, short_name
+from lowlat.config.attention import ModelAttention, distinct, entry_widths, short_name
 from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from lowlat.config.parameter_count import count_parameters

@@ -1,6 +1,6 @@
 """Reader of a tokenized dataset: memory-mapped files, validation, and random access to tokens.
 
-`packing` and `chat_packing` decide the order of reads; `writer` writes the files.
+`packing` decides the order of reads; `writer` writes the files.
 """
 
 import hashlib

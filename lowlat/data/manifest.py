@@ -11,7 +11,7 @@ Files of a dataset, which `writer` writes and `dataset` reads:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -123,39 +123,15 @@ def mask_file(split: Split) -> str:
 
 
 def to_json(manifest: DatasetManifest) -> dict[str, Any]:
-    """`manifest` as the JSON object of tokens.json."""
-    fim = manifest.fim
-    return {
+    """`manifest` as the JSON object of tokens.json, where the splits are fields of their own."""
+    raw: dict[str, Any] = {
         "format": "lowlat tokens",
         "version": VERSION,
         "dtype": manifest.dtype.name,
-        "vocab_size": manifest.vocab_size,
-        "end_of_text": manifest.end_of_text,
-        "begin_of_text": manifest.begin_of_text,
-        "fim": None
-        if fim is None
-        else {"prefix": fim.prefix, "suffix": fim.suffix, "middle": fim.middle},
-        "tokenizer": dict(manifest.tokenizer),
-        "shard_tokens": manifest.shard_tokens,
-        **{split: _split_json(manifest.splits[split]) for split in SPLITS},
-        "sources": list(manifest.sources),
-        "dropped": dict(manifest.dropped),
     }
-
-
-def _split_json(split: SplitManifest) -> dict[str, Any]:
-    return {
-        "documents": split.documents,
-        "tokens": split.tokens,
-        "predicted": split.predicted,
-        "text_bytes": split.text_bytes,
-        "shards": [
-            {"file": shard.file, "tokens": shard.tokens, "sha256": shard.sha256}
-            for shard in split.shards
-        ],
-        "ends_sha256": split.ends_sha256,
-        "mask_sha256": split.mask_sha256,
-    }
+    for name, value in asdict(manifest).items():
+        raw |= value if name == "splits" else {name: value}
+    return raw
 
 
 def from_json(raw: dict[str, Any], source: str) -> DatasetManifest:
@@ -192,8 +168,7 @@ def from_json(raw: dict[str, Any], source: str) -> DatasetManifest:
 
 def _read_fim(fields: JsonFields, highest: int) -> FimTokens:
     names = ("prefix", "suffix", "middle")
-    prefix, suffix, middle = (fields.integer(name, minimum=0, maximum=highest) for name in names)
-    return FimTokens(prefix=prefix, suffix=suffix, middle=middle)
+    return FimTokens(**{name: fields.integer(name, minimum=0, maximum=highest) for name in names})
 
 
 def _read_tokenizer(fields: JsonFields) -> dict[str, str]:

@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from lowlat.checkpoint.resumable_writer import check_same, partial_path
 from lowlat.utils.atomic_files import refuse_existing, replace_file, sync_folder, sync_parent
 from lowlat.utils.disk_errors import resumable_error
@@ -119,7 +117,7 @@ def open_work_folder(dst: Path, fingerprint: Mapping[str, str]) -> Iterator[Work
             try:
                 yield work
             except UserError as error:
-                of_disk = isinstance(error.__cause__, OSError | SafetensorError)
+                of_disk = isinstance(error.__cause__, OSError)
                 is_begun = work.start.exists() or partial_path(work.start).exists()
                 if not (is_begun or (of_disk and work.tokens.exists())):
                     shutil.rmtree(work.folder, ignore_errors=True)

@@ -150,6 +150,7 @@ HOSTS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 def test_no_route_answers_to_a_foreign_host(open_server: Local, locked: Local, host: str) -> None:
     """Regression: DNS rebinding, with which a page reads from a server it has no key for."""
@@ -179,6 +180,7 @@ def origins(port: int) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_route_answers_to_a_foreign_origin(open_server: Local, locked: Local) -> None:
     """Regression: pages of other sites that use the server behind the user's back."""
     for server, more in ((open_server, {}), (locked, {"Authorization": f"Bearer {KEY}"})):

@@ -43,7 +43,9 @@ TABLES: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["python", "python -O"])
+@pytest.fixture(
+    scope="module", params=["python", pytest.param("python -O", marks=pytest.mark.slow)]
+)
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server of a tiny model; asserts do nothing in the second one."""
     with pytest.MonkeyPatch.context() as patch:

@@ -88,6 +88,7 @@ async def leave(server: Local, rng: random.Random, count: int) -> None:
     await asyncio.gather(*(clients() for _ in range(20)))
 
 
+@pytest.mark.slow
 def test_a_thousand_disconnects_leave_nothing_behind() -> None:
     """Regression: pages, tasks, threads or sockets leaked by disconnected clients."""
     rng = random.Random(4)

@@ -1,6 +1,7 @@
 """Paged attention at every level, against the exact softmax."""
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -198,29 +199,41 @@ def test_mla_over_int8(
     check(out, q, rows[:, None], rows[:, None, :latent], start, scale, None, rounding)
 
 
+class GqaCase(NamedTuple):
+    queries: int
+    kv_heads: int
+    group: int
+    dim: int
+    start: int
+    page_size: int
+    window: int | None
+    seed: int
+
+
+def gqa_cases(groups: list[int], dims: st.SearchStrategy[int]) -> st.SearchStrategy[GqaCase]:
+    return st.builds(
+        GqaCase,
+        queries=st.integers(1, 9),
+        kv_heads=st.integers(1, 3),
+        group=st.sampled_from(groups),
+        dim=dims,
+        start=starts,
+        page_size=page_sizes,
+        window=st.one_of(st.none(), st.integers(1, 1200)),
+        seed=seeds,
+    )
+
+
 @every_level
 @few
 @given(
-    queries=st.integers(1, 9),
-    kv_heads=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 3, 4, 5, 8, 16]),
-    dim=st.one_of(st.integers(1, 70), st.sampled_from([32, 64])),
-    start=starts,
-    page_size=page_sizes,
-    window=st.one_of(st.none(), st.integers(1, 1200)),
-    seed=seeds,
+    case=gqa_cases(
+        groups=[1, 2, 3, 4, 5, 8, 16],
+        dims=st.one_of(st.integers(1, 70), st.sampled_from([32, 64])),
+    )
 )
-def test_gqa(
-    level: str,
-    queries: int,
-    kv_heads: int,
-    group: int,
-    dim: int,
-    start: int,
-    page_size: int,
-    window: int | None,
-    seed: int,
-) -> None:
+def test_gqa(level: str, case: GqaCase) -> None:
+    queries, kv_heads, group, dim, start, page_size, window, seed = case
     rows = draw((start + queries, 2 * kv_heads * dim), "normal", seed)
     q = draw((queries, kv_heads * group, dim), "normal", seed + 1)
     cache, pages = paged(rows, page_size, seed)
@@ -234,28 +247,10 @@ def test_gqa(
 
 @every_level
 @few
-@given(
-    queries=st.integers(1, 9),
-    kv_heads=st.integers(1, 3),
-    group=st.sampled_from([1, 3, 8, 16, 20]),
-    dim=st.sampled_from([20, 64, 96, 128]),
-    start=starts,
-    page_size=page_sizes,
-    window=st.one_of(st.none(), st.integers(1, 1200)),
-    seed=seeds,
-)
-def test_gqa_over_int8(
-    level: str,
-    queries: int,
-    kv_heads: int,
-    group: int,
-    dim: int,
-    start: int,
-    page_size: int,
-    window: int | None,
-    seed: int,
-) -> None:
+@given(case=gqa_cases(groups=[1, 3, 8, 16, 20], dims=st.sampled_from([20, 64, 96, 128])))
+def test_gqa_over_int8(level: str, case: GqaCase) -> None:
     """Integer products apply if a head's keys and values begin at scale-group boundaries."""
+    queries, kv_heads, group, dim, start, page_size, window, seed = case
     width = 2 * kv_heads * dim
     packed = pack_entries(draw((start + queries, width), "normal", seed), width)
     q = draw((queries, kv_heads * group, dim), "normal", seed + 1)

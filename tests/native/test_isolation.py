@@ -13,14 +13,14 @@ from torch import Tensor
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.attention.path import AttentionPath
-from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.request import Request
 from lowlat.engine.runner import ModelRunner
 from lowlat.model.native import NativeModel
 from lowlat.model.transformer import Transformer
-from tests.fakes import gqa_config, mla_config, tiny_model
+from tests.fakes import MLA, gqa_config, mla_config, tiny_model
 from tests.lowlat_configs import LAYERS
 
 from .inputs import LEVELS, assert_same_bits, needs_native, thread_count
@@ -36,10 +36,9 @@ FORMS: tuple[AttentionPath, ...] = ("decode", "absorbed", "expanded")
 
 
 def mla(*, nope: int, rope: int, latent: int = 32, value: int = 32) -> ModelConfig:
-    attention = MLAConfig(
-        num_attention_heads=5,
+    attention = replace(
+        MLA,
         kv_lora_rank=latent,
-        q_lora_rank=13,
         qk_nope_head_dim=nope,
         qk_rope_head_dim=rope,
         v_head_dim=value,

@@ -101,6 +101,7 @@ def test_a_build_has_the_levels_of_its_processor() -> None:
     assert expected <= set(native.levels())
 
 
+@pytest.mark.slow
 @needs_native
 def test_the_environment_chooses_the_level() -> None:
     code = "from lowlat.ops import native; print(native.level())"

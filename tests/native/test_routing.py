@@ -1,5 +1,7 @@
 """Native expert routing (group-limited top-k) against lowlat.ops.routing, at every level."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from lowlat.config.model import MoEConfig
 from lowlat.ops import native_kernels, routing
+from tests.configs import PLAIN_MOE
 
 from .inputs import (
     UNIT,
@@ -84,14 +87,7 @@ def test_route(
 
 @every_level
 def test_a_bias_chooses_but_does_not_weigh(level: str) -> None:
-    moe = MoEConfig(
-        n_routed_experts=4,
-        num_experts_per_tok=1,
-        n_shared_experts=0,
-        moe_intermediate_size=8,
-        first_k_dense_replace=0,
-        norm_topk_prob=False,
-    )
+    moe = replace(PLAIN_MOE, n_routed_experts=4, num_experts_per_tok=1, norm_topk_prob=False)
     x = torch.ones(1, 1, dtype=torch.bfloat16)
     gate = torch.tensor([[1.0], [0.0], [-1.0], [2.0]]).bfloat16()
     result = native_kernels.route(x, gate, torch.tensor([0.0, 5.0, -5.0, 0.0]), moe, level=level)
@@ -101,15 +97,7 @@ def test_a_bias_chooses_but_does_not_weigh(level: str) -> None:
 
 @every_level
 def test_rows_stand_alone(level: str) -> None:
-    moe = MoEConfig(
-        n_routed_experts=24,
-        num_experts_per_tok=5,
-        n_shared_experts=0,
-        moe_intermediate_size=8,
-        first_k_dense_replace=0,
-        n_group=4,
-        topk_group=2,
-    )
+    moe = replace(PLAIN_MOE, n_routed_experts=24, num_experts_per_tok=5, n_group=4, topk_group=2)
     gate, bias = draw((24, 45), "normal", 1), torch.randn(24)
 
     def weights(x: Tensor) -> Tensor:

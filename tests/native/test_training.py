@@ -2,13 +2,14 @@
 plain PyTorch.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowlat.config.model import MoEConfig
 from lowlat.ops import native, native_training_kernels
 from lowlat.ops.autograd import gated_backward, rms_norm, swiglu
 from lowlat.ops.cross_entropy import linear_cross_entropy
@@ -18,6 +19,7 @@ from lowlat.ops.grouped import group_by_expert, stacked_experts
 from lowlat.ops.norm import rms_norm as plain_rms_norm
 from lowlat.ops.rope import RotaryTable, apply_rope
 from lowlat.ops.routing import Routing, route
+from tests import configs
 
 LEVELS = native.levels() or [pytest.param("", marks=pytest.mark.skip("no native kernels"))]
 DTYPES = (torch.bfloat16, torch.float32)
@@ -234,16 +236,7 @@ def test_differentiable_functions_have_the_gradients_of_their_definitions(
         close(left, right, dtype)
 
 
-MOE = MoEConfig(
-    n_routed_experts=6,
-    num_experts_per_tok=3,
-    n_shared_experts=0,
-    moe_intermediate_size=11,
-    first_k_dense_replace=0,
-    n_group=2,
-    topk_group=2,
-    routed_scaling_factor=2.5,
-)
+MOE = replace(configs.MOE, n_routed_experts=6, n_group=2, topk_group=2)
 
 
 def experts_loss(

@@ -5,7 +5,7 @@ unknown key of the architecture is an error, because it may change the computati
 `metadata_writer` is the other direction.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lowlat.checkpoint.gguf.file import GGUFFile
@@ -31,6 +31,8 @@ EXPERT_NUMBERS = (
 )
 """Keys without effect in a model without experts."""
 
+WHOLE = "one whole number >= 0"
+
 _REQUIRED: Any = object()
 
 
@@ -51,29 +53,16 @@ class _Keys:
         return UserError(f"{self.path}: key {self.prefix + key!r} {problem}")
 
     def integer(self, key: str, default: Any = _REQUIRED) -> Any:
-        value = self._value(key, default)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not default and not (whole and 0 <= value < 2**31):
-            raise self.error(key, f"is {quoted(str(value))}, not one whole number >= 0")
-        return value
+        return self._checked(key, default, lambda v: type(v) is int and 0 <= v < 2**31, WHOLE)
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        value = self._value(key, default)
-        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise self.error(key, f"is {quoted(str(value))}, not a number")
-        return value
+        return self._checked(key, default, lambda v: type(v) in (int, float), "a number")
 
     def text(self, key: str, default: str) -> str:
-        value = self._value(key, default)
-        if not isinstance(value, str):
-            raise self.error(key, f"is {quoted(str(value))}, not a text")
-        return value
+        return self._checked(key, default, lambda v: isinstance(v, str), "a text")
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, f"is {quoted(str(value))}, not true or false")
-        return value
+        return self._checked(key, default, lambda v: isinstance(v, bool), "true or false")
 
     def reject_unread(self) -> None:
         unread = [key for key in self.values if key not in self.read]
@@ -82,11 +71,18 @@ class _Keys:
                 unread[0], "is unknown and may change the computation; this model is not supported"
             )
 
-    def _value(self, key: str, default: Any) -> Any:
+    def _checked(
+        self, key: str, default: Any, is_valid: Callable[[Any], bool], expected: str
+    ) -> Any:
         self.read.add(key)
-        if key not in self.values and default is _REQUIRED:
-            raise self.error(key, "is missing; convert the model with a current llama.cpp")
-        return self.values.get(key, default)
+        if key not in self.values:
+            if default is _REQUIRED:
+                raise self.error(key, "is missing; convert the model with a current llama.cpp")
+            return default
+        value = self.values[key]
+        if not is_valid(value):
+            raise self.error(key, f"is {quoted(str(value))}, not {expected}")
+        return value
 
 
 def architecture(file: GGUFFile) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import short_name
 from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from lowlat.ops.rope import inverse_frequencies

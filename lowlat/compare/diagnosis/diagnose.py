@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple
 from lowlat.compare.diagnosis.attention_audit import AUDITED, audit
 from lowlat.compare.diagnosis.mistakes import Mistake, MistakeKind, StepAudit
 from lowlat.compare.trace import Place, Trace, Window
-from lowlat.config.attention import AttentionConfig
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import AttentionConfig, short_name
 from lowlat.config.model import ModelConfig
 
 Label = Literal["A", "B"]

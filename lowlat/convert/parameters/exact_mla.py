@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from lowlat.checkpoint.mapping_operations import Read
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import short_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.parameters.shared_rope import channel_order, half_order, wide_rope
 from lowlat.ops.rope import inverse_frequencies, rotation_magnitude

@@ -13,11 +13,9 @@ from torch import Tensor
 
 from lowlat.checkpoint.mapping import check_tensors, operations
 from lowlat.checkpoint.mapping_operations import Operation, Read, Rename
-from lowlat.checkpoint.padded_latent import PaddingError
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.model import ModelConfig
 from lowlat.model.transformer import Transformer
-from lowlat.utils.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -64,8 +62,7 @@ class SourceWeights(Weights):
         self._config = config
         shapes = parameter_shapes(config)
         plan = operations(config, shapes, pads=pads)
-        files = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
-        check_tensors(config, source, files)
+        check_tensors(config, source, plan, shapes)
         self._files = {step.parameter: step.file for step in plan if isinstance(step, Rename)}
         self._steps: dict[str, Operation] = {}
         self._step_files: dict[str, list[str]] = {}
@@ -88,10 +85,7 @@ class SourceWeights(Weights):
         if name in self._files:
             return self._source.read(self._files[name])
         if name not in self._held:
-            try:
-                self._held = dict(self._steps[name].load(self._source.read))
-            except PaddingError as error:
-                raise UserError(f"{self._source.path}: {error}") from error
+            self._held = dict(self._steps[name].load(self._source))
         return self._held[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

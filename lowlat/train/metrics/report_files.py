@@ -29,12 +29,8 @@ def read_runs(runs: list[Path]) -> dict[str, RunHistory]:
     for label in labels:
         if labels.count(label) > 1:
             raise UserError(f"{label}: named twice; name every run once")
-    return {label: read_log(log_of(run)) for label, run in zip(labels, runs, strict=True)}
-
-
-def log_of(run: Path) -> Path:
-    """Log of a run, given its folder or the log itself."""
-    return run / LOG_NAME if run.is_dir() else run
+    logs = [run / LOG_NAME if run.is_dir() else run for run in runs]
+    return {label: read_log(log) for label, log in zip(labels, logs, strict=True)}
 
 
 def pictures(out: Path) -> list[Path]:

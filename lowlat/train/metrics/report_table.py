@@ -1,7 +1,7 @@
 """Table of run summaries, side by side, for `lowlat train report`."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
@@ -85,7 +85,7 @@ def _experts(runs: list[Summary]) -> list[Row]:
     ]
 
 
-def _at(losses: list[float], depth: int) -> str:
+def _at(losses: Sequence[float], depth: int) -> str:
     return f"{losses[depth]:.4f}" if depth < len(losses) else ""
 
 

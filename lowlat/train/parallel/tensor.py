@@ -22,7 +22,6 @@ from lowlat.model.gqa import GQA
 from lowlat.model.linear import Linear
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MoE
-from lowlat.ops.layout import EntryLayout
 from lowlat.ops.routing import Routing
 from lowlat.train.parallel.collectives import copy_to_group, reduce_from_group
 from lowlat.train.parallel.sharding import Shard
@@ -136,25 +135,10 @@ class TensorParallelAttention(AttentionBackend):
         entries = copy_to_group(entries, self._group)
         return self._inner.mla(layer, q_nope, q_rope, entries, w_uk, w_uv, scale)
 
-    def gqa(
-        self,
-        layer: int,
-        q: Float[Tensor, "tokens heads head_dim"],
-        k: Float[Tensor, "tokens kv_heads head_dim"],
-        v: Float[Tensor, "tokens kv_heads head_dim"],
-        scale: float,
-        window: int | None,
-    ) -> Float[Tensor, "tokens heads head_dim"]:
-        return self._inner.gqa(layer, q, k, v, scale, window)
+    def gqa(self, *arguments: Any) -> Tensor:
+        return self._inner.gqa(*arguments)
 
-    def attend(
-        self,
-        layer: int,
-        q: Float[Tensor, "tokens heads head_dim"],
-        entries: Float[Tensor, "tokens entry_dim"],
-        layout: EntryLayout,
-        scale: float,
-    ) -> Float[Tensor, "tokens heads head_dim"]:
+    def attend(self, *arguments: Any) -> Tensor:
         raise AssertionError("tensor parallelism supports MLA and GQA only")
 
 

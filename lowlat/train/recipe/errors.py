@@ -1,7 +1,4 @@
-"""Validation errors of recipes as one line: the key, its value, and a valid value.
-
-The schema is in `recipe.schema`.
-"""
+"""Validation errors of recipes as one line: the key, its value, and a valid value."""
 
 import difflib
 from collections.abc import Iterable

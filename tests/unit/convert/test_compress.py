@@ -12,9 +12,7 @@ from torch import Tensor
 from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.compression.budget import STEP, EntryWidths
-from lowlat.convert.compression.calibration import Calibration
 from lowlat.convert.compression.components import components, decouple
-from lowlat.convert.compression.compress import CompressionReport, compress
 from lowlat.convert.compression.low_rank import (
     attention_tensors,
     factorize,
@@ -33,7 +31,7 @@ from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from lowlat.utils.progress import SilentProgress
 from tests.fakes import tiny_model
 
-from .models import CASES, IDS, LENGTH, model_config, weights_of, windows
+from .models import CASES, IDS, LENGTH, compressed_model, model_config, weights_of, windows
 
 
 def statistics_of(weights: Weights) -> list[LayerStatistics]:
@@ -307,27 +305,6 @@ def test_components_that_keep_their_mean_cost_less() -> None:
     assert (with_mean[-1] < 1e-6 * without[-1]).all()
 
 
-def compressed_model(
-    weights: Weights,
-    folder: Path,
-    layout: str,
-    method: str = "weighted",
-    share: float = 0.5,
-    calibration: Calibration | None = None,
-) -> tuple[Weights, CompressionReport]:
-    return compress(
-        weights,
-        calibration or Calibration(windows=windows(8), held_out=windows(4), origin="test"),
-        share=share,
-        method=method,
-        layout=layout,  # pyright: ignore[reportArgumentType]
-        scratch=folder,
-        dtype=torch.float32,
-        progress=SilentProgress(),
-        precision=torch.float32,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layout", ["standard", "free"])
@@ -381,6 +358,7 @@ def _names(config: ModelConfig) -> list[str]:
         return list(Transformer(config).state_dict())
 
 
+@pytest.mark.slow
 def test_weighted_loses_least(tmp_path: Path) -> None:
     """On inputs of low rank, as those of trained models are."""
     weights = weights_of(model_config())

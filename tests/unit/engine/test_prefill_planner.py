@@ -2,19 +2,11 @@
 
 import pytest
 
-from lowlat.config.model import MLAConfig
 from lowlat.engine.prefill_planner import PrefillChunk, PrefillPlanner
+from tests.configs import V3_MLA
 from tests.fakes import gqa_config
 
-V3 = MLAConfig(
-    num_attention_heads=128,
-    kv_lora_rank=512,
-    q_lora_rank=1536,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-)
-READER = PrefillPlanner(V3, chunk=1024, page_size=64)
+READER = PrefillPlanner(V3_MLA, chunk=1024, page_size=64)
 
 
 @pytest.mark.parametrize(

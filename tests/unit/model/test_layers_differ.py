@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lowlat.attention.packed import PackedAttention
 from lowlat.attention.path import choose_path
-from lowlat.config.attention import expansion_break_even
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import expansion_break_even, short_name
 from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import MLAConfig, ModelConfig, RopeConfig
 from lowlat.engine import scoring

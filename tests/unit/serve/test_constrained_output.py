@@ -30,10 +30,10 @@ from lowlat.serve.tool_parsers.state import (
     Part,
     ToolCallArguments,
     ToolCallStart,
-    append_part,
 )
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from lowlat.utils.errors import UserError
+from tests.unit.serve.parsing import joined_parts
 from tests.unit.serve.templates import DEEPSEEK, FORMATS, IDS, KIMI, tokenizer_of
 
 TOKENIZER = tokenizer_of("chatml")
@@ -132,10 +132,7 @@ def walk(grammar: CompiledGrammar, seed: int) -> str:
 
 def parse(text: str, tools: ToolParser | None, thinking: ReasoningMode = "never") -> list[Part]:
     parser = OutputParser(marks=MARKS, thinking=thinking, tools=tools, schemas=SCHEMAS)
-    parts: list[Part] = []
-    for part in [*parser.push(text), *parser.finish()]:
-        append_part(parts, part)
-    return parts
+    return joined_parts(parser, [text])
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)

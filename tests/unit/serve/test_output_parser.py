@@ -23,9 +23,9 @@ from lowlat.serve.tool_parsers.state import (
     ReasoningPart,
     ToolCallArguments,
     ToolCallStart,
-    append_part,
 )
 from lowlat.serve.tool_parsers.xml import GlmToolParser
+from tests.unit.serve.parsing import joined_parts
 from tests.unit.serve.templates import FORMATS, IDS
 
 MARKS = ReasoningTags("<think>", "</think>")
@@ -43,12 +43,7 @@ def parse(
     counter = itertools.count()
     calls = ParserState(SCHEMAS, lambda: str(next(counter)))
     parser = OutputParser(marks=MARKS, thinking=thinking, tools=tools, calls=calls)
-    parts: list[Part] = []
-    for piece in pieces:
-        for part in parser.push(piece):
-            append_part(parts, part)
-    for part in parser.finish():
-        append_part(parts, part)
+    parts = joined_parts(parser, pieces)
     assert parser.has_tool_calls == any(isinstance(part, ToolCallStart) for part in parts)
     return parts
 

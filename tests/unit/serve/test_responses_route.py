@@ -22,6 +22,7 @@ from lowlat.serve.tool_parsers.state import (
     ToolCallStart,
 )
 
+from .conftest import assert_refused
 from .fake_engine import NAME, Answer, FakeEngine
 
 PATH = "/v1/responses"
@@ -266,7 +267,4 @@ def test_harmless_fields_are_accepted(client: TestClient, change: dict[str, Any]
 def test_refusals_name_the_field(
     client: TestClient, engine: FakeEngine, change: dict[str, Any], param: str
 ) -> None:
-    response = client.post(PATH, json={**BODY, **change})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == param
-    assert engine.asked == []
+    assert_refused(client, engine, PATH, {**BODY, **change}, param)

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lowlat.train.recipe.schema import Recipe
-from lowlat.train.run.failed_step import diagnose_failed_step
-from lowlat.train.run.replay import read_batch
+from lowlat.train.run.failed_step import diagnose_failed_step, read_batch
 from lowlat.train.run.trainer import Trainer
 from lowlat.train.step.step import evaluate
 from lowlat.utils.errors import UserError
@@ -20,17 +19,16 @@ from lowlat.utils.errors import UserError
 from . import runs
 from .runs import STEPS, opened, train
 
+RESUMED = [
+    ("fp32", "adamw", "none"),
+    pytest.param("fp32", "muon", "full", marks=pytest.mark.slow),
+    ("bf16", "muon", "none"),
+    pytest.param("bf16", "adamw", "full", marks=pytest.mark.slow),
+    pytest.param("fp8", "adamw", "none", marks=pytest.mark.slow),
+]
 
-@pytest.mark.parametrize(
-    ("precision", "optimizer", "activation_checkpointing"),
-    [
-        ("fp32", "adamw", "none"),
-        ("fp32", "muon", "full"),
-        ("bf16", "muon", "none"),
-        ("bf16", "adamw", "full"),
-        ("fp8", "adamw", "none"),
-    ],
-)
+
+@pytest.mark.parametrize(("precision", "optimizer", "activation_checkpointing"), RESUMED)
 def test_a_stopped_run_resumes_exactly(
     base: Path, precision: str, optimizer: str, activation_checkpointing: str
 ) -> None:
@@ -227,6 +225,7 @@ def test_another_recipe_is_not_resumed(base: Path, changes: dict[str, Any], said
     assert "restore it, or choose another --out" in message
 
 
+@pytest.mark.slow
 def test_what_may_change_between_parts_of_a_run(base: Path) -> None:
     """Names, saves, logs, evaluations and recomputation decide nothing about the numbers."""
     train(base / "whole", runs.recipe())

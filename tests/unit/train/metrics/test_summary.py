@@ -54,7 +54,7 @@ def test_figures_of_a_run() -> None:
         "step": 40,
         "loss": 2.0,
         "bits_per_byte": 1.0,
-        "mtp_losses": [3.5],
+        "mtp_losses": (3.5,),
         "divergence": None,
         "targets": None,
     }
