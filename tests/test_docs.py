@@ -88,6 +88,16 @@ def test_named_paths_exist(page: str) -> None:
     assert not missing, f"{page} names {missing}"
 
 
+@pytest.mark.parametrize(("page", "folder"), [("architecture.md", "lowlat"), ("native.md", "csrc")])
+def test_paths_below_a_folder_exist(page: str, folder: str) -> None:
+    """Paths in backquotes that the page writes without `folder`: `engine/scheduler.py`."""
+    text = (ROOT / "docs" / page).read_text()
+    named = re.findall(r"`((?:\w+/)+\w*(?:\.py|\.h|\.cpp|(?<=/)))`", text)
+    assert len(named) > 10
+    missing = [p for p in named if not any((ROOT / top / p).exists() for top in (folder, ""))]
+    assert not missing, f"{page} names {missing}"
+
+
 def test_the_site_has_every_page() -> None:
     """mkdocs.yml names all pages of docs/, and folders whose pages it takes whole."""
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]

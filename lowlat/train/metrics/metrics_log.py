@@ -79,24 +79,13 @@ class FolderMetricsLog(MetricsLog):
     """Writes records to a run folder and shows them."""
 
     def __init__(
-        self,
-        run: RunFolder,
-        *,
-        view: MetricsLog,
-        tensorboard_wanted: bool | None = None,
-        loads_every: int = LOADS_EVERY,
+        self, run: RunFolder, *, view: MetricsLog, tensorboard_wanted: bool | None
     ) -> None:
-        """Open or create the log.
+        """Open or create the log in the existing folder of `run`; `view` shows the records.
 
-        Args:
-            run: the run folder, which must exist.
-            view: shows the records.
-            tensorboard_wanted: None writes TensorBoard files if tensorboard is installed and logs
-                a note otherwise; True requires tensorboard; False writes none.
-            loads_every: minimum steps between log records with the load of every expert.
-
-        Raises:
-            UserError: the log cannot be written, or tensorboard is required and not installed.
+        tensorboard_wanted: None writes TensorBoard files if tensorboard is installed and logs a
+        note otherwise; True requires tensorboard; False writes none. Raises UserError if the log
+        cannot be written, or tensorboard is required and not installed.
         """
         if tensorboard_wanted:
             tensorboard.require()
@@ -104,7 +93,6 @@ class FolderMetricsLog(MetricsLog):
         self._run = run
         self._tensorboard_wanted = tensorboard_wanted
         self._tensorboard: tensorboard.TensorBoardFiles | None = None
-        self._loads_every = loads_every
         self._step = 0
         self._loads_due = 0
         self._log = LogWriter(run.log)
@@ -125,7 +113,7 @@ class FolderMetricsLog(MetricsLog):
         self._step = record.step
         due = record.step >= self._loads_due
         if due:
-            self._loads_due = record.step + self._loads_every
+            self._loads_due = record.step + LOADS_EVERY
         self._log.write(record if due else _without_loads(record))
         if self._tensorboard is not None:
             self._tensorboard.step(record)

@@ -164,7 +164,7 @@ class FakeEngine(AsyncEngine):
 
     @property
     def stats(self) -> EngineStats:
-        histogram = Histogram((0.1, 1.0), (2, 1, 1), 3.5)
+        histogram = Histogram((0.1, 1.0), [2, 1, 1], 3.5)
         return EngineStats(
             queued=2,
             running=3,

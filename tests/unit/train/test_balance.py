@@ -170,6 +170,7 @@ def test_sequence_loss_ignores_the_bias() -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_an_unbalanced_router_becomes_balanced() -> None:
     """The bias alone: nothing learns, and MaxVio falls while it moves; groups stay respected."""
     config = tiny.config(num_nextn_predict_layers=0, vocab_size=211)

@@ -215,6 +215,7 @@ def test_adapter_refusals(tmp_path: Path) -> None:
         export_adapter(run.path, tmp_path / "dst", step=None)
 
 
+@pytest.mark.slow
 def test_base_that_is_gone(tmp_path: Path) -> None:
     """Updates are never put on other weights: not by an export, not by a resumed run."""
     base = tuning.checkpoint(tmp_path / "base", tuning.config())
