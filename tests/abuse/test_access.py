@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from lowlat.serve.http.login import COOKIE, cookie_value
+from lowlat.serve.http.pages import COOKIE, cookie_value
 
 from .local import NAME, Local, listening, routes
 from .wire import HOST, Reply, exchange, request
@@ -116,6 +116,7 @@ def twisted(path: str) -> Iterator[str]:
     yield from (f"/%2f{path[1:]}", f"{path}%3fx", f"{path}\\", f"\\{path[1:]}")
 
 
+@pytest.mark.slow
 def test_no_route_opens_by_another_spelling(locked: Local) -> None:
     for method, path in routes(locked):
         for target in twisted(path):

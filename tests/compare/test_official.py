@@ -79,6 +79,7 @@ def test_it_computes_the_same(
     assert "has no MTP modules" in notes(as_dict(report))[0]
 
 
+@pytest.mark.slow
 def test_a_fault_comes_back_from_the_other_process(checkpoint: Path, tmp_path: Path) -> None:
     script = edited(tmp_path, "class Gate(", "class Router(")
     with pytest.raises(UserError) as caught:

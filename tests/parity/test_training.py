@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.data.batch import Batch
 from lowlat.data.writer import write_tokenizer
@@ -28,6 +27,7 @@ from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import PlainPasses
 from lowlat.train.step.step import train_step
 from tests.fakes import byte_tokenizer
+from tests.packed_attention import PackedAttention
 
 from .draw import Case, all_cases
 from .oracle import KINDS, Oracle, build, save

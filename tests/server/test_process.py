@@ -172,6 +172,7 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new() -> None:
         assert answer.json()["usage"]["completion_tokens"] == 1900
 
 
+@pytest.mark.slow
 def test_requests_that_outlast_the_drain_get_an_error() -> None:
     with serving("--drain-seconds", "0.1", *ROOM) as server:
         thread, answers = start(server, ENDLESS)

@@ -152,9 +152,9 @@ class Training:
         return torch.bfloat16 if self.spec["bf16"] else torch.float32
 
     def step(self, plan: StepPlan) -> None:
-        share = self.mesh.batch_shard(plan.first_row, plan.rows)
+        first, rows = self.mesh.batch_shard(plan.first_row, plan.rows)
         vocab = self.model.config.vocab_size
-        batch = windows(share.first, share.rows, vocab, masks=self.spec["masks"])
+        batch = windows(first, rows, vocab, masks=self.spec["masks"])
         result = train_step(
             self.passes,
             self.optimizer,

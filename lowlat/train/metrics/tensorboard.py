@@ -42,11 +42,9 @@ class TensorBoardFiles:
     """Writes log records as TensorBoard events."""
 
     def __init__(self, folder: Path, start: StartRecord) -> None:
-        """Purge events of an earlier run for steps after `start.step`.
-
-        Raises UserError without tensorboard, or if `folder` cannot be written.
+        """Purge events of an earlier run for steps after `start.step`. Raises UserError if `folder`
+        cannot be written.
         """
-        require()
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._folder = folder

@@ -1,7 +1,5 @@
 """LoRA adapter export: write updates in peft's layout (adapter_config.json,
 adapter_model.safetensors).
-
-The updates themselves are in `step.lora`.
 """
 
 import json

@@ -14,11 +14,11 @@ from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
 from lowlat.attention.int8_entry import pack_entries, unpack_entries
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
-from lowlat.attention.packed import PackedAttention
 from lowlat.attention.path import AttentionPath, choose_path
 from lowlat.config.attention import expansion_break_even
 from lowlat.config.model import GQAConfig, MLAConfig
 from tests.configs import V3_MLA
+from tests.packed_attention import PackedAttention
 
 from .draw import GQA, MLA, config_of
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.compression.budget import STEP, EntryWidths
 from lowlat.convert.compression.components import components, decouple
@@ -30,6 +29,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from lowlat.utils.progress import SilentProgress
 from tests.fakes import tiny_model
+from tests.packed_attention import PackedAttention
 
 from .models import CASES, IDS, LENGTH, compressed_model, model_config, weights_of, windows
 

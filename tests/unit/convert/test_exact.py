@@ -19,14 +19,16 @@ def gqa_model(**changes: object) -> ModelConfig:
     attention = GQAConfig(
         num_attention_heads=HEADS, num_key_value_heads=GROUPS, head_dim=HEAD_DIM, qkv_bias=True
     )
-    fields = {
-        "hidden_size": HIDDEN,
-        "max_position_embeddings": 8192,
-        "rope": RopeConfig(rope_theta=1e5),
-        "tie_word_embeddings": True,
-        "eos_token_ids": (7,),
-    }
-    return model_config("qwen2", attention, **(fields | changes))
+    model = model_config(
+        "qwen2",
+        attention,
+        hidden_size=HIDDEN,
+        max_position_embeddings=8192,
+        rope=RopeConfig(rope_theta=1e5),
+        tie_word_embeddings=True,
+        eos_token_ids=(7,),
+    )
+    return replace(model, **changes)
 
 
 def attention_tensors(dtype: torch.dtype) -> dict[str, Tensor]:

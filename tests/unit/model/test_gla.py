@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.attention import expansion_break_even
 from lowlat.config.model import GLAConfig, MLAConfig
 from lowlat.engine import scoring
@@ -16,6 +15,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from tests.lowlat_configs import GLA, YARN, lowlat_config, random_model
+from tests.packed_attention import PackedAttention
 
 
 def as_mla(attention: GLAConfig) -> MLAConfig:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.attention.path import choose_path
 from lowlat.config.attention import expansion_break_even, short_name
 from lowlat.config.kv_cache_size import kv_cache_size
@@ -23,6 +22,7 @@ from tests.lowlat_configs import (
     lowlat_config,
 )
 from tests.lowlat_configs import random_model as model_of
+from tests.packed_attention import PackedAttention
 
 CONFIG = lowlat_config(
     DIFFERING,

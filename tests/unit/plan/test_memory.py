@@ -132,7 +132,7 @@ def test_what_updates_keep(
         origin="r",
     )
     assert recipe.lora is not None
-    add_lora(model, recipe.lora, seed=3, origin="r")
+    add_lora(model, recipe.lora, seed=3)
     use_fused_layers(model)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     for name, parameter in model.named_parameters():

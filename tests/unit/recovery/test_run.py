@@ -63,6 +63,7 @@ def test_perplexities_are_those_of_eval(made: Path) -> None:
     assert told["compressed"]["perplexity"] != told["recovered"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_the_same_bytes_again(made: Path) -> None:
     tiny.call(made, made / "again")
     assert tiny.contents(made / "again") == tiny.contents(made / "whole")
@@ -290,6 +291,7 @@ def test_an_existing_destination_is_left_alone(made: Path, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["mla"]
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_healed(made: Path, tmp_path: Path) -> None:
     """And is the teacher; its blocks of four bits become fp32."""
     folder = tmp_path / "m"

@@ -198,6 +198,7 @@ def test_a_thread_that_hangs_anywhere_is_not_healthy(
     with_engine(use)
 
 
+@pytest.mark.slow
 def test_a_long_step_that_computes_is_healthy_until_it_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

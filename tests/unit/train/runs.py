@@ -4,7 +4,7 @@ states and of exports make them.
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
@@ -18,8 +18,8 @@ from lowlat.data.manifest import Split
 from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.store import CheckpointStore
-from lowlat.train.metrics.metrics_log import Fact, MetricsLog
-from lowlat.train.metrics.record import EvalRecord, StepRecord
+from lowlat.train.metrics.metrics_log import MetricsLog
+from lowlat.train.metrics.record import EvalRecord, StartRecord, StepRecord
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.run.trainer import Trainer, TrainingResult
 from tests.unit.data.conftest import END, byte_level, write_tokens
@@ -125,16 +125,8 @@ class Notes(MetricsLog):
         self.evaluations: list[EvalRecord] = []
         self.notes: list[str] = []
 
-    def start(
-        self,
-        *,
-        name: str,
-        step: int,
-        total_steps: int,
-        tokens_total: int,
-        facts: Mapping[str, Fact],
-    ) -> None:
-        self.begun_at = step
+    def start(self, record: StartRecord) -> None:
+        self.begun_at = record.step
 
     def step(self, record: StepRecord) -> None:
         self.steps.append(record)

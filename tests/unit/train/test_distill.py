@@ -59,6 +59,7 @@ def test_a_healed_model_and_what_it_was_before(made: Path, tmp_path: Path) -> No
         call(made, tmp_path / "run", learning_rate=2e-3)
 
 
+@pytest.mark.slow
 def test_a_stopped_healing_resumes(made: Path, tmp_path: Path) -> None:
     """To the same bits as one that was not stopped."""
     whole = call(made, tmp_path / "whole", layer_share=0.4)

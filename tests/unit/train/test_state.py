@@ -67,13 +67,13 @@ def test_a_snapshot_does_not_change() -> None:
 
 def resume(saved: dict[str, Any], **changes: Any) -> Position:
     recipe = runs.recipe(**changes)
-    return check_resumable(saved, recipe, ["a", "b"], TrainingSchedule(recipe), "runs/x")
+    return check_resumable(saved, recipe, tiny.inputs("a", "b"), TrainingSchedule(recipe), "runs/x")
 
 
 def saved(step: int) -> dict[str, Any]:
     recipe = runs.recipe()
     position = Position(step=step, seconds=2.5)
-    return facts(recipe, tiny.config(), position, ["a", "b"], TrainingSchedule(recipe))
+    return facts(recipe, tiny.config(), position, tiny.inputs("a", "b"), TrainingSchedule(recipe))
 
 
 @pytest.mark.parametrize(
@@ -131,5 +131,5 @@ def test_facts_survive_json(tmp_path: Path) -> None:
     """What a save holds after it was written compares as before."""
     with runs.RunFolder(tmp_path / "run") as run:
         saves = runs.CheckpointStore(run, report=pytest.fail)
-        saves.write(3, {"state": [("a", torch.zeros(1))]}, saved(3))
+        saves.write(3, [("a", torch.zeros(1))], saved(3))
     assert resume(dict(runs.saved(tmp_path / "run").metadata)).step == 3

@@ -9,6 +9,7 @@ from torch import Tensor
 from lowlat.config.model import ModelConfig
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
+from lowlat.train.inputs.run_inputs import RunInputs
 from lowlat.train.layers.fused import use_fused_layers
 from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
@@ -20,6 +21,19 @@ from tests.lowlat_configs import random_model
 LENGTH = 7
 ROWS = 5
 VOCAB = 29
+
+
+def inputs(*fingerprints: str) -> RunInputs:
+    """Inputs of a run that are known by their fingerprints alone."""
+    return RunInputs(
+        configs=[],
+        data=[],
+        base_model=None,
+        teacher=None,
+        teacher_config=None,
+        fingerprints=list(fingerprints),
+        teacher_fingerprint=None,
+    )
 
 
 def config(**changes: Any) -> ModelConfig:
