@@ -66,18 +66,6 @@ class ShardedParameters:
         self.copies = copies
         self._by_name = {param.name: param for param in parameters}
 
-    @classmethod
-    def unsharded(cls, model: nn.Module) -> "ShardedParameters":
-        """All parameters of any module, in one process."""
-        mesh = ProcessMesh()
-        return cls(
-            mesh,
-            [
-                _sharded(name, parameter, Sharding(mesh, parameter.shape), False, False)
-                for name, parameter in model.named_parameters()
-            ],
-        )
-
     def sharding(self, name: str) -> Sharding:
         """How the parameter `name` is sharded."""
         return self._by_name[name].sharding
