@@ -107,12 +107,12 @@ class ShardedParameters:
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every full parameter of the model, one at a time; collective."""
-        yield from gather_along_pipeline(self.mesh, self._own_full())
-
-    def _own_full(self) -> Iterator[tuple[str, Tensor]]:
-        for param in self.parameters:
-            if param.name not in self.copies:
-                yield param.name, param.sharding.full(param.local.detach())
+        own = (
+            (param.name, param.sharding.full(param.local.detach()))
+            for param in self.parameters
+            if param.name not in self.copies
+        )
+        return gather_along_pipeline(self.mesh, own)
 
 
 def parallelize(
