@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 import lowlat
 from lowlat.ops.fp8 import dequantize_blocks
 
+from .parameters import slow_except
 from .parity.draw import COUNTS, Case, draw_case
 from .parity.oracle import Oracle, build, save
 
@@ -51,14 +51,6 @@ def v3_case(index: int) -> Case:
 
 CASES = [v3_case(index) for index in range(COUNTS["deepseek_v3"])]
 WITH_MTP = [case for case in CASES if case.mtp]
-
-
-def some_slow(cases: list[Case], quick: int) -> list[Any]:
-    """Parameters of a test: the first `quick` cases, and the others, marked slow."""
-    return [
-        pytest.param(case, id=case.name, marks=() if number < quick else pytest.mark.slow)
-        for number, case in enumerate(cases)
-    ]
 
 
 def saved(case: Case, folder: Path) -> Oracle:
@@ -92,7 +84,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item()
 
 
-@pytest.mark.parametrize("case", some_slow(CASES, 6))
+@pytest.mark.parametrize("case", slow_except(CASES[:6], CASES), ids=lambda case: case.name)
 def test_logits(case: Case, tmp_path: Path) -> None:
     """Equal to transformers and to the product; absorbed equal to expanded, cached to uncached."""
     oracle, ids = saved(case, tmp_path), drawn_ids(case)

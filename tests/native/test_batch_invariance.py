@@ -142,19 +142,10 @@ class Happened:
 
     @classmethod
     def to(cls, engine: Engine) -> "Happened":
-        stats = engine.recorder.snapshot(
-            queued=0,
-            running=0,
-            preemptions=0,
-            pages_total=0,
-            pages_used=0,
-            pages_cached=0,
-            page_tokens=0,
-        )
         return cls(
             preemptions=engine.scheduler.num_preemptions,
             hits=0 if engine.prefix is None else engine.prefix.hit_tokens,
-            accepted=stats.accepted_tokens,
+            accepted=engine.recorder.snapshot().accepted_tokens,
         )
 
 

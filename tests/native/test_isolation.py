@@ -24,7 +24,7 @@ from tests.fakes import MLA, gqa_config, mla_config, tiny_model
 from tests.lowlat_configs import LAYERS
 
 from .inputs import LEVELS, assert_same_bits, needs_native, thread_count
-from .test_step import every_level, level  # noqa: F401, a fixture
+from .test_step import every_level
 
 pytestmark = needs_native
 
@@ -89,7 +89,7 @@ class Steps:
 @every_config
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @torch.inference_mode()
-def test_nan_stays_with_its_sequence(level: str, config: ModelConfig, dtype: torch.dtype) -> None:  # noqa: F811
+def test_nan_stays_with_its_sequence(level: str, config: ModelConfig, dtype: torch.dtype) -> None:
     assert level in LEVELS
     model = model_of(config)
     for form in FORMS:
@@ -136,7 +136,7 @@ def tokens_of(request: Request) -> list[int]:
 
 @every_level
 @torch.inference_mode()
-def test_a_request_of_nan_fails_alone(level: str) -> None:  # noqa: F811
+def test_a_request_of_nan_fails_alone(level: str) -> None:
     assert level in LEVELS
     model = model_of(CONFIGS["all odd"])
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.bench.agreement import logits_of
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
@@ -25,6 +24,7 @@ from lowlat.peers.worker import Worker
 from lowlat.text.tokenizer import Tokenizer
 from tests import configs
 from tests.configs import GQA, INTERLEAVED, LLAMA3, MLA, MOE, ROPE
+from tests.packed_attention import PackedAttention
 
 PYTHON = os.environ.get("LOWLAT_LLAMA_PYTHON", "")
 TOLERANCE = 3e-5

@@ -60,6 +60,7 @@ def test_a_study_becomes_a_page(
     assert all(variant["label"] in printed for variant in report["variants"])
 
 
+@pytest.mark.slow
 def test_failed_arms_are_reported(size: StudySize, data: TokenizedDataset, tmp_path: Path) -> None:
     """Regression: a report that breaks, or keeps quiet, where an variant has no run."""
     pytest.importorskip("matplotlib")

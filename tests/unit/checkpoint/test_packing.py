@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,6 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.mapped_file import MappedFile
 from lowlat.checkpoint.save import save_model
@@ -22,6 +22,8 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.huge_pages import HAS_HUGE_PAGES
 from lowlat.utils.progress import Task, Unit
 from tests.configs import GQA
+from tests.packed_attention import PackedAttention
+from tests.parameters import slow_except
 
 from .builders import (
     FAMILIES,
@@ -192,11 +194,7 @@ class Saved(NamedTuple):
 
 
 QUICK = ("deepseek_v3-fp8", "deepseek_v3-mtp", "llama-tied", "qwen2-converted")
-SAVED = [
-    pytest.param((family, dtype), marks=() if family in QUICK else pytest.mark.slow)
-    for family in FAMILIES
-    for dtype in WORDS
-]
+SAVED = slow_except(list(product(QUICK, WORDS)), product(FAMILIES, WORDS))
 
 
 @pytest.fixture(scope="module", params=SAVED, ids=str)

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint import resumable_writer as restart
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
@@ -30,6 +29,8 @@ from tests import configs
 from tests.configs import GQA, ROPE
 from tests.fakes import byte_tokenizer, gqa_config
 from tests.lowlat_configs import EVERY, random_model
+from tests.packed_attention import PackedAttention
+from tests.parameters import slow_except
 from tests.unit.convert.test_run import edit_tensors
 
 LENGTH = 40
@@ -65,7 +66,7 @@ def logits(config: ModelConfig, model: Transformer, ids: torch.Tensor) -> torch.
 
 
 @pytest.mark.parametrize("method", ["weighted", "transmla", "mha2mla"])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", slow_except([True], [False, True]))
 def test_other_programs_compute_the_same(tmp_path: Path, bias: bool, method: str) -> None:
     """The standard layout in transformers' DeepseekV3ForCausalLM, fp32."""
     rope = ROPE if bias else LLAMA3

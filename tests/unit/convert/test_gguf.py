@@ -22,6 +22,7 @@ from lowlat.ops.quantized import dequantize_int4, dequantize_int8, quantize_int4
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 from tests.configs import GQA, LLAMA3, MLA, YARN
+from tests.parameters import slow_except
 from tests.unit.checkpoint.builders import FAMILIES, assert_same_bits, gqa, mla, write_model
 
 from .texts import TEMPLATE, write_tokenizer
@@ -259,13 +260,7 @@ def test_windows_that_llama_cpp_does_not_read_are_said(
     assert ("llama.cpp reads no sliding_window of mistral" in caplog.text) == is_said
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        name if name in ARCHITECTURES else pytest.param(name, marks=pytest.mark.slow)
-        for name in EXPRESSIBLE
-    ],
-)
+@pytest.mark.parametrize("family", slow_except(ARCHITECTURES, EXPRESSIBLE))
 def test_folders_made_of_files_name_their_class(tmp_path: Path, family: str) -> None:
     """`architectures`, which programs choose the model's code by."""
     write_model(tmp_path / "m", MODELS[family])

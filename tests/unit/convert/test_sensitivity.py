@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import ModelConfig
 from lowlat.convert.compression import compress as compress_module
 from lowlat.convert.compression.budget import EntryWidths, PredictedError, Sensitivity
@@ -27,6 +26,7 @@ from lowlat.model.block import DecoderLayer
 from lowlat.model.transformer import Transformer
 from lowlat.utils.progress import SilentProgress
 from tests.fakes import tiny_model
+from tests.packed_attention import PackedAttention
 
 from .models import CASES, IDS, ModelWeights, compressed_model, model_config, weights_of, windows
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import AttentionConfig, ModelConfig, RopeConfig
 from lowlat.model.transformer import Transformer
 from lowlat.ops.rope import RotaryEmbedding, RotaryTable
 from tests import configs, lowlat_configs
 from tests.configs import MLA, model_config
+from tests.packed_attention import PackedAttention
 
 YARN = replace(configs.YARN, factor=8.0, original_max_position_embeddings=64, mscale_all_dim=1.1)
 MOE = replace(configs.MOE, n_routed_experts=10, n_group=5, topk_group=2)

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import RopeConfig
 from lowlat.model.gqa import GQA
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from tests import configs
+from tests.packed_attention import PackedAttention
 
 from .draw import fill, gqa_config
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import RopeConfig
 from lowlat.model.linear import RMSNorm
 from lowlat.model.mla import MLA
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from tests import configs
+from tests.packed_attention import PackedAttention
 
 from .draw import YARN, fill, mla_config
 

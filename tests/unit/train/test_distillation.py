@@ -22,6 +22,7 @@ from lowlat.train.run.failed_step import diagnose_failed_step
 from lowlat.train.step.loss import batch_loss, count_targets
 from lowlat.train.step.teacher import Teacher
 from lowlat.utils.errors import UserError
+from tests.parameters import slow_except
 
 from . import recovering, tiny, tuning
 
@@ -180,17 +181,8 @@ def test_biases_of_attention_move_and_its_norms_do_not(tmp_path: Path) -> None:
     assert all(".self_attn." in name and "norm" not in name for name in moved)
 
 
-@pytest.mark.parametrize(
-    ("match", "stopped"),
-    [
-        ("layers", 3),
-        pytest.param("layers", 5, marks=pytest.mark.slow),
-        pytest.param("attention", 3, marks=pytest.mark.slow),
-        pytest.param("attention", 5, marks=pytest.mark.slow),
-        pytest.param("logits", 3, marks=pytest.mark.slow),
-        pytest.param("logits", 5, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("stopped", slow_except([3], [3, 5]))
+@pytest.mark.parametrize("match", slow_except(["layers"], ["logits", "attention", "layers"]))
 def test_a_stopped_run_resumes_exactly(folder: Path, match: str, stopped: int) -> None:
     """Bit for bit, within a phase that matches layers and between that and the next."""
     phases = ({"steps": 5, "match": match}, {"name": "more", "steps": 4, "learning_rate": 1e-3})
@@ -205,7 +197,7 @@ def test_a_stopped_run_resumes_exactly(folder: Path, match: str, stopped: int) -
     assert whole.records("step")[-1]["divergence"] == parts.records("step")[-1]["divergence"]
 
 
-@pytest.mark.parametrize("match", [pytest.param("attention", marks=pytest.mark.slow), "layers"])
+@pytest.mark.parametrize("match", slow_except(["layers"], ["attention", "layers"]))
 def test_layers_learn_from_the_teachers_own_inputs(folder: Path, match: str) -> None:
     """The error falls, as does the divergence of a model that had no gradient from it; steps know
     no loss.

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lowlat.attention.flash import FlashAttention
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig, QuantConfig
@@ -28,6 +27,7 @@ from lowlat.train.run.export import save_fp8
 from lowlat.utils.errors import UserError
 from tests.configs import PLAIN_MOE
 from tests.fakes import gqa_config, mla_config, tiny_model
+from tests.packed_attention import PackedAttention
 
 MOE = replace(PLAIN_MOE, moe_intermediate_size=131)
 

@@ -15,6 +15,7 @@ from lowlat.train.run.failed_step import diagnose_failed_step, read_batch
 from lowlat.train.run.trainer import Trainer
 from lowlat.train.step.step import evaluate
 from lowlat.utils.errors import UserError
+from tests.parameters import slow_except
 
 from . import runs
 from .runs import STEPS, opened, train
@@ -151,9 +152,7 @@ def test_a_stop_before_the_first_step(base: Path) -> None:
 BOOM = {"learning_rate": [{"to": 0.01, "steps": 2}, {"to": 1e30, "shape": "constant"}]}
 
 
-@pytest.mark.parametrize(
-    "every", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(50, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("every", slow_except([2], [1, 2, 50]))
 def test_a_loss_that_is_not_finite(base: Path, every: int) -> None:
     """The run ends with the batch of the step and the state before it, whenever the last save was;
     started again it ends at the same step.

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.model.moe import Experts, MoE
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.stacked_experts import StackedExperts, stack_experts, unstacked
+from tests.packed_attention import PackedAttention
 from tests.unit.model.draw import mla_config, random_model
 
 
