@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def _convert(
 
     def score(name: str, model: Path) -> None:
         if text is not None:
-            evaluation[name] = work.cached(name, lambda: evaluate(model, text, progress))
+            evaluation[name] = work.cached(name, partial(evaluate, model, text, progress))
 
     score("original", conversion.src)
     if not work.start.exists():
