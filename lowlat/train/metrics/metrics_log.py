@@ -12,6 +12,7 @@ from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.metrics import tensorboard
 from lowlat.train.metrics.jsonl import LogWriter
 from lowlat.train.metrics.record import EvalRecord, NoteRecord, StartRecord, StepRecord
+from lowlat.utils.errors import UserError
 
 LOADS_EVERY = 10
 """Minimum steps between log records with the load of every expert. The other records have only
@@ -87,8 +88,11 @@ class FolderMetricsLog(MetricsLog):
         note otherwise; True requires tensorboard; False writes none. Raises UserError if the log
         cannot be written, or tensorboard is required and not installed.
         """
-        if tensorboard_wanted:
-            tensorboard.require()
+        if tensorboard_wanted and not tensorboard.available():
+            raise UserError(
+                "the recipe asks for TensorBoard files, which need tensorboard: "
+                "pip install lowlat[train], or leave the option out"
+            )
         self._view = view
         self._run = run
         self._tensorboard_wanted = tensorboard_wanted
@@ -111,10 +115,13 @@ class FolderMetricsLog(MetricsLog):
 
     def step(self, record: StepRecord) -> None:
         self._step = record.step
-        due = record.step >= self._loads_due
-        if due:
+        logged = record
+        if record.step >= self._loads_due:
             self._loads_due = record.step + LOADS_EVERY
-        self._log.write(record if due else _without_loads(record))
+        else:
+            layers = tuple(replace(layer, load=()) for layer in record.experts)
+            logged = replace(record, experts=layers)
+        self._log.write(logged)
         if self._tensorboard is not None:
             self._tensorboard.step(record)
         self._view.step(record)
@@ -146,7 +153,3 @@ class FolderMetricsLog(MetricsLog):
             self._tensorboard = tensorboard.TensorBoardFiles(self._run.tensorboard, record)
         else:
             self.note("no TensorBoard files: tensorboard is not installed (lowlat[train])")
-
-
-def _without_loads(record: StepRecord) -> StepRecord:
-    return replace(record, experts=tuple(replace(layer, load=()) for layer in record.experts))
