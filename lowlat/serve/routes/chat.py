@@ -25,8 +25,6 @@ from lowlat.serve.routes.reply import (
     Timings,
     Usage,
     finish_reason,
-    new_id,
-    now,
     respond,
     timings_of,
     usage_of,
@@ -231,10 +229,8 @@ class ChatReply(Reply):
     def __init__(
         self, ctx: RequestContext, request: ChatRequest, make_parser: Callable[[], OutputParser]
     ) -> None:
-        self._ctx = ctx
+        super().__init__(ctx, id_prefix="chatcmpl-")
         self._request = request
-        self._id = new_id("chatcmpl-")
-        self._created = now()
         self._choices = [_Choice(make_parser()) for _ in range(request.n or 1)]
 
     def response(self) -> ChatCompletion:

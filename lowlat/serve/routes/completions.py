@@ -29,8 +29,6 @@ from lowlat.serve.routes.reply import (
     Timings,
     Usage,
     finish_reason,
-    new_id,
-    now,
     respond,
     timings_of,
     usage_of,
@@ -214,12 +212,10 @@ class CompletionReply(Reply):
     def __init__(
         self, ctx: RequestContext, request: CompletionRequest, echoes: Sequence[str]
     ) -> None:
-        self._ctx = ctx
+        super().__init__(ctx, id_prefix="cmpl-")
         self._request = request
         self._n = request.n or 1
         self._echoes = echoes
-        self._id = new_id("cmpl-")
-        self._created = now()
         count = self._n * len(echoes)
         self._texts: list[list[str]] = [[] for _ in range(count)]
         self._entries: list[list[TokenLogprob]] = [[] for _ in range(count)]

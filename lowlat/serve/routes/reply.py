@@ -23,6 +23,12 @@ from lowlat.serve.routes.endpoint import json_response
 class Reply(ABC):
     """Collects the deltas of a request's completions."""
 
+    def __init__(self, ctx: RequestContext, *, id_prefix: str) -> None:
+        self._ctx = ctx
+        self._id = new_id(id_prefix)
+        self._created = int(time.time())
+        """Unix time in seconds."""
+
     @abstractmethod
     def add(self, number: int, delta: CompletionDelta) -> Iterable[bytes]:
         """Add a delta of a completion of prompt `number`; returns its events, built on demand."""
@@ -109,10 +115,6 @@ def timings_of(ctx: RequestContext) -> Timings:
 
 def new_id(prefix: str) -> str:
     return f"{prefix}{uuid.uuid4().hex}"
-
-
-def now() -> int:
-    return int(time.time())
 
 
 def finish_reason(delta: CompletionDelta) -> Literal["stop", "length"] | None:

@@ -20,7 +20,7 @@ from lowlat.serve.protocol.structured_outputs import TextFormat
 from lowlat.serve.routes.chat import submit_chat
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import Post
-from lowlat.serve.routes.reply import Reply, new_id, now, respond
+from lowlat.serve.routes.reply import Reply, new_id, respond
 from lowlat.serve.routes.responses_request import (
     FlatFunction,
     FlatNamedTool,
@@ -269,11 +269,9 @@ class ResponsesReply(Reply):
     def __init__(
         self, ctx: RequestContext, request: ResponsesRequest, parser: OutputParser
     ) -> None:
-        self._ctx = ctx
+        super().__init__(ctx, id_prefix="resp_")
         self._request = request
         self._parser = parser
-        self._id = new_id("resp_")
-        self._created = now()
         self._output = Output()
         self._reasoning_tokens = 0
         self._final_status: Literal["completed", "incomplete"] = "completed"

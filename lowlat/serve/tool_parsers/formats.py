@@ -23,15 +23,9 @@ class _JsonToolParser(ToolParser):
     """The grammar's `body`: texts, in one of them NAME, and ARGUMENTS."""
 
     def body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
-        items = [
-            grammar.json(function.schema)
-            if item == ARGUMENTS
-            else item
-            if isinstance(item, Rule)
-            else item.replace(NAME, function.name)
-            for item in self.call
-        ]
-        return grammar.sequence(*items)
+        arguments = grammar.json(function.schema)
+        texts = [item.replace(NAME, function.name) if NAME in item else item for item in self.call]
+        return grammar.sequence(*(arguments if text == ARGUMENTS else text for text in texts))
 
 
 class HermesToolParser(_JsonToolParser):
