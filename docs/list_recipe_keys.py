@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 
 from lowlat.train.recipe.schema import Recipe, Schedule, Segment
 
+SCHEDULE = get_args(Schedule)[0]
+"""The type of a schedule as fields have it, without metadata."""
 PLAIN = {int: "whole number", float: "number", bool: "true or false", str: "text", dict: "table"}
 
 
@@ -57,7 +59,7 @@ def _lines(name: str, table: type[BaseModel]) -> Iterator[str]:
 
 
 def _inner(annotation: Any) -> Iterator[type[BaseModel]]:
-    if annotation == Schedule:
+    if annotation == SCHEDULE:
         return
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
@@ -71,7 +73,7 @@ def _value(field: FieldInfo) -> str:
 
 def _kind(annotation: Any) -> str:
     """The type of a value in words."""
-    if annotation == Schedule:
+    if annotation == SCHEDULE:
         return "number or segments"
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:

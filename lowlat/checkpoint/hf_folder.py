@@ -43,11 +43,7 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     if (path / SINGLE_FILE).exists():
         return [path / SINGLE_FILE]
-    if (path / INDEX_FILE).exists():
-        index = path / INDEX_FILE
-        shards = _weight_map(read_json(contained(path, INDEX_FILE)), index).values()
-        return [path / shard for shard in sorted(set(shards))]
-    raise UserError(_no_weights(path))
+    return [path / shard for shard in sorted(set(_weight_map(path).values()))]
 
 
 @final
@@ -73,17 +69,13 @@ class _FileTensor(StoredTensor):
 
 
 def _open_folder(folder: Path) -> TensorSource:
-    """A folder with config.json and safetensors: `model.safetensors`, or shards named by an
-    index.
-    """
+    """A folder with config.json and `model.safetensors`, or shards named by an index."""
     config = read_json(contained(folder, "config.json"))
     if (folder / SINGLE_FILE).exists():
         file = SafetensorsFile(contained(folder, SINGLE_FILE))
         files = dict.fromkeys(file.extents, file)
-    elif (folder / INDEX_FILE).exists():
-        files = _open_shards(folder)
     else:
-        raise UserError(_no_weights(folder))
+        files = _open_shards(folder)
     tensors = {
         name: _FileTensor(file.extents[name].shape, file.extents[name].dtype, file, name)
         for name, file in files.items()
@@ -121,11 +113,8 @@ def contained(folder: Path, name: str) -> Path:
 
 
 def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
-    """Tensor name -> shard, in the index's order. The index and the shards must name the same
-    tensors.
-    """
-    index = folder / INDEX_FILE
-    weight_map = _weight_map(read_json(contained(folder, INDEX_FILE)), index)
+    """Tensor name -> shard, in the index's order. Index and shards must name the same tensors."""
+    index, weight_map = folder / INDEX_FILE, _weight_map(folder)
     shards = {
         name: SafetensorsFile(contained(folder, name)) for name in sorted(set(weight_map.values()))
     }
@@ -144,8 +133,12 @@ def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
     return {tensor: shards[shard] for tensor, shard in weight_map.items()}
 
 
-def _weight_map(index: dict[str, Any], where: Path) -> dict[str, str]:
-    weight_map = index.get("weight_map")
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The shard of every tensor. Raises UserError without an index, or for a malformed one."""
+    where = folder / INDEX_FILE
+    if not where.exists():
+        raise UserError(_no_weights(folder))
+    weight_map = read_json(contained(folder, INDEX_FILE)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{where}: weight_map must be an object that maps tensors to shard files")
     for tensor, shard in weight_map.items():

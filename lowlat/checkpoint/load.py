@@ -129,9 +129,7 @@ def _check_memory(
 
 
 def _empty_model(config: ModelConfig, source: TensorSource) -> Transformer:
-    """The model on the meta device. Raises UserError for sizes that the file cannot fill, before
-    they cost time or memory.
-    """
+    """The model on the meta device. Raises UserError for sizes that the file cannot fill."""
     layers, experts = config.num_cache_layers, 0
     if config.moe is not None and layers <= len(source.names()):
         experts = config.moe.n_routed_experts * sum(map(config.is_moe_layer, range(layers)))

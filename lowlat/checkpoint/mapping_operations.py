@@ -7,7 +7,7 @@ import.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -19,13 +19,6 @@ from lowlat.utils.errors import UserError
 
 Read = Callable[[str], Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-class Piece(NamedTuple):
-    """A tensor for a parameter."""
-
-    parameter: str
-    tensor: Tensor
 
 
 class Operation(ABC):
@@ -40,7 +33,7 @@ class Operation(ABC):
         """The parameters."""
 
     @abstractmethod
-    def load(self, source: TensorSource) -> Iterator[Piece]:
+    def load(self, source: TensorSource) -> Iterator[tuple[str, Tensor]]:
         """File tensors to parameters, one at a time. Raises UserError for invalid tensors."""
 
     @abstractmethod
@@ -62,8 +55,8 @@ class Rename(Operation):
     def parameters(self) -> list[str]:
         return [self.parameter]
 
-    def load(self, source: TensorSource) -> Iterator[Piece]:
-        yield Piece(self.parameter, source.read(self.file))
+    def load(self, source: TensorSource) -> Iterator[tuple[str, Tensor]]:
+        yield self.parameter, source.read(self.file)
 
     def save(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield self.file, read(self.parameter)
@@ -72,9 +65,7 @@ class Rename(Operation):
 @final
 @dataclass(frozen=True, slots=True)
 class PadLatent(Operation):
-    """The attention of a layer whose latent is normalized in files but not in the model; see
-    `padded_latent`.
-    """
+    """The attention of a layer whose latent only files normalize; see `padded_latent`."""
 
     file_prefix: str
     """'model.layers.3.self_attn.'"""
@@ -94,7 +85,7 @@ class PadLatent(Operation):
     def parameters(self) -> list[str]:
         return [self.parameter_prefix + name for name in parameter_names(self.attention)]
 
-    def load(self, source: TensorSource) -> Iterator[Piece]:
+    def load(self, source: TensorSource) -> Iterator[tuple[str, Tensor]]:
         def read(name: str) -> Tensor:
             return source.read(self.file_prefix + name)
 
@@ -103,7 +94,7 @@ class PadLatent(Operation):
         except padding.PaddingError as error:
             raise UserError(f"{source.path}: {error}") from error
         for name, tensor in tensors.items():
-            yield Piece(self.parameter_prefix + name, tensor)
+            yield self.parameter_prefix + name, tensor
 
     def save(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         tensors = {

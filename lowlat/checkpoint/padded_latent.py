@@ -47,9 +47,7 @@ class PaddingError(UserError):
 
 
 def pad_latent(tensors: Mapping[str, Tensor], attention: MLAConfig) -> dict[str, Tensor]:
-    """One layer's self_attn tensors (`kv_a_proj_with_mqa.weight`, ...) from the model's to the
-    files' layout.
-    """
+    """The self_attn tensors of a layer, from the model's layout to that of files."""
     rank = attention.kv_lora_rank
     joint, output = tensors["kv_a_proj_with_mqa.weight"], tensors["o_proj.weight"]
     bias = tensors.get("kv_a_proj_with_mqa.bias", joint.new_zeros(len(joint)))
@@ -129,17 +127,13 @@ def _unpadded_queries(read: Callable[[str], Tensor], prefix: str) -> dict[str, T
 def pad_rows(
     joint: Shaped[Tensor, "rows hidden"], rank: int
 ) -> Shaped[Tensor, "padded_rows hidden"]:
-    """kv_a_proj_with_mqa.weight [r + d_R, hidden] -> [R + d_R, hidden]: zero rows after the
-    latent's.
-    """
+    """kv_a_proj_with_mqa.weight [r + d_R, hidden] -> [R + d_R, hidden]: zero rows inserted."""
     filler = joint.new_zeros(padded_rank(rank) - rank, joint.shape[1])
     return torch.cat([joint[:rank], filler, joint[rank:]])
 
 
 def pad_bias(bias: Shaped[Tensor, " rows"], rank: int) -> Shaped[Tensor, " padded_rows"]:
-    """kv_a_proj_with_mqa.bias [r + d_R] -> [R + d_R], the constant in the last R / 64 latent
-    channels.
-    """
+    """kv_a_proj_with_mqa.bias [r + d_R] -> [R + d_R], constants as the last R / 64 of R."""
     return torch.cat([bias[:rank], _constants(bias, rank), bias[rank:]])
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from lowlat.checkpoint.file_layout import FileLayout, Pieces, Segment
+from lowlat.checkpoint.file_layout import FileLayout, Pieces, lay_out
 from lowlat.checkpoint.safetensors.writer import PYTORCH, TensorSpec, encode_header
 
 SINGLE_FILE = "model.safetensors"
@@ -54,7 +54,14 @@ def plan_shards(
         shards[-1].append(group)
         sizes[-1] += group.nbytes
     names = shard_names(len(shards))
-    files = [_layout(name, shard) for name, shard in zip(names, shards, strict=True)]
+    files = [
+        lay_out(
+            name,
+            encode_header((tensor for group in shard for tensor in group.tensors), PYTORCH),
+            [(group.tensors[0].name, group.nbytes, group.pieces) for group in shard],
+        )
+        for name, shard in zip(names, shards, strict=True)
+    ]
     if len(shards) == 1:
         return files, None
     weight_map = {
@@ -64,12 +71,3 @@ def plan_shards(
         for tensor in group.tensors
     }
     return files, encode_index(weight_map, sum(sizes))
-
-
-def _layout(name: str, groups: list[TensorGroup]) -> FileLayout:
-    header = encode_header((tensor for group in groups for tensor in group.tensors), PYTORCH)
-    segments, at = [], len(header)
-    for group in groups:
-        segments.append(Segment(group.tensors[0].name, at, group.nbytes, group.pieces))
-        at += group.nbytes
-    return FileLayout(name, header, tuple(segments), at)

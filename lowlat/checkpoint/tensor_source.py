@@ -47,9 +47,7 @@ class StoredTensor(ABC):
 @final
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """A checkpoint opened for reading. Methods are those of its tensors; they raise UserError for
-    names that it does not have.
-    """
+    """An opened checkpoint. Methods raise UserError for names of tensors that it does not have."""
 
     path: Path
     """The folder or file."""

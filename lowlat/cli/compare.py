@@ -176,7 +176,7 @@ def _print(result: dict[str, Any], *, every_part: bool, as_json: bool) -> None:
     """Print the report. A closed pipe does not change the exit code."""
     from rich.console import Console
 
-    from lowlat.compare.result_table import show
+    from lowlat.compare.result_text import show
 
     if as_json:
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"

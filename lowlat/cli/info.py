@@ -85,13 +85,13 @@ def find(name: str) -> Subject:
     if name in preset_names():
         return Subject(name=name, config=load_preset(name))
     # imported late: presets need neither torch nor the hub client
-    from lowlat.checkpoint.fetch.model_names import LocalModel, resolve
+    from lowlat.checkpoint.fetch.model_names import resolve
     from lowlat.convert.parameters.exact_mla import mla_config
     from lowlat.utils.progress import make_progress
 
     found = resolve(name, progress=make_progress())
-    if isinstance(found, LocalModel):
-        return open_subject(name, found.path)
+    if isinstance(found, Path):
+        return open_subject(name, found)
     # lowlat converts only SmolLM2 on use, so the config follows from SmolLM2's
     return Subject(name=name, config=mla_config(load_preset("smollm2-135m")))
 

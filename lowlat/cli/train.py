@@ -160,9 +160,14 @@ def report(
 
     from lowlat.train.metrics.lines import plain
     from lowlat.train.metrics.plot import available, draw
-    from lowlat.train.metrics.report_files import pictures, read_runs, write_json, write_report
-    from lowlat.train.metrics.report_table import table
     from lowlat.train.metrics.summary import summarise
+    from lowlat.train.metrics.training_report import (
+        pictures,
+        read_runs,
+        table,
+        write_json,
+        write_report,
+    )
 
     files = [] if out is None else pictures(out)
     histories = read_runs(runs)

@@ -8,34 +8,6 @@ docs/attention.md.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
-
-
-class LatentSizes(NamedTuple):
-    """Sizes that decide between absorbed and expanded latent attention: d_c, d_R, d_nope, d_v."""
-
-    latent: int
-    """d_c, width of the cached latent."""
-    rope: int
-    """d_R, channels of the rotary key."""
-    nope: int
-    """d_nope, query-key channels per head without position."""
-    value: int
-    """d_v, value channels per head."""
-
-
-def expansion_break_even(layers: Iterable[LatentSizes]) -> float:
-    """Queries per cached key beyond which expanded latent attention costs fewer multiply-adds than
-    absorbed attention in all `layers` together; infinite if it never does.
-
-    Absorbed: 2 d_c + d_R per head and pair. Expanded: d_nope + d_R + d_v per head and pair, plus
-    d_c (d_nope + d_v) per head and key. About 170 for DeepSeek-V3.
-    """
-    saved = build = 0
-    for latent, rope, nope, value in layers:
-        saved += 2 * latent + rope - (nope + rope + value)
-        build += latent * (nope + value)
-    return build / saved if saved > 0 else math.inf
 
 
 class _LatentAttention:
@@ -60,16 +32,6 @@ class _LatentAttention:
     @property
     def rope_dim(self) -> int:
         return self.qk_rope_head_dim
-
-    @property
-    def latent_sizes(self) -> LatentSizes:
-        """The same in GLA, since the up-projections read the whole KV cache entry."""
-        return LatentSizes(
-            latent=self.kv_lora_rank,
-            rope=self.qk_rope_head_dim,
-            nope=self.qk_nope_head_dim,
-            value=self.v_head_dim,
-        )
 
 
 class _OneWidth:
@@ -102,9 +64,7 @@ class MLAConfig(_LatentAttention):
     qk_nope_head_dim: int
     """Query-key channels per head without position; may be 0."""
     qk_rope_head_dim: int
-    """Rotary channels per query head and of the one shared key, d_h^R; 0 in a
-    layer without positions (NoPE).
-    """
+    """Rotary channels d_h^R per query head and of the shared key; 0 in layers without positions."""
     v_head_dim: int
     """Value channels per head."""
     attention_bias: bool = False
@@ -231,16 +191,6 @@ class GTAConfig(_OneWidth):
     def rope_dim(self) -> int:
         return self.qk_rope_head_dim
 
-    @property
-    def latent_sizes(self) -> LatentSizes:
-        """Sizes as latent attention, with the tied states as the latent."""
-        return LatentSizes(
-            latent=self.tied_dim,
-            rope=self.qk_rope_head_dim,
-            nope=self.qk_nope_head_dim,
-            value=self.head_dim,
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TPAConfig(_OneWidth):
@@ -284,15 +234,30 @@ DECOUPLED_ROPE = (MLAConfig, GLAConfig, GTAConfig)
 """Variants with decoupled RoPE: one rotary key, shared by all heads, carries the position."""
 
 
+def expansion_break_even(layers: Iterable[MLAConfig | GLAConfig | GTAConfig]) -> float:
+    """Queries per cached key beyond which expanded latent attention costs fewer multiply-adds than
+    absorbed attention in all `layers` together; infinite if it never does.
+
+    Absorbed: 2 d_c + d_R per head and pair. Expanded: d_nope + d_R + d_v per head and pair, plus
+    d_c (d_nope + d_v) per head and key. About 170 for DeepSeek-V3. The latent of GLA is that of all
+    groups, which the up-projections read; of GTA the tied states.
+    """
+    saved = build = 0
+    for layer in layers:
+        latent = layer.entry_dim - layer.qk_rope_head_dim
+        expanded = layer.qk_nope_head_dim + layer.v_head_dim
+        saved += 2 * latent - expanded
+        build += latent * expanded
+    return build / saved if saved > 0 else math.inf
+
+
 def distinct(attention: ModelAttention) -> tuple[AttentionConfig, ...]:
     """The configs that occur: one for all layers, or one per layer in order."""
     return attention if isinstance(attention, tuple) else (attention,)
 
 
 def short_name(attention: ModelAttention) -> str:
-    """'MLA 512 + 64', 'MLA 96-224 + 16-64' where layers differ, 'GQA, 8 groups', 'TPA, ranks 2 +
-    2': the form in a few words.
-    """
+    """The form in a few words: 'MLA 512 + 64', 'MLA 96-224 + 16-64' where layers differ."""
     match attention:
         case MLAConfig() | tuple():
             latent, rotary = entry_widths(attention)

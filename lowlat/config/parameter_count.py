@@ -104,9 +104,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def attention_parameters(config: ModelConfig, layer: int) -> int:
-    """Attention of `layer` (MTP modules after the last): projections, biases, latent or per-head
-    norms.
-    """
+    """Attention of `layer` (MTP modules after the last): projections, biases and norms."""
     attention, hidden = config.attention_of(layer), config.hidden_size
     matrices = attention_matrices(attention, hidden)
     return sum(m.rows * m.columns for m in matrices) + _vectors(attention, hidden)

@@ -72,9 +72,7 @@ def read_bytes(config: ModelConfig, dtype: str, experts: int) -> int:
 def memory_at(
     config: ModelConfig, context: int, dtype: str | None = None, cache: str = "bf16"
 ) -> dict[str, int]:
-    """weights_bytes as `dtype`, cache_bytes of one sequence as `cache`, context; MTP modules
-    included.
-    """
+    """weights_bytes as `dtype`, cache_bytes of a sequence as `cache`, context; MTP included."""
     row_bytes = kv_cache_size(config).own_bytes_per_token(cache) + mtp_cache_bytes(config, cache)
     return {
         "weights_bytes": weight_bytes(config, dtype),

@@ -91,9 +91,7 @@ class ChatEncoder:
         return ids, [slice(len(prompt), self._after_end(ids, len(prompt), len(ids)))]
 
     def _reasoned(self, chat: ChatDocument, said: tuple[str, str] | None) -> list[int]:
-        """Ids of reasoning and answer (`_parts`) after an opened <think>, to the end of
-        the turn.
-        """
+        """Ids of reasoning and answer (`_parts`) after an opened <think>, to the turn's end."""
         if said is None:
             raise BadDocument(
                 f"{chat.origin}: the chat template starts answers with {OPEN}, but the last answer "

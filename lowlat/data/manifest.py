@@ -31,14 +31,13 @@ SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FimTokens:
-    """Ids of the fill-in-the-middle tokens."""
+    """Ids of the fill-in-the-middle tokens: before the first part of a document, the last, and the
+    part between them, which the model completes.
+    """
 
     prefix: int
-    """Precedes the first part of the document."""
     suffix: int
-    """Precedes the last part."""
     middle: int
-    """Precedes the part between them, which the model completes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,11 +45,8 @@ class ShardManifest:
     """One file of token ids."""
 
     file: str
-    """Name inside the folder."""
     tokens: int
-    """Number of ids."""
     sha256: str
-    """SHA-256 of the file, in hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +54,6 @@ class SplitManifest:
     """One split of a tokenized dataset."""
 
     documents: int
-    """Number of documents."""
     tokens: int
     """Number of tokens, begin and end tokens included."""
     predicted: int
@@ -84,7 +79,6 @@ class DatasetManifest:
     begin_of_text: int | None
     """Id that begins every text document, if the tokenizer adds one."""
     fim: FimTokens | None
-    """Fill-in-the-middle tokens, if the tokenizer has them."""
     tokenizer: Mapping[str, str]
     """SHA-256 of the tokenizer's files, by name."""
     shard_tokens: int
@@ -108,17 +102,14 @@ def id_type(vocab_size: int) -> np.dtype:
 
 
 def shard_file(split: Split, index: int) -> str:
-    """Name of a split's shard `index`."""
     return f"{split}-{index:05}.bin"
 
 
 def ends_file(split: Split) -> str:
-    """Name of a split's file of document ends."""
     return f"{split}-ends.bin"
 
 
 def mask_file(split: Split) -> str:
-    """Name of a split's loss mask."""
     return f"{split}-mask.bin"
 
 

@@ -52,9 +52,7 @@ def share_seen(
     *,
     length: int = LENGTH,
 ) -> float:
-    """Share of the n-grams of `length` tokens in `ids` that also occur in one of `texts`, as in
-    `shared_runs`.
-    """
+    """As `shared_runs`, in any of `texts`."""
     wanted = np.unique(_hashes(ids, length))
     if not len(wanted):
         return 0.0

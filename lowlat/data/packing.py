@@ -114,9 +114,7 @@ class PackedSequences(PackedRows):
     """
 
     def _prepare(self) -> int:
-        """As many windows with zero and one MTP module, so that both models train and evaluate on
-        the same windows.
-        """
+        """As many windows with one MTP module as with none: models share their windows."""
         tokens, length = self._folder.num_tokens(self._split), self._sequence_length
         ahead = self._length - length
         windows = (tokens - ahead) // length

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from lowlat.serve.http.login import COOKIE, cookie_value
+from lowlat.serve.http.pages import COOKIE, cookie_value
 
 from .local import NAME, Local, listening, routes
 from .wire import HOST, Reply, exchange, request

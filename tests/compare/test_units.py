@@ -70,7 +70,7 @@ def test_kl_and_changed_experts_by_hand() -> None:
     assert predicted.kl == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
     assert (predicted.agreeing, predicted.tokens) == (2, 2)
     choice = comparison.routing[LAYER]
-    assert (choice.changed, choice.total, choice.tokens) == (1, 4, 1)
+    assert (choice.changed, choice.chosen, choice.tokens) == (1, 4, 1)
 
 
 def test_parts_without_counterpart_are_left_out_with_the_reason() -> None:

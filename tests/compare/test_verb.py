@@ -14,10 +14,10 @@ from typer.testing import CliRunner, Result
 
 from lowlat.checkpoint.load import load_model
 from lowlat.cli import main
-from lowlat.compare.implementations import llama_cpp
+from lowlat.compare.implementations import peers
 from lowlat.compare.implementations.open import open_implementation
 from lowlat.compare.implementations.spec import parse
-from lowlat.compare.result_table import heading
+from lowlat.compare.result_text import heading
 from lowlat.convert.run import convert
 from lowlat.peers import llama_cpp_model
 from lowlat.peers.protocol import Unsupported, timed_handlers
@@ -241,7 +241,7 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
             except Unsupported as error:
                 raise UserError(f"{label}: {error}") from error
 
-    monkeypatch.setattr(llama_cpp, "run_in_worker", run)
+    monkeypatch.setattr(peers, "run_in_worker", run)
 
 
 @pytest.mark.usefixtures("same_process")

@@ -270,8 +270,8 @@ STATES = [
     Mutant(
         "export: routing bias in the model's type",
         "train/run/export.py",
-        "tensor if name.endswith(ROUTER_BIAS) else tensor.to(dtype)",
-        "tensor.to(dtype)",
+        "tensor if name.endswith(ROUTER_BIAS) else tensor.to(stored)",
+        "tensor.to(stored)",
         TRAIN + "test_export.py::test_bf16_models_keep_routing_biases",
     ),
     Mutant(

@@ -16,6 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 from torch import Tensor
 
+from lowlat.checkpoint.file_layout import aligned
 from lowlat.checkpoint.mapped_file import MappedFile
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import quoted
@@ -98,9 +99,7 @@ class GGUFFile:
         return self.rows(name, 0, math.prod(shape[:-1])).view(shape)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first..last - 1 of the tensor as a matrix with its last axis as columns; dtype as
-        `read`.
-        """
+        """Rows [first, last), all axes but the last taken as one; dtype as `read`."""
         kind, own_shape, start, stop = self.tensors[name]
         size = (stop - start) // math.prod(own_shape[:-1])
         start, stop = start + first * size, start + last * size
@@ -191,9 +190,7 @@ class _Cursor:
 
 
 def _scalar(value: Any) -> int | float | bool:
-    """A Python number; fp32 values in their shortest decimal form (1e-05, not
-    9.999999747378752e-06).
-    """
+    """A Python number; fp32 values as their shortest decimal: 1e-05, not 9.999999747378752e-06."""
     return float(str(value)) if value.dtype == np.float32 else value.item()
 
 
@@ -218,7 +215,7 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int]:
 
 def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GGUFTensor]:
     infos = [_read_info(cursor) for _ in range(count)]
-    path, data = cursor.file.path, _aligned(cursor.at, alignment)
+    path, data = cursor.file.path, aligned(cursor.at, alignment)
     tensors: dict[str, GGUFTensor] = {}
     end = 0
     for name, kind, shape, size, offset in infos:
@@ -236,7 +233,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GGUF
                 f"{cursor.file.size}; it is truncated, download it again"
             )
         tensors[name] = GGUFTensor(kind, shape, data + offset, data + offset + size)
-        end = _aligned(offset + size, alignment)
+        end = aligned(offset + size, alignment)
     return tensors
 
 
@@ -288,7 +285,3 @@ def _dequantized(stored: np.ndarray, kind: GGMLQuantizationType) -> Tensor:
             chunk = torch.from_numpy(dequantize(row, kind)).view(-1)
         values[first * block : first * block + len(chunk)] = chunk
     return values
-
-
-def _aligned(offset: int, alignment: int) -> int:
-    return -(-offset // alignment) * alignment

@@ -193,10 +193,8 @@ def _latent_sizes(keys: _Keys) -> dict[str, Any]:
     """Head sizes: the `_mla` keys if the file stores absorbed MLA, else the plain ones."""
     rank = keys.integer("attention.kv_lora_rank")
     rope_dim = keys.integer("rope.dimension_count")
-    key_length, value_length = (
-        keys.integer("attention.key_length"),
-        keys.integer("attention.value_length"),
-    )
+    key_length = keys.integer("attention.key_length")
+    value_length = keys.integer("attention.value_length")
     if "attention.key_length_mla" in keys.values:
         if (key_length, value_length) != (rank + rope_dim, rank):
             raise keys.error(
@@ -218,9 +216,7 @@ def _latent_sizes(keys: _Keys) -> dict[str, Any]:
 
 
 def _experts(keys: _Keys) -> dict[str, Any]:
-    """Routing. Files without group keys have no expert groups (the format's default); files without
-    a gate key use softmax.
-    """
+    """Routing. The format's defaults are no expert groups, and softmax as the gate."""
     gate = keys.integer("expert_gating_func", 1)
     if gate not in GATES:
         raise keys.error(
@@ -229,6 +225,7 @@ def _experts(keys: _Keys) -> dict[str, Any]:
     sigmoid = GATES[gate] == "sigmoid"
     groups = max(keys.integer("expert_group_count", 1), 1)
     family = "deepseek_v3" if sigmoid else "deepseek_v2"
+    softmax_method = "group_limited_greedy" if groups > 1 else "greedy"
     blocks, dense = keys.integer("block_count"), keys.integer("leading_dense_block_count")
     if dense >= blocks and not keys.integer("expert_count", 0):
         for key in (*EXPERT_NUMBERS, "expert_weights_norm", "expert_weights_scale"):
@@ -237,11 +234,7 @@ def _experts(keys: _Keys) -> dict[str, Any]:
     return {
         "model_type": family,
         "scoring_func": GATES[gate],
-        "topk_method": "noaux_tc"
-        if sigmoid
-        else "group_limited_greedy"
-        if groups > 1
-        else "greedy",
+        "topk_method": "noaux_tc" if sigmoid else softmax_method,
         "n_group": groups,
         "topk_group": max(keys.integer("expert_group_used_count", 1), 1),
         "n_routed_experts": keys.integer("expert_count"),
@@ -292,9 +285,7 @@ def _yarn(keys: _Keys) -> dict[str, Any]:
 
 
 def _frequency_divisors(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
-    """Llama 3's scaling, which the format stores as one divisor per frequency: longrope with
-    equal factors.
-    """
+    """Llama 3's scaling, stored as one divisor per frequency: longrope with equal factors."""
     divisors = file.read("rope_freqs.weight").flatten().tolist()
     return {
         "rope_type": "longrope",

@@ -86,9 +86,7 @@ class _Layout:
         self._gguf, self._arch, self._config = file, arch, config
 
     def convert(self, name: str) -> dict[str, StoredTensor]:
-        """The Hugging Face tensors that GGUF tensor `name` holds (alone or as the first of a
-        pair).
-        """
+        """The Hugging Face tensors that GGUF tensor `name` holds, alone or as one of a pair."""
         shape = self._gguf.tensors[name].shape
         if name == ROPE_FACTORS:  # a field of the config
             return {}

@@ -146,9 +146,7 @@ def permute(tensor: Tensor, heads: int) -> Tensor:
 
 
 def unpermute(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head from GGUF's order (pairs adjacent) to Hugging Face's (real parts, then
-    imaginary).
-    """
+    """Reverse of `permute`."""
     # [heads * pairs * 2, ...] -> heads x pairs x 2 -> heads x 2 x pairs
     pairs = tensor.view(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)

@@ -125,9 +125,7 @@ def _parse_extent(path: Path, name: str, entry: Any, data_start: int) -> Extent:
 
 
 def _naturals(value: Any, where: str) -> tuple[int, ...]:
-    """`value` as a tuple if it is a JSON list of whole numbers >= 0 (true and false are not
-    numbers).
-    """
+    """`value` as a tuple if it is a JSON list of whole numbers >= 0; true is no number."""
     if not isinstance(value, list) or len(value) > 64:
         raise UserError(f"{where} must be a short list of whole numbers")
     if not all(

@@ -34,15 +34,11 @@ class TensorSpec(NamedTuple):
     """Name, dtype and shape of a tensor in a file."""
 
     name: str
-    """Hugging Face name."""
     dtype: torch.dtype
-    """As stored."""
     shape: tuple[int, ...]
-    """Row-major."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def entry(self, start: int) -> dict[str, Any]:
@@ -55,7 +51,6 @@ class TensorSpec(NamedTuple):
 
 
 def spec_of(name: str, tensor: Tensor) -> TensorSpec:
-    """The spec of a tensor in memory."""
     return TensorSpec(name, tensor.dtype, tuple(tensor.shape))
 
 

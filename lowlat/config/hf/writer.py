@@ -6,8 +6,8 @@ from typing import Any
 from lowlat.config.attention import short_name
 from lowlat.config.hf.families import ARCHITECTURES, LOWLAT, MLA_FAMILIES
 from lowlat.config.hf.lowlat_model_type import config_to_lowlat
-from lowlat.config.hf.packing import packing_to_hf
 from lowlat.config.hf.padded_latent import extension_to_hf
+from lowlat.config.hf.quantization import storage_to_hf
 from lowlat.config.hf.rope import rope_to_hf
 from lowlat.config.model import (
     AttentionConfig,
@@ -15,7 +15,6 @@ from lowlat.config.model import (
     MLAConfig,
     ModelConfig,
     MoEConfig,
-    QuantConfig,
 )
 from lowlat.utils.errors import UserError
 
@@ -55,11 +54,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
             raw |= _gqa_to_hf(config, attention) | _windows_to_hf(config)
         case _:
             _require(config, False, short_name(attention))
-    if config.quantization is not None:
-        raw["quantization_config"] = _quantization_to_hf(config.quantization)
-    if config.packing is not None:
-        raw["quantization_config"] = packing_to_hf(config.packing)
-    return raw
+    return raw | storage_to_hf(config)
 
 
 def _uniform_attention(config: ModelConfig) -> AttentionConfig:
@@ -163,20 +158,6 @@ def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
         "max_window_layers": min(sliding),
         "layer_types": types,
     }
-
-
-def _quantization_to_hf(quant: QuantConfig) -> dict[str, Any]:
-    raw: dict[str, Any] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": list(quant.weight_block_size),
-    }
-    if quant.scale_fmt is not None:
-        raw["scale_fmt"] = quant.scale_fmt
-    if quant.modules_to_not_convert:
-        raw["modules_to_not_convert"] = list(quant.modules_to_not_convert)
-    return raw
 
 
 def _require(config: ModelConfig, condition: bool, what: str) -> None:

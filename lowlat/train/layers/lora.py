@@ -55,7 +55,11 @@ class LowRankExperts(nn.ModuleDict):
         return gate_up_proj, self._added("down_proj", down_proj)
 
     def _added(self, name: str, weight: Tensor) -> Tensor:
-        return weight + self[name].delta() if name in self else weight
+        if name not in self:
+            return weight
+        update = self[name]
+        assert isinstance(update, LowRank)
+        return weight + update.delta()
 
 
 class LoraLinear(Linear):

@@ -12,6 +12,7 @@ from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.metrics import tensorboard
 from lowlat.train.metrics.jsonl import LogWriter
 from lowlat.train.metrics.record import EvalRecord, NoteRecord, StartRecord, StepRecord
+from lowlat.utils.errors import UserError
 
 LOADS_EVERY = 10
 """Minimum steps between log records with the load of every expert. The other records have only
@@ -79,32 +80,23 @@ class FolderMetricsLog(MetricsLog):
     """Writes records to a run folder and shows them."""
 
     def __init__(
-        self,
-        run: RunFolder,
-        *,
-        view: MetricsLog,
-        tensorboard_wanted: bool | None = None,
-        loads_every: int = LOADS_EVERY,
+        self, run: RunFolder, *, view: MetricsLog, tensorboard_wanted: bool | None
     ) -> None:
-        """Open or create the log.
+        """Open or create the log in the existing folder of `run`; `view` shows the records.
 
-        Args:
-            run: the run folder, which must exist.
-            view: shows the records.
-            tensorboard_wanted: None writes TensorBoard files if tensorboard is installed and logs
-                a note otherwise; True requires tensorboard; False writes none.
-            loads_every: minimum steps between log records with the load of every expert.
-
-        Raises:
-            UserError: the log cannot be written, or tensorboard is required and not installed.
+        tensorboard_wanted: None writes TensorBoard files if tensorboard is installed and logs a
+        note otherwise; True requires tensorboard; False writes none. Raises UserError if the log
+        cannot be written, or tensorboard is required and not installed.
         """
-        if tensorboard_wanted:
-            tensorboard.require()
+        if tensorboard_wanted and not tensorboard.available():
+            raise UserError(
+                "the recipe asks for TensorBoard files, which need tensorboard: "
+                "pip install lowlat[train], or leave the option out"
+            )
         self._view = view
         self._run = run
         self._tensorboard_wanted = tensorboard_wanted
         self._tensorboard: tensorboard.TensorBoardFiles | None = None
-        self._loads_every = loads_every
         self._step = 0
         self._loads_due = 0
         self._log = LogWriter(run.log)
@@ -123,10 +115,13 @@ class FolderMetricsLog(MetricsLog):
 
     def step(self, record: StepRecord) -> None:
         self._step = record.step
-        due = record.step >= self._loads_due
-        if due:
-            self._loads_due = record.step + self._loads_every
-        self._log.write(record if due else _without_loads(record))
+        logged = record
+        if record.step >= self._loads_due:
+            self._loads_due = record.step + LOADS_EVERY
+        else:
+            layers = tuple(replace(layer, load=()) for layer in record.experts)
+            logged = replace(record, experts=layers)
+        self._log.write(logged)
         if self._tensorboard is not None:
             self._tensorboard.step(record)
         self._view.step(record)
@@ -158,7 +153,3 @@ class FolderMetricsLog(MetricsLog):
             self._tensorboard = tensorboard.TensorBoardFiles(self._run.tensorboard, record)
         else:
             self.note("no TensorBoard files: tensorboard is not installed (lowlat[train])")
-
-
-def _without_loads(record: StepRecord) -> StepRecord:
-    return replace(record, experts=tuple(replace(layer, load=()) for layer in record.experts))

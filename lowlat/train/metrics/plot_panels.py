@@ -190,11 +190,11 @@ def _mtp_losses(axes: Any, run: DrawnRun) -> list[Array]:
     """Draw the MTP losses; returns their moving means."""
     means = []
     for depth in range(max(len(step.mtp_losses) for step in run.history.steps)):
-
-        def value(step: StepRecord, depth: int = depth) -> float | None:
-            return step.mtp_losses[depth] if depth < len(step.mtp_losses) else None
-
-        means.append(smoothed(run.values(value)))
+        values = [
+            step.mtp_losses[depth] if depth < len(step.mtp_losses) else None
+            for step in run.history.steps
+        ]
+        means.append(smoothed(finite(values)))
         axes.plot(
             *thinned(run.x, means[-1]),
             "--" if depth == 0 else ":",

@@ -28,15 +28,6 @@ def available() -> bool:
     return find_spec("tensorboard") is not None
 
 
-def require() -> None:
-    """Raises UserError if tensorboard is not installed; called before training starts."""
-    if not available():
-        raise UserError(
-            "the recipe asks for TensorBoard files, which need tensorboard: "
-            "pip install lowlat[train], or leave the option out"
-        )
-
-
 @final
 class TensorBoardFiles:
     """Writes log records as TensorBoard events."""

@@ -66,18 +66,6 @@ class ShardedParameters:
         self.copies = copies
         self._by_name = {param.name: param for param in parameters}
 
-    @classmethod
-    def unsharded(cls, model: nn.Module) -> "ShardedParameters":
-        """All parameters of any module, in one process."""
-        mesh = ProcessMesh()
-        return cls(
-            mesh,
-            [
-                _sharded(name, parameter, Sharding(mesh, parameter.shape), False, False)
-                for name, parameter in model.named_parameters()
-            ],
-        )
-
     def sharding(self, name: str) -> Sharding:
         """How the parameter `name` is sharded."""
         return self._by_name[name].sharding
@@ -119,12 +107,12 @@ class ShardedParameters:
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every full parameter of the model, one at a time; collective."""
-        yield from gather_along_pipeline(self.mesh, self._own_full())
-
-    def _own_full(self) -> Iterator[tuple[str, Tensor]]:
-        for param in self.parameters:
-            if param.name not in self.copies:
-                yield param.name, param.sharding.full(param.local.detach())
+        own = (
+            (param.name, param.sharding.full(param.local.detach()))
+            for param in self.parameters
+            if param.name not in self.copies
+        )
+        return gather_along_pipeline(self.mesh, own)
 
 
 def parallelize(

@@ -10,12 +10,14 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     model_validator,
 )
 
-from lowlat.train.recipe.errors import explain
+from lowlat.train.recipe.errors import NUMBER, SEGMENTS, explain
 from lowlat.utils.errors import UserError
 
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -58,7 +60,10 @@ class Segment(_Table):
     """Interpolation to the end value; `constant` applies the end value from the first step."""
 
 
-Schedule = Amount | Annotated[list[Segment], Field(min_length=1)]
+Schedule = Annotated[
+    Annotated[Amount, Tag(NUMBER)] | Annotated[list[Segment], Field(min_length=1), Tag(SEGMENTS)],
+    Discriminator(lambda value: SEGMENTS if isinstance(value, list) else NUMBER),
+]
 """A constant, or segments that start from 0."""
 
 
@@ -342,7 +347,7 @@ def parse_recipe(raw: dict[str, Any], *, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{origin}: {explain(error, Recipe, raw)}") from error
+        raise UserError(f"{origin}: {explain(error, Recipe)}") from error
 
 
 def _apply(raw: dict[str, Any], change: str) -> None:

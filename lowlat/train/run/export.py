@@ -81,7 +81,10 @@ def export(
         return
     stored = parse_dtype(dtype)
     raw = config_to_hf(config) | {"dtype": str(stored).removeprefix("torch.")}
-    tensors = _cast(file_tensors(config, parameters), stored)
+    tensors = (
+        (name, tensor if name.endswith(ROUTER_BIAS) else tensor.to(stored))
+        for name, tensor in file_tensors(config, parameters)
+    )
     write_checkpoint(dst, raw, tensors, extra_files=text_files(text))
 
 
@@ -143,13 +146,6 @@ class _Fp8Parameters(Mapping[str, Tensor]):
         if not bool(weight.isfinite().all()):
             raise UserError(f"{name} has values that are not finite; export an earlier state")
         return quantize_blocks(weight, self._quant.weight_block_size, self._quant.scale_fmt)
-
-
-def _cast(
-    tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        yield name, tensor if name.endswith(ROUTER_BIAS) else tensor.to(dtype)
 
 
 def export_save(

@@ -23,10 +23,10 @@ class Optimizer:
     """One or two torch optimizers over all trainable parameters."""
 
     def __init__(
-        self, model: nn.Module, table: OptimizerConfig, sharded: ShardedParameters | None = None
+        self, model: nn.Module, table: OptimizerConfig, sharded: ShardedParameters
     ) -> None:
-        """`sharded` holds the shards of the parameters of `model`; by default they are full."""
-        self._sharded = sharded or ShardedParameters.unsharded(model)
+        """`sharded` holds the shards of the parameters of `model`."""
+        self._sharded = sharded
         hidden, outer, plain = _groups(model, self._sharded)
         self.max_grad_norm = table.max_grad_norm
         self._named = [*hidden, *outer, *plain]

@@ -183,10 +183,10 @@ def test_mla_caches_the_entries_it_is_given() -> None:
 
 def test_break_even_of_deepseek_v3_is_about_170() -> None:
     """512 (128 + 128) / (2 512 + 64 - 128 - 64 - 128) = 170.67 queries per key."""
-    assert expansion_break_even([V3_MLA.latent_sizes]) == pytest.approx(512 * 256 / 768)
+    assert expansion_break_even([V3_MLA]) == pytest.approx(512 * 256 / 768)
     # With a latent no wider than the heads the absorbed path never costs more.
     no_gain = MLA(kv_lora_rank=4, qk_nope_head_dim=5, v_head_dim=7)
-    assert expansion_break_even([no_gain.latent_sizes]) == math.inf
+    assert expansion_break_even([no_gain]) == math.inf
 
 
 @pytest.mark.parametrize(

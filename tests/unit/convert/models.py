@@ -43,11 +43,7 @@ class ModelWeights(Weights):
     """The parameters of a model in memory."""
 
     def __init__(self, model: Transformer) -> None:
-        self._config, self._state = model.config, model.state_dict()
-
-    @property
-    def config(self) -> ModelConfig:
-        return self._config
+        self.config, self._state = model.config, model.state_dict()
 
     def dtype(self, name: str) -> torch.dtype:
         return self._state[name].dtype

@@ -62,7 +62,7 @@ def compressed(
     own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
     parts = method.components(own, statistics)
     rope = parts.priority.flatten().argsort(descending=True)[: rotary // 2]
-    keys = decouple(parts, own, statistics, rope, uses_mean_rotation=method.uses_mean_rotation)
+    keys = decouple(parts, own, statistics, rope)
     rank = len(keys.nope) + own.v.shape[0] * own.v.shape[1]
     factors = factorize(method.target(own, statistics, keys), rank)
     source = weights.config.attention
@@ -265,7 +265,7 @@ def test_factors_are_the_best_and_cost_what_they_say() -> None:
     own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
     method = METHODS["weighted"]
     parts = components(own, statistics, method.basis, method.priority, uses_mean_rotation=True)
-    keys = decouple(parts, own, statistics, torch.tensor([1, 7, 20]), uses_mean_rotation=True)
+    keys = decouple(parts, own, statistics, torch.tensor([1, 7, 20]))
     target = weighted_target(own, statistics, keys)
 
     def cost(approximation: Tensor) -> float:

@@ -179,7 +179,7 @@ def test_the_path_is_the_cheaper_one_of_all_layers_together() -> None:
     narrow, wide = sizes(24), sizes(224)
     assert choose_path(narrow, 4000) == "absorbed"
     assert [choose_path(wide, length) for length in (89, 90)] == ["absorbed", "expanded"]
-    both = expansion_break_even([narrow.latent_sizes, wide.latent_sizes])
+    both = expansion_break_even([narrow, wide])
     assert both == pytest.approx((24 * 128 + 224 * 128) / (320 - 80))
     assert [choose_path((narrow, wide), n) for n in (132, 133)] == ["absorbed", "expanded"]
     assert choose_path((narrow, wide), 32) == "decode"

@@ -133,7 +133,6 @@ class FakeEngine(AsyncEngine):
         priority: int = 0,
         deadline: float | None = None,
         keep_special: frozenset[int] = frozenset(),
-        stop_token_ids: frozenset[int] = frozenset(),
         begins_text: bool = True,
     ) -> Generation:
         if self.refusal is not None:

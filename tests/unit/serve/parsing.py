@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from lowlat.serve.chat.output_parser import OutputParser
-from lowlat.serve.tool_parsers.parts import Part, append_part
+from lowlat.serve.tool_parsers.state import Part, append_part
 
 
 def joined_parts(parser: OutputParser, pieces: Iterable[str]) -> list[Part]:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.protocol.completions import CompletionResponse
 from lowlat.serve.protocol.limits import MAX_PROMPTS
+from lowlat.serve.routes.completions import CompletionResponse
 
 from .conftest import assert_refused
 from .fake_engine import NAME, Answer, FakeEngine

@@ -10,18 +10,20 @@ from hypothesis import strategies as st
 
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.tool_parsers.base import ToolParser
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser
-from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.llama import Llama3ToolParser
-from lowlat.serve.tool_parsers.mistral import MistralToolParser
-from lowlat.serve.tool_parsers.parts import (
+from lowlat.serve.tool_parsers.formats import (
+    DeepSeekV3ToolParser,
+    HermesToolParser,
+    Llama3ToolParser,
+    MistralToolParser,
+)
+from lowlat.serve.tool_parsers.state import (
     ContentPart,
+    ParserState,
     Part,
     ReasoningPart,
     ToolCallArguments,
     ToolCallStart,
 )
-from lowlat.serve.tool_parsers.state import ParserState
 from lowlat.serve.tool_parsers.xml import GlmToolParser
 from tests.unit.serve.parsing import joined_parts
 from tests.unit.serve.templates import FORMATS, IDS

@@ -11,13 +11,11 @@ from starlette.testclient import TestClient
 from lowlat.generate.completion import CompletionDelta
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.protocol.messages import AssistantMessage
-from lowlat.serve.protocol.responses import ResponsesRequest
-from lowlat.serve.protocol.responses_output import ResponseObject
 from lowlat.serve.routes.context import RequestContext
-from lowlat.serve.routes.responses import ResponsesBuilder
-from lowlat.serve.routes.responses_input import as_chat
-from lowlat.serve.routes.responses_output import Output
-from lowlat.serve.tool_parsers.parts import (
+from lowlat.serve.routes.reply import respond
+from lowlat.serve.routes.responses import Output, ResponseObject, ResponsesReply
+from lowlat.serve.routes.responses_request import ResponsesRequest, as_chat
+from lowlat.serve.tool_parsers.state import (
     ContentPart,
     ReasoningPart,
     ToolCallArguments,
@@ -105,8 +103,10 @@ def test_tokens_of_reasoning(
     """Marks and line ends that are held back are counted with it."""
     parser = OutputParser(marks=ReasoningTags("<think>", "</think>"), thinking=thinking)
     request = ResponsesRequest.model_validate(BODY)
-    reply = ResponsesBuilder(ScriptedContext(steps), request, parser)
-    answer = asyncio.run(reply.complete())
+    context = ScriptedContext(steps)
+    reply = ResponsesReply(context, request, parser)
+    response = asyncio.run(respond(context, reply, stream=False))
+    answer = ResponseObject.model_validate_json(bytes(response.body))
     assert answer.usage is not None
     assert answer.usage.output_tokens_details.reasoning_tokens == count
 

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.http.login import COOKIE, cookie_value
+from lowlat.serve.http.pages import COOKIE, cookie_value
 
 from .conftest import URL, MakeClient
 from .fake_engine import NAME, FakeEngine

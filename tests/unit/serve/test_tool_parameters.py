@@ -12,8 +12,7 @@ from lowlat.serve.chat.output_parser import OutputParser, ReasoningTags
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
 from lowlat.serve.tool_parsers.parameters import json_types
-from lowlat.serve.tool_parsers.parts import ToolCallArguments
-from lowlat.serve.tool_parsers.state import ParserState
+from lowlat.serve.tool_parsers.state import ParserState, ToolCallArguments
 from lowlat.serve.tool_parsers.xml import MAX_VALUE, GlmToolParser, Qwen3CoderToolParser
 from tests.unit.serve.parsing import joined_parts
 from tests.unit.serve.templates import tokenizer_of
@@ -36,7 +35,7 @@ def compiler() -> GrammarCompiler:
 def grammar_of(tools: ToolParser, schema: dict[str, Any], compiler: GrammarCompiler) -> Any:
     function = ToolFunction(name="f", schema={"type": "object", **schema}, path=PLACE)
     calls = ToolCallConstraint(format=tools, functions=[function], parallel=True, required=True)
-    output = constrained_output(TOKENIZER, output=None, calls=calls, reasoning=None)
+    output = constrained_output(TOKENIZER, output=None, calls=calls)
     assert output is not None
     return compiler.compile(output)
 

@@ -184,7 +184,7 @@ def test_an_unbalanced_router_becomes_balanced() -> None:
             # A direction that all tokens share makes experts 1 and 2 everyone's.
             gate.weight.mul_(0.3)
             gate.weight[1:3] += direction
-    optimizer = Optimizer(model, OptimizerConfig(weight_decay=0.0))
+    optimizer = Optimizer(model, OptimizerConfig(weight_decay=0.0), tiny.unsharded(model))
     balancer = LoadBalancer(model, sequence_weight=0.0)
     tokens = torch.randint(211, (13, 24))
     batch = Batch(tokens=tokens, loss_mask=torch.ones_like(tokens, dtype=torch.bool))
@@ -209,7 +209,7 @@ def test_an_unbalanced_router_becomes_balanced() -> None:
 def test_the_bias_is_no_parameter_of_the_optimiser() -> None:
     model = tiny.model(tiny.config())
     before = biases(model)
-    optimizer = Optimizer(model, OptimizerConfig())
+    optimizer = Optimizer(model, OptimizerConfig(), tiny.unsharded(model))
     balancer = LoadBalancer(model, sequence_weight=1e-4)
     plan = tiny.plan(bias_update_speed=0.0)
     train_step(

@@ -27,7 +27,9 @@ TABLE = OptimizerConfig(eps=1e-4, max_grad_norm=0.5)
 
 
 def parts(model: Transformer) -> tuple[Optimizer, LoadBalancer]:
-    return Optimizer(model, TABLE), LoadBalancer(model, sequence_weight=ALPHA)
+    return Optimizer(model, TABLE, tiny.unsharded(model)), LoadBalancer(
+        model, sequence_weight=ALPHA
+    )
 
 
 def test_steps_written_out() -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowlat.config.model import ModelConfig
 from lowlat.data.batch import Batch
@@ -12,6 +12,9 @@ from lowlat.model.transformer import Transformer
 from lowlat.train.inputs.run_inputs import RunInputs
 from lowlat.train.layers.fused import use_fused_layers
 from lowlat.train.layers.stacked_experts import stack_experts
+from lowlat.train.parallel.mesh import ProcessMesh
+from lowlat.train.parallel.parallelize import ShardedParameter, ShardedParameters
+from lowlat.train.parallel.sharding import Sharding
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from tests.configs import MOE
@@ -34,6 +37,22 @@ def inputs(*fingerprints: str) -> RunInputs:
         fingerprints=list(fingerprints),
         teacher_fingerprint=None,
     )
+
+
+def unsharded(model: nn.Module) -> ShardedParameters:
+    """All parameters of a model in one process, as they are."""
+    mesh = ProcessMesh()
+    parameters = [
+        ShardedParameter(
+            name=name,
+            parameter=parameter,
+            local=parameter,
+            sharding=Sharding(mesh, parameter.shape),
+            reduce_axes=(),
+        )
+        for name, parameter in model.named_parameters()
+    ]
+    return ShardedParameters(mesh, parameters)
 
 
 def config(**changes: Any) -> ModelConfig:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.metrics import tensorboard
+from lowlat.train.metrics import metrics_log, tensorboard
 from lowlat.train.metrics.jsonl import read_log
 from lowlat.train.metrics.lines import encode
 from lowlat.train.metrics.metrics_log import FolderMetricsLog, MetricsLog
@@ -20,7 +20,6 @@ def open_log(folder: Path, *, tensorboard_wanted: bool | None = False) -> Folder
         RunFolder(folder),
         view=PlainView(),
         tensorboard_wanted=tensorboard_wanted,
-        loads_every=3,
     )
 
 
@@ -51,10 +50,11 @@ def test_records_reach_log_and_view(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_loads_are_kept_now_and_then(tmp_path: Path) -> None:
+def test_loads_are_kept_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: records of every second step that never meet a multiple of the interval, and
     resumed runs without a load for long.
     """
+    monkeypatch.setattr(metrics_log, "LOADS_EVERY", 3)
     log = open_log(tmp_path)
     begin(log)
     for number in (2, 4, 6, 8):

@@ -10,7 +10,7 @@ import pytest
 from lowlat.train.metrics import plot, series
 from lowlat.train.metrics.jsonl import LogWriter, RunHistory
 from lowlat.train.metrics.record import Record, StepRecord
-from lowlat.train.metrics.report_files import pictures, read_runs, write_report
+from lowlat.train.metrics.training_report import pictures, read_runs, write_report
 from lowlat.utils.errors import UserError
 from tests.unit.train.metrics.records import evaluation, experts, layer, start, step
 
