@@ -27,6 +27,7 @@ __all__ = [
     "GQAConfig",
     "GTAConfig",
     "MLAConfig",
+    "MLPLayerType",
     "MoEConfig",
     "ModelAttention",
     "ModelConfig",
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
+MLPLayerType = Literal["dense", "sparse"]
+"""A layer with a dense MLP, or with experts."""
 Packing = Literal["int8", "int4"]
 """Dtypes in which projections may be packed (`model.quant`)."""
 
@@ -98,6 +101,10 @@ class MoEConfig:
     """Leading layers with a dense MLP instead."""
     moe_layer_freq: int = 1
     """After the dense layers, layers whose number this divides are MoE."""
+    mlp_layer_types: tuple[MLPLayerType, ...] | None = None
+    """Kind of every decoder layer, in an order that the two fields above cannot express; None:
+    they decide. MTP modules then are MoE.
+    """
     scoring_func: Literal["softmax", "sigmoid"] = "sigmoid"
     """Gate: softmax (V2) or sigmoid (V3), in fp32."""
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
@@ -190,6 +197,11 @@ class ModelConfig:
                 raise ValueError(f"{name} has {len(value)} layers, not {self.num_hidden_layers}")
             if len(set(value)) == 1:
                 object.__setattr__(self, name, value[0])
+        types = None if self.moe is None else self.moe.mlp_layer_types
+        if types is not None and len(types) != self.num_hidden_layers:
+            raise ValueError(
+                f"mlp_layer_types has {len(types)} layers, not {self.num_hidden_layers}"
+            )
         layers = distinct(self.attention)
         differs = isinstance(self.attention, tuple) or isinstance(self.rope, tuple)
         if differs and not all(isinstance(layer, MLAConfig) for layer in layers):
@@ -234,6 +246,8 @@ class ModelConfig:
         moe = self.moe
         if moe is None:
             return False
+        if moe.mlp_layer_types is not None:
+            return layer >= self.num_hidden_layers or moe.mlp_layer_types[layer] == "sparse"
         return layer >= moe.first_k_dense_replace and layer % moe.moe_layer_freq == 0
 
     def window(self, layer: int) -> int | None:

@@ -110,6 +110,8 @@ def _mla_config(rng: random.Random, family: str, mtp: int) -> PreTrainedConfig:
         fields |= {"num_nextn_predict_layers": mtp, "first_k_dense_replace": dense}
         return DeepseekV3Config(**fields)
     kinds = ["dense"] * dense + ["sparse"] * (layers - dense)
+    if layers == 3 and rng.random() < 0.6:
+        kinds = ["sparse", "dense", "sparse"]
     # Not a field of the oracle's class, but of its MTP model and of released files
     fields |= {"num_mtp_layers": mtp, "mtp_mlp_layer_types": ["sparse"] * mtp}
     return Glm4MoeLiteConfig(**fields, mlp_layer_types=kinds)

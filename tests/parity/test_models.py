@@ -167,6 +167,8 @@ def test_the_draw_covers_every_rule() -> None:
             seen[f"mtp {case.mtp} {case.mtp_copies if case.mtp else ''}"] += 1
             seen[f"odd hidden {config.hidden_size % 2}"] += 1
             seen[f"shift {case.bias_shift}"] += 1
+            types = getattr(config, "mlp_layer_types", None) or []
+            seen["dense after sparse"] += types[:2] == ["sparse", "dense"]
             if case.family != "deepseek_v2":
                 seen[f"norm {config.norm_topk_prob}"] += 1
                 seen[f"interleave {config.rope_interleave}"] += 1
@@ -180,6 +182,7 @@ def test_the_draw_covers_every_rule() -> None:
         *(f"rope {kind}" for kind in ("default", "linear", "llama3", "yarn")),
         *(f"start {start}" for start in (0, 1, 7001, 59999)),
         *(f"shift {shift}" for shift in (0.0, -0.2, -2.0)),
+        "dense after sparse",
         *("mtp 0 ", "mtp 1 True", "mtp 1 False", "mtp 2 True", "mtp 2 False"),
         *("odd hidden 0", "odd hidden 1"),
     }

@@ -135,6 +135,7 @@ def _expert_keys(config: ModelConfig) -> dict[str, Any]:
             "expert_gating_func": GATES["softmax" if is_v2 else "sigmoid"],
         }
     _require(moe.moe_layer_freq == 1, f"moe_layer_freq {moe.moe_layer_freq}")
+    _require(moe.mlp_layer_types is None, "dense layers after sparse ones (mlp_layer_types)")
     _require(moe.n_shared_experts > 0, "experts without shared ones")
     if moe.topk_method == "group_limited_greedy":
         _log.warning("llama.cpp weighs groups of experts as V3 does, so its tokens will differ")

@@ -100,7 +100,7 @@ def config_from_lowlat(fields: JsonFields) -> ModelConfig:
         model_type=LOWLAT,
         attention=attention,
         rope=_rope(fields, attention, plain["max_position_embeddings"], plain["num_hidden_layers"]),
-        moe=None if moe is None else _moe(moe),
+        moe=None if moe is None else _moe(moe, plain["num_hidden_layers"]),
         **storage_from_hf(fields, methods=(PACKED,)),
         **plain,
     )
@@ -239,8 +239,12 @@ def _layer_rope(table: JsonFields, attention: AttentionConfig, context: int) -> 
     return RopeConfig(rope_theta=theta, rope_type=rope_type, rope_interleave=interleave, **settings)
 
 
-def _moe(table: JsonFields) -> MoEConfig:
+def _moe(table: JsonFields, layers: int) -> MoEConfig:
     moe = MoEConfig(**_read(MoEConfig, table))
+    if moe.mlp_layer_types is not None and len(moe.mlp_layer_types) != layers:
+        raise table.error(
+            "mlp_layer_types", f"has {len(moe.mlp_layer_types)} entries for {layers} layers"
+        )
     if moe.topk_method == "greedy" and (moe.n_group, moe.topk_group) != (1, 1):
         raise table.error(
             "topk_method", "'greedy' knows no groups; set n_group and topk_group to 1"
@@ -310,4 +314,14 @@ def _value(table: JsonFields, name: str, hint: Any) -> Any:
         return table.choice(name, get_args(hint))
     if hint is str:  # scale_fmt, the only one
         return table.choice(name, ("ue8m0",))
-    return table.strings(name) if str in get_args(hint) else table.integers(name)
+    entry = get_args(hint)[0]
+    if get_origin(entry) is Literal:
+        return _choices(table, name, get_args(entry))
+    return table.strings(name) if entry is str else table.integers(name)
+
+
+def _choices(table: JsonFields, name: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    values = table.strings(name)
+    if not set(values) <= set(allowed):
+        raise table.wrong(name, f"an array of {' and '.join(map(repr, allowed))}")
+    return values

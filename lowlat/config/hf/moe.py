@@ -1,9 +1,9 @@
 """MoE fields of config.json -> MoEConfig, with checks that routing is possible."""
 
 from dataclasses import fields as dataclass_fields
-from typing import Any
+from typing import Any, NamedTuple
 
-from lowlat.config.model import MoEConfig
+from lowlat.config.model import MLPLayerType, MoEConfig
 from lowlat.utils.json_fields import JsonFields
 
 MOE_FIELDS = {
@@ -12,15 +12,18 @@ MOE_FIELDS = {
 }
 """Fields of the expert layers, without effect in a model that has none."""
 
+LAYER_TYPE_FAMILIES = ("glm4_moe_lite",)
+"""Families whose files give mlp_layer_types; without it, the first layer alone is dense."""
+
 
 def moe_from_hf(
     fields: JsonFields, model_type: str, layers: int, mtp_layers: int
 ) -> MoEConfig | None:
     """The experts; None for a model all of whose layers are dense (or n_routed_experts null)."""
-    first_dense = _first_k_dense_replace(fields, model_type, layers)
+    types = _layer_types(fields, model_type, layers)
     name = fields.spelling("n_routed_experts", "num_local_experts", "num_experts")
     is_null = fields.mentioned(name) and not fields.present(name)
-    if is_null or first_dense >= layers + mtp_layers:
+    if is_null or not types.has_experts(layers, mtp_layers):
         fields.ignore(*MOE_FIELDS)
         return None
     is_v2, is_glm = model_type == "deepseek_v2", model_type == "glm4_moe_lite"
@@ -42,8 +45,7 @@ def moe_from_hf(
         num_experts_per_tok=fields.integer("num_experts_per_tok"),
         n_shared_experts=fields.nullable_integer("n_shared_experts", minimum=0) or 0,
         moe_intermediate_size=fields.integer("moe_intermediate_size"),
-        first_k_dense_replace=first_dense,
-        moe_layer_freq=fields.integer("moe_layer_freq", 1),
+        **types._asdict(),
         scoring_func=scoring,
         topk_method=method,
         n_group=groups,
@@ -75,21 +77,54 @@ def check_routing(fields: JsonFields, moe: MoEConfig) -> None:
         )
 
 
-def _first_k_dense_replace(fields: JsonFields, model_type: str, layers: int) -> int:
-    """Leading dense layers, from first_k_dense_replace or (glm4_moe_lite) from mlp_layer_types."""
-    if model_type != "glm4_moe_lite":
-        return fields.integer("first_k_dense_replace", minimum=0)
+class _LayerTypes(NamedTuple):
+    """Fields of MoEConfig that say which layers have experts."""
+
+    first_k_dense_replace: int
+    moe_layer_freq: int
+    mlp_layer_types: tuple[MLPLayerType, ...] | None
+
+    def has_experts(self, layers: int, mtp_layers: int) -> bool:
+        """Whether a decoder layer or MTP module may have some."""
+        if self.mlp_layer_types is not None:
+            return True
+        return self.first_k_dense_replace < layers + mtp_layers
+
+
+def _layer_types(fields: JsonFields, model_type: str, layers: int) -> _LayerTypes:
+    """Which layers have experts: mlp_layer_types, where the file has it, else
+    first_k_dense_replace and moe_layer_freq, which must not contradict it.
+    """
     types = fields.strings("mlp_layer_types")
-    dense = len(types) - len(types[types.index("sparse") :]) if "sparse" in types else len(types)
-    first = fields.integer("first_k_dense_replace", dense if types else 1, minimum=0)
-    expected = tuple("dense" if layer < first else "sparse" for layer in range(layers))
-    if types and types != expected:
-        raise fields.error(
-            "mlp_layer_types",
-            f"must be 'dense' for first_k_dense_replace = {first} layers, then 'sparse'",
-        )
-    if fields.integer("moe_layer_freq", 1) != 1:
-        raise fields.unsupported(
-            "moe_layer_freq", "mlp_layer_types says which layers are sparse (1)"
-        )
-    return first
+    has_first = fields.present("first_k_dense_replace")
+    default = 1 if types or model_type in LAYER_TYPE_FAMILIES else None
+    first = fields.integer("first_k_dense_replace", default, minimum=0)
+    frequency = fields.integer("moe_layer_freq", 1)
+    if not types:
+        return _LayerTypes(first, frequency, None)
+    if len(types) != layers:
+        raise fields.error("mlp_layer_types", f"has {len(types)} entries for {layers} layers")
+    kinds = tuple(_kind(fields, kind) for kind in types)
+    if has_first or frequency > 1:
+        if kinds != regular_layer_types(range(layers), first, frequency):
+            name = "first_k_dense_replace" if has_first else "moe_layer_freq"
+            raise fields.error(
+                "mlp_layer_types", f"contradicts {name} {fields.value(name)}; keep mlp_layer_types"
+            )
+        return _LayerTypes(first, frequency, None)
+    dense = kinds.index("sparse") if "sparse" in kinds else layers
+    is_regular = kinds == regular_layer_types(range(layers), dense, 1)
+    return _LayerTypes(dense, 1, None) if is_regular else _LayerTypes(0, 1, kinds)
+
+
+def _kind(fields: JsonFields, kind: str) -> MLPLayerType:
+    if kind == "dense" or kind == "sparse":
+        return kind
+    raise fields.wrong("mlp_layer_types", "an array of 'dense' and 'sparse'")
+
+
+def regular_layer_types(layers: range, first: int, frequency: int) -> tuple[MLPLayerType, ...]:
+    """Kinds of layers by first_k_dense_replace and moe_layer_freq."""
+    return tuple(
+        "sparse" if layer >= first and layer % frequency == 0 else "dense" for layer in layers
+    )

@@ -6,6 +6,7 @@ from typing import Any
 from lowlat.config.attention import short_name
 from lowlat.config.hf.families import ARCHITECTURES, LOWLAT, MLA_FAMILIES
 from lowlat.config.hf.lowlat_model_type import config_to_lowlat
+from lowlat.config.hf.moe import LAYER_TYPE_FAMILIES, regular_layer_types
 from lowlat.config.hf.padded_latent import extension_to_hf
 from lowlat.config.hf.quantization import storage_to_hf
 from lowlat.config.hf.rope import rope_to_hf
@@ -98,9 +99,13 @@ def _moe_to_hf(config: ModelConfig) -> dict[str, Any]:
     _require(config, is_v2 != (moe.topk_method == "noaux_tc"), f"topk_method {moe.topk_method}")
     _require(config, is_v2 != (moe.scoring_func == "sigmoid"), f"scoring_func {moe.scoring_func}")
     _require(config, is_v2 != moe.scale_after_norm, f"scale_after_norm {moe.scale_after_norm}")
-    if config.model_type == "glm4_moe_lite":
-        first, layers = moe.first_k_dense_replace, range(config.num_hidden_layers)
-        raw["mlp_layer_types"] = ["dense" if layer < first else "sparse" for layer in layers]
+    types = raw.pop("mlp_layer_types")
+    if types is not None:
+        del raw["first_k_dense_replace"], raw["moe_layer_freq"]
+    if types is not None or config.model_type in LAYER_TYPE_FAMILIES:
+        layers = range(config.num_hidden_layers)
+        first, frequency = moe.first_k_dense_replace, moe.moe_layer_freq
+        raw["mlp_layer_types"] = list(types or regular_layer_types(layers, first, frequency))
     return raw
 
 

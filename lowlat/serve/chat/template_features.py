@@ -15,6 +15,8 @@ from lowlat.serve.tool_parsers.base import ToolParser
 from lowlat.serve.tool_parsers.formats import (
     DeepSeekV3ToolParser,
     DeepSeekV31ToolParser,
+    GigaChat3ToolParser,
+    GigaChat31ToolParser,
     HermesToolParser,
     KimiK2ToolParser,
     Llama3ToolParser,
@@ -110,6 +112,10 @@ def find_tool_parser(source: str) -> ToolParser | None:
         return KimiK2ToolParser()
     if "<｜tool▁calls▁begin｜>" in source:  # noqa: RUF001
         return DeepSeekV3ToolParser() if "```json" in source else DeepSeekV31ToolParser()
+    if "<|function_call|>" in source:
+        return GigaChat31ToolParser()
+    if "function call<|role_sep|>" in source:
+        return GigaChat3ToolParser()
     if "[TOOL_CALLS]" in source:
         return MistralToolParser() if "[ARGS]" in source else MistralListToolParser()
     if "<tool_call>" in source:

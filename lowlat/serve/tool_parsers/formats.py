@@ -1,4 +1,4 @@
-"""Tool-call formats with JSON arguments: Hermes, Llama 3, Mistral, DeepSeek and Kimi K2."""
+"""Tool-call formats with JSON arguments: Hermes, Llama 3, Mistral, GigaChat, DeepSeek, Kimi K2."""
 
 import hashlib
 import re
@@ -40,6 +40,25 @@ class HermesToolParser(_JsonToolParser):
         yield from state.reader.skip_space()
         yield from state.read_object_call(until="</tool_call>")
         yield from state.reader.accept_within_call("</tool_call>")
+
+
+class GigaChat31ToolParser(_JsonToolParser):
+    """GigaChat 3.1: <|function_call|>{"name": ..., "arguments": {...}}, one call per message."""
+
+    markers = ("<|function_call|>",)
+    parallel = False
+    call = (f'{{"name": "{NAME}", "arguments": ', ARGUMENTS, "}")
+
+    def read_calls(self, state: ParserState) -> Steps[None]:
+        yield from state.reader.skip_space()
+        yield from state.read_object_call(until=None)
+
+
+class GigaChat3ToolParser(GigaChat31ToolParser):
+    """GigaChat 3: the same object as a message of the role "function call"."""
+
+    markers = ("function call<|role_sep|>", "<|role_sep|>")
+    before_call = ("\n",)
 
 
 class Llama3ToolParser(_JsonToolParser):

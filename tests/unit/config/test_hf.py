@@ -88,16 +88,29 @@ def test_glm_layer_types():
     types = ["dense", "dense", "dense", "sparse", "sparse"]
     moe = config_from_hf(GLM | {"mlp_layer_types": types}).moe
     assert moe is not None and (moe.first_k_dense_replace, moe.n_group) == (3, 1)
-    for bad in (
-        types[:4],
-        types[::-1],
-        ["dense", "sparse", "dense", "sparse", "sparse"],
-        ["x"] * 5,
-    ):
+    for bad in (types[:4], ["x"] * 5):
         assert "mlp_layer_types" in refusal(GLM | {"mlp_layer_types": bad})
-    assert "mlp_layer_types" in refusal(
-        GLM | {"mlp_layer_types": types, "first_k_dense_replace": 1}
-    )
+    for other in ({"first_k_dense_replace": 1}, {"moe_layer_freq": 2}):
+        message = refusal(GLM | {"mlp_layer_types": types} | other)
+        assert "mlp_layer_types contradicts" in message and next(iter(other)) in message
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "kimi_k2", "deepseek_v2", "glm4_moe_lite"])
+def test_dense_and_sparse_layers_in_any_order(family: str):
+    """transformers keeps a list of layer types where other files have two numbers."""
+    raw = without(FAMILIES[family], "first_k_dense_replace")
+    types = ["sparse", "dense", "dense", "sparse", "dense"]
+    config = config_from_hf(raw | {"mlp_layer_types": types})
+    assert [config.is_moe_layer(i) for i in range(5)] == [True, False, False, True, False]
+    if family not in ("deepseek_v2",):
+        mtp = {"mlp_layer_types": types, "num_nextn_predict_layers": 1}
+        assert config_from_hf(raw | mtp).is_moe_layer(5)
+    # the same layers, however the file says it
+    frequent = FAMILIES[family] | {"first_k_dense_replace": 1, "moe_layer_freq": 2}
+    listed = raw | {"mlp_layer_types": ["dense", "dense", "sparse", "dense", "sparse"]}
+    by_list, by_number = config_from_hf(listed), config_from_hf(frequent)
+    kinds = [by_list.is_moe_layer(i) == by_number.is_moe_layer(i) for i in range(5)]
+    assert kinds == [True] * 5
 
 
 def test_dense_model_of_an_expert_family():

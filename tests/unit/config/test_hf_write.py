@@ -12,7 +12,7 @@ from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, QuantConfig
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.utils.errors import UserError
 
-from .files import FAMILIES, GLM, LLAMA, MISTRAL, QWEN2, QWEN3, V2, V3
+from .files import FAMILIES, GLM, LLAMA, MISTRAL, QWEN2, QWEN3, V2, V3, without
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 53, "mscale": 0.7}
 FACTORS = {"short_factor": [1.0, 2.0, 3.0], "long_factor": [1.0, 2.0, 3.0]}
@@ -32,6 +32,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "v2 greedy": V2 | {"topk_method": "greedy", "norm_topk_prob": True},
     "v2 dense": V2 | {"n_routed_experts": None},
     "glm layers": GLM | {"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 2},
+    "v3 any order": without(V3, "first_k_dense_replace")
+    | {"mlp_layer_types": ["sparse", "dense"] * 2 + ["dense"]},
+    "glm any order": GLM | {"mlp_layer_types": ["sparse", "dense"] * 2 + ["dense"]},
+    "glm frequency": GLM | {"first_k_dense_replace": 1, "moe_layer_freq": 2},
     "glm dense": GLM | {"mlp_layer_types": ["dense"] * 5},
     "llama biased": LLAMA | {"attention_bias": True, "head_dim": 8, "eos_token_id": [1, 2]},
     "llama mqa": LLAMA | {"num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0},

@@ -51,6 +51,7 @@ def test_deepseek_v3_by_part():
         ("moonlight-16b-a3b", "15.960", None),
         ("kimi-k2", "1026.4", "32.9"),
         ("glm-4.7-flash", "29.94", None),
+        ("gigachat3-10b-a1.8b", "10.67", "1.8"),
     ],
 )
 def test_totals_and_active(name: str, total: str, active: str | None):

@@ -17,6 +17,7 @@ def test_names():
         "moonlight-16b-a3b",
         "kimi-k2",
         "glm-4.7-flash",
+        "gigachat3-10b-a1.8b",
         "llama-3.1-8b",
         "llama-3.1-405b",
         "qwen2.5-72b",
@@ -48,6 +49,7 @@ def test_softmax_scale_has_the_yarn_factor():
         ("moonlight-16b-a3b", 64, 6, 2, 1, 1, 2.446, 1),
         ("kimi-k2", 384, 8, 1, 1, 1, 2.827, 1),
         ("glm-4.7-flash", 64, 4, 1, 1, 1, 1.8, 1),
+        ("gigachat3-10b-a1.8b", 64, 4, 1, 1, 1, 1.0, 1),
     ],
 )
 def test_experts(

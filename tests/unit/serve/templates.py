@@ -10,6 +10,8 @@ from tokenizers import AddedToken
 from lowlat.serve.tool_parsers.formats import (
     DeepSeekV3ToolParser,
     DeepSeekV31ToolParser,
+    GigaChat3ToolParser,
+    GigaChat31ToolParser,
     HermesToolParser,
     KimiK2ToolParser,
     Llama3ToolParser,
@@ -122,18 +124,29 @@ QWEN_CODER = (
     "Write <tool_call>\n<function=name>\n<parameter=key>\nvalue\n</parameter>\n</function>\n"
     "</tool_call>" + CHATML
 )
+GIGACHAT = (
+    "{{ bos_token }}{% for t in tools or [] %}developer<|role_sep|>\n{{ t | tojson }}"
+    "<|message_sep|>\n\n{% endfor %}{% for m in messages %}{{ m.role }}<|role_sep|>\n"
+    "{{ m.content }}<|message_sep|>\n\n{% for c in m.tool_calls or [] %}"
+    "function call<|role_sep|>\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
+    "<|message_sep|>\n\n{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant<|role_sep|>\n{% endif %}"
+)
+GIGACHAT_31 = GIGACHAT.replace("function call<|role_sep|>\n", "<|function_call|>")
 UNKNOWN = CHATML + "{{ tools | tojson }}<function_calls><invoke>"
 
 TEMPLATES = {
     "hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "mistral names": MISTRAL_NAMES, "r1": R1,
-    "v3.1": V31, "kimi": KIMI_K2, "glm": GLM, "qwen coder": QWEN_CODER, "unknown": UNKNOWN,
-    "chatml": CHATML,
+    "v3.1": V31, "kimi": KIMI_K2, "glm": GLM, "qwen coder": QWEN_CODER,
+    "gigachat 3": GIGACHAT, "gigachat 3.1": GIGACHAT_31, "unknown": UNKNOWN, "chatml": CHATML,
 }  # fmt: skip
 SPECIAL = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eot_id|>", "<|python_tag|>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]",
     *DEEPSEEK, *KIMI, "<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>",
     "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "[gMASK]", "<sop>",
+    "<|role_sep|>", "<|message_sep|>", "<|function_call|>",
 )  # fmt: skip
 PLAIN = (
     "<tool_call>", "</tool_call>", "<think>", "</think>", "<arg_key>", "</arg_key>", "<arg_value>",
@@ -164,6 +177,8 @@ FORMATS = (
     KimiK2ToolParser(),
     GlmToolParser(),
     Qwen3CoderToolParser(),
+    GigaChat3ToolParser(),
+    GigaChat31ToolParser(),
 )
 IDS = [type(tools).__name__ for tools in FORMATS]
 """Names of FORMATS, as test ids."""

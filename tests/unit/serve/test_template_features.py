@@ -7,6 +7,8 @@ from lowlat.serve.chat.template_features import TemplateFeatures, find_tool_pars
 from lowlat.serve.tool_parsers.formats import (
     DeepSeekV3ToolParser,
     DeepSeekV31ToolParser,
+    GigaChat3ToolParser,
+    GigaChat31ToolParser,
     HermesToolParser,
     KimiK2ToolParser,
     Llama3ToolParser,
@@ -27,6 +29,8 @@ FORMATS = {
     "kimi": KimiK2ToolParser,
     "glm": GlmToolParser,
     "qwen coder": Qwen3CoderToolParser,
+    "gigachat 3": GigaChat3ToolParser,
+    "gigachat 3.1": GigaChat31ToolParser,
     "unknown": type(None),
     "chatml": type(None),
 }
