@@ -186,7 +186,7 @@ BoundAttention make_gqa(std::int64_t heads, std::int64_t kv_heads, std::int64_t 
 
 BoundLayer make_layer(const BoundNorm& input_norm, const BoundNorm& post_attention_norm,
                       const BoundAttention& attention, std::int64_t first_pair, const std::optional<BoundMlp>& mlp,
-                      const std::optional<BoundMoe>& moe) {
+                      const std::optional<BoundMoe>& moe, const std::optional<BoundNorm>& post_mlp_norm) {
   BoundLayer bound;
   bound.part.input_norm = bound.keep(input_norm);
   bound.part.post_attention_norm = bound.keep(post_attention_norm);
@@ -195,6 +195,7 @@ BoundLayer make_layer(const BoundNorm& input_norm, const BoundNorm& post_attenti
   require(first_pair >= 0, "first_pair is negative");
   bound.part.mlp = bound.keep(mlp);
   bound.part.moe = bound.keep(moe);
+  bound.part.post_mlp_norm = bound.keep(post_mlp_norm);
   return bound;
 }
 
@@ -214,16 +215,20 @@ using SequenceArgs = std::tuple<std::vector<std::int32_t>, std::int64_t, std::in
 class BoundModel {
  public:
   BoundModel(const Array& embedding, const std::optional<BoundMtpInput>& mtp_input, const std::vector<BoundLayer>& layers,
-             std::int64_t first_layer, const BoundNorm& norm, const BoundProjection& head, bool is_larger_than_memory)
+             std::int64_t first_layer, const BoundNorm& norm, const BoundProjection& head, bool is_larger_than_memory,
+             float embedding_scale, float residual_scale)
       : model_(assemble(embedding, mtp_input, layers, norm, head)) {
     require(first_layer >= 0, "first_layer is negative");
     model_.first_layer = first_layer;
     model_.is_larger_than_memory = is_larger_than_memory;
+    model_.embedding_scale = embedding_scale;
+    model_.residual_scale = residual_scale;
   }
 
   void step(const Array& ids, const std::optional<Array>& previous, const Array& slots, const Array& cos,
             const Array& sin, const std::vector<SequenceArgs>& sequences, const BoundCache& cache, const Array& hidden,
-            const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits, bool is_decode) {
+            const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits, bool is_decode,
+            const std::optional<Array>& query_scale) {
     // Do not wait for the mutex while holding the GIL: the running step needs the GIL before it releases the mutex.
     StepState& own = step_state_.get(model_);
     std::unique_lock one_step(own.mutex, std::defer_lock);
@@ -235,6 +240,7 @@ class BoundModel {
     read_tokens(step, ids, slots, cos, sin);
     require(previous.has_value() == model_.mtp_input.has_value(), "only MTP modules take previous hidden states, and they need them");
     if (previous) step.previous = elements<bf16>(*previous, "previous", Type::bf16, {step.tokens, model_.hidden});
+    if (query_scale) step.query_scale = elements<float>(*query_scale, "query_scale", Type::fp32, {step.tokens});
     read_cache(step, cache);
     read_sequences(step, sequences, cache);
     step.hidden = elements<bf16>(hidden, "hidden", Type::bf16, {step.tokens, model_.hidden});
@@ -291,6 +297,7 @@ class BoundModel {
             "a layer has another width than the embedding");
     require(a.heads == first.heads && a.kv_heads == first.kv_heads && a.is_mla() == first.is_mla(),
             "the layers' attention differs in form or heads");
+    require(!layer.post_mlp_norm || layer.post_mlp_norm->size == model.hidden, "an MLP's norm has another width");
     require(layer.mlp || layer.moe, "a layer has no MLP");
     if (layer.mlp) require(layer.mlp->gate.weight.columns == model.hidden, "an MLP has another width");
     if (!layer.moe) return;
@@ -366,16 +373,17 @@ void bind_model(nb::module_& module) {
                   "window"_a, "q"_a, "k"_a, "v"_a, "o"_a, "q_norm"_a.none(), "k_norm"_a.none());
   nb::class_<BoundLayer>(module, "Layer")
       .def_static("make", make_layer, nb::kw_only(), "input_norm"_a, "post_attention_norm"_a, "attention"_a,
-                  "first_pair"_a, "mlp"_a.none(), "moe"_a.none());
+                  "first_pair"_a, "mlp"_a.none(), "moe"_a.none(), "post_mlp_norm"_a.none() = nb::none());
   nb::class_<BoundMtpInput>(module, "MtpInput")
       .def_static("make", make_mtp_input, "embedding_norm"_a, "hidden_norm"_a, "projection"_a);
   nb::class_<BoundModel>(module, "Model")
       .def(nb::init<const Array&, const std::optional<BoundMtpInput>&, const std::vector<BoundLayer>&, std::int64_t,
-                    const BoundNorm&, const BoundProjection&, bool>(),
+                    const BoundNorm&, const BoundProjection&, bool, float, float>(),
            nb::kw_only(), "embedding"_a, "mtp_input"_a.none(), "layers"_a, "first_layer"_a, "norm"_a, "head"_a,
-           "is_larger_than_memory"_a)
+           "is_larger_than_memory"_a, "embedding_scale"_a = 1.0f, "residual_scale"_a = 1.0f)
       .def("step", &BoundModel::step, nb::kw_only(), "ids"_a, "previous"_a.none(), "slots"_a, "cos"_a, "sin"_a,
-           "sequences"_a, "cache"_a, "hidden"_a, "wanted"_a, "logits"_a.none(), "is_decode"_a);
+           "sequences"_a, "cache"_a, "hidden"_a, "wanted"_a, "logits"_a.none(), "is_decode"_a,
+           "query_scale"_a.none() = nb::none());
 }
 
 }  // namespace lowlat

@@ -74,6 +74,7 @@ struct Attention {
 
 struct Layer {
   Norm input_norm, post_attention_norm;
+  std::optional<Norm> post_mlp_norm;  // of the output of MLP or MoE, before it is added to the residual stream
   Attention attention;
   std::optional<Mlp> mlp;  // the dense MLP, or the shared experts
   std::optional<Moe> moe;
@@ -90,6 +91,8 @@ struct Model {
   std::int64_t hidden = 0;
   std::int64_t vocab = 0;
   const bf16* embedding = nullptr;  // [vocab, hidden]
+  float embedding_scale = 1;        // factor on the embedding
+  float residual_scale = 1;         // factor on what attention and MLP add to the residual stream
   std::optional<MtpInput> mtp_input;  // for an MTP module; without it the layers' input is the embedding
   std::vector<Layer> layers;
   std::int64_t first_layer = 0;  // the index of layers[0] among the cache's layers
@@ -125,6 +128,7 @@ struct Step {
   const float* cos = nullptr;           // [tokens, pairs]: a layer's columns begin at its first_pair
   const float* sin = nullptr;
   std::int64_t pairs = 0;
+  const float* query_scale = nullptr;   // [tokens]: factor on a token's queries; null: none
   std::vector<Sequence> sequences;
   const Cache* caches = nullptr;        // one per layer of the model, with the same page table
   bool is_decode = false;               // every sequence decodes, see Activations

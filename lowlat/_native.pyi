@@ -156,8 +156,11 @@ class Layer:
         first_pair: int,
         mlp: Mlp | None,
         moe: Moe | None,
+        post_mlp_norm: Norm | None = None,
     ) -> Layer:
-        """first_pair: the layer's first column in a step's cos and sin."""
+        """first_pair: the layer's first column in a step's cos and sin. post_mlp_norm: of the
+        output of MLP or experts.
+        """
 
 class MtpInput:
     """Input of an MTP module: the projection of a normalized embedding and hidden state."""
@@ -190,7 +193,10 @@ class Model:
         norm: Norm,
         head: Projection,
         is_larger_than_memory: bool,
-    ) -> None: ...
+        embedding_scale: float = 1.0,
+        residual_scale: float = 1.0,
+    ) -> None:
+        """Factors on the embedding, and on what a layer adds to the residual stream."""
     def step(
         self,
         *,
@@ -205,11 +211,13 @@ class Model:
         wanted: Sequence[int],
         logits: Tensor | None,
         is_decode: bool,
+        query_scale: Tensor | None = None,
     ) -> None:
         """Run one step; writes hidden bf16 [tokens, hidden] and logits fp32 [wanted, vocab].
 
         ids and slots int64 [tokens]. previous: for an MTP module, hidden states of the previous
         depth, bf16 [tokens, hidden]. cos and sin fp32 [tokens, pairs]: the tables of all layers.
+        query_scale fp32 [tokens]: factors on the queries of MLA.
         sequences: (pages, entries cached before, new tokens, whether MLA takes the expanded path).
         is_decode: every sequence has at most 32 new tokens, so products take the GEMV path
         (lowlat.model.native).

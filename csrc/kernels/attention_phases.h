@@ -326,6 +326,11 @@ inline void attend_mla(const Pass& pass, const Attention& a, const Cache& cache)
   }
   make_mla_rows(pass, a, cache);
   if (a.q_a) multiply_all(pass, {{&a.q, &work.query_latent, work.q, q_stride}});
+  if (pass.step.query_scale != nullptr) {
+    pass.each_token([&](std::int64_t t) {
+      scale_row(work.q + t * q_stride, pass.step.query_scale[t], q_stride, work.q + t * q_stride);
+    });
+  }
   make_mla_queries(pass, a);
   attend_all(pass, a, cache);
   if (work.absorbed.empty()) return;

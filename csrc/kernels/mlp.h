@@ -84,9 +84,11 @@ inline void make_inner_rows(const Pass& pass) {
   });
 }
 
-// One strip of the residual stream: adds the weighted sum of the routed experts and the shared or dense MLP.
-inline void add_down_strip(const Pass& pass, std::int64_t strip, bool continues) {
+// One strip of the residual stream: adds the weighted sum of the routed experts and the shared or dense MLP. With a
+// norm of that sum, the strip goes to work.hidden instead.
+inline void add_down_strip(const Pass& pass, const Layer& layer, std::int64_t strip, bool continues) {
   Workspace& work = pass.work;
+  const F scale = set1(pass.model.residual_scale);
   const std::int64_t tokens = pass.step.tokens;
   float* sums = pass.strip_out(tokens, 1);
   float* plain = nullptr;
@@ -119,8 +121,26 @@ inline void add_down_strip(const Pass& pass, std::int64_t strip, bool continues)
       F y = zero();
       if (plain != nullptr) y = rounded(load(plain + t * kStrip + lane));
       if (is_routed) y = rounded(add(rounded(load(sums + t * kStrip + lane)), y));
+      if (layer.post_mlp_norm) {
+        store_bf16(work.hidden.values + t * work.hidden.stride + column, y, count);
+        continue;
+      }
       bf16* x = work.x + t * work.hidden.stride + column;
-      store_bf16(x, add(load_bf16(x, count), y), count);
+      store_bf16(x, add(load_bf16(x, count), rounded(mul(y, scale))), count);
+    }
+  });
+}
+
+// x += norm y, for the output y of the MLP in work.hidden.
+inline void add_normalized(const Pass& pass, const Norm& norm) {
+  const Workspace& work = pass.work;
+  pass.each_token([&](std::int64_t t) {
+    bf16* y = work.hidden.values + t * work.hidden.stride;
+    bf16* x = work.x + t * work.hidden.stride;
+    rms_norm(norm, y, y);
+    for (std::int64_t i = 0; i < norm.size; i += 16) {
+      const std::int64_t left = norm.size - i;
+      store_bf16(x + i, add(load_bf16(x + i, left), load_bf16(y + i, left)), left);
     }
   });
 }
@@ -143,7 +163,7 @@ inline void choose_experts(const Pass& pass, const Router& router) {
   });
 }
 
-// x += MLP or MoE (norm x).
+// x += MLP or MoE (norm x), times residual_scale or normalized.
 inline void add_mlp(const Pass& pass, const Layer& layer) {
   norm_residual(pass, layer.post_attention_norm);
   if (layer.moe) choose_experts(pass, layer.moe->router);
@@ -157,7 +177,8 @@ inline void add_mlp(const Pass& pass, const Layer& layer) {
   if (layer.moe && pass.step.tokens > 1) gather_rows(pass, pass.step.tokens * layer.moe->router.chosen);
   make_inner_rows(pass);
   pass.each_in_turn((pass.model.hidden + kStrip - 1) / kStrip,
-                    [&](std::int64_t strip, bool continues) { add_down_strip(pass, strip, continues); });
+                    [&](std::int64_t strip, bool continues) { add_down_strip(pass, layer, strip, continues); });
+  if (layer.post_mlp_norm) add_normalized(pass, *layer.post_mlp_norm);
 }
 
 }  // namespace lowlat::LOWLAT_ISA

@@ -119,9 +119,10 @@ inline void multiply_all(const Pass& pass, std::initializer_list<Product> produc
   });
 }
 
-// x += y W^T + b for the residual stream x.
+// x += residual_scale * (y W^T + b) for the residual stream x.
 inline void multiply_into_residual(const Pass& pass, const Projection& p, const Activations& y) {
   Workspace& work = pass.work;
+  const F scale = set1(pass.model.residual_scale);
   pass.each_in_turn(num_strips(p.weight), [&](std::int64_t strip, bool continues) {
     float* out = pass.strip_out(y.rows);
     multiply_strip(p.weight, strip, y, pass.panels(p.weight), out, next_strip(p.weight, strip, continues));
@@ -129,7 +130,8 @@ inline void multiply_into_residual(const Pass& pass, const Projection& p, const 
       const F bias = p.bias == nullptr ? zero() : load(p.bias + column, count);
       for (std::int64_t r = 0; r < y.rows; ++r) {
         bf16* x = work.x + r * work.hidden.stride + column;
-        store_bf16(x, add(load_bf16(x, count), rounded(add(load(out + r * kStrip + lane), bias))), count);
+        const F y = rounded(add(load(out + r * kStrip + lane), bias));
+        store_bf16(x, add(load_bf16(x, count), rounded(mul(y, scale))), count);
       }
     });
   });

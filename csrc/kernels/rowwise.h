@@ -22,6 +22,12 @@ inline void rms_norm(const Norm& norm, const bf16* x, bf16* out) {
   }
 }
 
+// out = x * factor. May work in place.
+inline void scale_row(const bf16* x, float factor, std::int64_t size, bf16* out) {
+  const F scale = set1(factor);
+  for (std::int64_t i = 0; i < size; i += 16) store_bf16(out + i, mul(load_bf16(x + i, size - i), scale), size - i);
+}
+
 // RoPE of one head in place: pairs (2i, 2i + 1) if interleave, else (i, i + dim / 2).
 inline void rotate(bf16* x, std::int64_t dim, const float* cos, const float* sin, bool interleave) {
   const std::int64_t half = dim / 2, step = interleave ? 2 : 1, far = interleave ? 1 : half;

@@ -11,7 +11,12 @@ inline void embed(const Pass& pass) {
   const std::int64_t hidden = pass.model.hidden;
   pass.each_token([&](std::int64_t t) {
     const bf16* row = pass.model.embedding + pass.step.ids[t] * hidden;
-    std::memcpy(work.x + t * work.hidden.stride, row, hidden * sizeof(bf16));
+    bf16* x = work.x + t * work.hidden.stride;
+    if (pass.model.embedding_scale == 1) {
+      std::memcpy(x, row, hidden * sizeof(bf16));
+    } else {
+      scale_row(row, pass.model.embedding_scale, hidden, x);
+    }
   });
 }
 

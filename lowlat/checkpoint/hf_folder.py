@@ -12,6 +12,7 @@ from typing import Any, final
 from torch import Tensor
 
 from lowlat.checkpoint.gguf.source import open_gguf
+from lowlat.checkpoint.language_part import language_part
 from lowlat.checkpoint.mapped_file import MappedFile
 from lowlat.checkpoint.safetensors.reader import SafetensorsFile
 from lowlat.checkpoint.shard_layout import INDEX_FILE, SINGLE_FILE
@@ -80,7 +81,7 @@ def _open_folder(folder: Path) -> TensorSource:
         name: _FileTensor(file.extents[name].shape, file.extents[name].dtype, file, name)
         for name, file in files.items()
     }
-    return TensorSource(folder, config, tensors)
+    return language_part(TensorSource(folder, config, tensors))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lowlat.checkpoint.mapping_operations import (
     PadLatent,
     Rename,
     Shapes,
+    StackExperts,
     parameter_names,
 )
 from lowlat.checkpoint.tensor_source import TensorSource
@@ -48,6 +49,7 @@ def operations(
     padded = [] if converted is None else parameter_names(converted)
     # packed files have a separate head
     reads_embedding = config.tie_word_embeddings and config.packing is None
+    stacks = _stacks_experts(config)
     known = dict.fromkeys(parameters)
     result: list[Operation] = []
     for parameter in known:
@@ -58,17 +60,32 @@ def operations(
             result.append(PadLatent(file_name(config, prefix), prefix, converted))
         elif found and below in padded:
             continue
+        elif stacks and ".mlp.experts." in parameter:
+            continue
         elif parameter == "lm_head.weight" and reads_embedding:
             result.append(Rename(file_name(config, "embed_tokens.weight"), parameter))
         else:
             result.append(Rename(file_name(config, parameter), parameter))
+    if stacks and config.moe is not None:
+        layers = [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
+        prefixes = [f"layers.{layer}.mlp.experts." for layer in layers]
+        count = config.moe.n_routed_experts
+        result += [StackExperts(file_name(config, prefix), prefix, count) for prefix in prefixes]
     return result
+
+
+def _stacks_experts(config: ModelConfig) -> bool:
+    """Whether files hold a layer's experts as two tensors; quantized weights have one each."""
+    is_plain = config.packing is None and config.quantization is None
+    return is_plain and config.model_type == "mistral4"
 
 
 def file_name(config: ModelConfig, parameter: str) -> str:
     """The Hugging Face name of a parameter (or of a prefix ending in a dot)."""
     if parameter.startswith("lm_head."):
         return parameter
+    # in files the norm on the output of experts belongs to the layer
+    parameter = parameter.replace(".mlp.post_mlp_layernorm.", ".post_mlp_layernorm.")
     if not parameter.startswith("mtp."):
         return f"model.{parameter}"
     _, depth, rest = parameter.split(".", 2)
@@ -90,6 +107,7 @@ def resolve_mtp_modules(config: ModelConfig, source: TensorSource) -> ModelConfi
     embedding and head; one without the other is an error.
     """
     names = set(source.names())
+    config = _resolve_router_bias(config, names)
     prefixes = [mtp_prefix(config, depth) for depth in range(config.num_nextn_predict_layers)]
     if not any(name.startswith(tuple(prefixes)) for name in names):
         if prefixes:
@@ -109,6 +127,17 @@ def resolve_mtp_modules(config: ModelConfig, source: TensorSource) -> ModelConfi
             "embedding and head, or neither"
         )
     return replace(config, mtp_copies=not absent)
+
+
+def _resolve_router_bias(config: ModelConfig, names: set[str]) -> ModelConfig:
+    """`config` without selection biases if it is axk1, which has been released without, and the
+    file has none.
+    """
+    moe = config.moe
+    if config.model_type != "axk1" or moe is None:
+        return config
+    has_bias = any(name.endswith(ROUTER_BIAS) for name in names)
+    return replace(config, moe=replace(moe, router_bias=has_bias))
 
 
 def check_tensors(
@@ -131,6 +160,9 @@ def check_tensors(
     extra = [
         name for name in names if name not in expected and not name.endswith("rotary_emb.inv_freq")
     ]
+    if config.moe is not None and config.moe.output_norm:
+        # released files have the norm in dense layers, too, where nothing computes with it
+        extra = [name for name in extra if not name.endswith(".post_mlp_layernorm.weight")]
     if config.tie_word_embeddings and "lm_head.weight" in extra:
         _check_tied(source)
         extra.remove("lm_head.weight")

@@ -64,6 +64,50 @@ class Rename(Operation):
 
 @final
 @dataclass(frozen=True, slots=True)
+class StackExperts(Operation):
+    """The routed experts of a layer: two tensors in the file, one matrix per projection and expert
+    in the model. gate_up_proj [experts, 2 inner, hidden], the gate first; down_proj [experts,
+    hidden, inner].
+    """
+
+    file_prefix: str
+    """'model.layers.3.mlp.experts.'"""
+    parameter_prefix: str
+    """'layers.3.mlp.experts.'"""
+    experts: int
+
+    def file_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        inner, hidden = shapes[self._name(0, "gate_proj")]
+        return {
+            f"{self.file_prefix}gate_up_proj": (self.experts, 2 * inner, hidden),
+            f"{self.file_prefix}down_proj": (self.experts, hidden, inner),
+        }
+
+    def parameters(self) -> list[str]:
+        projections = ("gate_proj", "up_proj", "down_proj")
+        return [self._name(n, one) for n in range(self.experts) for one in projections]
+
+    def load(self, source: TensorSource) -> Iterator[tuple[str, Tensor]]:
+        for expert, stacked in enumerate(source.read(f"{self.file_prefix}gate_up_proj")):
+            gate, up = stacked.chunk(2)
+            yield self._name(expert, "gate_proj"), gate
+            yield self._name(expert, "up_proj"), up
+        for expert, down in enumerate(source.read(f"{self.file_prefix}down_proj")):
+            yield self._name(expert, "down_proj"), down
+
+    def save(self, read: Read) -> Iterator[tuple[str, Tensor]]:
+        both = ("gate_proj", "up_proj")
+        pairs = (torch.cat([read(self._name(n, one)) for one in both]) for n in range(self.experts))
+        yield f"{self.file_prefix}gate_up_proj", torch.stack(list(pairs))
+        down = [read(self._name(n, "down_proj")) for n in range(self.experts)]
+        yield f"{self.file_prefix}down_proj", torch.stack(down)
+
+    def _name(self, expert: int, projection: str) -> str:
+        return f"{self.parameter_prefix}{expert}.{projection}.weight"
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class PadLatent(Operation):
     """The attention of a layer whose latent only files normalize; see `padded_latent`."""
 

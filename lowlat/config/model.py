@@ -6,7 +6,7 @@ and never looks at raw dictionaries.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lowlat.config.attention import (
@@ -81,8 +81,27 @@ class RopeConfig:
     high_freq_factor: float | None = None
     """llama3: wavelengths below original_max_position_embeddings / high_freq_factor do not
     change."""
+    llama_4_scaling_beta: float = 0.0
+    """Queries at position p are multiplied by 1 + beta ln(1 + floor(p /
+    original_max_position_embeddings)) (mistral4).
+    """
     pair_factors: tuple[float, ...] | None = None
-    """longrope: one divisor per pair (short_factor and long_factor, which must be equal)."""
+    """longrope: one divisor per pair (short_factor; also long_factor, if that is equal)."""
+    long_pair_factors: tuple[float, ...] | None = None
+    """longrope: the divisors instead, if the served context exceeds
+    original_max_position_embeddings; None: the same.
+    """
+
+    def for_context(self, context: int) -> "RopeConfig":
+        """These settings for sequences of up to `context` tokens. The choice between two sets of
+        factors is made once, for all sequences, so that the rotation of a cached key is final.
+        """
+        if self.long_pair_factors is None:
+            return self
+        original = self.original_max_position_embeddings
+        is_long = original is not None and context > original
+        factors = self.long_pair_factors if is_long else self.pair_factors
+        return replace(self, pair_factors=factors, long_pair_factors=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +138,15 @@ class MoEConfig:
     """Factor on the weights of the routed experts."""
     scale_after_norm: bool = True
     """The factor applies to normalised weights, too (V3), or only to others (V2)."""
+    router_bias: bool = True
+    """noaux_tc: experts have selection biases; without them, as in mistral4, all are zero."""
+    output_norm: bool = False
+    """RMSNorm on the sum of shared and routed experts (axk1)."""
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether the gate has e_score_correction_bias."""
+        return self.topk_method == "noaux_tc" and self.router_bias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,8 +174,8 @@ class ModelConfig:
     """
 
     model_type: str
-    """Family: deepseek_v2, deepseek_v3, kimi_k2, glm4_moe_lite, llama, mistral, qwen2, qwen3, or
-    lowlat for models that none of these can express.
+    """Family, one of `hf.families.ARCHITECTURES`, or lowlat for models that none of these can
+    express.
     """
     hidden_size: int
     """Width of the residual stream."""
@@ -183,6 +211,14 @@ class ModelConfig:
     """Layers the window applies to; None for every layer."""
     initializer_range: float = 0.02
     """Standard deviation of initial weights."""
+    scale_emb: float = 1.0
+    """Factor on the embedding (minicpm3)."""
+    scale_depth: float | None = None
+    """What a layer adds to the residual stream is multiplied by scale_depth /
+    sqrt(num_hidden_layers); None: by 1 (minicpm3).
+    """
+    dim_model_base: int | None = None
+    """The head's input is multiplied by dim_model_base / hidden_size; None: by 1 (minicpm3)."""
     bos_token_id: int | None = None
     """Begin-of-sequence token."""
     eos_token_ids: tuple[int, ...] = ()
@@ -240,6 +276,17 @@ class ModelConfig:
         if not isinstance(attention, DECOUPLED_ROPE) or rope.rope_type == "default":
             return scale
         return scale * yarn_mscale(rope.factor, rope.mscale_all_dim or 0.0) ** 2
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor on what attention and MLP add to the residual stream."""
+        depth = self.scale_depth
+        return 1.0 if depth is None else depth / math.sqrt(self.num_hidden_layers)
+
+    @property
+    def output_scale(self) -> float:
+        """Factor on the final hidden state."""
+        return 1.0 if self.dim_model_base is None else self.dim_model_base / self.hidden_size
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` (MTP layers after the last) is a mixture of experts."""

@@ -84,6 +84,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     sparse = sum(config.is_moe_layer(layer) for layer in range(layers))
     embedding = config.vocab_size * config.hidden_size
     expert = shared = routed = unused = gate = 0
+    has_output_norm = moe is not None and moe.output_norm
     if moe is not None:
         expert, gate = expert_parameters(config), gate_parameters(config, moe)
         shared, routed = moe.n_shared_experts, moe.n_routed_experts
@@ -96,7 +97,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         shared_experts=sparse * expert * shared,
         routed_experts=sparse * expert * routed,
         gate=sparse * gate,
-        norms=(2 * layers + 1) * config.hidden_size,
+        norms=(2 * layers + 1 + sparse * has_output_norm) * config.hidden_size,
         inactive_experts=sparse * expert * unused,
         mtp=sum(mtp_parameters(config, layers + k) for k in range(config.num_nextn_predict_layers)),
         mtp_copies=2 * embedding * config.num_nextn_predict_layers,
@@ -154,7 +155,7 @@ def expert_parameters(config: ModelConfig) -> int:
 
 def gate_parameters(config: ModelConfig, moe: MoEConfig) -> int:
     """One layer's router: a row per expert and, with noaux_tc, a selection bias per expert."""
-    bias = moe.n_routed_experts if moe.topk_method == "noaux_tc" else 0
+    bias = moe.n_routed_experts if moe.has_router_bias else 0
     return moe.n_routed_experts * config.hidden_size + bias
 
 

@@ -86,7 +86,7 @@ def _unquantized_bytes(config: ModelConfig, layers: int, parameters: int, dtype:
     first `layers` layers in fp32 at least.
     """
     moe, sparse = config.moe, sum(config.is_moe_layer(layer) for layer in range(layers))
-    biases = sparse * moe.n_routed_experts if moe and moe.topk_method == "noaux_tc" else 0
+    biases = sparse * moe.n_routed_experts if moe and moe.has_router_bias else 0
     size = ELEMENT_BYTES.get(dtype, ELEMENT_BYTES["bf16"])
     return (parameters - biases) * size + biases * max(size, FP32_BYTES)
 

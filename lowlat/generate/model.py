@@ -67,6 +67,7 @@ class Model:
         self.transformer = transformer
         self.tokenizer = tokenizer
         self.context = check_context(config, context)
+        transformer.set_context(self.context)
         self.runner, limits = new_runner(transformer, cache, max_cache_bytes, self.context)
         self.engine = Engine(
             self.runner,

@@ -16,7 +16,7 @@ from lowlat.config.model import (
 from lowlat.model.gla import GLA
 from lowlat.model.gqa import GQA
 from lowlat.model.gta import GTA
-from lowlat.model.linear import RMSNorm
+from lowlat.model.linear import RMSNorm, scaled
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MLP, MoE
 from lowlat.model.tpa import TPA
@@ -28,6 +28,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype) -> None:
         super().__init__()
+        self.residual_scale = config.residual_scale
         self.self_attn = new_attention(config, layer, dtype=dtype)
         if config.moe is not None and config.is_moe_layer(layer):
             self.mlp = MoE(config, config.moe, dtype=dtype)
@@ -44,8 +45,22 @@ class DecoderLayer(nn.Module):
         rope: RotaryTable,
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
-        x = x + self.self_attn(self.input_layernorm(x), rope, attention)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.attend(x, rope, attention)
+        return x + self.feed_forward(x)
+
+    def attend(
+        self,
+        x: Float[Tensor, "tokens hidden"],
+        rope: RotaryTable,
+        attention: AttentionBackend,
+    ) -> Float[Tensor, "tokens hidden"]:
+        """What attention adds to the residual stream `x`."""
+        added = self.self_attn(self.input_layernorm(x), rope, attention)
+        return scaled(added, self.residual_scale)
+
+    def feed_forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
+        """What MLP or experts add to the residual stream `x`, which includes the attention."""
+        return scaled(self.mlp(self.post_attention_layernorm(x)), self.residual_scale)
 
 
 def new_attention(

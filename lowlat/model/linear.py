@@ -159,25 +159,34 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with a learned weight; computes in fp32."""
+    """RMSNorm with a learned weight, times a constant `factor`; computes in fp32."""
 
-    def __init__(self, dim: int, eps: float, *, dtype: torch.dtype) -> None:
+    def __init__(self, dim: int, eps: float, *, dtype: torch.dtype, factor: float = 1.0) -> None:
         super().__init__()
         self.eps = eps
+        self.factor = factor
         self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-        return rms_norm(x, self.weight, self.eps)
+        return scaled(rms_norm(x, self.weight, self.eps), self.factor)
 
 
 class Embedding(nn.Module):
-    """Token embedding, `weight` [vocab, hidden]; also the LM head of models with tied
-    embeddings.
+    """Token embedding, rows of `weight` [vocab, hidden] times a constant `factor`; without it,
+    also the LM head of models with tied embeddings.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, factor: float = 1.0
+    ) -> None:
         super().__init__()
+        self.factor = factor
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
 
     def forward(self, ids: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens hidden"]:
-        return F.embedding(ids, self.weight)
+        return scaled(F.embedding(ids, self.weight), self.factor)
+
+
+def scaled(x: Float[Tensor, "*rows dim"], factor: float) -> Float[Tensor, "*rows dim"]:
+    """`x` times a constant of the model, which is 1 in most."""
+    return x if factor == 1.0 else x * factor

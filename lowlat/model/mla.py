@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
 from lowlat.model.linear import Linear, RMSNorm
-from lowlat.ops.rope import RotaryTable, apply_rope
+from lowlat.ops.rope import RotaryTable, apply_rope, scale_queries
 
 LATENT_NORM_EPS = 1e-6
 """Epsilon of the norms on both latents: fixed in every released implementation, independent of
@@ -25,7 +25,7 @@ def split_queries(
     interleave: bool,
 ) -> tuple[Float[Tensor, "tokens heads nope_dim"], Float[Tensor, "tokens heads rope_dim"]]:
     """q^C and the rotated q^R of every head (equations 6-9)."""
-    q = q.unflatten(-1, (dims.num_attention_heads, dims.qk_head_dim))
+    q = scale_queries(q, rope).unflatten(-1, (dims.num_attention_heads, dims.qk_head_dim))
     q_nope, q_rope = q.split([dims.qk_nope_head_dim, dims.qk_rope_head_dim], dim=-1)
     return q_nope, apply_rope(q_rope, rope, interleave=interleave)
 

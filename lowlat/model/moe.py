@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowlat.config.model import ModelConfig, MoEConfig
-from lowlat.model.linear import Linear
+from lowlat.model.linear import Linear, RMSNorm
 from lowlat.ops.experts import routed_experts, swiglu
 from lowlat.ops.routing import Routing, route
 
@@ -34,10 +34,11 @@ class Gate(nn.Module):
         super().__init__()
         self.moe = moe
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, hidden_size, dtype=dtype))
-        biased = moe.topk_method == "noaux_tc"
         bias = torch.empty(moe.n_routed_experts, dtype=torch.float32)
         # Updated from the load of the experts, not by gradients.
-        self.e_score_correction_bias = nn.Parameter(bias, requires_grad=False) if biased else None
+        self.e_score_correction_bias = (
+            nn.Parameter(bias, requires_grad=False) if moe.has_router_bias else None
+        )
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Routing:
         return route(x, self.weight, self.e_score_correction_bias, self.moe)
@@ -57,7 +58,9 @@ class Experts(nn.ModuleList):
 
 
 class MoE(nn.Module):
-    """Routed experts plus shared experts, which are one MLP of n_shared_experts times the width."""
+    """Routed experts plus shared experts, which are one MLP of n_shared_experts times the width;
+    in axk1 with a norm on the sum.
+    """
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -65,7 +68,10 @@ class MoE(nn.Module):
         self.experts: nn.Module = Experts(config.hidden_size, moe, dtype=dtype)
         width = moe.n_shared_experts * moe.moe_intermediate_size
         self.shared_experts = MLP(config.hidden_size, width, dtype=dtype) if width else None
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.post_mlp_layernorm = RMSNorm(hidden, eps, dtype=dtype) if moe.output_norm else None
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
         routed = self.experts(x, self.gate(x))
-        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+        out = routed if self.shared_experts is None else routed + self.shared_experts(x)
+        return out if self.post_mlp_layernorm is None else self.post_mlp_layernorm(out)

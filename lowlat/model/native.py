@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch
-from lowlat.config.model import TPAConfig
+from lowlat.config.model import ModelConfig, TPAConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Linear
 from lowlat.model.moe import Gate
@@ -86,6 +86,7 @@ class NativeModel:
             norm=norm_of(model.norm),
             head=head,
             is_larger_than_memory=is_larger,
+            **_scales(self.config),
         )
         self._modules = []
         for number, mtp in enumerate(model.mtp, start=self.config.num_hidden_layers):
@@ -152,7 +153,8 @@ class NativeModel:
         """Sequences that are all on the decode path, or all off it."""
         hidden = torch.empty(len(ids), self.config.hidden_size, dtype=torch.bfloat16)
         logits = torch.empty(len(wanted), self.config.vocab_size)
-        cos, sin = self.rotary(batch.positions)
+        table = self.rotary(batch.positions)
+        scaling = {} if table.query_scale is None else {"query_scale": table.query_scale}
         sequences = [
             (item.pages, item.start, item.length, item.path == "expanded")
             for item in batch.sequences
@@ -161,14 +163,15 @@ class NativeModel:
             ids=ids,
             previous=previous,
             slots=batch.slots,
-            cos=cos,
-            sin=sin,
+            cos=table.cos,
+            sin=table.sin,
             sequences=sequences,
             cache=self._native_cache(cache),
             hidden=hidden,
             wanted=wanted,
             logits=logits,
             is_decode=batch.sequences[0].path == "decode",
+            **scaling,
         )
         return hidden, logits
 
@@ -179,6 +182,12 @@ class NativeModel:
             self._entries = native.module().Cache.make(list(layers))
             self._cache = cache
         return self._entries
+
+
+def _scales(config: ModelConfig) -> dict[str, float]:
+    """The constant factors of the model that are not 1."""
+    scales = {"embedding_scale": config.scale_emb, "residual_scale": config.residual_scale}
+    return {name: scale for name, scale in scales.items() if scale != 1.0}
 
 
 def _part(

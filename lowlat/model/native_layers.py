@@ -2,6 +2,8 @@
 `native` combines them to a model.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -31,7 +33,14 @@ def layer_of(layer: DecoderLayer, *, first_pair: int):
         first_pair=first_pair,
         mlp=_dense(mlp.shared_experts if isinstance(mlp, MoE) else mlp),
         moe=_moe(mlp) if isinstance(mlp, MoE) else None,
+        **_output_norm(mlp),
     )
+
+
+def _output_norm(mlp: torch.nn.Module) -> dict[str, Any]:
+    """The norm on the output of experts, in the few models that have one."""
+    norm = mlp.post_mlp_layernorm if isinstance(mlp, MoE) else None
+    return {} if norm is None else {"post_mlp_norm": norm_of(norm)}
 
 
 def mtp_input_of(mtp: MTPModule):
@@ -168,8 +177,9 @@ def _moe(mlp: MoE):
 
 
 def norm_of(norm: RMSNorm):
-    """RMSNorm, its weight in fp32."""
-    return native.module().Norm.make(_numbers(norm.weight), norm.eps)
+    """RMSNorm, its weight and constant factor in fp32."""
+    weight = norm.weight.detach().float().contiguous()
+    return native.module().Norm.make(weight * norm.factor, norm.eps)
 
 
 def projection_of(linear: Linear, *, sparse: bool = False):

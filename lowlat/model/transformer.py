@@ -26,11 +26,15 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.rotary = RotaryEmbeddings(config)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, dtype=dtype, factor=config.scale_emb
+        )
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, dtype=dtype) for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, dtype=dtype, factor=config.output_scale
+        )
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, dtype=dtype)
         self.mtp = nn.ModuleList(
@@ -42,6 +46,13 @@ class Transformer(nn.Module):
         if config.packing is not None:
             self.add_head()
             store_packed(self, config.packing)
+
+    def set_context(self, context: int) -> None:
+        """Serve sequences of up to `context` tokens: longrope's factors follow from it.
+
+        Call it before the model runs: KV cache entries keep the rotation they were made with.
+        """
+        self.rotary = RotaryEmbeddings(self.config, context)
 
     def add_head(self) -> None:
         """Add an unfilled head to a model with tied embeddings, so that it can be quantized."""

@@ -99,6 +99,8 @@ class RotaryTable(NamedTuple):
 
     cos: Float[Tensor, "tokens pairs"]
     sin: Float[Tensor, "tokens pairs"]
+    query_scale: Float[Tensor, "tokens"] | None = None
+    """Factor on the queries of each token (`query_scale`); None: 1."""
 
 
 class RotaryEmbedding:
@@ -123,6 +125,23 @@ def rotary_table(
     return RotaryTable(angles.cos() * magnitude, angles.sin() * magnitude)
 
 
+def query_scale(
+    positions: Int[Tensor, "tokens"], beta: float, original: int
+) -> Float[Tensor, "tokens"]:
+    """Mistral 4's factor on queries, fp32: 1 + beta ln(1 + floor(position / original)), so that
+    attention stays sharp beyond the context of pretraining.
+    """
+    return 1 + beta * torch.log(1 + torch.floor(positions / original))
+
+
+def scale_queries(q: Float[Tensor, "tokens dim"], rope: RotaryTable) -> Float[Tensor, "tokens dim"]:
+    """`q` times the factor of its token."""
+    if rope.query_scale is None:
+        return q
+    wide = accumulation_dtype(q.dtype)
+    return (q.to(wide) * rope.query_scale[:, None]).to(q.dtype)
+
+
 def apply_rope(
     x: Float[Tensor, "tokens heads dim"],
     rope: RotaryTable,
@@ -135,7 +154,7 @@ def apply_rope(
     The order of channels does not change, so a checkpoint's weights need no permutation. Computed
     in fp32, rounded once. The native kernel gives the same bits.
     """
-    cos, sin = rope
+    cos, sin = rope.cos, rope.sin
     if (
         native_training_kernels.usable(x)
         and native_training_kernels.usable(cos, sin)

@@ -4,7 +4,7 @@ A text that is not found exactly once is an error of the list: whoever changes t
 """
 
 from .mutant import Mutant
-from .positions import ROPE, YARN
+from .positions import QUERIES, ROPE, YARN
 from .routing import ROUTING
 from .sampling import SAMPLING
 from .training import TRAINING
@@ -338,6 +338,7 @@ LAYERS = [
 
 MUTANTS = [
     *YARN,
+    *QUERIES,
     *ROPE,
     *ROUTING,
     *SAMPLING,

@@ -42,6 +42,37 @@ YARN = [
     ),
 ]
 
+QUERIES = [
+    Mutant(
+        "mistral4: query scale grows with every position",
+        "ops/rope.py",
+        "torch.floor(positions / original)",
+        "positions / original",
+        OPS + "test_rope.py::test_query_scale_grows_in_steps",
+    ),
+    Mutant(
+        "mistral4: queries not scaled",
+        "model/mla.py",
+        "q = scale_queries(q, rope).unflatten",
+        "q = q.unflatten",
+        MODEL + "test_rotary.py::test_queries_are_scaled_by_their_position",
+    ),
+    Mutant(
+        "longrope: short factors for every context",
+        "config/model.py",
+        "factors = self.long_pair_factors if is_long else self.pair_factors",
+        "factors = self.pair_factors",
+        MODEL + "test_rotary.py::test_the_served_context_chooses_the_factors",
+    ),
+    Mutant(
+        "minicpm3: scale_depth not divided by the depth",
+        "config/model.py",
+        "depth / math.sqrt(self.num_hidden_layers)",
+        "depth",
+        "tests/unit/config/test_hf.py::test_minicpm3_scales",
+    ),
+]
+
 ROPE = [
     Mutant(
         "RoPE: half-split pairs on interleaved weights",

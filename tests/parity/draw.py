@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import (
+    AXK1Config,
     DeepseekV2Config,
     DeepseekV3Config,
     Glm4MoeLiteConfig,
     LlamaConfig,
+    MiniCPM3Config,
+    Mistral4Config,
     MistralConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    YoutuConfig,
 )
 
 COUNTS = {
@@ -28,10 +32,16 @@ COUNTS = {
     "mistral": 5,
     "qwen2": 5,
     "qwen3": 5,
+    "youtu": 4,
+    "minicpm3": 5,
+    "mistral4": 5,
+    "axk1": 5,
 }
-"""Configs per family: 62 in all."""
+"""Configs per family."""
 
-MLA_FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
+MTP_FAMILIES = ("deepseek_v3", "kimi_k2", "glm4_moe_lite")
+DENSE_FAMILIES = ("youtu", "minicpm3")
+MLA_FAMILIES = ("deepseek_v2", *MTP_FAMILIES, *DENSE_FAMILIES, "mistral4", "axk1")
 STARTS = (0, 1, 7_001, 59_999)
 """First positions of the compared tokens."""
 
@@ -61,7 +71,7 @@ def all_cases() -> list[Case]:
 
 def draw_case(family: str, index: int) -> Case:
     rng = random.Random(f"{family} {index}")
-    mtp = rng.choice([0, 1, 2]) if family in MLA_FAMILIES[1:] else 0
+    mtp = rng.choice([0, 1, 2]) if family in MTP_FAMILIES else 0
     config = _mla_config(rng, family, mtp) if family in MLA_FAMILIES else _gqa_config(rng, family)
     config.tie_word_embeddings = rng.random() < 0.4
     config.initializer_range = 0.02
@@ -94,9 +104,11 @@ def _mla_config(rng: random.Random, family: str, mtp: int) -> PreTrainedConfig:
         "v_head_dim": rng.choice([1, 5, 9]),
         "attention_bias": rng.random() < 0.4,
         "rms_norm_eps": rng.choice([1e-5, 1e-6]),
-        "rope_parameters": _mla_rope(rng, family),
     }
+    fields["rope_parameters"] = _mla_rope(rng, family, fields["qk_rope_head_dim"])
     fields["max_position_embeddings"] = _context(fields["rope_parameters"])
+    if family in DENSE_FAMILIES:
+        return _dense(rng, family, fields)
     fields |= _experts(rng, family)
     if family == "deepseek_v2":
         # The oracle views pairs as complex numbers in place, which wants even rows.
@@ -106,15 +118,34 @@ def _mla_config(rng: random.Random, family: str, mtp: int) -> PreTrainedConfig:
         return DeepseekV2Config(**fields, first_k_dense_replace=dense)
     fields["rope_interleave"] = rng.random() < 0.7
     dense = rng.randrange(layers)
-    if family != "glm4_moe_lite":
+    if family == "mistral4":
+        fields["rope_parameters"]["llama_4_scaling_beta"] = rng.choice([0.1, 0.5])
+        # few tokens, so that the scale changes between compared positions
+        fields["rope_parameters"]["original_max_position_embeddings"] = rng.choice([11, 4096])
+        return Mistral4Config(**fields, first_k_dense_replace=dense)
+    if family not in ("glm4_moe_lite", "axk1"):
         fields |= {"num_nextn_predict_layers": mtp, "first_k_dense_replace": dense}
         return DeepseekV3Config(**fields)
     kinds = ["dense"] * dense + ["sparse"] * (layers - dense)
     if layers == 3 and rng.random() < 0.6:
         kinds = ["sparse", "dense", "sparse"]
+    if family == "axk1":
+        fields["q_lora_rank"] = fields["q_lora_rank"] or 7
+        return AXK1Config(**fields, mlp_layer_types=kinds)
     # Not a field of the oracle's class, but of its MTP model and of released files
     fields |= {"num_mtp_layers": mtp, "mtp_mlp_layer_types": ["sparse"] * mtp}
     return Glm4MoeLiteConfig(**fields, mlp_layer_types=kinds)
+
+
+def _dense(rng: random.Random, family: str, fields: dict[str, Any]) -> PreTrainedConfig:
+    if family == "youtu":
+        return YoutuConfig(**fields, rope_interleave=rng.random() < 0.7)
+    scales = {
+        "scale_emb": rng.choice([12, 3.5]),
+        "scale_depth": rng.choice([None, 1.4, 0.7]),
+        "dim_model_base": rng.choice([None, 5, 17]),
+    }
+    return MiniCPM3Config(**fields, **scales)
 
 
 def _experts(rng: random.Random, family: str) -> dict[str, Any]:
@@ -138,8 +169,21 @@ def _experts(rng: random.Random, family: str) -> dict[str, Any]:
     return fields | {"norm_topk_prob": rng.random() < 0.7}
 
 
-def _mla_rope(rng: random.Random, family: str) -> dict[str, Any]:
+def _longrope(rng: random.Random, dim: int) -> dict[str, Any]:
+    """Short and long factors; the compared positions lie on either side of the original context."""
+    names = ("short_factor", "long_factor")
+    factors = {name: [rng.uniform(0.8, 40.0) for _ in range(dim // 2)] for name in names}
+    return factors | {
+        "rope_type": "longrope",
+        "factor": rng.choice([1.0, 4.0]),
+        "original_max_position_embeddings": rng.choice([512, 4096]),
+    }
+
+
+def _mla_rope(rng: random.Random, family: str, dim: int) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": rng.choice([1e4, 5e4, 1e6])}
+    if family == "minicpm3":
+        return _longrope(rng, dim) | {"rope_theta": rope["rope_theta"]}
     if rng.random() < 0.25:
         return rope
     mscale, all_dim = rng.choice([(1.0, 1.0), (0.707, 0.707), (0.7, 1.0), (1.0, 0.4), (1.3, None)])

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Mistral4ForCausalLM, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
 from .draw import Case
@@ -49,7 +49,10 @@ class Oracle:
 
 def build(case: Case) -> Oracle:
     """The models of `case`, a function of its seed."""
-    model = AutoModelForCausalLM.from_config(case.config, **KINDS).float().eval()
+    if case.family == "mistral4":  # the only family whose class AutoModelForCausalLM does not know
+        model = Mistral4ForCausalLM._from_config(case.config, **KINDS).float().eval()
+    else:
+        model = AutoModelForCausalLM.from_config(case.config, **KINDS).float().eval()
     generator = torch.Generator().manual_seed(case.seed)
     randomise(model, generator, case.bias_shift)
     if not case.mtp:
@@ -65,7 +68,7 @@ def randomise(module: nn.Module, generator: torch.Generator, bias_shift: float) 
     """Every weight: norms around 1, biases of both signs, matrices that keep magnitudes near 1."""
     named = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in named:
-        if "inv_freq" in name:
+        if "inv_freq" in name or "embed_scale" in name:  # constants of the config
             continue
         drawn = torch.randn(tensor.shape, generator=generator)
         if "norm" in name:

@@ -22,7 +22,7 @@ from lowlat.model.moe import Gate
 from lowlat.model.transformer import Transformer
 from tests.packed_attention import PackedAttention
 
-from .draw import Case, all_cases
+from .draw import MTP_FAMILIES, Case, all_cases
 from .oracle import Oracle, build, save
 
 TOKENS = 23
@@ -35,7 +35,10 @@ def pair(case: Case, tmp_path: Path) -> tuple[Oracle, LoadedModel]:
     """The oracle and what lowlat loads from the files it saved."""
     oracle = build(case)
     save(oracle, tmp_path)
-    return oracle, load_model(tmp_path)
+    loaded = load_model(tmp_path)
+    # transformers decides between longrope's factors by the last position of a call
+    loaded.model.set_context(case.start + TOKENS)
+    return oracle, loaded
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor]:
@@ -160,16 +163,20 @@ def test_the_draw_covers_every_rule() -> None:
         seen[f"rope {rope['rope_type']}"] += 1
         seen[f"tied {config.tie_word_embeddings}"] += 1
         seen[f"start {case.start}"] += 1
+        if rope["rope_type"] == "longrope":
+            is_long = case.start + TOKENS > rope["original_max_position_embeddings"]
+            seen[f"long factors {is_long}"] += 1
         if hasattr(config, "kv_lora_rank"):
             seen[f"q_lora {config.q_lora_rank is not None}"] += 1
             seen[f"mla bias {config.attention_bias}"] += 1
-            seen[f"groups {config.n_group > 1}"] += 1
+            if hasattr(config, "n_group"):
+                seen[f"groups {config.n_group > 1}"] += 1
             seen[f"mtp {case.mtp} {case.mtp_copies if case.mtp else ''}"] += 1
             seen[f"odd hidden {config.hidden_size % 2}"] += 1
             seen[f"shift {case.bias_shift}"] += 1
             types = getattr(config, "mlp_layer_types", None) or []
             seen["dense after sparse"] += types[:2] == ["sparse", "dense"]
-            if case.family != "deepseek_v2":
+            if case.family in MTP_FAMILIES:
                 seen[f"norm {config.norm_topk_prob}"] += 1
                 seen[f"interleave {config.rope_interleave}"] += 1
             if rope["rope_type"] == "yarn":
@@ -179,14 +186,23 @@ def test_the_draw_covers_every_rule() -> None:
             seen[f"window {getattr(config, 'sliding_window', None) is not None}"] += 1
     assert len(CASES) >= 50
     expected = {
-        *(f"rope {kind}" for kind in ("default", "linear", "llama3", "yarn")),
+        *(f"rope {kind}" for kind in ("default", "linear", "llama3", "yarn", "longrope")),
         *(f"start {start}" for start in (0, 1, 7001, 59999)),
         *(f"shift {shift}" for shift in (0.0, -0.2, -2.0)),
         "dense after sparse",
         *("mtp 0 ", "mtp 1 True", "mtp 1 False", "mtp 2 True", "mtp 2 False"),
         *("odd hidden 0", "odd hidden 1"),
     }
-    for claim in ("tied", "q_lora", "mla bias", "groups", "norm", "interleave", "equal"):
+    for claim in (
+        "long factors",
+        "tied",
+        "q_lora",
+        "mla bias",
+        "groups",
+        "norm",
+        "interleave",
+        "equal",
+    ):
         expected |= {f"{claim} True", f"{claim} False"}
     for claim in ("groups of heads", "window"):
         expected |= {f"{claim} True", f"{claim} False"}

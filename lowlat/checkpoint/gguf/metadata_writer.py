@@ -25,6 +25,10 @@ LLAMA_BETA_FAST = 32.0
 def architecture_of(config: ModelConfig) -> str:
     """llama.cpp's name of the model's architecture. Raises UserError if it has none."""
     attention, rope = config.attention, rope_of(config)
+    scales = (config.scale_emb, config.residual_scale, config.output_scale)
+    _require(scales == (1.0, 1.0, 1.0), "scale_emb, scale_depth and dim_model_base")
+    _require(not rope.llama_4_scaling_beta, "queries scaled by their position")
+    _require(rope.long_pair_factors is None, "longrope with short and long factors")
     if isinstance(attention, MLAConfig):
         _require(attention.kv_a_layernorm, "a latent without norm (exactly converted models)")
         biases = attention.attention_bias or attention.q_bias or attention.o_bias
@@ -135,6 +139,9 @@ def _expert_keys(config: ModelConfig) -> dict[str, Any]:
             "expert_gating_func": GATES["softmax" if is_v2 else "sigmoid"],
         }
     _require(moe.moe_layer_freq == 1, f"moe_layer_freq {moe.moe_layer_freq}")
+    _require(not moe.output_norm, "a norm on the output of experts")
+    has_bias = moe.topk_method != "noaux_tc" or moe.router_bias
+    _require(has_bias, f"experts of model_type '{config.model_type}' without selection biases")
     _require(moe.mlp_layer_types is None, "dense layers after sparse ones (mlp_layer_types)")
     _require(moe.n_shared_experts > 0, "experts without shared ones")
     if moe.topk_method == "group_limited_greedy":

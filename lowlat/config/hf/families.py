@@ -5,6 +5,10 @@ ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "youtu": "YoutuForCausalLM",
+    "minicpm3": "MiniCPM3ForCausalLM",
+    "mistral4": "Mistral4ForCausalLM",
+    "axk1": "AXK1ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -12,14 +16,29 @@ ARCHITECTURES = {
 }
 """Supported model_type and the class name its checkpoints give in `architectures`."""
 
+MULTIMODAL_FAMILIES = ("kimi_k25",)
+"""Families with a vision tower; their language model, a text_config, is of the family kimi_k2."""
+
 LOWLAT = "lowlat"
 """model_type of files in lowlat's own form."""
 
 MAX_LAYERS = 100_000
 """Far above any model; keeps a hostile file from asking for lists of 2**31 layers."""
 
-MLA_FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
+DENSE_MLA_FAMILIES = ("youtu", "minicpm3")
+"""Families with Multi-head Latent Attention and no experts."""
+
+MLA_FAMILIES = (
+    *("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "mistral4", "axk1"),
+    *DENSE_MLA_FAMILIES,
+)
 """Families with Multi-head Latent Attention; all others have grouped-query attention."""
+
+MTP_FAMILIES = ("deepseek_v3", "kimi_k2", "glm4_moe_lite")
+"""Families whose files may have MTP modules."""
+
+ROPE_LAYOUT_FAMILIES = (*MTP_FAMILIES, "youtu", "mistral4", "axk1")
+"""Families whose files say how rotary pairs are laid out (rope_interleave)."""
 
 HARMLESS_FIELDS = (
     # where the file comes from
@@ -45,6 +64,7 @@ HARMLESS_FIELDS = (
     "torchscript",
     "use_bfloat16",
     "use_cache",
+    "embedding_initializer_range",
     # what a forward pass returns
     "chunk_size_feed_forward",
     "id2label",

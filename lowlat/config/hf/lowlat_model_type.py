@@ -68,7 +68,7 @@ MAX_LATENT_GROUPS = 1024
 """Far above any model; keeps a hostile file from asking for lists of 2**31 norms."""
 
 ROPE_NAMES = (
-    *(field.name for field in dataclass_fields(RopeConfig) if field.name != "pair_factors"),
+    *(field.name for field in dataclass_fields(RopeConfig) if "pair_factors" not in field.name),
     "short_factor",
     "long_factor",
 )
@@ -235,6 +235,11 @@ def _layer_rope(table: JsonFields, attention: AttentionConfig, context: int) -> 
             "belongs to attention with a rotary key of its own (mla, gla, gta); "
             "use attention_factor",
         )
+    if (beta := table.number("llama_4_scaling_beta", 0.0)) and isinstance(attention, MLAConfig):
+        settings["llama_4_scaling_beta"] = beta
+        settings.setdefault("original_max_position_embeddings", context)
+    elif beta:
+        raise table.unsupported("llama_4_scaling_beta", "only attention of form 'mla' has it (0)")
     table.reject_unread(f"is no setting of rope_type '{rope_type}'; remove it", allow_empty=False)
     return RopeConfig(rope_theta=theta, rope_type=rope_type, rope_interleave=interleave, **settings)
 

@@ -6,13 +6,19 @@ from typing import Any, NamedTuple
 from lowlat.config.model import MLPLayerType, MoEConfig
 from lowlat.utils.json_fields import JsonFields
 
+FAMILY_FIELDS = ("scale_after_norm", "router_bias", "output_norm")
+"""Fields of MoEConfig that the family implies; no files have them."""
+
 MOE_FIELDS = {
-    *(field.name for field in dataclass_fields(MoEConfig) if field.name != "scale_after_norm"),
+    *(field.name for field in dataclass_fields(MoEConfig) if field.name not in FAMILY_FIELDS),
     *("num_local_experts", "num_experts"),
 }
 """Fields of the expert layers, without effect in a model that has none."""
 
-LAYER_TYPE_FAMILIES = ("glm4_moe_lite",)
+SOFTMAX_FAMILIES = ("deepseek_v2", "mistral4")
+"""Families whose gate is a softmax; in all others it is a sigmoid."""
+
+LAYER_TYPE_FAMILIES = ("glm4_moe_lite", "axk1")
 """Families whose files give mlp_layer_types; without it, the first layer alone is dense."""
 
 
@@ -26,17 +32,17 @@ def moe_from_hf(
     if is_null or not types.has_experts(layers, mtp_layers):
         fields.ignore(*MOE_FIELDS)
         return None
-    is_v2, is_glm = model_type == "deepseek_v2", model_type == "glm4_moe_lite"
+    is_v2, has_no_groups = model_type == "deepseek_v2", model_type in ("glm4_moe_lite", "mistral4")
     softmax_methods = ("greedy", "group_limited_greedy")
     method: Any = fields.choice(
         "topk_method",
         softmax_methods if is_v2 else ("noaux_tc",),
         "greedy" if is_v2 else "noaux_tc",
     )
-    scoring: Any = "softmax" if is_v2 else "sigmoid"
+    scoring: Any = "softmax" if model_type in SOFTMAX_FAMILIES else "sigmoid"
     fields.choice("scoring_func", (scoring,), scoring)
     # greedy selection ignores groups
-    group_default = 1 if is_glm or method == "greedy" else None
+    group_default = 1 if has_no_groups or method == "greedy" else None
     groups, kept = (fields.integer(key, group_default) for key in ("n_group", "topk_group"))
     if method == "greedy":
         groups, kept = 1, 1
@@ -51,8 +57,12 @@ def moe_from_hf(
         n_group=groups,
         topk_group=kept,
         norm_topk_prob=fields.boolean("norm_topk_prob", not is_v2),
-        routed_scaling_factor=fields.positive("routed_scaling_factor", 1.0 if is_v2 else None),
+        routed_scaling_factor=fields.positive(
+            "routed_scaling_factor", 1.0 if model_type in SOFTMAX_FAMILIES else None
+        ),
         scale_after_norm=not is_v2,
+        router_bias=model_type != "mistral4",
+        output_norm=model_type == "axk1",
     )
     check_routing(fields, moe)
     return moe

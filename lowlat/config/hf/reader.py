@@ -5,12 +5,18 @@ fields take a default only if every released checkpoint of the family means it. 
 latent norms is 1e-6 in every implementation and no field of the file.
 """
 
+from typing import Any
+
 from lowlat.config.hf.families import (
     ARCHITECTURES,
+    DENSE_MLA_FAMILIES,
     HARMLESS_FIELDS,
     LOWLAT,
     MAX_LAYERS,
     MLA_FAMILIES,
+    MTP_FAMILIES,
+    MULTIMODAL_FAMILIES,
+    ROPE_LAYOUT_FAMILIES,
 )
 from lowlat.config.hf.lowlat_model_type import config_from_lowlat
 from lowlat.config.hf.moe import moe_from_hf
@@ -29,7 +35,7 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
     Raises UserError naming the field: wrong types and ranges, unknown fields that may change the
     computation, unsupported values of known fields, and missing fields that determine the model.
     """
-    fields = JsonFields(raw, source)
+    fields = _language_fields(JsonFields(raw, source))
     if fields.value("model_type") == LOWLAT:
         return config_from_lowlat(fields)
     model_type = _model_type(fields)
@@ -38,6 +44,7 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
     mtp_layers = _num_mtp_layers(fields, model_type)
     context = fields.integer("max_position_embeddings")
     is_mla = model_type in MLA_FAMILIES
+    has_experts = is_mla and model_type not in DENSE_MLA_FAMILIES
     attention = _mla(fields, model_type) if is_mla else _gqa(fields, model_type)
     rope = rope_from_hf(
         fields,
@@ -45,6 +52,7 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
         dim=attention.rope_dim,
         context=context,
         interleave=_rope_interleave(fields, model_type),
+        rotated=attention.rope_dim / attention.qk_head_dim if model_type == "mistral4" else 1.0,
     )
     window, window_layers = (None, None) if is_mla else _windows(fields, model_type, layers)
     config = ModelConfig(
@@ -57,7 +65,7 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
         rms_norm_eps=fields.positive("rms_norm_eps"),
         attention=attention,
         rope=rope,
-        moe=moe_from_hf(fields, model_type, layers, mtp_layers) if is_mla else None,
+        moe=moe_from_hf(fields, model_type, layers, mtp_layers) if has_experts else None,
         num_nextn_predict_layers=mtp_layers,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         sliding_window=window,
@@ -65,6 +73,7 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
         initializer_range=fields.number("initializer_range", 0.02),
         bos_token_id=fields.optional_integer("bos_token_id", minimum=0),
         eos_token_ids=_eos_token_ids(fields),
+        **(_scales(fields) if model_type == "minicpm3" else {}),
         **storage_from_hf(fields),
     )
     fields.ignore(*HARMLESS_FIELDS)
@@ -72,8 +81,23 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
     return config
 
 
+def _language_fields(fields: JsonFields) -> JsonFields:
+    """`fields`, or of a multimodal model those of its language part: all others describe the vision
+    tower and what surrounds it.
+    """
+    if fields.value("model_type") not in MULTIMODAL_FAMILIES:
+        return fields
+    text = fields.given("text_config", fields.table("text_config"), None)
+    tied = "tie_word_embeddings"
+    if fields.present(tied) and fields.boolean(tied) != text.boolean(tied, False):
+        raise fields.error(tied, "contradicts text_config.tie_word_embeddings; correct one")
+    if fields.present("quantization_config"):
+        raise fields.error("quantization_config", "must be in text_config; move it there")
+    return text
+
+
 def _model_type(fields: JsonFields) -> str:
-    model_type = fields.choice("model_type", (*ARCHITECTURES, LOWLAT))
+    model_type = fields.choice("model_type", (*ARCHITECTURES, *MULTIMODAL_FAMILIES, LOWLAT))
     architectures = fields.strings("architectures")
     allowed = {ARCHITECTURES[model_type]}
     if model_type == "kimi_k2":
@@ -102,16 +126,18 @@ def _reject_unsupported(fields: JsonFields) -> None:
 def _num_mtp_layers(fields: JsonFields, model_type: str) -> int:
     name = fields.spelling("num_nextn_predict_layers", "num_mtp_layers")
     count = fields.integer(name, 0, minimum=0, maximum=MAX_LAYERS)
-    if count and model_type not in ("deepseek_v3", "kimi_k2", "glm4_moe_lite"):
+    if count and model_type not in MTP_FAMILIES:
         raise fields.unsupported(name, f"model_type '{model_type}' has no MTP modules (0)")
     return count
 
 
 def _rope_interleave(fields: JsonFields, model_type: str) -> bool:
-    """Pairs are adjacent channels in DeepSeek's checkpoints, half a head apart in all others."""
-    usual = model_type in MLA_FAMILIES
+    """Pairs are adjacent channels in DeepSeek's checkpoints and those of its relatives but
+    minicpm3, half a head apart in all others.
+    """
+    usual = model_type in MLA_FAMILIES and model_type != "minicpm3"
     interleave = fields.boolean("rope_interleave", usual)
-    if interleave != usual and model_type not in ("deepseek_v3", "kimi_k2", "glm4_moe_lite"):
+    if interleave != usual and model_type not in ROPE_LAYOUT_FAMILIES:
         raise fields.unsupported("rope_interleave", f"'{model_type}' has {str(usual).lower()}")
     return interleave
 
@@ -131,10 +157,30 @@ def _mla(fields: JsonFields, model_type: str) -> MLAConfig:
         q_lora_rank=fields.nullable_integer("q_lora_rank"),
         qk_nope_head_dim=fields.integer("qk_nope_head_dim", minimum=0),
         qk_rope_head_dim=_even(fields, "qk_rope_head_dim", fields.integer("qk_rope_head_dim")),
-        v_head_dim=fields.integer("v_head_dim"),
+        v_head_dim=_v_head_dim(fields, model_type, heads),
         attention_bias=fields.boolean("attention_bias", False),
     )
     return native_attention(fields, standard, model_type)
+
+
+def _v_head_dim(fields: JsonFields, model_type: str, heads: int) -> int:
+    """v_head_dim, by default hidden_size / num_attention_heads in minicpm3."""
+    hidden = fields.integer("hidden_size")
+    default = hidden // heads if model_type == "minicpm3" and hidden % heads == 0 else None
+    return fields.integer("v_head_dim", default)
+
+
+def _scales(fields: JsonFields) -> dict[str, Any]:
+    """Constant factors of minicpm3. Absent, they would silently be those of one checkpoint."""
+    for name in ("scale_emb", "scale_depth", "dim_model_base"):
+        if not fields.mentioned(name):
+            raise fields.error(name, "is missing; the model is not determined without it")
+    depth = fields.optional_number("scale_depth")
+    return {
+        "scale_emb": fields.positive("scale_emb"),
+        "scale_depth": None if depth is None else fields.positive("scale_depth"),
+        "dim_model_base": fields.optional_integer("dim_model_base"),
+    }
 
 
 def _gqa(fields: JsonFields, model_type: str) -> GQAConfig:

@@ -15,14 +15,22 @@ DEFAULT_THETA = {
     "mistral": 10000.0,
     "deepseek_v2": 10000.0,
     "deepseek_v3": 10000.0,
+    "minicpm3": 10000.0,
 }
 """Families whose first checkpoints left rope_theta out; for the others it must be there."""
 
 
 def rope_from_hf(
-    fields: JsonFields, *, model_type: str, dim: int, context: int, interleave: bool
+    fields: JsonFields,
+    *,
+    model_type: str,
+    dim: int,
+    context: int,
+    interleave: bool,
+    rotated: float = 1.0,
 ) -> RopeConfig:
-    """The rotary settings of `fields`; `dim` rotated channels, `context` = max_position_embeddings.
+    """The rotary settings of `fields`; `dim` rotated channels, `context` = max_position_embeddings,
+    rotated: the value of partial_rotary_factor, where it is given.
 
     Raises UserError for anything but the types of RopeType, and for settings that contradict one
     another.
@@ -30,22 +38,37 @@ def rope_from_hf(
     table = _scaling_table(fields)
     theta = _theta(fields, table, model_type)
     for place in (fields, table):
-        if place.number("partial_rotary_factor", 1.0) != 1.0:
-            raise place.unsupported("partial_rotary_factor", "every channel must rotate (1.0)")
+        if not math.isclose(place.number("partial_rotary_factor", rotated), rotated):
+            raise place.unsupported(
+                "partial_rotary_factor", f"every rotary channel must rotate ({rotated:g})"
+            )
     kind = table.spelling("rope_type", "type")
     rope_type: Any = table.choice(kind, get_args(RopeType), "default")
     settings = rope_settings(fields, table, rope_type, theta, dim, context)
+    if model_type == "mistral4":
+        table.ignore("max_position_embeddings")
+        settings |= _query_scaling(fields, table, context)
     table.reject_unread(f"is not a setting of rope_type '{rope_type}' that lowlat knows; remove it")
     return RopeConfig(rope_theta=theta, rope_type=rope_type, rope_interleave=interleave, **settings)
 
 
+def _query_scaling(fields: JsonFields, table: JsonFields, context: int) -> dict[str, Any]:
+    """Mistral 4 scales queries by their position, whatever the rope_type."""
+    beta = table.number("llama_4_scaling_beta", 0.0)
+    if beta == 0.0:
+        return {}
+    original = _original_context(fields, table) or context
+    return {"llama_4_scaling_beta": beta, "original_max_position_embeddings": original}
+
+
 def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`: the old spelling, which old and new readers understand."""
-    if rope.rope_type == "default":
+    if rope.rope_type == "default" and not rope.llama_4_scaling_beta:
         return {"rope_theta": rope.rope_theta, "rope_scaling": None}
     # readers of the first DeepSeek checkpoints look for "type", later ones for "rope_type"
     scaling: dict[str, Any] = {"rope_type": rope.rope_type, "type": rope.rope_type}
-    scaling["factor"] = rope.factor
+    if rope.rope_type != "default":
+        scaling["factor"] = rope.factor
     if rope.rope_type == "yarn":
         scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
         scaling |= {"truncate": rope.truncate, "mscale": rope.mscale}
@@ -53,9 +76,11 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
         scaling["low_freq_factor"] = rope.low_freq_factor
         scaling["high_freq_factor"] = rope.high_freq_factor
     if rope.pair_factors is not None:
-        scaling |= {key: list(rope.pair_factors) for key in ("short_factor", "long_factor")}
+        scaling["short_factor"] = list(rope.pair_factors)
+        scaling["long_factor"] = list(rope.long_pair_factors or rope.pair_factors)
     scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
     scaling |= {"mscale_all_dim": rope.mscale_all_dim, "attention_factor": rope.attention_factor}
+    scaling["llama_4_scaling_beta"] = rope.llama_4_scaling_beta or None
     given = {name: value for name, value in scaling.items() if value is not None}
     return {"rope_theta": rope.rope_theta, "rope_scaling": given}
 
@@ -138,18 +163,14 @@ def _yarn(table: JsonFields, theta: float, context: int, original: int) -> dict[
 
 
 def _longrope(table: JsonFields, dim: int, context: int, original: int) -> dict[str, Any]:
-    """Equal factors for short and long contexts: the rotation of a cached key is final."""
     short, long = (table.numbers(name, dim // 2) for name in ("short_factor", "long_factor"))
-    if short != long:
-        raise table.error(
-            "long_factor", "differs from short_factor; only one set of factors is supported"
-        )
     factor = table.positive("factor", context / original)
     return {
         "factor": factor,
         "original_max_position_embeddings": original,
         "attention_factor": _longrope_attention_factor(table, factor, original),
         "pair_factors": short,
+        "long_pair_factors": None if long == short else long,
     }
 
 

@@ -4,9 +4,21 @@ from dataclasses import asdict
 from typing import Any
 
 from lowlat.config.attention import short_name
-from lowlat.config.hf.families import ARCHITECTURES, LOWLAT, MLA_FAMILIES
+from lowlat.config.hf.families import (
+    ARCHITECTURES,
+    DENSE_MLA_FAMILIES,
+    LOWLAT,
+    MLA_FAMILIES,
+    MTP_FAMILIES,
+    ROPE_LAYOUT_FAMILIES,
+)
 from lowlat.config.hf.lowlat_model_type import config_to_lowlat
-from lowlat.config.hf.moe import LAYER_TYPE_FAMILIES, regular_layer_types
+from lowlat.config.hf.moe import (
+    FAMILY_FIELDS,
+    LAYER_TYPE_FAMILIES,
+    SOFTMAX_FAMILIES,
+    regular_layer_types,
+)
 from lowlat.config.hf.padded_latent import extension_to_hf
 from lowlat.config.hf.quantization import storage_to_hf
 from lowlat.config.hf.rope import rope_to_hf
@@ -19,6 +31,9 @@ from lowlat.config.model import (
 )
 from lowlat.utils.errors import UserError
 
+SCALES = ("scale_emb", "scale_depth", "dim_model_base")
+"""Fields of minicpm3 alone."""
+
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """The contents of config.json for `config`, without a dtype; `config_from_hf` reads it back.
@@ -29,6 +44,9 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.model_type == LOWLAT:
         return config_to_lowlat(config)
     attention, eos = _uniform_attention(config), list(config.eos_token_ids)
+    if config.model_type != "minicpm3":
+        scales = (config.scale_emb, config.scale_depth, config.dim_model_base)
+        _require(config, scales == (1.0, None, None), "scale_emb, scale_depth or dim_model_base")
     raw: dict[str, Any] = {
         "architectures": [ARCHITECTURES[config.model_type]],
         "model_type": config.model_type,
@@ -47,15 +65,30 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
     }
-    raw |= rope_to_hf(config.rope_of(0))
+    raw |= _rope_to_hf(config)
     match attention:
         case MLAConfig():
-            raw |= _mla_to_hf(config, attention) | _moe_to_hf(config)
+            raw |= _mla_to_hf(config, attention)
+            if config.model_type in DENSE_MLA_FAMILIES:
+                _require(config, config.moe is None, "experts")
+            else:
+                raw |= _moe_to_hf(config)
         case GQAConfig():
             raw |= _gqa_to_hf(config, attention) | _windows_to_hf(config)
         case _:
             _require(config, False, short_name(attention))
     return raw | storage_to_hf(config)
+
+
+def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
+    rope = config.rope_of(0)
+    raw = rope_to_hf(rope)
+    if config.model_type == "mistral4":
+        # transformers takes absent rope_parameters of this family for those of one checkpoint
+        scaling = raw["rope_scaling"] or {"rope_type": "default"}
+        return {"rope_parameters": {"rope_theta": rope.rope_theta, **scaling}}
+    _require(config, not rope.llama_4_scaling_beta, "llama_4_scaling_beta")
+    return raw
 
 
 def _uniform_attention(config: ModelConfig) -> AttentionConfig:
@@ -78,12 +111,18 @@ def _mla_to_hf(config: ModelConfig, attention: MLAConfig) -> dict[str, Any]:
         "v_head_dim": attention.v_head_dim,
         "attention_bias": attention.attention_bias,
     }
-    if config.model_type == "deepseek_v2":
-        _require(config, config.rope_of(0).rope_interleave, "rope_interleave false")
-        _require(config, config.num_nextn_predict_layers == 0, "MTP modules")
+    interleave = config.rope_of(0).rope_interleave
+    if config.model_type in ROPE_LAYOUT_FAMILIES:
+        raw["rope_interleave"] = interleave
     else:
-        raw["rope_interleave"] = config.rope_of(0).rope_interleave
+        fits = interleave == (config.model_type != "minicpm3")
+        _require(config, fits, f"rope_interleave {str(interleave).lower()}")
+    if config.model_type in MTP_FAMILIES:
         raw["num_nextn_predict_layers"] = config.num_nextn_predict_layers
+    else:
+        _require(config, config.num_nextn_predict_layers == 0, "MTP modules")
+    if config.model_type == "minicpm3":
+        raw |= {name: getattr(config, name) for name in SCALES}
     if not attention.kv_a_layernorm:
         _require(config, config.model_type == "deepseek_v3", "a latent without norm")
         return raw | extension_to_hf(attention, config.hidden_size)
@@ -94,11 +133,19 @@ def _mla_to_hf(config: ModelConfig, attention: MLAConfig) -> dict[str, Any]:
 def _moe_to_hf(config: ModelConfig) -> dict[str, Any]:
     moe = config.moe or _no_experts(config)
     raw = asdict(moe)
-    del raw["scale_after_norm"]  # the family implies it
     is_v2 = config.model_type == "deepseek_v2"
+    has_softmax = config.model_type in SOFTMAX_FAMILIES
+    has_output_norm = config.model_type == "axk1"
     _require(config, is_v2 != (moe.topk_method == "noaux_tc"), f"topk_method {moe.topk_method}")
-    _require(config, is_v2 != (moe.scoring_func == "sigmoid"), f"scoring_func {moe.scoring_func}")
+    fits = has_softmax == (moe.scoring_func == "softmax")
+    _require(config, fits, f"scoring_func {moe.scoring_func}")
     _require(config, is_v2 != moe.scale_after_norm, f"scale_after_norm {moe.scale_after_norm}")
+    _require(config, has_output_norm == moe.output_norm, f"output_norm {moe.output_norm}")
+    if config.model_type != "axk1":  # in which the tensors imply it
+        has_bias = config.model_type != "mistral4"
+        _require(config, has_bias == moe.router_bias, f"router_bias {moe.router_bias}")
+    for name in FAMILY_FIELDS:
+        del raw[name]
     types = raw.pop("mlp_layer_types")
     if types is not None:
         del raw["first_k_dense_replace"], raw["moe_layer_freq"]
@@ -118,9 +165,11 @@ def _no_experts(config: ModelConfig) -> MoEConfig:
         n_shared_experts=1,
         moe_intermediate_size=config.intermediate_size,
         first_k_dense_replace=config.num_cache_layers,
-        scoring_func="softmax" if is_v2 else "sigmoid",
+        scoring_func="softmax" if config.model_type in SOFTMAX_FAMILIES else "sigmoid",
         topk_method="greedy" if is_v2 else "noaux_tc",
         scale_after_norm=not is_v2,
+        router_bias=config.model_type != "mistral4",
+        output_norm=config.model_type == "axk1",
     )
 
 

@@ -40,6 +40,11 @@ def check_exact(config: ModelConfig, file: Path | None = None) -> GQAConfig:
             "keys are no linear map of the hidden state and --to mla cannot be exact; use a llama, "
             "mistral or qwen2 model"
         )
+    if config.rope_of(0).long_pair_factors is not None:
+        raise UserError(
+            f"{where}long_factor differs from short_factor, and a converted model has one set; "
+            "give both the factors of the context that you serve"
+        )
     window = config.sliding_window
     if window is not None and window < config.max_position_embeddings:
         raise UserError(

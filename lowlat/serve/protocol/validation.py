@@ -14,6 +14,8 @@ from lowlat.serve.protocol.errors import RequestError
 
 MAX_MESSAGE = 400
 MAX_PARAM = 200
+VISION_PARTS = ("image", "image_url", "image_embeds", "input_image", "video", "video_url")
+"""Types of content parts that only multimodal models understand."""
 UNKNOWN_KIND = "unknown_kind"
 """Error type of a union with a custom discriminator on the field `type`."""
 
@@ -44,6 +46,8 @@ def _failure(item: ErrorDetails, path: Path) -> RequestError:
         message = f"{name} must be one of {context['expected_tags']}, got {context['tag']!r}"
     else:
         message = f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+        if path[-1:] == ("type",) and item["input"] in VISION_PARTS:
+            message += f"; {item['input']} needs a vision tower, and lowlat loads none: send text"
     return RequestError(one_line(message, MAX_MESSAGE), param=one_line(name, MAX_PARAM))
 
 

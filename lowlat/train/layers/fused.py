@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.model.block import DecoderLayer
-from lowlat.model.linear import RMSNorm
+from lowlat.model.linear import RMSNorm, scaled
 from lowlat.model.moe import MLP
 from lowlat.ops import autograd
 from lowlat.ops.rope import RotaryTable
@@ -25,7 +25,7 @@ class FusedRMSNorm(RMSNorm):
         adopt(self, norm)
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
-        return autograd.rms_norm(x, self.weight, self.eps)
+        return scaled(autograd.rms_norm(x, self.weight, self.eps), self.factor)
 
 
 class FusedMLP(MLP):

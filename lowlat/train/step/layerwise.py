@@ -45,10 +45,10 @@ def layer_errors(
     for number, (layer, taught) in enumerate(passes):
         rope = model.rotary.of(number, tables)
         given = taught.given.to(dtype)
-        made = layer.self_attn(layer.input_layernorm(given), rope, attention)
+        made = layer.attend(given, rope, attention)
         wanted = taught.attended
         if match == "layers":
-            made = made + layer.mlp(layer.post_attention_layernorm(given + made))
+            made = made + layer.feed_forward(given + made)
             wanted = taught.added
         errors = _relative_errors(made, wanted, batch.rows)
         loss = (errors * weights).sum() / len(layers)

@@ -65,9 +65,9 @@ class Teacher:
         tables = self.model.rotary(positions)
         for number, layer in enumerate(layers_of(self.model)):
             rope = self.model.rotary.of(number, tables)
-            attended = layer.self_attn(layer.input_layernorm(x), rope, attention)
+            attended = layer.attend(x, rope, attention)
             middle = x + attended
-            moved = layer.mlp(layer.post_attention_layernorm(middle))
+            moved = layer.feed_forward(middle)
             yield LayerPass(x, attended, attended + moved)
             x = middle + moved
 

@@ -61,7 +61,7 @@ def check_divides_batches(recipe: Recipe, what: str, origin: str) -> None:
 
 def check_biases_stay(config: ModelConfig, recipe: Recipe, what: str, origin: str) -> None:
     """Raises UserError if a phase of `recipe` updates routing biases, which `what` excludes."""
-    if config.moe is None or config.moe.topk_method != "noaux_tc":
+    if config.moe is None or not config.moe.has_router_bias:
         return
     for phase in recipe.phase:
         if any(value_at(phase.bias_update_speed, step, phase.steps) for step in range(phase.steps)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowlat.checkpoint.save import save_model
-from lowlat.config.model import ModelConfig, QuantConfig
+from lowlat.config.model import ModelConfig, QuantConfig, RopeConfig
 from lowlat.convert.parameters.exact_mla import mla_config
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
@@ -40,6 +40,10 @@ def model_config(family: str, **fields: Any) -> ModelConfig:
     return configs.model_config(family, **(ends | fields))
 
 
+MISTRAL4_MOE = replace(MOE, scoring_func="softmax", router_bias=False)
+SCALED = replace(INTERLEAVED, llama_4_scaling_beta=0.1, original_max_position_embeddings=5)
+PLAIN = RopeConfig(rope_theta=INTERLEAVED.rope_theta)
+SCALES = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 5}
 FP8 = QuantConfig(weight_block_size=(8, 5), modules_to_not_convert=("model.layers.0.mlp",))
 
 FAMILIES: dict[str, ModelConfig] = {
@@ -50,6 +54,11 @@ FAMILIES: dict[str, ModelConfig] = {
     "deepseek_v3-fp8": mla("deepseek_v3", num_nextn_predict_layers=1, quantization=FP8),
     "kimi_k2": mla("kimi_k2"),
     "glm4_moe_lite": mla("glm4_moe_lite", num_nextn_predict_layers=1),
+    "mistral4": mla("mistral4", moe=MISTRAL4_MOE, rope=SCALED),
+    "axk1": mla("axk1", moe=replace(MOE, output_norm=True)),
+    "axk1-unbiased": mla("axk1", moe=replace(MOE, output_norm=True, router_bias=False)),
+    "youtu": mla("youtu", moe=None, tie_word_embeddings=True),
+    "minicpm3": mla("minicpm3", moe=None, rope=PLAIN, **SCALES),
     "llama": gqa("llama"),
     "llama-tied": gqa("llama", tie_word_embeddings=True),
     "mistral": gqa("mistral", sliding_window=7),

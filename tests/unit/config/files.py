@@ -36,6 +36,18 @@ V3 = MLA | {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalL
 V2 = MLA | {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"}
 GLM = {k: v for k, v in MLA.items() if k not in ("n_group", "topk_group", "first_k_dense_replace")}
 GLM |= {"model_type": "glm4_moe_lite"}
+DENSE_MLA = {
+    name: value
+    for name, value in MLA.items()
+    if name in COMMON or name == "q_lora_rank" or name.endswith(("_dim", "kv_lora_rank"))
+}
+YOUTU = DENSE_MLA | {"model_type": "youtu", "architectures": ["YoutuForCausalLM"]}
+MINICPM3 = DENSE_MLA | {"model_type": "minicpm3", "architectures": ["MiniCPM3ForCausalLM"]}
+MINICPM3 |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 6}
+SCALED = {"rope_theta": 777.0, "rope_type": "yarn", "factor": 4.0, "llama_4_scaling_beta": 0.1}
+SCALED |= {"original_max_position_embeddings": 53}
+MISTRAL4 = {name: value for name, value in MLA.items() if name != "rope_theta"}
+MISTRAL4 |= {"model_type": "mistral4", "rope_parameters": SCALED}
 LLAMA = COMMON | {"model_type": "llama"}
 MISTRAL = COMMON | {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 31}
 QWEN2 = COMMON | {"model_type": "qwen2", "num_key_value_heads": 3}
@@ -45,6 +57,10 @@ FAMILIES = {
     "kimi_k2": V3 | {"model_type": "kimi_k2"},
     "deepseek_v2": V2,
     "glm4_moe_lite": GLM,
+    "mistral4": MISTRAL4,
+    "axk1": V3 | {"model_type": "axk1", "architectures": ["AXK1ForCausalLM"]},
+    "youtu": YOUTU,
+    "minicpm3": MINICPM3,
     "llama": LLAMA,
     "mistral": MISTRAL,
     "qwen2": QWEN2,

@@ -8,11 +8,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowlat.config.hf.families import MLA_FAMILIES
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import GQAConfig, MLAConfig, MoEConfig, QuantConfig
 from lowlat.utils.errors import UserError
 
-from .files import FAMILIES, GLM, LLAMA, MISTRAL, QWEN2, QWEN3, V2, V3, refusal, without
+from .files import (
+    FAMILIES,
+    GLM,
+    LLAMA,
+    MINICPM3,
+    MISTRAL,
+    MISTRAL4,
+    QWEN2,
+    QWEN3,
+    V2,
+    V3,
+    YOUTU,
+    refusal,
+    without,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -22,9 +37,9 @@ def test_reads_every_family(family: str):
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (42, 29, 5)
     assert (config.vocab_size, config.max_position_embeddings) == (101, 211)
     assert (config.rms_norm_eps, config.rope.rope_theta) == (1e-5, 777.0)
-    is_mla = family in ("deepseek_v3", "kimi_k2", "deepseek_v2", "glm4_moe_lite")
+    is_mla = family in MLA_FAMILIES
     assert isinstance(config.attention, MLAConfig if is_mla else GQAConfig)
-    assert config.rope.rope_interleave == is_mla
+    assert config.rope.rope_interleave == (is_mla and family != "minicpm3")
     assert config.quantization is None and not config.tie_word_embeddings
 
 
@@ -126,6 +141,55 @@ def test_two_spellings_of_one_field():
     assert config_from_hf(raw) == config_from_hf(V3 | {"num_nextn_predict_layers": 1})
     message = refusal(raw | {"num_nextn_predict_layers": 2})
     assert "num_mtp_layers" in message and "num_nextn_predict_layers" in message
+
+
+def test_dense_families_with_latent_attention():
+    youtu, minicpm3 = config_from_hf(YOUTU), config_from_hf(MINICPM3)
+    assert youtu.moe is None and minicpm3.moe is None
+    assert not config_from_hf(YOUTU | {"rope_interleave": False}).rope.rope_interleave
+    assert "rope_interleave" in refusal(MINICPM3 | {"rope_interleave": True})
+    assert "num_nextn_predict_layers" in refusal(YOUTU | {"num_nextn_predict_layers": 1})
+    assert "n_routed_experts" in refusal(YOUTU | {"n_routed_experts": 8})
+
+
+def test_minicpm3_scales():
+    """Three factors; null is 1, and an absent one is nobody's default."""
+    config = config_from_hf(MINICPM3)
+    assert config.scale_emb == 12.0
+    assert config.residual_scale == 1.4 / math.sqrt(5)
+    assert config.output_scale == 6 / 42
+    plain = config_from_hf(MINICPM3 | {"scale_depth": None, "dim_model_base": None})
+    assert (plain.residual_scale, plain.output_scale) == (1.0, 1.0)
+    for name in ("scale_emb", "scale_depth", "dim_model_base"):
+        assert f"{name} is missing" in refusal(without(MINICPM3, name))
+        assert f"{name} must be" in refusal(MINICPM3 | {name: 0})
+        assert name in refusal(YOUTU | {name: 2})
+    without_width = config_from_hf(without(MINICPM3, "v_head_dim")).attention
+    assert isinstance(without_width, MLAConfig) and without_width.v_head_dim == 14
+
+
+def test_mistral4():
+    """Softmax scores without selection biases; queries scaled by their position."""
+    config = config_from_hf(MISTRAL4)
+    assert config.moe is not None
+    assert (config.moe.scoring_func, config.moe.has_router_bias) == ("softmax", False)
+    assert (config.rope.llama_4_scaling_beta, config.rope.factor) == (0.1, 4.0)
+    share = {"rope_parameters": MISTRAL4["rope_parameters"] | {"partial_rotary_factor": 6 / 13}}
+    assert config_from_hf(MISTRAL4 | share) == config
+    share["rope_parameters"]["partial_rotary_factor"] = 0.5
+    assert "partial_rotary_factor" in refusal(MISTRAL4 | share)
+    scaling = {"rope_type": "default", "llama_4_scaling_beta": 0.1}
+    assert "llama_4_scaling_beta" in refusal(V3 | {"rope_scaling": scaling})
+
+
+def test_kimi_k25_is_its_language_part():
+    text = V3 | {"model_type": "kimi_k2"}
+    raw = {"model_type": "kimi_k25", "text_config": text, "vision_config": {"hidden_size": 9}}
+    assert config_from_hf(raw | {"media_placeholder_token_id": 7}) == config_from_hf(text)
+    assert "text_config.vocab_size" in refusal(raw | {"text_config": without(text, "vocab_size")})
+    assert "text_config" in refusal(without(raw, "text_config"))
+    assert "tie_word_embeddings" in refusal(raw | {"tie_word_embeddings": True})
+    assert "quantization_config" in refusal(raw | {"quantization_config": {"bits": 4}})
 
 
 def test_biases_by_family():
@@ -231,6 +295,8 @@ def test_every_needed_field_is_missed_by_name(family: str):
     mla = {"kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"}
     mla |= {"num_experts_per_tok", "moe_intermediate_size", "n_shared_experts"}
     needed |= {name for name in mla if name in FAMILIES[family]}
+    if family == "minicpm3":
+        needed.remove("v_head_dim")  # by default hidden_size / num_attention_heads
     for name in sorted(needed):
         assert f"{name} is missing" in refusal(without(FAMILIES[family], name))
 
@@ -296,7 +362,6 @@ def test_heads_must_be_a_multiple_of_groups():
         (V2, "topk_method", "noaux_tc"),
         (V2, "rope_interleave", False),
         (V2, "num_nextn_predict_layers", 1),
-        (GLM, "moe_layer_freq", 2),
         (LLAMA, "attention_multiplier", 0.5),
         (LLAMA, "residual_multiplier", 1),
         (LLAMA, "use_qk_norm", True),

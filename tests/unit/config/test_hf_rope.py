@@ -43,10 +43,11 @@ def test_no_scaling():
 
 def test_theta_default_only_where_checkpoints_left_it_out():
     for family, raw in FAMILIES.items():
-        if family in ("llama", "mistral", "deepseek_v2", "deepseek_v3"):
+        if family in ("llama", "mistral", "deepseek_v2", "deepseek_v3", "minicpm3"):
             assert config_from_hf(without(raw, "rope_theta")).rope.rope_theta == 10000.0
         else:
-            assert "rope_theta is missing" in refusal(without(raw, "rope_theta"))
+            bare = without(without(raw, "rope_theta"), "rope_parameters")
+            assert "rope_theta is missing" in refusal(bare)
 
 
 def test_interleaved_layout():
@@ -95,13 +96,26 @@ def test_longrope():
     assert rope(V3, **both).attention_factor == 1.0
     assert rope(V3, attention_factor=0.9, factor=9.0, **both).attention_factor == 0.9
     for change in (
-        {"long_factor": [1.0, 2.5, 8.0]},
+        {"long_factor": [1.0, 2.5, 8.0, 9.0]},
         {"short_factor": [1.0, 2.5]},
         {"short_factor": [1.0, 0.0, 7]},
         {"short_factor": [1.0, True, 7]},
         {"short_factor": 3},
     ):
         assert "_factor" in refusal(V3 | {"rope_scaling": both | change})
+
+
+def test_longrope_with_two_sets_of_factors():
+    """The served context decides once; up to the original context the short factors serve."""
+    short, long = [1.0, 2.5, 7.0], [1.5, 3.0, 8.0]
+    both = {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+    settings = rope(V3, original_max_position_embeddings=53, **both)
+    assert settings.pair_factors == tuple(short) and settings.long_pair_factors == tuple(long)
+    for context, expected in ((2, short), (53, short), (54, long), (211, long)):
+        served = settings.for_context(context)
+        assert served.pair_factors == tuple(expected) and served.long_pair_factors is None
+        assert served.attention_factor == settings.attention_factor
+    assert rope(LLAMA).for_context(9) == rope(LLAMA)
 
 
 def test_longrope_may_scale_the_softmax():

@@ -22,6 +22,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "v3 untruncated": V3 | {"rope_scaling": YARN | {"truncate": False}},
     "v3 attention factor": V3 | {"rope_scaling": YARN | {"attention_factor": 1.5}},
     "v3 longrope": V3 | {"rope_scaling": {"rope_type": "longrope", **FACTORS}},
+    "v3 two longropes": V3
+    | {
+        "original_max_position_embeddings": 53,
+        "rope_scaling": {"rope_type": "longrope", **FACTORS, "long_factor": [2.0, 3.0, 5.0]},
+    },
     "v3 linear": V3 | {"rope_scaling": {"type": "linear", "factor": 3.0, "mscale_all_dim": 1.0}},
     "v3 half layout": V3 | {"rope_interleave": False, "attention_bias": True},
     "v3 mtp": V3 | {"num_nextn_predict_layers": 2, "tie_word_embeddings": True},
@@ -32,8 +37,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "v2 greedy": V2 | {"topk_method": "greedy", "norm_topk_prob": True},
     "v2 dense": V2 | {"n_routed_experts": None},
     "glm layers": GLM | {"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 2},
-    "v3 any order": without(V3, "first_k_dense_replace")
-    | {"mlp_layer_types": ["sparse", "dense"] * 2 + ["dense"]},
     "glm any order": GLM | {"mlp_layer_types": ["sparse", "dense"] * 2 + ["dense"]},
     "glm frequency": GLM | {"first_k_dense_replace": 1, "moe_layer_freq": 2},
     "glm dense": GLM | {"mlp_layer_types": ["dense"] * 5},
@@ -54,6 +57,13 @@ def test_written_and_read_back(name: str):
     config = config_from_hf(VARIANTS[name])
     written = json.loads(json.dumps(config_to_hf(config), allow_nan=False))
     assert config_from_hf(written) == config
+
+
+def test_layer_types_of_v3_are_written_and_read_back():
+    """transformers' class of deepseek_v3 does not read them."""
+    types = {"mlp_layer_types": ["sparse", "dense"] * 2 + ["dense"]}
+    config = config_from_hf(without(V3, "first_k_dense_replace") | types)
+    assert config_from_hf(config_to_hf(config)) == config
 
 
 @pytest.mark.parametrize("name", preset_names())

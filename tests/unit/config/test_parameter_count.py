@@ -52,13 +52,18 @@ def test_deepseek_v3_by_part():
         ("kimi-k2", "1026.4", "32.9"),
         ("glm-4.7-flash", "29.94", None),
         ("gigachat3-10b-a1.8b", "10.67", "1.8"),
+        ("youtu-llm-2b", "1.96", None),
+        ("minicpm3-4b", "4.07", None),
+        ("mistral-small-4-119b", "119.0", "6.6"),
+        ("a.x-k1", "519", "33"),
+        ("kimi-k2.5", "1026.4", "32.9"),
     ],
 )
 def test_totals_and_active(name: str, total: str, active: str | None):
     count = count_parameters(load_preset(name))
-    assert billions(count.total, len(total.split(".")[1])) == total
+    assert billions(count.total, len(total.partition(".")[2])) == total
     if active is not None:
-        assert billions(count.active, len(active.split(".")[1])) == active
+        assert billions(count.active, len(active.partition(".")[2])) == active
 
 
 def test_v2_lite_active():

@@ -18,6 +18,11 @@ def test_names():
         "kimi-k2",
         "glm-4.7-flash",
         "gigachat3-10b-a1.8b",
+        "youtu-llm-2b",
+        "minicpm3-4b",
+        "mistral-small-4-119b",
+        "a.x-k1",
+        "kimi-k2.5",
         "llama-3.1-8b",
         "llama-3.1-405b",
         "qwen2.5-72b",
@@ -50,6 +55,9 @@ def test_softmax_scale_has_the_yarn_factor():
         ("kimi-k2", 384, 8, 1, 1, 1, 2.827, 1),
         ("glm-4.7-flash", 64, 4, 1, 1, 1, 1.8, 1),
         ("gigachat3-10b-a1.8b", 64, 4, 1, 1, 1, 1.0, 1),
+        ("mistral-small-4-119b", 128, 4, 1, 1, 1, 1.0, 0),
+        ("a.x-k1", 192, 8, 1, 8, 4, 2.5, 1),
+        ("kimi-k2.5", 384, 8, 1, 1, 1, 2.827, 1),
     ],
 )
 def test_experts(
@@ -68,7 +76,7 @@ def test_experts(
     assert (moe.n_shared_experts, moe.n_group, moe.topk_group) == (shared, groups, kept)
     assert (moe.routed_scaling_factor, moe.first_k_dense_replace) == (scale, dense)
     is_v2 = "v2" in name
-    assert moe.scoring_func == ("softmax" if is_v2 else "sigmoid")
+    assert moe.scoring_func == ("softmax" if is_v2 or "mistral" in name else "sigmoid")
     assert moe.norm_topk_prob == (not is_v2)
 
 

@@ -21,12 +21,20 @@ from lowlat.model.linear import Linear
 from lowlat.ops.quantized import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
-from tests.configs import GQA, LLAMA3, MLA, YARN
+from tests.configs import GQA, INTERLEAVED, LLAMA3, MLA, MOE, YARN
 from tests.parameters import slow_except
 from tests.unit.checkpoint.builders import FAMILIES, assert_same_bits, gqa, mla, write_model
 
 from .texts import TEMPLATE, write_tokenizer
 
+TWO_SETS = replace(
+    INTERLEAVED,
+    rope_type="longrope",
+    original_max_position_embeddings=5,
+    pair_factors=(1.0, 2.0, 3.0),
+    long_pair_factors=(2.0, 3.0, 4.0),
+)
+ANY_ORDER = replace(MOE, first_k_dense_replace=0, mlp_layer_types=("sparse", "dense"))
 MODELS = {name: config for name, config in FAMILIES.items() if "fp8" not in name} | {
     "yarn": mla("deepseek_v3", rope=YARN, num_nextn_predict_layers=1),
     "groups": mla("deepseek_v3", moe=replace(mla("deepseek_v3").moe, n_group=3, topk_group=2)),
@@ -37,7 +45,11 @@ MODELS = {name: config for name, config in FAMILIES.items() if "fp8" not in name
     "biases": replace(gqa("llama"), attention=replace(GQA, qkv_bias=True, o_bias=True)),
     "linear": gqa("llama", rope=RopeConfig(rope_theta=1e4, rope_type="linear", factor=2.0)),
 }
-EXPRESSIBLE = [name for name in MODELS if "converted" not in name]
+ALIEN = ("minicpm3", "mistral4", "axk1")
+"""Families whose computation no key of the format describes."""
+EXPRESSIBLE = [
+    name for name in MODELS if "converted" not in name and MODELS[name].model_type not in ALIEN
+]
 
 
 @pytest.mark.slow
@@ -51,7 +63,7 @@ def test_there_and_back_to_the_bit(tmp_path: Path, name: str, dtype: str) -> Non
     after = load_model(tmp_path / "back")
     assert_same_bits(after.model, before)
     # the format knows no kin of V3, and no mistral without a window
-    family = {"kimi_k2": "deepseek_v3", "glm4_moe_lite": "deepseek_v3"}
+    family = dict.fromkeys(("kimi_k2", "glm4_moe_lite", "youtu"), "deepseek_v3")
     config = MODELS[name]
     assert after.config == replace(
         config, model_type=family.get(config.model_type, config.model_type)
@@ -150,6 +162,12 @@ def test_packed_folders_keep_their_type(tmp_path: Path) -> None:
     ("config", "what"),
     [
         (MODELS["llama-converted"], "a latent without norm"),
+        (MODELS["minicpm3"], "scale_emb"),
+        (MODELS["mistral4"], "queries scaled by their position"),
+        (replace(MODELS["mistral4"], rope=INTERLEAVED), "experts of model_type 'mistral4' without"),
+        (MODELS["axk1"], "a norm on the output of experts"),
+        (mla("deepseek_v3", rope=TWO_SETS), "longrope with short and long factors"),
+        (mla("deepseek_v3", moe=ANY_ORDER), "dense layers after sparse ones"),
         (mla("deepseek_v3", rope=replace(YARN, mscale=1.0)), "YaRN's mscale 1.0 with"),
         (mla("deepseek_v3", rope=replace(YARN, rope_interleave=False)), "rope_interleave false"),
         (

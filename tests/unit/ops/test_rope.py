@@ -16,6 +16,7 @@ from lowlat.ops.rope import (
     RotaryTable,
     apply_rope,
     inverse_frequencies,
+    query_scale,
     rotation_magnitude,
 )
 from tests.configs import GQA, LLAMA3, V3_MLA, YARN, model_config
@@ -67,7 +68,7 @@ def test_the_tables_carry_the_factor() -> None:
     """Position 0 cannot show an error in the frequencies, but it does show the magnitude: cos(0)
     is the factor.
     """
-    cos, sin = RotaryEmbedding(yarn(1.0, 0.707), 6)(torch.tensor([0, 7001]))
+    cos, sin, _ = RotaryEmbedding(yarn(1.0, 0.707), 6)(torch.tensor([0, 7001]))
     factor = 1.3688879 / 1.2608038
     torch.testing.assert_close(cos[0], torch.full((3,), factor))
     assert torch.equal(sin[0], torch.zeros(3))
@@ -182,11 +183,18 @@ def test_rotates_in_fp32_and_rounds_once() -> None:
     assert torch.equal(out, apply_rope(x.float(), tables, interleave=True).to(torch.bfloat16))
 
 
+def test_query_scale_grows_in_steps() -> None:
+    found = query_scale(torch.tensor([0, 6, 7, 13, 14, 70]), 0.1, 7)
+    expected = [1 + 0.1 * math.log(n) for n in (1, 1, 2, 2, 3, 11)]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
 def test_tables_are_fp32_at_far_positions() -> None:
     """Regression: positions cast to a narrow type; at 60,001 fp16 is infinite and bf16 off by
     191.
     """
-    cos, sin = RotaryEmbedding(RopeConfig(rope_theta=1e4), 4)(torch.tensor([60001]))
+    cos, sin, _ = RotaryEmbedding(RopeConfig(rope_theta=1e4), 4)(torch.tensor([60001]))
     assert cos.dtype == torch.float32
     expected = torch.tensor([60001.0, 600.01], dtype=torch.float64)
     torch.testing.assert_close(cos[0].double(), expected.cos(), rtol=0, atol=1e-4)

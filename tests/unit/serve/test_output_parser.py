@@ -83,6 +83,15 @@ TWO_CALLS = {
         "<|tool_call_begin|>functions.g:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
         "<|tool_calls_section_end|>"
     ),
+    "GigaChat3ToolParser": (
+        "Well.\n\nfunction call<|role_sep|>\n"
+        '{"name": "f", "arguments": {"a": "x\\"}<", "n": [5, {}]}}'
+        '\n\nfunction call<|role_sep|>\n{"name": "g", "arguments": {}}'
+    ),
+    "GigaChat31ToolParser": (
+        'Well.<|function_call|>{"name": "f", "arguments": {"a": "x\\"}<", "n": [5, {}]}}'
+        '<|function_call|>{"arguments": {}, "name": "g"}'
+    ),
     "GlmToolParser": (
         'Well.\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x"}<</arg_value>\n<arg_key>n</arg_key>'
         "\n<arg_value>[5, {}]</arg_value>\n</tool_call>\n<tool_call>g\n</tool_call>"

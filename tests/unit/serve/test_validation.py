@@ -6,6 +6,7 @@ import pytest
 from pydantic import Field
 
 from lowlat.serve.protocol.base import StrictModel
+from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.validation import MAX_MESSAGE, MAX_PARAM, validate
 from lowlat.serve.routes.endpoint import Post
@@ -107,3 +108,13 @@ def test_null_for_what_is_not_supported_is_nothing() -> None:
 @pytest.mark.parametrize("post", POSTS, ids=lambda post: post.path)
 def test_no_field_is_both_supported_and_not(post: Post) -> None:
     assert not post.request.UNSUPPORTED & set(post.request.model_fields)
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_image", "video_url"])
+def test_a_picture_is_refused_with_its_reason(kind: str) -> None:
+    """Models with a vision tower are served without it."""
+    message = {"role": "user", "content": [{"type": kind, kind: {"url": "data:,"}}]}
+    with pytest.raises(RequestError) as caught:
+        validate(ChatRequest, {"messages": [message]})
+    assert caught.value.param == "messages[0].content[0].type"
+    assert f"{kind} needs a vision tower" in str(caught.value)
