@@ -168,6 +168,11 @@ def _check_compression(compression: CompressionOptions, to: str | None) -> None:
             f"--method '{compression.method}' is unknown; choose one of "
             f"{', '.join((*METHODS, 'exact'))}"
         )
+    if not 0 < compression.share < 1:
+        raise UserError(
+            f"--cache {compression.share:g}: give the share of the cache to keep, above 0 and "
+            "below 1; without --cache the conversion is exact"
+        )
 
 
 def _check_recovery(recovery: RecoveryOptions, compression: CompressionOptions | None) -> None:
