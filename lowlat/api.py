@@ -81,7 +81,8 @@ def load(
     return Model(
         loaded.model,
         tokenizer,
-        name=os.fspath(name),
+        # paths need not be UTF-8, but the API and JSON results show the name
+        name=os.fsencode(name).decode("utf-8", "replace"),
         context=context,
         cache=cache,
         max_cache_bytes=max_cache_bytes,

@@ -54,7 +54,7 @@ def test_mla_attention_and_experts():
 
 def test_v2_with_normalised_weights_is_refused():
     """transformers ignores norm_topk_prob of V2; dividing differed from it by 22 %."""
-    with pytest.raises(UserError, match=r"norm_topk_prob true is not supported; .* set it to false"):
+    with pytest.raises(UserError, match=r"norm_topk_prob true is not supported; .*to false"):
         config_from_hf(V2 | {"norm_topk_prob": True})
     v2 = config_from_hf(V2).moe
     assert v2 is not None and not v2.norm_topk_prob
