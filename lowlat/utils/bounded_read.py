@@ -34,7 +34,9 @@ def read_bounded_text(path: Path, limit: int, where: str) -> str:
 
 
 def read_stream(read: Callable[[int], bytes], limit: int, where: str) -> bytes:
-    """All bytes of a stream with the method `read`. Raises UserError starting with `where` if it has more than `limit`."""
+    """All bytes of a stream with the method `read`. Raises UserError starting with `where` if it
+    has more than `limit`.
+    """
     found = io.BytesIO()
     while piece := read(CHUNK):
         if found.tell() + len(piece) > limit:
