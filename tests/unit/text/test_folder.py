@@ -1,6 +1,7 @@
 """Tokenizer files of a Hugging Face folder: which one wins, and what a broken one is called."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +212,13 @@ def test_text_that_is_not_utf8_is_refused(make_folder: MakeFolder) -> None:
     (folder / "tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"tokenizer\.json: is not UTF-8"):
         Tokenizer.from_folder(folder)
+
+
+def test_a_path_that_is_not_utf8(make_folder: MakeFolder) -> None:
+    """Regression: reported as a broken tokenizer."""
+    folder = make_folder()
+    moved = folder.rename(os.fsdecode(os.fsencode(folder) + b"\xff"))
+    assert Tokenizer.from_folder(moved).encode("a")
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
