@@ -19,12 +19,15 @@ MAX_PROMPT_BYTES = 64 * 2**20
 def load_model(name: str, *, threads: int | None, **loading: Unpack[api.LoadOptions]) -> Model:
     """The model `name`, downloaded and converted if necessary, with progress on stderr.
 
-    Sets the threads of PyTorch and of the native kernels if `threads` is given.
+    Sets the threads of PyTorch and of the native kernels if `threads` is given. Raises UserError
+    for a model without a tokenizer: all verbs that load one here use text.
     """
     if threads is not None:
         native.use_threads(threads)
     loading.setdefault("progress", make_progress())
-    return api.load(name, **loading)
+    model = api.load(name, **loading)
+    model.tokenizer.require()
+    return model
 
 
 def recipe_checkpoint(recipe: Path, key: str, name: str | None, progress: Progress) -> Path | None:

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from lowlat.text.parts import set_around
+from lowlat.text.parts import NoTokenizer, set_around
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 
@@ -223,7 +223,7 @@ def test_a_path_that_is_not_utf8(make_folder: MakeFolder) -> None:
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
     tokenizers.Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="model type WordLevel is not supported"):
+    with pytest.raises(NoTokenizer, match="model type WordLevel is not supported"):
         Tokenizer.from_folder(tmp_path)
 
 
