@@ -69,7 +69,7 @@ QUERIES = [
         "config/model.py",
         "depth / math.sqrt(self.num_hidden_layers)",
         "depth",
-        "tests/unit/config/test_hf.py::test_minicpm3_scales",
+        "tests/unit/config/test_hf_families.py::test_minicpm3_scales",
     ),
 ]
 
