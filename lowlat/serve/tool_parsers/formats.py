@@ -57,8 +57,12 @@ class GigaChat31ToolParser(_JsonToolParser):
 class GigaChat3ToolParser(GigaChat31ToolParser):
     """GigaChat 3: the same object as a message of the role "function call"."""
 
-    markers = ("function call<|role_sep|>", "<|role_sep|>")
-    before_call = ("\n",)
+    markers = ("function call", "<|role_sep|>")
+    before_call = (markers[1], "\n")
+
+    def read_calls(self, state: ParserState) -> Steps[None]:
+        yield from state.reader.accept_after_space(self.markers[1])
+        yield from super().read_calls(state)
 
 
 class Llama3ToolParser(_JsonToolParser):

@@ -20,6 +20,7 @@ from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, Reasoni
 from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
 from lowlat.serve.tool_parsers.formats import (
     DeepSeekV3ToolParser,
+    GigaChat31ToolParser,
     HermesToolParser,
     Llama3ToolParser,
     MistralListToolParser,
@@ -68,6 +69,10 @@ WRITTEN = {
     "KimiK2ToolParser": (
         f"{SECTION}{KIMI_CALL}functions.weather:0{KIMI_ARGUMENTS}{ARGUMENTS}{KIMI_END}{SECTION_END}"
     ),
+    "GigaChat3ToolParser": (
+        f'function call<|role_sep|>\n{{"name": "weather", "arguments": {ARGUMENTS}}}'
+    ),
+    "GigaChat31ToolParser": f'<|function_call|>{{"name": "weather", "arguments": {ARGUMENTS}}}',
     "GlmToolParser": (
         "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Bern</arg_value>\n"
         "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
@@ -193,7 +198,7 @@ def test_several_calls(tools: ToolParser, compiler: GrammarCompiler) -> None:
     """Regression: parallel_tool_calls=false that lets a second call through, and the reverse."""
     text = WRITTEN[type(tools).__name__]
     match tools:
-        case HermesToolParser() | GlmToolParser() | Qwen3CoderToolParser():
+        case HermesToolParser() | GlmToolParser() | Qwen3CoderToolParser() | GigaChat31ToolParser():
             twice = f"{text}\n{text}"
         case MistralToolParser():
             twice = text + text
