@@ -24,7 +24,7 @@ def show(result: Object, console: Console | None = None, *, every_part: bool = F
     console.print()
     good = result["equal"]
     console.print(headline(result), style="bold green" if good else "bold red", highlight=False)
-    lines = *diagnosis_lines(result), *routing_lines(result), *weight_lines(result), *notes(result)
+    lines = *diagnosis_lines(result), *weight_lines(result), *routing_lines(result), *notes(result)
     for line in lines:
         console.print(line, highlight=False, markup=False)
 
