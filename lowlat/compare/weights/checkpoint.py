@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lowlat.checkpoint.dequantized_source import dequantized_source
 from lowlat.checkpoint.fill_parameters import dtype_label
-from lowlat.checkpoint.gguf.file import PLAIN, GGUFFile
+from lowlat.checkpoint.gguf.file import PLAIN
+from lowlat.checkpoint.gguf.split import open_parts
 from lowlat.checkpoint.gguf.tensor_layout import BY_EXPERT, BY_MODULE, BY_NAME
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
-from lowlat.checkpoint.mapping import file_name, operations, resolve_mtp_modules
+from lowlat.checkpoint.mapping import PLAIN_DTYPES, file_name, operations, resolve_mtp_modules
 from lowlat.checkpoint.mapping_operations import Operation, Rename
 from lowlat.config.model import ModelConfig
 from lowlat.model.transformer import Transformer
@@ -83,10 +84,12 @@ class CheckpointWeights:
         kind = next((self._kinds[n] for n in _gguf_names(file) if n in self._kinds), None)
         if kind is not None:
             return kind
+        if file not in self._stored.tensors:
+            return self._packing or "int4"
         dtype = self._stored.dtype(file)
-        if dtype in (torch.int8, torch.uint8):
-            return self._packing or dtype_label(dtype)
-        return "fp8" if dtype == torch.float8_e4m3fn else dtype_name(dtype)
+        if dtype not in PLAIN_DTYPES:
+            return "fp8" if dtype == torch.float8_e4m3fn else self._packing or dtype_label(dtype)
+        return dtype_name(dtype)
 
 
 def wide(values: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def wide(values: Tensor) -> Tensor:
 
 def _block_types(path: Path) -> dict[str, str]:
     """Types of the quantized tensors of a GGUF file, by their names in the file."""
-    tensors = GGUFFile(path).tensors
+    tensors = open_parts(path).tensors
     return {name: each.kind.name for name, each in tensors.items() if each.kind not in PLAIN}
 
 
