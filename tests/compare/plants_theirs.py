@@ -119,7 +119,7 @@ def turns(name: str, new: Callable[..., Turned], kind: str, first: str, says: st
     return theirs_with(name, theirs, "apply_rotary_pos_emb_interleave", new, kind, first, says)
 
 
-def tables(name: str, kind: str, says: str, **right: int) -> Plant:
+def tables(name: str, kind: str, says: str, **right: Any) -> Plant:
     owner, new = theirs.DeepseekV3RotaryEmbedding, their_tables(**right)
     return theirs_with(name, owner, "forward", new, kind, "q_rotated", says)
 

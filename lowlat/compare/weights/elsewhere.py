@@ -1,5 +1,6 @@
 """Find weights of B in other tensors of A: exchanged experts, gate and up, copies of layers."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -55,8 +56,7 @@ class WeightIndex:
 
 def _sketch(weights: CheckpointWeights, name: str) -> Tensor:
     shape = weights.shapes[name]
-    width = shape[1] if len(shape) > 1 else 1
-    rows = min(shape[0], -(-SKETCHED // width))
+    rows = min(shape[0], -(-SKETCHED // max(math.prod(shape[1:]), 1)))
     return wide(weights.rows(name, 0, rows)).float().flatten()[:SKETCHED]
 
 

@@ -33,7 +33,11 @@ def limit_of(stored: str) -> float:
 
 def exact_rounding(found: WeightScan) -> Explanation | None:
     """Rounding of single numbers that turns one weight into the other."""
-    for label, other, names in (("B", "A", found.b_rounds), ("A", "B", found.a_rounds)):
+    sides: list[tuple[Label, Label, set[str]]] = [
+        ("B", "A", found.b_rounds),
+        ("A", "B", found.a_rounds),
+    ]
+    for label, other, names in sides:
         for name in ROUNDINGS:
             if name in names:
                 return Explanation("rounding", f"has {other}'s values {name}", label)

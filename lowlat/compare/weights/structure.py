@@ -124,7 +124,7 @@ def _orders(layout: HeadLayout, interleave: bool) -> Iterator[tuple[str, str, Te
                 f"{detail}, taking whole heads for RoPE {rows}",
                 index[:, order].flatten(),
             )
-    if parts[0].rotates and layout.unit:
+    if all(part.rotates for part in parts) and layout.unit:
         for count in range(1, MOST_HEADS + 1):
             if count == layout.heads or index.numel() % (2 * count):
                 continue
