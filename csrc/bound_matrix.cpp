@@ -86,6 +86,19 @@ BoundMatrix make_int4(const Array& weight, const Array& scale, const Array& mini
   return bound;
 }
 
+// Rows in GGUF blocks, contiguous bytes each; `type` is the number in files.
+BoundMatrix make_gguf(const Array& weight, std::int64_t type, const Optional& occupied) {
+  const GgufTypeInfo* info = find_gguf_type(type);
+  if (info == nullptr) throw std::invalid_argument("no GGUF type " + std::to_string(type));
+  BoundMatrix bound = by_rows(Storage::gguf, weight, Type::uint8);
+  const std::int64_t bytes = bound.matrix.columns;
+  if (bytes % info->bytes != 0) throw std::invalid_argument("weight has rows that are not whole blocks");
+  bound.matrix.type = info->type;
+  bound.matrix.columns = bytes / info->bytes * info->columns;
+  attach_occupied(bound, occupied);
+  return bound;
+}
+
 }  // namespace
 
 void bind_matrix(nb::module_& module) {
@@ -98,6 +111,7 @@ void bind_matrix(nb::module_& module) {
                   "occupied"_a = nb::none())
       .def_static("int4", make_int4, "weight"_a, "scale"_a, "minimum"_a, nb::kw_only(), "rows"_a, "columns"_a,
                   "occupied"_a = nb::none())
+      .def_static("gguf", make_gguf, "weight"_a, nb::kw_only(), "type"_a, "occupied"_a = nb::none())
       .def_prop_ro("rows", [](const BoundMatrix& bound) { return bound.matrix.rows; })
       .def_prop_ro("columns", [](const BoundMatrix& bound) { return bound.matrix.columns; });
 }

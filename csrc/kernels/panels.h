@@ -5,6 +5,7 @@
 
 #include "../matrix.h"
 #include "common.h"
+#include "gguf_span.h"
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -170,8 +171,32 @@ class Prefetcher {
   std::int64_t rows_ = 0, bytes_ = 0, gap_ = 0;
 };
 
+// All panels of a tile of GGUF blocks of a type.
+template <GgufType type>
+inline void load_gguf_panels(const Matrix& w, std::int64_t tile, Panel* panels) {
+  const std::int64_t count = num_panels(w.columns), rows = least(kTile, w.rows - tile * kTile);
+  for (std::int64_t r = 0; r < kTile; ++r) {
+    if (r >= rows) {
+      for (std::int64_t i = 0; i < count; ++i) panels[i][r] = zero_pairs();
+      continue;
+    }
+    F first = zero();
+    gguf::each_sixteen<type>(w, tile * kTile + r, [&](std::int64_t column, F weights) {
+      if (column % kColumns == 0) {
+        first = weights;
+      } else {
+        panels[column / kColumns][r] = pairs_in_order(first, weights);
+      }
+    });
+  }
+  for (std::int64_t i = 0; i < count; ++i) transpose(panels[i], panels[i]);
+}
+
 // All panels of a tile; meanwhile the same tile of `ahead`, if any, is prefetched.
 inline void load_panels(const Matrix& w, std::int64_t tile, Panel* panels, const Matrix* ahead = nullptr) {
+  if (w.storage == Storage::gguf) {
+    return with_gguf_type(w.type, [&]<GgufType type>() { load_gguf_panels<type>(w, tile, panels); });
+  }
   for (std::int64_t i = 0; i < num_panels(w.columns); ++i) {
     load_panel(w, tile, i, panels[i]);
     if (ahead != nullptr) prefetch_panel(*ahead, tile, i, true);

@@ -10,7 +10,7 @@ from lowlat.config.presets import load_preset
 from lowlat.convert.report import describe_attention
 from lowlat.generate.completion import Completion
 from lowlat.generate.model import Model
-from lowlat.model.quant import packed_type
+from lowlat.model.quant import weight_format
 
 
 def print_answer_report(model: Model, completion: Completion, console: Console) -> None:
@@ -18,8 +18,7 @@ def print_answer_report(model: Model, completion: Completion, console: Console) 
     usage = completion.usage
     source = source_config(model.name)
     label = MODEL_PRESETS[model.name].label if model.name in MODEL_PRESETS else model.name
-    plain = str(model.transformer.embed_tokens.weight.dtype).removeprefix("torch.")
-    numbers = packed_type(model.transformer) or plain
+    numbers = weight_format(model.transformer, model.transformer.embed_tokens.dtype)
     rows = {
         "model": f"{label}, {model.num_parameters / 1e6:.1f}M parameters, {numbers}",
         "attention": _attention(source, model.config),

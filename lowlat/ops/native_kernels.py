@@ -68,6 +68,23 @@ def quantize_int4(
     return packed
 
 
+def dequantize_gguf(
+    weight: UInt8[Tensor, "out row_bytes"],
+    kind: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    level: str = "",
+) -> Float[Tensor, "out in"]:
+    """The values of rows in blocks of GGUF type number `kind`, exact in fp32 or rounded once to
+    bf16, `dtype`.
+    """
+    module = native.module()
+    matrix = module.Matrix.gguf(weight, type=kind)
+    out = torch.empty(matrix.rows, matrix.columns, dtype=dtype)
+    module.dequantize(matrix, out, level)
+    return out
+
+
 def rms_norm(
     x: BFloat16[Tensor, "*rows dim"], weight: Float[Tensor, "dim"], eps: float, *, level: str = ""
 ) -> BFloat16[Tensor, "*rows dim"]:

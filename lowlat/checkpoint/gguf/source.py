@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.gguf.file import GGUFFile
+from lowlat.checkpoint.gguf.file import PLAIN, GGUFFile
 from lowlat.checkpoint.gguf.metadata_reader import architecture, hf_config
 from lowlat.checkpoint.gguf.tensor_names import EXPERTS, GLOBAL_NAMES, MODULES, ROUTER_BIAS
 from lowlat.checkpoint.tensor_source import TensorSource
@@ -35,6 +35,17 @@ class _Part(NamedTuple):
     shape: tuple[int, ...]
     rows: Callable[[int, int], Tensor]
     """Computes rows [start, stop) without reading the others."""
+    blocks: Callable[[], Tensor] | None = None
+    """Reads the rows as the file's bytes; None where rows are not those of the file."""
+
+
+class GGUFBlocks(NamedTuple):
+    """A matrix in blocks of a quantized type."""
+
+    kind: int
+    """Number of the GGUF type."""
+    rows: Callable[[], Tensor]
+    """Reads it, uint8 [rows, row_bytes]: a view of the mapped file, unless rows are permuted."""
 
 
 @final
@@ -90,6 +101,34 @@ class GGUFSource(TensorSource):
     def where(self, name: str) -> str:
         return f"{self.path}: tensor {quoted(self._part(name).tensors[0])}"
 
+    def blocks(self, name: str) -> GGUFBlocks | None:
+        """The tensor in blocks of its type; None if it is plain or its rows are computed."""
+        part = self._part(name)
+        kind = self._gguf.tensors[part.tensors[0]].kind
+        if part.blocks is None or kind in PLAIN or len(part.shape) != 2:
+            return None
+        return GGUFBlocks(int(kind), part.blocks)
+
+    def kv_b_halves(self, name: str) -> tuple[GGUFBlocks, GGUFBlocks] | None:
+        """attn_k_b and attn_v_b, the halves of kv_b_proj `name`, if both are in blocks."""
+        tensors = self._part(name).tensors
+        kinds = [self._gguf.tensors[tensor].kind for tensor in tensors]
+        if len(tensors) != 2 or any(kind in PLAIN for kind in kinds):
+            return None
+        keys, values = (
+            GGUFBlocks(int(kind), partial(self._gguf.stored_rows, tensor))
+            for tensor, kind in zip(tensors, kinds, strict=True)
+        )
+        return keys, values
+
+    def has_blocks(self) -> bool:
+        """Whether a tensor is in blocks."""
+        return any(tensor.kind not in PLAIN for tensor in self._gguf.tensors.values())
+
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in the file."""
+        return sum(tensor.stop - tensor.start for tensor in self._gguf.tensors.values())
+
     def _part(self, name: str) -> _Part:
         if name not in self._parts:
             raise UserError(f"{self.path}: tensor {quoted(name)} is missing")
@@ -122,17 +161,23 @@ class GGUFSource(TensorSource):
         return {hf_name: self._plain(name)}
 
     def _plain(self, name: str) -> _Part:
-        return _Part((name,), self._gguf.tensors[name].shape, partial(self._rows, name))
+        rows = partial(self._rows, name)
+        return _Part(
+            (name,), self._gguf.tensors[name].shape, rows, partial(self._gguf.stored_rows, name)
+        )
 
     def _expert(self, name: str, expert: int) -> _Part:
         shape = self._gguf.tensors[name].shape[1:]
 
         def rows(start: int, stop: int) -> Tensor:
             # the first two axes are one in the file
-            first = expert * shape[0]
             return self._gguf.rows(name, first + start, first + stop)
 
-        return _Part((name,), shape, rows)
+        def blocks() -> Tensor:
+            return self._gguf.stored_rows(name, first, first + shape[0])
+
+        first = expert * shape[0]
+        return _Part((name,), shape, rows, blocks)
 
     def _unpermuted(self, name: str, module: str) -> _Part:
         heads = self._config["num_attention_heads" if module == "attn_q" else "num_key_value_heads"]
@@ -146,7 +191,10 @@ class GGUFSource(TensorSource):
         def of_heads(first: int, last: int) -> Tensor:
             return unpermute(self._rows(name, first * width, last * width), last - first)
 
-        return _Part((name,), shape, _by_heads(of_heads, width))
+        def blocks() -> Tensor:
+            return unpermute(self._gguf.stored_rows(name), heads)
+
+        return _Part((name,), shape, _by_heads(of_heads, width), blocks)
 
     def _rows(self, name: str, first: int, last: int) -> Tensor:
         """[first, last) of the first axis."""

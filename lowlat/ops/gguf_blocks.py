@@ -1,0 +1,63 @@
+"""Values of GGUF's quantized blocks: sizes of blocks, dequantization.
+
+The gguf package is the reference implementation; the native kernel gives the same bits.
+"""
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from lowlat.ops import native, native_kernels
+
+CHUNK_ELEMENTS = 2**22
+"""Elements dequantized at a time, so that intermediates stay small."""
+
+
+def block_columns(kind: int) -> int:
+    """Columns of a block of GGUF type number `kind`."""
+    return GGML_QUANT_SIZES[GGMLQuantizationType(kind)][0]
+
+
+def row_bytes(kind: int, columns: int) -> int:
+    """Bytes of a row of `columns` values, which must be whole blocks."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    assert columns % block == 0
+    return columns // block * size
+
+
+def num_columns(kind: int, size: int) -> int:
+    """Values of a row of `size` bytes."""
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    return size // block_bytes * block
+
+
+def dequantize_blocks(
+    weight: UInt8[Tensor, "rows row_bytes"], kind: int, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "rows columns"]:
+    """The values of rows in blocks of GGUF type number `kind`, rounded once to `dtype`.
+
+    Raises NotImplementedError for a type that the gguf package cannot dequantize.
+    """
+    if weight.device.type == "cpu" and _has_native_kernel(kind):
+        is_narrow = dtype == torch.bfloat16
+        made = torch.bfloat16 if is_narrow else torch.float32
+        return native_kernels.dequantize_gguf(weight, kind, made).to(dtype)
+    rows, columns = weight.shape[0], num_columns(kind, weight.shape[1])
+    values = torch.empty(rows, columns, dtype=dtype, device=weight.device)
+    step = max(CHUNK_ELEMENTS // columns, 1)
+    for first in range(0, rows, step):
+        stored = weight[first : first + step].cpu().contiguous()
+        # as one long row: the gguf package walks rows in groups of 16, slow for short ones
+        with np.errstate(all="ignore"):
+            chunk = dequantize(stored.numpy().reshape(1, -1), GGMLQuantizationType(kind))
+        values[first : first + step] = torch.from_numpy(chunk).view(-1, columns)
+    return values
+
+
+def _has_native_kernel(kind: int) -> bool:
+    if not native.available():
+        return False
+    return any(number == kind for number, *_ in native.module().gguf_types())
