@@ -243,10 +243,10 @@ template <>
 struct Loader<GgufType::MXFP4> {
   static constexpr int kBytes = 17;
   static Codes load(const std::uint8_t* at, std::int64_t columns) {
-    alignas(64) std::uint8_t blocks[8 * kBytes] = {};
     if (columns < kSpan) {
+      alignas(64) std::uint8_t blocks[8 * kBytes] = {};
       std::memcpy(blocks, at, columns / 32 * kBytes);
-      at = blocks;
+      return load(blocks, kSpan);
     }
     Codes codes;
     const __m512i levels = level_codes(kFp4Levels, kFp4Middle);
@@ -265,14 +265,24 @@ struct Loader<GgufType::MXFP4> {
   }
 };
 
+// half_of_e4m3() of 16 numbers.
+inline F halves_of_e4m3(__m128i bytes) {
+  const __m512i x = _mm512_cvtepu8_epi32(bytes), small = _mm512_and_si512(x, _mm512_set1_epi32(127));
+  const __m512i usual = _mm512_slli_epi32(_mm512_add_epi32(small, _mm512_set1_epi32((127 - 7 - 1) << 3)), 20);
+  const __mmask16 tiny = _mm512_cmplt_epi32_mask(small, _mm512_set1_epi32(8));
+  const F subnormal = mul({_mm512_cvtepi32_ps(small)}, set1(0x1p-10f));
+  const __m512 all = _mm512_mask_mov_ps(_mm512_castsi512_ps(usual), tiny, subnormal.v);
+  return {_mm512_maskz_mov_ps(_mm512_cmpneq_epi32_mask(x, _mm512_set1_epi32(127)), all)};
+}
+
 template <>
 struct Loader<GgufType::NVFP4> {
   static constexpr int kBytes = 36;
   static Codes load(const std::uint8_t* at, std::int64_t columns) {
-    alignas(64) std::uint8_t blocks[4 * kBytes] = {};
     if (columns < kSpan) {
+      alignas(64) std::uint8_t blocks[4 * kBytes] = {};
       std::memcpy(blocks, at, columns / 64 * kBytes);
-      at = blocks;
+      return load(blocks, kSpan);
     }
     Codes codes;
     const __m512i levels = level_codes(kFp4Levels, kFp4Middle), twos = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
@@ -283,9 +293,8 @@ struct Loader<GgufType::NVFP4> {
       const __m512i nibbles = _mm512_and_si512(_mm512_srlv_epi16(both, shift), all_bytes(15));
       codes.code[k] = _mm512_shuffle_epi8(levels, nibbles);
     }
-    alignas(64) float scales[kScales];
-    for (int g = 0; g < kScales; ++g) scales[g] = half_of_e4m3(at[g / 4 * kBytes + g % 4]);
-    codes.scale = to_lanes(simd::load(scales));
+    const auto word = [&](int k) { return static_cast<int>(word_at(at + k * kBytes)); };
+    codes.scale = halves_of_e4m3(to_lanes(_mm_setr_epi32(word(0), word(1), word(2), word(3))));
     codes.minimum = mul(codes.scale, set1(kFp4Middle));
     return codes;
   }
