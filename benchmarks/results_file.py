@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lowlat.bench import environment
+from lowlat.bench.results import describe_machine
 
 
 def heading() -> dict[str, Any]:
@@ -15,7 +15,7 @@ def heading() -> dict[str, Any]:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": environment.describe(),
+        "machine": describe_machine(),
     }
 
 

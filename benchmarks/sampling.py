@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lowlat.ops import native, native_kernels, sampling
+from lowlat.ops import native, sampling
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "T 1": {"temperature": 1.0},
@@ -52,7 +52,7 @@ def main() -> None:
             for name, options in OPTIONS.items():
                 times = [
                     (
-                        milliseconds(native_kernels.draw, logits, options),
+                        milliseconds(sampling.draw, logits, options),
                         milliseconds(define, logits, options),
                     )
                     for _ in range(args.rounds + 2)

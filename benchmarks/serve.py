@@ -116,7 +116,7 @@ def measure(bench: Bench, folder: Path) -> dict[str, Any]:
                 "calibration", CALIBRATION, python=sys.executable, threads=threads, folder=folder
             )
         )
-        calibration.ask("load", threads=threads)
+        calibration.ask("load")
         servers = [start(stack, program, bench, folder) for program in bench.programs]
         for number in range(bench.rounds):
             rates.append(calibration.ask("measure"))

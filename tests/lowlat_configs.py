@@ -9,16 +9,14 @@ import torch
 
 from lowlat.config.model import (
     GLAConfig,
-    GQAConfig,
     GTAConfig,
-    MLAConfig,
     ModelAttention,
     ModelConfig,
-    MoEConfig,
     RopeConfig,
     TPAConfig,
 )
 from lowlat.model.transformer import Transformer
+from tests import configs
 
 GLA = GLAConfig(
     num_attention_heads=6,
@@ -31,51 +29,20 @@ GLA = GLAConfig(
 )
 GTA = GTAConfig(num_attention_heads=6, num_key_value_heads=3, head_dim=10, qk_rope_head_dim=4)
 TPA = TPAConfig(num_attention_heads=5, head_dim=14, q_rank=3, k_rank=2, v_rank=1)
-GQA = GQAConfig(num_attention_heads=6, num_key_value_heads=3, head_dim=10)
-MLA = MLAConfig(
-    num_attention_heads=5,
-    kv_lora_rank=13,
-    q_lora_rank=None,
-    qk_nope_head_dim=7,
-    qk_rope_head_dim=6,
-    v_head_dim=3,
+GQA = replace(configs.GQA, num_key_value_heads=3)
+MLA = replace(
+    configs.MLA, num_attention_heads=5, q_lora_rank=None, qk_nope_head_dim=7, v_head_dim=3
 )
-MOE = MoEConfig(
-    n_routed_experts=7,
-    num_experts_per_tok=3,
-    n_shared_experts=1,
-    moe_intermediate_size=5,
-    first_k_dense_replace=1,
-    routed_scaling_factor=2.5,
-)
-YARN = RopeConfig(
-    rope_theta=1000.0,
-    rope_type="yarn",
-    rope_interleave=True,
-    factor=4.0,
-    original_max_position_embeddings=29,
-    mscale=0.7,
-    mscale_all_dim=1.1,
+MOE = replace(configs.MOE, n_routed_experts=7, n_shared_experts=1)
+YARN = replace(
+    configs.YARN, rope_theta=1000.0, original_max_position_embeddings=29, mscale_all_dim=1.1
 )
 
 
 def lowlat_config(attention: ModelAttention, **changes: Any) -> ModelConfig:
     """A dense model of two layers; `changes` replace fields."""
-    fields: dict[str, Any] = {
-        "model_type": "lowlat",
-        "hidden_size": 23,
-        "intermediate_size": 31,
-        "num_hidden_layers": 2,
-        "vocab_size": 263,
-        "max_position_embeddings": 97,
-        "rms_norm_eps": 1e-5,
-        "attention": attention,
-        "rope": RopeConfig(rope_theta=100.0),
-        "initializer_range": 0.4,
-        "bos_token_id": 0,
-        "eos_token_ids": (257, 261),
-    }
-    return ModelConfig(**(fields | changes))
+    fields = {"bos_token_id": 0, "eos_token_ids": (257, 261)}
+    return configs.byte_model_config("lowlat", attention, **(fields | changes))
 
 
 FORMS: dict[str, ModelConfig] = {

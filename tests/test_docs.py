@@ -31,13 +31,20 @@ def flat(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-def test_every_option_is_on_the_page_of_commands() -> None:
-    spec = importlib.util.spec_from_file_location("list_commands", ROOT / "docs/list_commands.py")
+@pytest.mark.parametrize(
+    ("generator", "page"),
+    [("list_commands", "commands.md"), ("list_recipe_keys", "recipe-reference.md")],
+)
+def test_generated_pages_are_current(generator: str, page: str) -> None:
+    spec = importlib.util.spec_from_file_location(generator, ROOT / f"docs/{generator}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    written = (ROOT / "docs" / "commands.md").read_text()
-    assert module.page() == written, "run: python docs/list_commands.py docs/commands.md"
+    text = module.page()
+    assert text == (ROOT / "docs" / page).read_text(), (
+        f"run: python docs/{generator}.py docs/{page}"
+    )
+    assert "|  |" not in text, "a recipe key has no docstring"
 
 
 def test_every_equation_has_its_line() -> None:
@@ -78,6 +85,16 @@ def test_named_paths_exist(page: str) -> None:
     text = LINK.sub("", (ROOT / page).read_text())
     named = [path for path in REPOSITORY_PATH.findall(text) if not WRITTEN.fullmatch(path)]
     missing = [path for path in named if not any(ROOT.glob(path))]
+    assert not missing, f"{page} names {missing}"
+
+
+@pytest.mark.parametrize(("page", "folder"), [("architecture.md", "lowlat"), ("native.md", "csrc")])
+def test_paths_below_a_folder_exist(page: str, folder: str) -> None:
+    """Paths in backquotes that the page writes without `folder`: `engine/scheduler.py`."""
+    text = (ROOT / "docs" / page).read_text()
+    named = re.findall(r"`((?:\w+/)+\w*(?:\.py|\.h|\.cpp|(?<=/)))`", text)
+    assert len(named) > 10
+    missing = [p for p in named if not any((ROOT / top / p).exists() for top in (folder, ""))]
     assert not missing, f"{page} names {missing}"
 
 

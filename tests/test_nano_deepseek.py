@@ -21,6 +21,7 @@ from torch import Tensor
 import lowlat
 from lowlat.ops.fp8 import dequantize_blocks
 
+from .parameters import slow_except
 from .parity.draw import COUNTS, Case, draw_case
 from .parity.oracle import Oracle, build, save
 
@@ -83,7 +84,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", slow_except(CASES[:6], CASES), ids=lambda case: case.name)
 def test_logits(case: Case, tmp_path: Path) -> None:
     """Equal to transformers and to the product; absorbed equal to expanded, cached to uncached."""
     oracle, ids = saved(case, tmp_path), drawn_ids(case)
@@ -249,7 +250,7 @@ def test_bundled_model_logits() -> None:
     assert difference(found, product.logits(ids)) < TOLERANCE
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_mtp_decoding_gives_the_same_tokens(temperature: float) -> None:
     """Drafts change the number of forward passes alone, sampled with the same seed or greedy."""
     outputs = []
@@ -297,6 +298,7 @@ def test_command_prints_the_text_of_lowlat_generate(prompt: str) -> None:
     assert len(texts) == 1, texts
 
 
+@pytest.mark.slow
 def test_command_takes_token_ids() -> None:
     command = [sys.executable, str(SCRIPT), str(MINNOW), "--ids", "17", "300", "--max-tokens", "5"]
     assert len(run(command).split()) == 5

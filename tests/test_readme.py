@@ -72,6 +72,7 @@ def test_shell_commands(smollm_gguf: Path, tmp_path: Path) -> None:
     assert (tmp_path / "smollm2-mla" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_python_example(smollm_gguf: Path, tmp_path: Path) -> None:
     example, batches = blocks("python")
     shown = run([sys.executable, "-c", example], tmp_path)

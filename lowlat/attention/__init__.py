@@ -1,1 +1,1 @@
-"""Attention backends: paged KV cache for inference, packed and flash attention for training."""
+"""Attention backends: paged KV cache for inference, packed flash attention for training."""

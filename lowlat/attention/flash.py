@@ -1,11 +1,10 @@
 """Flash attention over packed sequences without a KV cache, for training.
 
 Owns the choice of kernels: the native ones on the CPU in bf16, otherwise PyTorch's
-scaled_dot_product_attention. Computes what `attention.packed` defines, with memory linear in the
-length of a sequence.
+scaled_dot_product_attention. Memory is linear in the length of a sequence.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -81,21 +80,16 @@ class FlashAttention(AttentionBackend):
         # The kernels take one head width. Padding v with zeros adds zeros, which are cut off.
         width = max(q.shape[-1], v_dim)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        # (count, length) of neighbouring sequences of equal length.
+        runs = [(len(list(group)), length) for length, group in groupby(self.lengths)]
+        sizes = [count * length for count, length in runs]
         outputs = []
-        for (count, length), parts in zip(self._runs(), self._split(q, k, v), strict=True):
-            batched = [x.unflatten(0, (count, length)).transpose(1, 2) for x in parts]
+        for run, *parts in zip(runs, *(x.split(sizes) for x in (q, k, v)), strict=True):
+            batched = [x.unflatten(0, run).transpose(1, 2) for x in parts]
             out = _causal(batched[0], batched[1], batched[2], scale, window)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return joined[..., :v_dim]
-
-    def _runs(self) -> list[tuple[int, int]]:
-        """(count, length) of neighbouring sequences of equal length."""
-        return [(len(list(group)), length) for length, group in groupby(self.lengths)]
-
-    def _split(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        sizes = [count * length for count, length in self._runs()]
-        return zip(*(tensor.split(sizes) for tensor in tensors), strict=True)
 
 
 def _causal(

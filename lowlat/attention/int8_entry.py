@@ -46,7 +46,7 @@ def unpack_entries(
     packed: UInt8[Tensor, "tokens entry_bytes"], entry_dim: int, quantized: int, dtype: torch.dtype
 ) -> Float[Tensor, "tokens entry_dim"]:
     """The inverse of `pack_entries`: multiplied in fp32, rounded once to `dtype`."""
-    scales_at, count = _padded(quantized), _num_scales(quantized)
+    scales_at, count = _padded(quantized), -(-quantized // SCALE_CHANNELS)
     values = packed[:, :quantized].view(torch.int8).to(torch.float32)
     scale = packed[:, scales_at : scales_at + 4 * count].contiguous().view(torch.float32)
     scale = scale.repeat_interleave(SCALE_CHANNELS, dim=1)[:, :quantized]
@@ -57,7 +57,3 @@ def unpack_entries(
 
 def _padded(quantized: int) -> int:
     return -(-quantized // 4) * 4
-
-
-def _num_scales(quantized: int) -> int:
-    return -(-quantized // SCALE_CHANNELS)

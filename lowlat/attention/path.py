@@ -26,7 +26,5 @@ def choose_path(attention: ModelAttention, length: int) -> AttentionPath:
     """
     if length <= DECODE_TOKENS:
         return "decode"
-    latent = [
-        layer.latent_sizes for layer in distinct(attention) if isinstance(layer, DECOUPLED_ROPE)
-    ]
+    latent = [layer for layer in distinct(attention) if isinstance(layer, DECOUPLED_ROPE)]
     return "absorbed" if latent and length <= expansion_break_even(latent) else "expanded"

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lowlat.bench.session import BenchmarkSession, Program
+from lowlat.bench.benchmark_plan import Program
+from lowlat.bench.session import BenchmarkSession
 from lowlat.peers.protocol import random_token_ids
 from lowlat.peers.worker import PeerError, Worker
 from lowlat.utils.errors import UserError

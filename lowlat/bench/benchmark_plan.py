@@ -17,6 +17,8 @@ PREFILL = "512,2048,8192"
 DECODE = "128,2048,8192,32768"
 ROUNDS = 3
 LONGEST = 1 << 20
+GGUF_KINDS = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_K_M", "fp8": "Q8_0"}
+"""llama.cpp's nearest format to each dtype; it has no fp8."""
 
 Kind = Literal["prefill", "decode"]
 
@@ -33,11 +35,15 @@ class BenchmarkCase:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PeerSpec:
-    """A peer program, and the Python interpreter that has it."""
+class Program:
+    """lowlat or a peer, and the Python interpreter that has it."""
 
     name: str
     python: str
+
+    def precision(self, dtype: str) -> str:
+        """The program's own name for weights of `dtype`."""
+        return GGUF_KINDS[dtype] if self.name == "llama.cpp" else dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +58,7 @@ class BenchmarkPlan:
     """Number type of the KV cache."""
     threads: int
     """CPU threads of every program."""
-    peers: tuple[PeerSpec, ...] = ()
+    peers: tuple[Program, ...] = ()
     rounds: int = ROUNDS
     """Every program measures every case once per round."""
     default_kinds: tuple[Kind, ...] = ()
@@ -127,9 +133,9 @@ def parse_lengths(option: str, text: str) -> list[int]:
     return sorted(set(lengths))
 
 
-def parse_peers(text: str) -> tuple[PeerSpec, ...]:
+def parse_peers(text: str) -> tuple[Program, ...]:
     """`"transformers,llama.cpp=/path/to/python"` -> peers; without a path, this interpreter."""
-    found: dict[str, PeerSpec] = {}
+    found: dict[str, Program] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, given, python = part.partition("=")
         if name not in PEERS:
@@ -142,7 +148,7 @@ def parse_peers(text: str) -> tuple[PeerSpec, ...]:
                 f"--peers {name}: '{python}' is not a program; give the interpreter that has "
                 f"{name}, such as {name}=/path/to/venv/bin/python"
             )
-        found[name] = PeerSpec(name=name, python=path)
+        found[name] = Program(name=name, python=path)
     return tuple(found.values())
 
 

@@ -22,8 +22,7 @@ HIGHEST_INT8 = 7
 class Calibration:
     """Buffers and matrices of the calibration, allocated once."""
 
-    def load(self, threads: int) -> dict[str, Any]:
-        torch.set_num_threads(threads)
+    def load(self) -> dict[str, Any]:
         # Ones, because untouched memory pages all map to the same page of zeros.
         self.buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
         self.ones = torch.ones(4096, dtype=torch.bfloat16)

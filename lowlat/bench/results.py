@@ -1,6 +1,8 @@
 """Benchmark results: one JSON object with every sample and the figures derived from them."""
 
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,9 +14,12 @@ from lowlat.bench.measure import CaseResult, median_rates
 from lowlat.bench.roofline import TimeBound, time_bound
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import count_parameters
+from lowlat.ops import native
+from lowlat.utils.machine import package_version, physical_memory, processor
 
 FORMAT = 1
 """Version of the JSON object."""
+PACKAGES = ("lowlat", "torch", "numpy")
 
 
 def build(
@@ -25,16 +30,13 @@ def build(
     model: Path,
     config: ModelConfig,
     plan: BenchmarkPlan,
-    precisions: Mapping[str, str],
-    facts: Mapping[str, dict[str, Any]],
-    differences: Mapping[str, float],
-    errors: Mapping[str, float],
+    programs: Mapping[str, dict[str, Any]],
     rows: Sequence[CaseResult],
     rates: Sequence[dict[str, float]],
     starts: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """The JSON object. Rates are in tokens per second, memory in bytes, times in seconds."""
-    entry_bytes = facts["lowlat"]["cache_bytes_per_token"]
+    entry_bytes = programs["lowlat"]["cache_bytes_per_token"]
     bounds = {
         case: time_bound(
             config,
@@ -54,15 +56,7 @@ def build(
         "machine": machine,
         "model": _model(model, config, entry_bytes),
         "plan": {**asdict(plan), "peers": [peer.name for peer in plan.peers]},
-        "programs": {
-            name: {
-                "precision": precision,
-                "fp32_difference": differences.get(name),
-                "error_against_fp32": errors.get(name),
-                **facts.get(name, {}),
-            }
-            for name, precision in precisions.items()
-        },
+        "programs": dict(programs),
         "calibration": {"median": median_rates(rates), "rounds": list(rates)},
         "rows": [_row(row, bounds[row.case], rows) for row in rows],
         "start_to_first_token": {
@@ -107,3 +101,43 @@ def _row(row: CaseResult, bound: TimeBound, rows: Sequence[CaseResult]) -> dict[
         "not_measured": row.reason,
         "samples": [asdict(sample) for sample in row.samples],
     }
+
+
+def describe_machine() -> dict[str, Any]:
+    """The "machine" object of benchmark results."""
+    cpu = processor()
+    return {
+        "cpu": cpu.model,
+        "flags": cpu.flags,
+        "isa": native.level() if native.available() else "plain PyTorch",
+        "cores": native.processors(),
+        "memory_bytes": physical_memory(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: package_version(name) for name in PACKAGES},
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """Commit of the source tree, with "+changes" if files differ; None outside a Git checkout."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        name = _git(folder, "rev-parse", "--short=12", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{name}+changes" if changed else name
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    return done.stdout.strip()

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lowlat import api
-from lowlat.bench import agreement, environment, results
+from lowlat.bench import agreement, results
 from lowlat.bench.agreement import Agreement
-from lowlat.bench.benchmark_plan import BenchmarkPlan
+from lowlat.bench.benchmark_plan import BenchmarkPlan, Program
 from lowlat.bench.measure import CaseResult, measure
-from lowlat.bench.session import BenchmarkSession, LoadedWorker, Program
+from lowlat.bench.session import BenchmarkSession
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.peers.worker import PeerError, Worker
@@ -28,7 +28,6 @@ START_CONTEXT = 64
 START_IDS = [1, 2, 3]
 LONG_START = 20.0
 """A program whose starts have taken this many seconds is not started again."""
-CALIBRATION = "lowlat.bench.calibration"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,8 +38,6 @@ class LoadedPrograms:
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     """Reason by program."""
-    errors: dict[str, float] = field(default_factory=dict)
-    """Relative error of the logits in the timed precision against fp32, by program."""
 
 
 def bench(model: str, plan: BenchmarkPlan, progress: Progress) -> dict[str, Any]:
@@ -62,7 +59,7 @@ def bench(model: str, plan: BenchmarkPlan, progress: Progress) -> dict[str, Any]
         raise UserError(
             f"{model}: holds {config.packing} weights, which stay so; give --dtype {config.packing}"
         )
-    programs = [Program(name="lowlat", python=sys.executable), *map(Program.of, plan.peers)]
+    programs = [Program(name="lowlat", python=sys.executable), *plan.peers]
     with tempfile.TemporaryDirectory(prefix="lowlat-bench-") as folder:
         session = BenchmarkSession(
             plan=plan, model=path, config=config, folder=Path(folder), progress=progress
@@ -76,15 +73,9 @@ def _run(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, An
     agreed = agreement.check_agreement(session, programs)
     with ExitStack() as stack:
         loaded = _load_all(session, programs, agreed, stack)
-        calibration = Worker(
-            "calibration",
-            CALIBRATION,
-            python=sys.executable,
-            threads=plan.threads,
-            folder=session.folder,
-        )
+        calibration = session.start(Program(name="calibration", python=sys.executable))
         stack.enter_context(calibration)
-        calibration.ask("load", threads=plan.threads)
+        calibration.ask("load")
         rows, rates = measure(
             loaded.workers, plan.cases, calibration, plan.rounds, session.progress
         )
@@ -97,14 +88,19 @@ def _run(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, An
     return results.build(
         command=shlex.join(["lowlat", *sys.argv[1:]]),
         started=started,
-        machine=environment.describe(),
+        machine=results.describe_machine(),
         model=session.model,
         config=session.config,
         plan=plan,
-        precisions={p.name: p.precision(plan.dtype) for p in programs},
-        facts=loaded.facts,
-        differences=agreed.differences,
-        errors=loaded.errors,
+        programs={
+            program.name: {
+                "precision": program.precision(plan.dtype),
+                "fp32_difference": agreed.differences.get(program.name),
+                "error_against_fp32": None,
+                **loaded.facts.get(program.name, {}),
+            }
+            for program in programs
+        },
         rows=rows,
         rates=rates,
         starts=starts,
@@ -123,7 +119,12 @@ def _load_all(
             try:
                 loaded = session.load(program, dtype=plan.dtype, cache=plan.cache, context=context)
                 stack.enter_context(loaded.worker)
-                _warm_up(program, loaded, agreed, found, plan)
+                deviation = _warm_up(program, loaded.worker, agreed, plan)
+                # results do not contain the path of this interpreter
+                python = "python" if program.python == sys.executable else program.python
+                facts = {"error_against_fp32": deviation, "python": python, **loaded.facts}
+                found.workers.append((program.name, loaded.worker))
+                found.facts[program.name] = facts
             except PeerError as error:
                 if program.name == "lowlat":
                     raise UserError(f"lowlat does not run this: {error}") from error
@@ -133,28 +134,21 @@ def _load_all(
 
 
 def _warm_up(
-    program: Program,
-    loaded: LoadedWorker,
-    agreed: Agreement,
-    found: LoadedPrograms,
-    plan: BenchmarkPlan,
-) -> None:
-    """Warm a worker up and check its logits in the timed precision."""
-    worker = loaded.worker
+    program: Program, worker: Worker, agreed: Agreement, plan: BenchmarkPlan
+) -> float | None:
+    """Warm a worker up and check its logits in the timed precision: their relative error against
+    fp32, None for vLLM.
+    """
     worker.ask("prefill", tokens=WARMUP_TOKENS)
     worker.ask("decode", context=WARMUP_TOKENS, steps=2, seconds=1.0)
     if program.name == "vllm":
         agreed.differences[program.name] = agreement.top_difference(worker, agreed)
-    else:
-        is_own = program.name == "lowlat"
-        error = agreed.error(worker, agreement.OWN_TOKENS) if is_own else agreed.error(worker)
-        found.errors[program.name] = error
-        if is_own:
-            agreement.require_near(error, plan.dtype, plan.cache)
-    found.workers.append((program.name, worker))
-    # results do not contain the path of this interpreter
-    python = "python" if program.python == sys.executable else program.python
-    found.facts[program.name] = {"python": python, **loaded.facts}
+        return None
+    if program.name != "lowlat":
+        return agreed.error(worker)
+    error = agreed.error(worker, agreement.OWN_TOKENS)
+    agreement.require_near(error, plan.dtype, plan.cache)
+    return error
 
 
 def _time_starts(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, list[float]]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.bench.benchmark_plan import BenchmarkPlan, PeerSpec
+from lowlat.bench.benchmark_plan import GGUF_KINDS, BenchmarkPlan, Program
 from lowlat.checkpoint.fetch.cache_dir import cache_disk_errors, derived_dir
 from lowlat.config.model import ModelConfig
 from lowlat.convert.run import convert
 from lowlat.peers.worker import PeerError, Worker
+from lowlat.utils.atomic_files import rename_new
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -21,34 +22,11 @@ MODULES = {
     "transformers": "lowlat.peers.transformers_model",
     "llama.cpp": "lowlat.peers.llama_cpp_model",
     "vllm": "lowlat.peers.vllm_model",
+    "calibration": "lowlat.bench.calibration",
 }
 """Worker module by program."""
-GGUF_KINDS = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_K_M", "fp8": "Q8_0"}
-"""llama.cpp's nearest format to each dtype; it has no fp8."""
 EXPORTED = {"F32": "fp32", "BF16": "bf16"}
-"""Formats that lowlat exports without rounding; llama.cpp quantizes the others from BF16.
-"""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Program:
-    """lowlat or a peer, and its Python interpreter."""
-
-    name: str
-    python: str
-
-    @classmethod
-    def of(cls, peer: PeerSpec) -> "Program":
-        return cls(name=peer.name, python=peer.python)
-
-    def start(self, plan: BenchmarkPlan, folder: Path) -> Worker:
-        """Start a worker without a model; its log goes into `folder`."""
-        module = MODULES[self.name]
-        return Worker(self.name, module, python=self.python, threads=plan.threads, folder=folder)
-
-    def precision(self, dtype: str) -> str:
-        """The program's own name for weights of `dtype`."""
-        return GGUF_KINDS[dtype] if self.name == "llama.cpp" else dtype
+"""Formats that lowlat exports without rounding; llama.cpp quantizes the others from BF16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,13 +50,23 @@ class BenchmarkSession:
     """Folder for logs; removed after the run."""
     progress: Progress
 
+    def start(self, program: Program) -> Worker:
+        """Start a worker without a model; its log goes into the session's folder."""
+        return Worker(
+            program.name,
+            MODULES[program.name],
+            python=program.python,
+            threads=self.plan.threads,
+            folder=self.folder,
+        )
+
     def load(self, program: Program, *, dtype: str, cache: str, context: int) -> LoadedWorker:
         """A worker with the model in `dtype` and capacity for `context` cached tokens.
 
         Raises PeerError if the program does not support that, UserError as `Worker.ask`.
         """
         model = self._file(program, dtype)
-        worker = program.start(self.plan, self.folder)
+        worker = self.start(program)
         try:
             facts = worker.ask(
                 "load",
@@ -148,9 +136,9 @@ class BenchmarkSession:
         partial = path.with_name(f".{path.name}.partial")
         arguments: dict[str, Any] = {"source": str(source), "target": str(partial), "kind": kind}
         try:
-            with program.start(self.plan, self.folder) as worker:
+            with self.start(program) as worker:
                 worker.ask("quantize", **arguments, threads=self.plan.threads)
-            partial.rename(path)
+            rename_new(partial, path)
         except PeerError as error:
             raise UserError(f"{path}: llama.cpp could not write it ({error})") from error
         finally:

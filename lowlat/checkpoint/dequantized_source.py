@@ -1,11 +1,10 @@
 """Dequantize on read: a checkpoint with fp8 blocks or packed int8/int4 weights as plain floats."""
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from lowlat.checkpoint.mapping import (
     check_scale_values,
     file_name,
 )
-from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.checkpoint.tensor_source import StoredTensor, TensorSource
 from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.model.linear import Linear, unpack_rows
 from lowlat.model.transformer import Transformer
@@ -40,47 +39,53 @@ def dequantized_source(
     missing or have a wrong dtype or shape.
     """
     plain = replace(config, quantization=None, packing=None)
+    if config.quantization is None and config.packing is None:
+        return source, plain
+    weights = _packed(source, config, dtype)
     if config.quantization is not None:
-        names = [
-            name
-            for name in source.names()
-            if source.dtype(name) == torch.float8_e4m3fn and not name.endswith(SCALE_SUFFIX)
-        ]
-        weights: dict[str, QuantizedWeight] = {
-            name: _Blocks(name, config.quantization) for name in names
-        }
-        for weight in weights.values():
-            weight.check(source)
-        return DequantizedSource(source, weights, dtype), plain
-    if config.packing is not None:
-        weights = _packed_weights(config)
-        for weight in weights.values():
-            weight.check(source)
-        # the tied embedding is read instead
-        head = weights.pop("lm_head.weight") if config.tie_word_embeddings else None
-        hidden = [] if head is None else ["lm_head.weight", *head.scales()]
-        return DequantizedSource(source, weights, dtype, hidden), plain
-    return source, plain
+        weights = _blocks(source, config.quantization, dtype)
+    tensors = dict(source.tensors)
+    for weight in weights:
+        weight.check()
+        for name in weight.scales():
+            del tensors[name]
+        tensors[weight.name] = weight
+    if config.packing is not None and config.tie_word_embeddings:
+        del tensors["lm_head.weight"]  # the tied embedding is read instead
+    return TensorSource(source.path, source.hf_config, tensors), plain
 
 
-class QuantizedWeight(ABC):
-    """A weight matrix that the file stores as several tensors."""
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight(StoredTensor):
+    """A weight matrix that `source` stores as several tensors."""
+
+    source: TensorSource
+    name: str
+    """Of the matrix."""
 
     @abstractmethod
     def scales(self) -> list[str]:
         """Names of the scale tensors."""
 
     @abstractmethod
-    def shape(self, source: TensorSource) -> tuple[int, ...]:
-        """Shape of the matrix."""
-
-    @abstractmethod
-    def check(self, source: TensorSource) -> None:
+    def check(self) -> None:
         """Raise UserError naming a tensor that is missing or has a wrong dtype or shape."""
 
-    @abstractmethod
-    def rows(self, source: TensorSource, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows of the matrix, computed in fp32 and rounded once to `dtype`."""
+    @property
+    def where(self) -> str:
+        return self.source.where(self.name)
+
+    def read(self) -> Tensor:
+        result = torch.empty(self.shape, dtype=self.dtype)
+        step = max(CHUNK_ELEMENTS // self.shape[1] // ROW_STEP, 1) * ROW_STEP
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            result[start:stop] = self.rows(start, stop)
+        return result
+
+    def release(self) -> None:
+        for name in (self.name, *self.scales()):
+            self.source.release(name)
 
 
 @final
@@ -88,25 +93,21 @@ class QuantizedWeight(ABC):
 class _Blocks(QuantizedWeight):
     """fp8 blocks with one scale each (DeepSeek-V3 section 3.3)."""
 
-    name: str
     quant: QuantConfig
 
     def scales(self) -> list[str]:
         return [self.name + SCALE_SUFFIX]
 
-    def shape(self, source: TensorSource) -> tuple[int, ...]:
-        return source.shape(self.name)
-
-    def rows(self, source: TensorSource, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def rows(self, start: int, stop: int) -> Tensor:
         name, block = self.name + SCALE_SUFFIX, self.quant.weight_block_size
         first = start // block[0]
-        scale = source.rows(name, first, math.ceil(stop / block[0])).to(torch.float32)
-        check_scale_values(scale, source.where(name))
-        weight = source.rows(self.name, first * block[0], stop)
-        return dequantize_blocks(weight, scale, block, dtype)[start - first * block[0] :]
+        scale = self.source.rows(name, first, math.ceil(stop / block[0])).to(torch.float32)
+        check_scale_values(scale, self.source.where(name))
+        weight = self.source.rows(self.name, first * block[0], stop)
+        return dequantize_blocks(weight, scale, block, self.dtype)[start - first * block[0] :]
 
-    def check(self, source: TensorSource) -> None:
-        shape, block = source.shape(self.name), self.quant.weight_block_size
+    def check(self) -> None:
+        source, shape, block = self.source, self.shape, self.quant.weight_block_size
         if len(shape) != 2:
             raise UserError(f"{source.where(self.name)} is fp8 but not a matrix: {list(shape)}")
         grid = tuple(math.ceil(size / step) for size, step in zip(shape, block, strict=True))
@@ -124,24 +125,21 @@ class _Blocks(QuantizedWeight):
 class _Packed(QuantizedWeight):
     """int8 or int4, in the storage of `linear`."""
 
-    name: str
     linear: Linear
 
     def scales(self) -> list[str]:
         prefix = self.name.removesuffix("weight")
         return [prefix + part for part in self._parts() if part != "weight"]
 
-    def shape(self, source: TensorSource) -> tuple[int, ...]:
-        return (self.linear.out_features, self.linear.in_features)
+    def rows(self, start: int, stop: int) -> Tensor:
+        prefix, linear = self.name.removesuffix("weight"), self.linear
+        parts = {part: self.source.read(prefix + part) for part in self._parts()}
+        return unpack_rows(
+            parts, linear.storage, slice(start, stop), linear.in_features, self.dtype
+        )
 
-    def rows(self, source: TensorSource, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        prefix = self.name.removesuffix("weight")
-        parts = {part: source.read(prefix + part) for part in self._parts()}
-        rows = slice(start, stop)
-        return unpack_rows(parts, self.linear.storage, rows, self.linear.in_features, dtype)
-
-    def check(self, source: TensorSource) -> None:
-        prefix = self.name.removesuffix("weight")
+    def check(self) -> None:
+        source, prefix = self.source, self.name.removesuffix("weight")
         for part, parameter in self._parts().items():
             name, shape = prefix + part, tuple(parameter.shape)
             found, dtype = source.shape(name), source.dtype(name)
@@ -160,76 +158,21 @@ class _Packed(QuantizedWeight):
         return {name: own for name, own in self.linear.named_parameters() if name != "bias"}
 
 
-@final
-class DequantizedSource(TensorSource):
-    """`source` with `weights` dequantized to `dtype`, without their scales and `hidden` tensors;
-    `hf_config` is unchanged.
-    """
-
-    def __init__(
-        self,
-        source: TensorSource,
-        weights: Mapping[str, QuantizedWeight],
-        dtype: torch.dtype,
-        hidden: Iterable[str] = (),
-    ):
-        self._source = source
-        self._weights = weights
-        self._dtype = dtype
-        self._hidden = set(hidden)
-        self._hidden.update(scale for weight in weights.values() for scale in weight.scales())
-
-    @property
-    def path(self) -> Path:
-        return self._source.path
-
-    @property
-    def hf_config(self) -> dict[str, Any]:
-        return self._source.hf_config
-
-    def names(self) -> list[str]:
-        return [name for name in self._source.names() if name not in self._hidden]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name in self._weights:
-            return self._weights[name].shape(self._source)
-        return self._source.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._dtype if name in self._weights else self._source.dtype(name)
-
-    def read(self, name: str) -> Tensor:
-        if name not in self._weights:
-            return self._source.read(name)
-        shape = self.shape(name)
-        result = torch.empty(shape, dtype=self._dtype)
-        step = max(CHUNK_ELEMENTS // shape[1] // ROW_STEP, 1) * ROW_STEP
-        for start in range(0, shape[0], step):
-            stop = min(start + step, shape[0])
-            result[start:stop] = self.rows(name, start, stop)
-        return result
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        if name not in self._weights:
-            return self._source.rows(name, start, stop)
-        return self._weights[name].rows(self._source, start, stop, self._dtype)
-
-    def release(self, name: str) -> None:
-        self._source.release(name)
-        for scale in self._weights[name].scales() if name in self._weights else []:
-            self._source.release(scale)
-
-    def where(self, name: str) -> str:
-        return self._source.where(name)
+def _blocks(
+    source: TensorSource, quant: QuantConfig, dtype: torch.dtype
+) -> Iterator[QuantizedWeight]:
+    for name, stored in source.tensors.items():
+        if stored.dtype == torch.float8_e4m3fn and not name.endswith(SCALE_SUFFIX):
+            yield _Blocks(stored.shape, dtype, source, name, quant)
 
 
-def _packed_weights(config: ModelConfig) -> dict[str, QuantizedWeight]:
-    """All packed projections by their names in files."""
+def _packed(
+    source: TensorSource, config: ModelConfig, dtype: torch.dtype
+) -> Iterator[QuantizedWeight]:
+    """All packed projections."""
     with torch.device("meta"):
         model = Transformer(config)
-    result: dict[str, QuantizedWeight] = {}
     for path, module in model.named_modules():
         if isinstance(module, Linear):
-            name = file_name(config, f"{path}.weight")
-            result[name] = _Packed(name, module)
-    return result
+            shape = (module.out_features, module.in_features)
+            yield _Packed(shape, dtype, source, file_name(config, f"{path}.weight"), module)

@@ -4,7 +4,7 @@ A planned file has a known size, needs little memory, and can be resumed segment
 (`resumable_writer`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,11 +20,8 @@ class Segment(NamedTuple):
     label: str
     """Names the segment in the journal: its first tensor."""
     start: int
-    """Byte offset in the file."""
     size: int
-    """Bytes."""
     pieces: Pieces
-    """Makes the content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +31,24 @@ class FileLayout:
     name: str
     """File name in the destination folder."""
     header: bytes
-    """Content from byte 0."""
     segments: tuple[Segment, ...]
     """In order of their offsets."""
     size: int
     """Bytes of the whole file."""
+
+
+def lay_out(
+    name: str, header: bytes, parts: Iterable[tuple[str, int, Pieces]], alignment: int = 1
+) -> FileLayout:
+    """A file of `header` and `parts` (label, bytes, content), all padded to `alignment`."""
+    at = aligned(len(header), alignment)
+    header, segments = header.ljust(at, b"\0"), []
+    for label, size, pieces in parts:
+        segments.append(Segment(label, at, size, pieces))
+        at += aligned(size, alignment)
+    return FileLayout(name, header, tuple(segments), at)
+
+
+def aligned(offset: int, alignment: int) -> int:
+    """The next multiple of `alignment`."""
+    return -(-offset // alignment) * alignment

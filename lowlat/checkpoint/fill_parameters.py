@@ -1,7 +1,7 @@
 """Fill parameters from checkpoint tensors: casts, quantize on load, range checks, device."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from lowlat.checkpoint.mapping import (
     SCALE_SUFFIX,
     check_scale_values,
 )
-from lowlat.checkpoint.mapping_operations import Operation, Piece
-from lowlat.checkpoint.padded_latent import PaddingError
+from lowlat.checkpoint.mapping_operations import Operation
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.model.linear import Linear, Storage
 from lowlat.ops.quantized import Empty
@@ -46,18 +45,21 @@ def fill_parameters(
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     total = sum(_stored_bytes(source, name) for step in plan for name in step.file_shapes(shapes))
     with progress.task("Loading weights", total=total, unit="bytes") as task:
-        for piece, names in _pieces(plan, source):
-            name, tensor = piece
-            where = source.where(names[-1]) if names else f"{source.path}: tensor {name!r}"
-            if packed is not None and name in packed:
-                parts = fit_packed(tensor, name, where, packed[name], empty)
-            else:
-                parts = {name: _fit_stored(tensor, name, where, parameters[name].dtype, dtype)}
-            filled |= {part: fitted.to(device) for part, fitted in parts.items()}
-            if filled[name].data_ptr() != tensor.data_ptr():
-                for read in names:
-                    source.release(read)
-            task.advance(sum(_stored_bytes(source, read) for read in names))
+        for step in plan:
+            names, is_view = list(step.file_shapes(shapes)), True
+            for name, tensor in step.load(source):
+                where = f"{source.path}: tensor {name!r}"
+                where = source.where(names[0]) if len(names) == 1 else where
+                if packed is not None and name in packed:
+                    parts = fit_packed(tensor, name, where, packed[name], empty)
+                else:
+                    parts = {name: _fit_stored(tensor, name, where, parameters[name].dtype, dtype)}
+                filled |= {part: fitted.to(device) for part, fitted in parts.items()}
+                is_view = is_view and filled[name].data_ptr() == tensor.data_ptr()
+            for file in names:
+                if not is_view:
+                    source.release(file)
+                task.advance(_stored_bytes(source, file))
     return filled
 
 
@@ -127,23 +129,6 @@ def check_packed(parts: Mapping[str, Tensor], storage: Storage, where: str) -> N
                 f"{where} has values that are not finite or too large for {storage}; "
                 "use --dtype bf16"
             )
-
-
-def _pieces(plan: Sequence[Operation], source: TensorSource) -> Iterator[tuple[Piece, list[str]]]:
-    """Every piece of every operation, with the file tensors read since the previous piece."""
-    names: list[str] = []
-
-    def read(name: str) -> Tensor:
-        names.append(name)
-        return source.read(name)
-
-    try:
-        for operation in plan:
-            for piece in operation.load(read):
-                yield piece, names.copy()
-                names.clear()
-    except PaddingError as error:
-        raise UserError(f"{source.path}: {error}") from error
 
 
 def _stored_bytes(source: TensorSource, name: str) -> int:

@@ -5,21 +5,19 @@ by `safetensors.reader` and `gguf.source`.
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
-from lowlat.checkpoint.gguf.source import GGUFSource
+from lowlat.checkpoint.gguf.source import open_gguf
 from lowlat.checkpoint.mapped_file import MappedFile
-from lowlat.checkpoint.safetensors.reader import Extent, SafetensorsFile
+from lowlat.checkpoint.safetensors.reader import SafetensorsFile
 from lowlat.checkpoint.shard_layout import INDEX_FILE, SINGLE_FILE
-from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.checkpoint.tensor_source import StoredTensor, TensorSource
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
-
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "FolderSource", "TensorSource", "open_checkpoint"]
 
 
 def open_checkpoint(path: Path) -> TensorSource:
@@ -28,12 +26,12 @@ def open_checkpoint(path: Path) -> TensorSource:
     Raises UserError naming the file (and tensor) that is missing, damaged or outside the folder.
     """
     if path.suffix.lower() == ".gguf" and not path.is_dir():
-        return GGUFSource(path)
+        return open_gguf(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if not path.is_dir():
         raise UserError(f"{path}: is neither a model folder nor a .gguf file")
-    return FolderSource(path)
+    return _open_folder(path)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -45,65 +43,44 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     if (path / SINGLE_FILE).exists():
         return [path / SINGLE_FILE]
-    if (path / INDEX_FILE).exists():
-        index = path / INDEX_FILE
-        shards = _weight_map(read_json(contained(path, INDEX_FILE)), index).values()
-        return [path / shard for shard in sorted(set(shards))]
-    raise UserError(_no_weights(path))
+    return [path / shard for shard in sorted(set(_weight_map(path).values()))]
 
 
 @final
-class FolderSource(TensorSource):
-    """A folder with config.json and safetensors: `model.safetensors`, or shards named by an
-    index.
-    """
+@dataclass(frozen=True, slots=True)
+class _FileTensor(StoredTensor):
+    """A tensor as a safetensors file holds it."""
 
-    def __init__(self, folder: Path):
-        self._path = folder
-        self._config = read_json(contained(folder, "config.json"))
-        if (folder / SINGLE_FILE).exists():
-            self._files = _open_single(folder)
-        elif (folder / INDEX_FILE).exists():
-            self._files = _open_shards(folder)
-        else:
-            raise UserError(_no_weights(folder))
+    file: SafetensorsFile
+    name: str
 
     @property
-    def path(self) -> Path:
-        return self._path
+    def where(self) -> str:
+        return f"{self.file.path}: tensor {quoted(self.name)}"
 
-    @property
-    def hf_config(self) -> dict[str, Any]:
-        return self._config
+    def read(self) -> Tensor:
+        return self.file.read(self.name)
 
-    def names(self) -> list[str]:
-        return list(self._files)
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.read()[start:stop]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._extent(name).shape
+    def release(self) -> None:
+        self.file.release(self.name)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._extent(name).dtype
 
-    def read(self, name: str) -> Tensor:
-        return self._file(name).read(name)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.read(name)[start:stop]
-
-    def release(self, name: str) -> None:
-        self._file(name).release(name)
-
-    def where(self, name: str) -> str:
-        return f"{self._file(name).path}: tensor {quoted(name)}"
-
-    def _file(self, name: str) -> SafetensorsFile:
-        if name not in self._files:
-            raise UserError(f"{self._path}: tensor {quoted(name)} is missing")
-        return self._files[name]
-
-    def _extent(self, name: str) -> Extent:
-        return self._file(name).extents[name]
+def _open_folder(folder: Path) -> TensorSource:
+    """A folder with config.json and `model.safetensors`, or shards named by an index."""
+    config = read_json(contained(folder, "config.json"))
+    if (folder / SINGLE_FILE).exists():
+        file = SafetensorsFile(contained(folder, SINGLE_FILE))
+        files = dict.fromkeys(file.extents, file)
+    else:
+        files = _open_shards(folder)
+    tensors = {
+        name: _FileTensor(file.extents[name].shape, file.extents[name].dtype, file, name)
+        for name, file in files.items()
+    }
+    return TensorSource(folder, config, tensors)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -135,17 +112,9 @@ def contained(folder: Path, name: str) -> Path:
     return real
 
 
-def _open_single(folder: Path) -> dict[str, SafetensorsFile]:
-    file = SafetensorsFile(contained(folder, SINGLE_FILE))
-    return dict.fromkeys(file.extents, file)
-
-
 def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
-    """Tensor name -> shard, in the index's order. The index and the shards must name the same
-    tensors.
-    """
-    index = folder / INDEX_FILE
-    weight_map = _weight_map(read_json(contained(folder, INDEX_FILE)), index)
+    """Tensor name -> shard, in the index's order. Index and shards must name the same tensors."""
+    index, weight_map = folder / INDEX_FILE, _weight_map(folder)
     shards = {
         name: SafetensorsFile(contained(folder, name)) for name in sorted(set(weight_map.values()))
     }
@@ -164,8 +133,12 @@ def _open_shards(folder: Path) -> dict[str, SafetensorsFile]:
     return {tensor: shards[shard] for tensor, shard in weight_map.items()}
 
 
-def _weight_map(index: dict[str, Any], where: Path) -> dict[str, str]:
-    weight_map = index.get("weight_map")
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The shard of every tensor. Raises UserError without an index, or for a malformed one."""
+    where = folder / INDEX_FILE
+    if not where.exists():
+        raise UserError(_no_weights(folder))
+    weight_map = read_json(contained(folder, INDEX_FILE)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{where}: weight_map must be an object that maps tensors to shard files")
     for tensor, shard in weight_map.items():

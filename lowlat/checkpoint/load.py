@@ -12,7 +12,6 @@ import torch
 
 from lowlat.checkpoint.dequantized_source import dequantized_source
 from lowlat.checkpoint.fill_parameters import fill_parameters
-from lowlat.checkpoint.gguf.source import GGUFSource
 from lowlat.checkpoint.gguf.stored_blocks import Readers, store_blocks
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.mapping import check_tensors, operations, resolve_mtp_modules
@@ -87,8 +86,7 @@ def load_model(
     parameters = model.state_dict()
     plan = operations(config, parameters, pads=not is_packed)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    expected = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
-    check_tensors(config, source, expected)
+    check_tensors(config, source, plan, shapes)
     readers = _keep_blocks(model, plan, source, dtype, place) if keeps_blocks else {}
     if readers:
         wanted, parameters = torch.bfloat16, model.state_dict()
@@ -115,7 +113,7 @@ def _keep_blocks(
     """Readers of the matrices that stay in GGUF blocks; none without native kernels."""
     if dtype not in ("auto", "bf16") or device.type != "cpu" or not native.available():
         return {}
-    return store_blocks(model, plan, source) if isinstance(source, GGUFSource) else {}
+    return store_blocks(model, plan, source)
 
 
 def _packing_of(dtype: str) -> Packing | None:
@@ -162,9 +160,7 @@ def _check_memory(
 
 
 def _empty_model(config: ModelConfig, source: TensorSource) -> Transformer:
-    """The model on the meta device. Raises UserError for sizes that the file cannot fill, before
-    they cost time or memory.
-    """
+    """The model on the meta device. Raises UserError for sizes that the file cannot fill."""
     layers, experts = config.num_cache_layers, 0
     if config.moe is not None and layers <= len(source.names()):
         experts = config.moe.n_routed_experts * sum(map(config.is_moe_layer, range(layers)))

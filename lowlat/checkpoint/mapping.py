@@ -10,7 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from lowlat.checkpoint.mapping_operations import Operation, PadLatent, Rename, parameter_names
+from lowlat.checkpoint.mapping_operations import (
+    Operation,
+    PadLatent,
+    Rename,
+    Shapes,
+    parameter_names,
+)
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
@@ -40,16 +46,19 @@ def operations(
     """
     converted = _padded_attention(config) if pads and config.packing is None else None
     padded = [] if converted is None else parameter_names(converted)
+    # packed files have a separate head
+    reads_embedding = config.tie_word_embeddings and config.packing is None
     known = dict.fromkeys(parameters)
     result: list[Operation] = []
     for parameter in known:
-        prefix, below = _below_attention(parameter)
+        prefix, found, below = parameter.rpartition("self_attn.")
         if converted is not None and below == "kv_a_proj_with_mqa.weight":
+            prefix += found
             _refuse_blocks(prefix, known)
             result.append(PadLatent(file_name(config, prefix), prefix, converted))
-        elif below in padded:
+        elif found and below in padded:
             continue
-        elif parameter == "lm_head.weight" and _reads_embedding(config):
+        elif parameter == "lm_head.weight" and reads_embedding:
             result.append(Rename(file_name(config, "embed_tokens.weight"), parameter))
         else:
             result.append(Rename(file_name(config, parameter), parameter))
@@ -103,19 +112,21 @@ def resolve_mtp_modules(config: ModelConfig, source: TensorSource) -> ModelConfi
 
 
 def check_tensors(
-    config: ModelConfig, source: TensorSource, expected: Mapping[str, tuple[int, ...]]
+    config: ModelConfig, source: TensorSource, plan: Iterable[Operation], shapes: Shapes
 ) -> None:
-    """Raise UserError unless `source` has exactly the tensors `expected`, in these shapes.
+    """Raise UserError unless `source` has exactly the tensors of `plan`, in the shapes that
+    parameters of `shapes` need.
 
     Two leftovers are accepted: rotary frequencies of old llama files, which config determines, and
     the head of a tied model, which must equal the embedding bit for bit.
     """
+    expected = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
     names = source.names()
-    present = set(names)
-    missing = [name for name in expected if name not in present]
+    missing = [name for name in expected if name not in source.tensors]
     if missing:
         raise UserError(
-            f"{source.path}: tensor {_listed(missing)} is missing; the checkpoint is incomplete"
+            f"{source.path}: tensor {quoted(missing[0])}{_more(missing)} is missing; the "
+            "checkpoint is incomplete"
         )
     extra = [
         name for name in names if name not in expected and not name.endswith("rotary_emb.inv_freq")
@@ -175,17 +186,6 @@ def check_scale_values(scale: torch.Tensor, where: str) -> None:
         raise UserError(f"{where} holds scales below 0; the checkpoint is damaged")
 
 
-def _below_attention(parameter: str) -> tuple[str, str]:
-    """'layers.3.self_attn.' and the rest; empty rest for parameters outside attention."""
-    prefix, found, rest = parameter.rpartition("self_attn.")
-    return (prefix + found, rest) if found else (parameter, "")
-
-
-def _reads_embedding(config: ModelConfig) -> bool:
-    """Whether the head is read from the embedding: packed files have a separate head."""
-    return config.tie_word_embeddings and config.packing is None
-
-
 def _padded_attention(config: ModelConfig) -> MLAConfig | None:
     """The attention of an exactly converted model with padded latents, else None."""
     attention = config.attention
@@ -208,22 +208,14 @@ def _check_tied(source: TensorSource) -> None:
     if (
         head.dtype != embedding.dtype
         or head.shape != embedding.shape
-        or not _equal_bits(head, embedding)
+        # bitwise, NaNs included, without a copy
+        or not torch.equal(*(one.reshape(-1).view(torch.uint8) for one in (head, embedding)))
     ):
         raise UserError(
             f"{source.where('lm_head.weight')} differs from the embedding although the config sets "
             "tie_word_embeddings; set that to false or remove the tensor"
         )
     source.release("lm_head.weight")
-
-
-def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bitwise comparison, NaNs included, without a copy."""
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-
-
-def _listed(names: list[str]) -> str:
-    return quoted(names[0]) + _more(names)
 
 
 def _more(names: list[str]) -> str:

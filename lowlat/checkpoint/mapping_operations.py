@@ -1,29 +1,24 @@
 """Two-way operations between checkpoint tensors and model parameters; `mapping` chooses them.
 
 Each knows its file tensors, their shapes, and both directions, so that export cannot drift from
-import. Reads and writes nothing itself: both directions take a function from name to tensor.
+import.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import final
 
+import torch
 from torch import Tensor
 
 from lowlat.checkpoint import padded_latent as padding
-from lowlat.config.hf.padded_latent import padded_rank
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.model import MLAConfig
+from lowlat.utils.errors import UserError
 
 Read = Callable[[str], Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-class Piece(NamedTuple):
-    """A tensor for a parameter."""
-
-    parameter: str
-    tensor: Tensor
 
 
 class Operation(ABC):
@@ -38,7 +33,7 @@ class Operation(ABC):
         """The parameters."""
 
     @abstractmethod
-    def load(self, read: Read) -> Iterator[Piece]:
+    def load(self, source: TensorSource) -> Iterator[tuple[str, Tensor]]:
         """File tensors to parameters, one at a time. Raises UserError for invalid tensors."""
 
     @abstractmethod
@@ -60,8 +55,8 @@ class Rename(Operation):
     def parameters(self) -> list[str]:
         return [self.parameter]
 
-    def load(self, read: Read) -> Iterator[Piece]:
-        yield Piece(self.parameter, read(self.file))
+    def load(self, source: TensorSource) -> Iterator[tuple[str, Tensor]]:
+        yield self.parameter, source.read(self.file)
 
     def save(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield self.file, read(self.parameter)
@@ -70,9 +65,7 @@ class Rename(Operation):
 @final
 @dataclass(frozen=True, slots=True)
 class PadLatent(Operation):
-    """The attention of a layer whose latent is normalized in files but not in the model; see
-    `padded_latent`.
-    """
+    """The attention of a layer whose latent only files normalize; see `padded_latent`."""
 
     file_prefix: str
     """'model.layers.3.self_attn.'"""
@@ -81,28 +74,27 @@ class PadLatent(Operation):
     attention: MLAConfig
 
     def file_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        rows, hidden = shapes[self.parameter_prefix + "kv_a_proj_with_mqa.weight"]
-        out, rank = shapes[self.parameter_prefix + "kv_b_proj.weight"]
-        width = padded_rank(rank)
-        result = {
-            "kv_a_proj_with_mqa.weight": (rows - rank + width, hidden),
-            "kv_a_proj_with_mqa.bias": (rows - rank + width,),
-            "kv_a_layernorm.weight": (width,),
-            "kv_b_proj.weight": (out, width),
-            "o_proj.weight": shapes[self.parameter_prefix + "o_proj.weight"],
-            "o_proj.bias": (hidden,),
+        # bool: a byte per element, so that the sizes of no config overflow 64 bits
+        empty = {
+            name: torch.empty(shapes[self.parameter_prefix + name], dtype=torch.bool, device="meta")
+            for name in parameter_names(self.attention)
         }
-        q_rows = shapes[self.parameter_prefix + "q_proj.weight"][0]
-        result |= self._query_shapes(q_rows, hidden)
-        return {self.file_prefix + name: shape for name, shape in result.items()}
+        padded = padding.pad_latent(empty, self.attention)
+        return {self.file_prefix + name: tuple(tensor.shape) for name, tensor in padded.items()}
 
     def parameters(self) -> list[str]:
         return [self.parameter_prefix + name for name in parameter_names(self.attention)]
 
-    def load(self, read: Read) -> Iterator[Piece]:
-        tensors = {name: read(self.file_prefix + name) for name in self._file_names()}
-        for name, tensor in padding.unpad_latent(tensors, self.attention, self.file_prefix).items():
-            yield Piece(self.parameter_prefix + name, tensor)
+    def load(self, source: TensorSource) -> Iterator[tuple[str, Tensor]]:
+        def read(name: str) -> Tensor:
+            return source.read(self.file_prefix + name)
+
+        try:
+            tensors = padding.unpad_latent(read, self.attention, self.file_prefix)
+        except padding.PaddingError as error:
+            raise UserError(f"{source.path}: {error}") from error
+        for name, tensor in tensors.items():
+            yield self.parameter_prefix + name, tensor
 
     def save(self, read: Read) -> Iterator[tuple[str, Tensor]]:
         tensors = {
@@ -110,22 +102,6 @@ class PadLatent(Operation):
         }
         for name, tensor in padding.pad_latent(tensors, self.attention).items():
             yield self.file_prefix + name, tensor
-
-    def _query_shapes(self, rows: int, hidden: int) -> dict[str, tuple[int, ...]]:
-        if not self.attention.q_bias:
-            return {"q_proj.weight": (rows, hidden)}
-        width = padded_rank(hidden)
-        return {
-            "q_a_proj.weight": (width, hidden),
-            "q_a_proj.bias": (width,),
-            "q_a_layernorm.weight": (width,),
-            "q_b_proj.weight": (rows, width),
-        }
-
-    def _file_names(self) -> list[str]:
-        names = ["kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias", "kv_a_layernorm.weight"]
-        names += ["kv_b_proj.weight", "o_proj.weight", "o_proj.bias"]
-        return names + list(self._query_shapes(0, 0))
 
 
 def parameter_names(attention: MLAConfig) -> list[str]:

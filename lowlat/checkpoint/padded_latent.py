@@ -24,7 +24,7 @@ The model itself has r channels, no kv_a_layernorm, and q_proj.weight with q_pro
 tensors of one layer; `mapping` decides which layers need this.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Shaped
@@ -47,145 +47,99 @@ class PaddingError(UserError):
 
 
 def pad_latent(tensors: Mapping[str, Tensor], attention: MLAConfig) -> dict[str, Tensor]:
-    """One layer's self_attn tensors (`kv_a_proj_with_mqa.weight`, ...) from the model's to the
-    files' layout.
-    """
+    """The self_attn tensors of a layer, from the model's layout to that of files."""
     rank = attention.kv_lora_rank
-    joint = tensors["kv_a_proj_with_mqa.weight"]
+    joint, output = tensors["kv_a_proj_with_mqa.weight"], tensors["o_proj.weight"]
     bias = tensors.get("kv_a_proj_with_mqa.bias", joint.new_zeros(len(joint)))
     result = {
         "kv_a_proj_with_mqa.weight": pad_rows(joint, rank),
         "kv_a_proj_with_mqa.bias": pad_bias(bias, rank),
         "kv_a_layernorm.weight": joint.new_full((padded_rank(rank),), NORM_WEIGHT),
         "kv_b_proj.weight": pad_columns(tensors["kv_b_proj.weight"], rank),
-        "o_proj.weight": tensors["o_proj.weight"],
+        "o_proj.weight": output,
+        "o_proj.bias": tensors.get("o_proj.bias", joint.new_zeros(len(output))),
     }
-    result["o_proj.bias"] = tensors.get(
-        "o_proj.bias", joint.new_zeros(len(tensors["o_proj.weight"]))
-    )
+    queries = tensors["q_proj.weight"]
     if not attention.q_bias:
-        return result | {"q_proj.weight": tensors["q_proj.weight"]}
-    return result | pad_queries(tensors["q_proj.weight"], tensors["q_proj.bias"])
+        return result | {"q_proj.weight": queries}
+    hidden, bias = queries.shape[1], tensors["q_proj.bias"]
+    columns = bias.new_zeros(len(bias), padded_rank(hidden) - hidden)
+    columns[:, -_constant_channels(hidden)] = bias
+    up = torch.cat([queries, columns], dim=1)
+    return result | _identity_down(queries, hidden) | {"q_b_proj.weight": up}
 
 
 def unpad_latent(
-    tensors: Mapping[str, Tensor], attention: MLAConfig, prefix: str = ""
+    read: Callable[[str], Tensor], attention: MLAConfig, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """The reverse of `pad_latent`.
+    """The reverse of `pad_latent`; `read` returns a tensor of the file by its name in self_attn.
 
     Raises PaddingError naming `prefix` + tensor where constants or zeros are not in place.
     """
-    rank = attention.kv_lora_rank
-    joint_bias, o_bias = f"{prefix}kv_a_proj_with_mqa.bias", f"{prefix}o_proj.bias"
-    check_norm(tensors["kv_a_layernorm.weight"], f"{prefix}kv_a_layernorm.weight")
-    joint = tensors["kv_a_proj_with_mqa.weight"]
-    up = tensors["kv_b_proj.weight"]
+    rank, width = attention.kv_lora_rank, padded_rank(attention.kv_lora_rank)
+    joint, bias = read("kv_a_proj_with_mqa.weight"), read("kv_a_proj_with_mqa.bias")
+    norm, up = read("kv_a_layernorm.weight"), read("kv_b_proj.weight")
+    output, output_bias = read("o_proj.weight"), read("o_proj.bias")
+    has_norm = bool((norm == NORM_WEIGHT).all())
+    _require(has_norm, f"{prefix}kv_a_layernorm.weight", f"it must be {NORM_WEIGHT:g} everywhere")
+    _require_zero(joint[rank:width], f"{prefix}kv_a_proj_with_mqa.weight")
+    _require_zero(up[:, rank:], f"{prefix}kv_b_proj.weight")
+    has_constants = torch.equal(bias[rank:width], _constants(bias, rank))
+    rule = f"its padding must be zeros, then {CONSTANT:g}"
+    _require(has_constants, f"{prefix}kv_a_proj_with_mqa.bias", rule)
     result = {
-        "kv_a_proj_with_mqa.weight": unpad_rows(joint, rank, f"{prefix}kv_a_proj_with_mqa.weight"),
-        "kv_b_proj.weight": unpad_columns(up, rank, f"{prefix}kv_b_proj.weight"),
-        "o_proj.weight": tensors["o_proj.weight"],
+        "kv_a_proj_with_mqa.weight": torch.cat([joint[:rank], joint[width:]]),
+        "kv_b_proj.weight": up[:, :rank].contiguous(),
+        "o_proj.weight": output,
     }
-    bias = unpad_bias(tensors["kv_a_proj_with_mqa.bias"], rank, joint_bias)
+    own_bias = torch.cat([bias[:rank], bias[width:]])
     if attention.attention_bias:
-        result["kv_a_proj_with_mqa.bias"] = bias
+        result["kv_a_proj_with_mqa.bias"] = own_bias
     else:
-        check_zero(bias, joint_bias)
+        _require_zero(own_bias, f"{prefix}kv_a_proj_with_mqa.bias")
     if attention.attention_bias or attention.o_bias:
-        result["o_proj.bias"] = tensors["o_proj.bias"]
+        result["o_proj.bias"] = output_bias
     else:
-        check_zero(tensors["o_proj.bias"], o_bias)
+        _require_zero(output_bias, f"{prefix}o_proj.bias")
     if not attention.q_bias:
-        return result | {"q_proj.weight": tensors["q_proj.weight"]}
-    weight, bias = unpad_queries(tensors, prefix)
-    return result | {"q_proj.weight": weight, "q_proj.bias": bias}
+        return result | {"q_proj.weight": read("q_proj.weight")}
+    return result | _unpadded_queries(read, prefix)
+
+
+def _unpadded_queries(read: Callable[[str], Tensor], prefix: str) -> dict[str, Tensor]:
+    """q_proj from q_a_proj, q_a_layernorm and q_b_proj, which must pass the hidden state on."""
+    names = ("q_a_proj.weight", "q_a_proj.bias", "q_a_layernorm.weight")
+    down = {name: read(name) for name in names}
+    hidden = down["q_a_proj.weight"].shape[1]
+    for name, expected in _identity_down(down["q_a_proj.weight"], hidden).items():
+        is_identity = torch.equal(down[name], expected)
+        _require(is_identity, prefix + name, "it must pass the hidden state on unchanged")
+    up, constant = read("q_b_proj.weight"), -_constant_channels(hidden)
+    padding = up[:, hidden:].clone()
+    padding[:, constant] = 0
+    _require_zero(padding, f"{prefix}q_b_proj.weight")
+    return {
+        "q_proj.weight": up[:, :hidden].contiguous(),
+        "q_proj.bias": up[:, constant].clone(),
+    }
 
 
 def pad_rows(
     joint: Shaped[Tensor, "rows hidden"], rank: int
 ) -> Shaped[Tensor, "padded_rows hidden"]:
-    """kv_a_proj_with_mqa.weight [r + d_R, hidden] -> [R + d_R, hidden]: zero rows after the
-    latent's.
-    """
+    """kv_a_proj_with_mqa.weight [r + d_R, hidden] -> [R + d_R, hidden]: zero rows inserted."""
     filler = joint.new_zeros(padded_rank(rank) - rank, joint.shape[1])
     return torch.cat([joint[:rank], filler, joint[rank:]])
 
 
-def unpad_rows(
-    joint: Shaped[Tensor, "padded_rows hidden"], rank: int, name: str
-) -> Shaped[Tensor, "rows hidden"]:
-    """The reverse of `pad_rows`. Raises PaddingError where the padding is not zero."""
-    check_zero(joint[rank : padded_rank(rank)], name)
-    return torch.cat([joint[:rank], joint[padded_rank(rank) :]])
-
-
 def pad_bias(bias: Shaped[Tensor, " rows"], rank: int) -> Shaped[Tensor, " padded_rows"]:
-    """kv_a_proj_with_mqa.bias [r + d_R] -> [R + d_R], the constant in the last R / 64 latent
-    channels.
-    """
+    """kv_a_proj_with_mqa.bias [r + d_R] -> [R + d_R], constants as the last R / 64 of R."""
     return torch.cat([bias[:rank], _constants(bias, rank), bias[rank:]])
-
-
-def unpad_bias(
-    bias: Shaped[Tensor, " padded_rows"], rank: int, name: str
-) -> Shaped[Tensor, " rows"]:
-    """The reverse of `pad_bias`. Raises PaddingError where zeros or constants are not in place."""
-    padding = bias[rank : padded_rank(rank)]
-    if not torch.equal(padding, _constants(bias, rank)):
-        raise PaddingError(_violation(name, f"its padding must be zeros, then {CONSTANT:g}"))
-    return torch.cat([bias[:rank], bias[padded_rank(rank) :]])
 
 
 def pad_columns(weight: Shaped[Tensor, "out rank"], rank: int) -> Shaped[Tensor, "out padded_rank"]:
     """kv_b_proj.weight [out, r] -> [out, R]: nothing reads the padding."""
     return torch.cat([weight, weight.new_zeros(len(weight), padded_rank(rank) - rank)], dim=1)
-
-
-def unpad_columns(
-    weight: Shaped[Tensor, "out padded_rank"], rank: int, name: str
-) -> Shaped[Tensor, "out rank"]:
-    """The reverse of `pad_columns`. Raises PaddingError where the padding is not zero."""
-    check_zero(weight[:, rank:], name)
-    return weight[:, :rank].contiguous()
-
-
-def pad_queries(
-    weight: Shaped[Tensor, "out hidden"], bias: Shaped[Tensor, " out"]
-) -> dict[str, Tensor]:
-    """q_proj.weight and q_proj.bias as q_a_proj (weight, bias), q_a_layernorm and q_b_proj."""
-    hidden = weight.shape[1]
-    columns = bias.new_zeros(len(bias), padded_rank(hidden) - hidden)
-    columns[:, -_constant_channels(hidden)] = bias
-    return _identity_down(weight, hidden) | {"q_b_proj.weight": torch.cat([weight, columns], dim=1)}
-
-
-def unpad_queries(
-    tensors: Mapping[str, Tensor], prefix: str = ""
-) -> tuple[Shaped[Tensor, "out hidden"], Shaped[Tensor, " out"]]:
-    """The reverse of `pad_queries`. Raises PaddingError naming a tensor without that padding."""
-    down, up = tensors["q_a_proj.weight"], tensors["q_b_proj.weight"]
-    hidden = down.shape[1]
-    for name, expected in _identity_down(down, hidden).items():
-        if not torch.equal(tensors[name], expected):
-            raise PaddingError(
-                _violation(prefix + name, "it must pass the hidden state on unchanged")
-            )
-    bias = up[:, -_constant_channels(hidden)].clone()
-    padding = up[:, hidden:].clone()
-    padding[:, -_constant_channels(hidden)] = 0
-    check_zero(padding, f"{prefix}q_b_proj.weight")
-    return up[:, :hidden].contiguous(), bias
-
-
-def check_norm(weight: Shaped[Tensor, " channels"], name: str) -> None:
-    """PaddingError unless all of `weight` is the constant that makes the norm the identity."""
-    if not bool((weight == NORM_WEIGHT).all()):
-        raise PaddingError(_violation(name, f"it must be {NORM_WEIGHT:g} everywhere"))
-
-
-def check_zero(tensor: Tensor, name: str) -> None:
-    """PaddingError unless all of `tensor`, a part of the tensor `name`, is zero."""
-    if bool((tensor != 0).any()):
-        raise PaddingError(_violation(name, "its padding must be zero"))
 
 
 def _constant_channels(width: int) -> int:
@@ -210,5 +164,12 @@ def _identity_down(like: Tensor, hidden: int) -> dict[str, Tensor]:
     return {"q_a_proj.weight": identity, "q_a_proj.bias": bias, "q_a_layernorm.weight": norm}
 
 
-def _violation(name: str, rule: str) -> str:
-    return f"tensor {name!r}: {rule} in an exactly converted model; convert the original again"
+def _require_zero(padding: Tensor, name: str) -> None:
+    _require(bool((padding == 0).all()), name, "its padding must be zero")
+
+
+def _require(holds: bool, name: str, rule: str) -> None:
+    if not holds:
+        raise PaddingError(
+            f"tensor {name!r}: {rule} in an exactly converted model; convert the original again"
+        )

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from lowlat.checkpoint.file_layout import FileLayout, Pieces, Segment
+from lowlat.checkpoint.file_layout import FileLayout, Pieces, lay_out
 from lowlat.checkpoint.safetensors.writer import PYTORCH, TensorSpec, encode_header
 
 SINGLE_FILE = "model.safetensors"
@@ -19,6 +19,10 @@ class TensorGroup(NamedTuple):
     """In file order."""
     pieces: Pieces
     """Makes their bytes."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def shard_names(count: int) -> list[str]:
@@ -44,14 +48,20 @@ def plan_shards(
     shards: list[list[TensorGroup]] = [[]]
     sizes = [0]
     for group in groups:
-        size = sum(tensor.nbytes for tensor in group.tensors)
-        if shards[-1] and sizes[-1] + size > max_shard_bytes:
+        if shards[-1] and sizes[-1] + group.nbytes > max_shard_bytes:
             shards.append([])
             sizes.append(0)
         shards[-1].append(group)
-        sizes[-1] += size
+        sizes[-1] += group.nbytes
     names = shard_names(len(shards))
-    files = [_layout(name, shard) for name, shard in zip(names, shards, strict=True)]
+    files = [
+        lay_out(
+            name,
+            encode_header((tensor for group in shard for tensor in group.tensors), PYTORCH),
+            [(group.tensors[0].name, group.nbytes, group.pieces) for group in shard],
+        )
+        for name, shard in zip(names, shards, strict=True)
+    ]
     if len(shards) == 1:
         return files, None
     weight_map = {
@@ -61,13 +71,3 @@ def plan_shards(
         for tensor in group.tensors
     }
     return files, encode_index(weight_map, sum(sizes))
-
-
-def _layout(name: str, groups: list[TensorGroup]) -> FileLayout:
-    header = encode_header((tensor for group in groups for tensor in group.tensors), PYTORCH)
-    segments, at = [], len(header)
-    for group in groups:
-        size = sum(tensor.nbytes for tensor in group.tensors)
-        segments.append(Segment(group.tensors[0].name, at, size, group.pieces))
-        at += size
-    return FileLayout(name, header, tuple(segments), at)

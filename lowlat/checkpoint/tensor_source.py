@@ -1,55 +1,83 @@
-"""TensorSource: the interface of an opened checkpoint, whatever its file format.
+"""TensorSource: an opened checkpoint, whatever its file format and the storage of its tensors.
 
-Every format presents Hugging Face tensor names, layouts and config fields.
+Every format presents Hugging Face tensor names, layouts and config fields. A storage is one
+`StoredTensor`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import quoted
 
-class TensorSource(ABC):
-    """A checkpoint opened for reading. Names not in `names()` raise UserError naming file and
-    tensor.
-    """
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor(ABC):
+    """One tensor of a checkpoint, as Hugging Face lays it out."""
+
+    shape: tuple[int, ...]
+    """Shape of the tensor `read` returns."""
+    dtype: torch.dtype
+    """Dtype of the tensor `read` returns."""
 
     @property
     @abstractmethod
-    def path(self) -> Path:
-        """The folder or file."""
-
-    @property
-    @abstractmethod
-    def hf_config(self) -> dict[str, Any]:
-        """The model's config with the fields of a Hugging Face config.json. Read-only."""
-
-    @abstractmethod
-    def names(self) -> list[str]:
-        """Names of all tensors, as Hugging Face writes them."""
-
-    @abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the tensor `read` returns; touches no data."""
-
-    @abstractmethod
-    def dtype(self, name: str) -> torch.dtype:
-        """Dtype of the tensor `read` returns; touches no data."""
-
-    @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU: a view of the mapped file if the format allows it."""
-
-    @abstractmethod
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """`read(name)[start:stop]`, computed without the other rows if the format allows it."""
-
-    @abstractmethod
-    def release(self, name: str) -> None:
-        """Release the memory pages of `read(name)`'s result, which must not be used any more."""
-
-    @abstractmethod
-    def where(self, name: str) -> str:
+    def where(self) -> str:
         """'FILE: tensor NAME', the start of an error message about this tensor."""
+
+    @abstractmethod
+    def read(self) -> Tensor:
+        """The tensor, on the CPU: a view of the mapped file if the storage allows it."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """`read()[start:stop]`, computed without the other rows if the storage allows it."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Release the memory pages of `read`'s result, which must not be used any more."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """An opened checkpoint. Methods raise UserError for names of tensors that it does not have."""
+
+    path: Path
+    """The folder or file."""
+    hf_config: dict[str, Any]
+    """The model's config with the fields of a Hugging Face config.json. Read-only."""
+    tensors: Mapping[str, StoredTensor]
+    """All tensors by name, as Hugging Face writes them."""
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensor(name).dtype
+
+    def where(self, name: str) -> str:
+        return self._tensor(name).where
+
+    def read(self, name: str) -> Tensor:
+        return self._tensor(name).read()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._tensor(name).rows(start, stop)
+
+    def release(self, name: str) -> None:
+        self._tensor(name).release()
+
+    def _tensor(self, name: str) -> StoredTensor:
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: tensor {quoted(name)} is missing")
+        return self.tensors[name]

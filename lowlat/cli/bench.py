@@ -26,7 +26,6 @@ class BenchmarkOptions:
             metavar="N,...",
             help=f"Prompt lengths of prefill; '' for none. By default {PREFILL}, up to the model's "
             "context.",
-            show_default=False,
         ),
     ] = None
     decode: Annotated[
@@ -35,7 +34,6 @@ class BenchmarkOptions:
             metavar="N,...",
             help=f"Tokens in the KV cache before a decode step; '' for none. By default {DECODE}, "
             "up to the model's context.",
-            show_default=False,
         ),
     ] = None
     dtype: Annotated[
@@ -66,17 +64,12 @@ class BenchmarkOptions:
 def bench(
     *,
     model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Checkpoint folder, hub id, or 'default'.", show_default=False
-        ),
+        str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub id, or 'default'.")
     ],
     benchmark: BenchmarkOptions,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Also write results.json and plot.svg there.", show_default=False
-        ),
+        typer.Option(metavar="FOLDER", help="Also write results.json and plot.svg there."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:

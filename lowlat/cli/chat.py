@@ -17,7 +17,6 @@ from lowlat.utils.errors import UserError
 if TYPE_CHECKING:
     from lowlat.cli.chat_backend import ChatBackend
 
-_SERVER_PANEL = "Server"
 MAX_TOKENS = 512
 TEMPERATURE = 0.4
 
@@ -28,27 +27,19 @@ class ServerOptions:
 
     url: Annotated[
         str | None,
-        typer.Option(
-            help="Chat with a server at this address; MODEL is then one of its models.",
-            rich_help_panel=_SERVER_PANEL,
-        ),
+        typer.Option(help="Chat with a server at this address; MODEL is then one of its models."),
     ] = None
     api_key_file: Annotated[
         Path | None,
-        typer.Option(
-            help="File with the server's API key; without it LOWLAT_API_KEY is used.",
-            rich_help_panel=_SERVER_PANEL,
-        ),
+        typer.Option(help="File with the server's API key; without it LOWLAT_API_KEY is used."),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatSampling:
-    """Sampling options of a chat."""
-
-    max_tokens: Annotated[
-        int, typer.Option(help="Maximum number of tokens per answer.", rich_help_panel="Sampling")
-    ] = MAX_TOKENS
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per answer.")] = (
+        MAX_TOKENS
+    )
     temperature: options.Temperature = TEMPERATURE
     top_k: options.TopK = SAMPLING.top_k
     top_p: options.TopP = SAMPLING.top_p
@@ -64,15 +55,13 @@ def chat(
     once: Annotated[
         str | None,
         typer.Option(
-            metavar="QUESTION",
-            help="Answer one question, print a short report and exit.",
-            show_default=False,
+            metavar="QUESTION", help="Answer one question, print a short report and exit."
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    server: ServerOptions,
-    sampling: ChatSampling,
-    machine: options.MachineOptions,
+    server: Annotated[ServerOptions, "Server"],
+    sampling: Annotated[ChatSampling, "Sampling"],
+    machine: options.Machine,
 ) -> None:
     """Chat with a model. Questions can also come from a pipe, one per line."""
     from lowlat.cli.chat_terminal import Conversation, answer_once, talk
@@ -94,7 +83,7 @@ def chat(
             "is set on the server",
         )
         backend = _remote(server, None if model == options.DEFAULT_MODEL else model)
-    conversation = Conversation(backend, settings, max_tokens=sampling.max_tokens, system=system)
+    conversation = Conversation(backend, settings, system)
     if once is None:
         talk(conversation)
     else:

@@ -15,10 +15,11 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from lowlat.cli.answer_report import print_rows
 from lowlat.cli.chat_backend import ChatBackend, Message
+from lowlat.cli.tables import print_rows
 from lowlat.generate.completion import Completion, Usage
 from lowlat.generate.params import SamplingOptions
+from lowlat.serve.config import read_keys
 from lowlat.utils.errors import UserError
 
 CONNECT_SECONDS = 10.0
@@ -118,7 +119,6 @@ class ChatClient(ChatBackend):
         self,
         messages: Sequence[Message],
         sampling: SamplingOptions,
-        max_tokens: int,
         write: Callable[[str], None],
         interrupted: threading.Event,
     ) -> Completion:
@@ -127,7 +127,6 @@ class ChatClient(ChatBackend):
             "messages": list(messages),
             "stream": True,
             "stream_options": {"include_usage": True},
-            "max_tokens": max_tokens,
             **{name: value for name, value in sampling.items() if value is not None},
         }
         try:
@@ -247,20 +246,7 @@ def read_key(path: Path | None) -> str | None:
     if path is None:
         origin, key = "LOWLAT_API_KEY", os.environ.get("LOWLAT_API_KEY") or None
     else:
-        origin, key = f"--api-key-file '{path}'", _first_key(path)
+        origin, key = f"--api-key-file '{path}'", read_keys(path)[0]
     if key is not None and not re.fullmatch("[!-~]+", key):
         raise UserError(f"{origin}: a key must be printable ASCII characters without spaces")
     return key
-
-
-def _first_key(path: Path) -> str:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise UserError(f"--api-key-file '{path}' cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--api-key-file '{path}' is not UTF-8 text") from error
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise UserError(f"--api-key-file '{path}' has no key; write one key per line")
-    return keys[0]

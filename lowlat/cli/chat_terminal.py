@@ -40,16 +40,10 @@ class Conversation:
     """The messages of a chat, and the sampling options of its answers."""
 
     def __init__(
-        self,
-        backend: ChatBackend,
-        sampling: SamplingOptions,
-        *,
-        max_tokens: int,
-        system: str | None = None,
+        self, backend: ChatBackend, sampling: SamplingOptions, system: str | None = None
     ) -> None:
         self.backend = backend
         self.sampling = sampling
-        self.max_tokens = max_tokens
         self.system = system
         self.turns: list[Message] = []
 
@@ -66,9 +60,7 @@ class Conversation:
         """
         asked: Message = {"role": "user", "content": question}
         messages = [*self._system(), *self.turns, asked]
-        completion = self.backend.answer(
-            messages, self.sampling, self.max_tokens, write, interrupted
-        )
+        completion = self.backend.answer(messages, self.sampling, write, interrupted)
         self.turns += [asked, {"role": "assistant", "content": completion.text}]
         return completion
 
@@ -120,7 +112,6 @@ def questions(prompt: str, console: Console) -> Iterator[str]:
 
 
 def command(conversation: Conversation, line: str, console: Console) -> None:
-    """Run a /command."""
     name, _, rest = line.partition(" ")
     match name:
         case "/help":

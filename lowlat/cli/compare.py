@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from lowlat.compare.implementations.spec import ImplementationSpec
     from lowlat.compare.trace import Window
 
-TOKENS = 64
-WINDOW = 64
 DIFFERENT = 1
 
 
@@ -28,12 +26,9 @@ Reference = Annotated[
         metavar="A",
         help="The reference: NAME, transformers:NAME, official:MODEL.PY:NAME or gguf:FILE, each "
         "with @OPTIONS.",
-        show_default=False,
     ),
 ]
-Checked = Annotated[
-    str, typer.Argument(metavar="B", help="The implementation to check.", show_default=False)
-]
+Checked = Annotated[str, typer.Argument(metavar="B", help="The implementation to check.")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +36,7 @@ class InputOptions:
     """The tokens that both implementations run."""
 
     text: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Run a UTF-8 text instead of random tokens.", show_default=False
-        ),
+        Path | None, typer.Option(metavar="FILE", help="Run a UTF-8 text instead of random tokens.")
     ] = None
     tokens: Annotated[
         int,
@@ -54,11 +46,11 @@ class InputOptions:
             max=1 << 24,
             help="Number of tokens; a last window of one token is dropped.",
         ),
-    ] = TOKENS
+    ] = 64
     window: Annotated[
         int,
         typer.Option(metavar="N", min=1, help="Tokens per window; memory grows with its square."),
-    ] = WINDOW
+    ] = 64
     start: Annotated[
         int,
         typer.Option(
@@ -69,27 +61,17 @@ class InputOptions:
     ] = 0
     seed: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            max=(1 << 63) - 1,
-            help="Seed of the random tokens, by default 0.",
-            show_default=False,
-        ),
+        typer.Option(min=0, max=(1 << 63) - 1, help="Seed of the random tokens, by default 0."),
     ] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputOptions:
-    """How the result is shown."""
-
     every_part: Annotated[bool, typer.Option("--all", help="List every part of every layer.")] = (
         False
     )
     plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Plot the differences over the layers.", show_default=False
-        ),
+        Path | None, typer.Option(metavar="FILE", help="Plot the differences over the layers.")
     ] = None
     as_json: options.Json = False
 
@@ -107,7 +89,6 @@ def compare(
             min=0.0,
             help="Relative difference up to which parts are equal, by default that of the coarser "
             "number type.",
-            show_default=False,
         ),
     ] = None,
     impose_experts: Annotated[
@@ -195,7 +176,7 @@ def _print(result: dict[str, Any], *, every_part: bool, as_json: bool) -> None:
     """Print the report. A closed pipe does not change the exit code."""
     from rich.console import Console
 
-    from lowlat.compare.result_table import show
+    from lowlat.compare.result_text import show
 
     if as_json:
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"

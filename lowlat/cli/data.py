@@ -53,15 +53,12 @@ class VocabularyOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutOptions:
-    """The held-out split."""
-
     held_out: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
             help="Share of the documents to hold out, selected by content hash; by default 0.01, or"
             " 0 with --held-out-source.",
-            show_default=False,
         ),
     ] = None
     held_out_source: Annotated[
@@ -72,14 +69,11 @@ class HeldOutOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceOptions:
-    """How sources are read."""
-
     field: Annotated[
         str | None,
         typer.Option(
             help="JSON field or table column that holds the text or the chat messages, by default "
-            "text.",
-            show_default=False,
+            "text."
         ),
     ] = None
     separator: Annotated[

@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from lowlat.cli.answer_report import print_rows
+from lowlat.cli.tables import number_table, print_rows
 from lowlat.data.build import BuildReport
 from lowlat.data.manifest import SPLITS, DatasetManifest, SplitManifest, to_json
 
@@ -37,9 +35,8 @@ def print_build(report: BuildReport, console: Console | None = None) -> None:
 def print_manifest(path: Path, manifest: DatasetManifest, console: Console | None = None) -> None:
     """Print the contents of the tokenized dataset `path`."""
     console = Console() if console is None else console
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan")
-    for name in ("", "documents", "tokens", "text bytes", "bytes per token", "targets"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    names = ("documents", "tokens", "text bytes", "bytes per token", "targets")
+    table = number_table("", *names, notes=False)
     for split in SPLITS:
         part = manifest.splits[split]
         table.add_row(

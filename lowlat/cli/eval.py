@@ -1,43 +1,66 @@
 """`lowlat eval`: perplexity and bits per byte of a model on a text file."""
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowlat.cli import options
+from lowlat.utils.strict_json import finite
+
+if TYPE_CHECKING:
+    from lowlat.engine.scoring import Score
 
 
 @options.with_option_groups
 def evaluate(
     *,
-    text: Annotated[
-        Path, typer.Option("--text", metavar="FILE", help="UTF-8 text file.", show_default=False)
-    ],
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text file.")],
     model: options.Model = options.DEFAULT_MODEL,
     window: Annotated[
         int | None,
         typer.Option(
             help="Tokens per window, without overlap or shared context. By default 1024, or the "
-            "model's context if that is shorter.",
-            show_default=False,
+            "model's context if that is shorter."
         ),
     ] = None,
     as_json: options.Json = False,
-    machine: options.MachineOptions,
+    machine: options.Machine,
 ) -> None:
     """Perplexity and bits per byte of a text.
 
     Each token is predicted from the previous ones in its window; the first is not counted.
     """
-    from lowlat.cli.eval_report import as_dict, measure, print_text
     from lowlat.cli.inputs import load_model, read_text_file
+    from lowlat.utils.progress import make_progress
 
     content = read_text_file(text)
-    result = measure(load_model(model, **asdict(machine)), str(text), content, window)
+    loaded = load_model(model, **asdict(machine))
+    started = time.perf_counter()
+    score = loaded.perplexity(content, window=window, progress=make_progress())
+    seconds = time.perf_counter() - started
     if as_json:
-        print(json.dumps(as_dict(result), indent=2))
-    else:
-        print_text(result)
+        report = {"model": loaded.name, "text": str(text), **as_dict(score), "seconds": seconds}
+        print(json.dumps(report, indent=2))
+        return
+    print(f"{loaded.name} on {text}, windows of {score.window} tokens")
+    print(f"perplexity     {score.perplexity:.4f}")
+    print(f"bits per byte  {score.bits_per_byte:.4f}")
+    print(
+        f"predicted      {score.tokens:,} tokens, {score.bytes:,} bytes "
+        f"in {seconds:.1f} s ({score.tokens / seconds:,.0f} tokens/s)"
+    )
+
+
+def as_dict(score: "Score") -> dict[str, Any]:
+    """The numbers of --json; null for one that is not finite."""
+    return {
+        "window": score.window,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "perplexity": finite(score.perplexity),
+        "bits_per_byte": finite(score.bits_per_byte),
+    }

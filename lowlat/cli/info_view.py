@@ -1,18 +1,14 @@
 """Tables of `lowlat info`: parameters, KV cache per token, memory."""
 
-from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lowlat.config.attention_summary import short_name
+from lowlat.cli.tables import number_table, print_block
+from lowlat.config.attention import short_name
 from lowlat.config.kv_cache_size import KVCacheSize, kv_cache_size
 from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
 from lowlat.config.parameter_count import ParameterCount, count_parameters
-
-BAR_WIDTH = 14
-EIGHTHS = "▏▎▍▌▋▊▉█"
 
 
 def show(
@@ -28,15 +24,13 @@ def show(
     """Print the tables of the model `name`; `dtype` None is weights as stored."""
     console = Console() if console is None else console
     count, cost = count_parameters(config), kv_cache_size(config)
-    console.print()
-    console.print(Padding(_title(name, config), (0, 0, 0, 1), expand=False))
-    tables = [_parameters(config, count), _cache(config, cost, cache)]
+    print_block(_title(name, config), console)
+    print_block(_parameters(config, count), console)
+    print_block(_cache(config, cost, cache), console)
     if memory is not None:
-        tables.append(_memory(config, memory, dtype, cache))
-    for table in tables:
-        console.print(Padding(table, (1, 0, 0, 1), expand=False))
+        print_block(_memory(config, memory, dtype, cache), console)
     if machine is not None:
-        console.print(Padding(_expectation(config, machine, dtype), (1, 0, 0, 1), expand=False))
+        print_block(_expectation(config, machine, dtype), console)
     console.print()
 
 
@@ -49,17 +43,8 @@ def _title(name: str, config: ModelConfig) -> Text:
     return Text.assemble((name, "bold"), "\n", (" · ".join(facts), "dim"), overflow="fold")
 
 
-def _table(*columns: str) -> Table:
-    """A table: a column of text, columns of numbers, a column of notes."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    table.add_column("", style="dim")
-    return table
-
-
 def _parameters(config: ModelConfig, count: ParameterCount) -> Table:
-    table = _table("Parameters", "count", "share")
+    table = number_table("Parameters", "count", "share")
     for part, value, note in _parts(config, count):
         if value:
             table.add_row(part, _amount(value), f"{value / count.total:.1%}", note)
@@ -75,9 +60,9 @@ def _parameters(config: ModelConfig, count: ParameterCount) -> Table:
     if count.mtp:
         copies = count.mtp + count.mtp_copies
         table.add_section()
-        table.add_row(
-            "MTP", _amount(count.mtp), "", f"{_depth(config)} in addition to the main model"
-        )
+        modules = config.num_nextn_predict_layers
+        depth = "1 module" if modules == 1 else f"{modules} modules"
+        table.add_row("MTP", _amount(count.mtp), "", f"{depth} in addition to the main model")
         table.add_row("", _amount(copies), "", "with copies of embedding and LM head")
         table.add_row("", _amount(count.total + copies, digits=2), "", "total with MTP")
     return table
@@ -111,13 +96,8 @@ def _attention(config: ModelConfig) -> str:
     return f"{heads} heads of {attention.head_dim}"
 
 
-def _depth(config: ModelConfig) -> str:
-    modules = config.num_nextn_predict_layers
-    return "1 module" if modules == 1 else f"{modules} modules"
-
-
 def _cache(config: ModelConfig, cost: KVCacheSize, dtype: str) -> Table:
-    table = _table(f"KV cache per token ({dtype})", "bytes", "per layer", "ratio")
+    table = number_table(f"KV cache per token ({dtype})", "bytes", "per layer", "ratio")
     own, own_size = cost.elements_per_token_layer, cost.own_bytes_per_token(dtype)
     heads = config.num_attention_heads
     groups = min(8, heads)
@@ -127,12 +107,10 @@ def _cache(config: ModelConfig, cost: KVCacheSize, dtype: str) -> Table:
         (f"GQA, {groups} groups", cost.gqa8, cost.bytes_per_token(cost.gqa8, dtype)),
         (f"MHA, {heads} heads", cost.mha, cost.bytes_per_token(cost.mha, dtype)),
     ]
-    largest = max(size for _, _, size in rows)
     for index, (name, elements, size) in enumerate(rows):
-        style, color = ("", "blue") if index else ("bold green", "green")
-        bar = Text(_bar(size / largest), style=color)
+        style = "" if index else "bold green"
         ratio = f"{size / own_size:.2f}"
-        table.add_row(name, f"{size:,}", f"{round(elements, 1):,}", ratio, bar, style=style)
+        table.add_row(name, f"{size:,}", f"{round(elements, 1):,}", ratio, style=style)
     table.add_section()
     note = "entry size / (2 head_dim)"
     table.add_row("equivalent GQA groups", f"{cost.gqa_groups_equivalent:.4g}", "", "", note)
@@ -143,7 +121,7 @@ def _memory(
     config: ModelConfig, memory: dict[str, int], dtype: str | None, cache_dtype: str
 ) -> Table:
     tokens = memory["context"]
-    table = _table(f"Memory at {tokens:,} tokens", "bytes")
+    table = number_table(f"Memory at {tokens:,} tokens", "bytes")
     weights, cache = memory["weights_bytes"], memory["cache_bytes"]
     with_mtp = ", MTP included" if config.num_nextn_predict_layers else ""
     table.add_row("weights", _bytes(weights), f"{dtype or 'dtype auto'}{with_mtp}")
@@ -179,13 +157,6 @@ def _expectation(config: ModelConfig, machine: dict[str, int | bool], dtype: str
     if config.moe is not None:
         how = f"by selected experts, up to {active} per token"
     return Text(f"{text}: weights are read from disk {how}.", style="yellow")
-
-
-def _bar(share: float) -> str:
-    """A bar of share * BAR_WIDTH characters, in eighths of a character."""
-    eighths = max(1, round(share * BAR_WIDTH * 8))
-    full, rest = divmod(eighths, 8)
-    return "█" * full + (EIGHTHS[rest - 1] if rest else "")
 
 
 def _amount(count: int, digits: int = 3) -> str:

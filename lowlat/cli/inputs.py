@@ -2,42 +2,39 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Unpack
 
 from lowlat import api
 from lowlat.generate.model import Model
 from lowlat.ops import native
 from lowlat.utils.errors import UserError
-from lowlat.utils.progress import make_progress
+from lowlat.utils.progress import Progress, make_progress
 
 
-def load_model(
-    name: str,
-    *,
-    dtype: str,
-    cache: str,
-    device: str,
-    threads: int | None,
-    context: int | None = None,
-    max_cache_bytes: int | Literal["auto"] | None = None,
-    speculates: bool = True,
-) -> Model:
+def load_model(name: str, *, threads: int | None, **loading: Unpack[api.LoadOptions]) -> Model:
     """The model `name`, downloaded and converted if necessary, with progress on stderr.
 
     Sets the threads of PyTorch and of the native kernels if `threads` is given.
     """
     if threads is not None:
         native.use_threads(threads)
-    return api.load(
-        name,
-        dtype=dtype,
-        cache=cache,
-        device=device,
-        context=context,
-        max_cache_bytes=max_cache_bytes,
-        speculates=speculates,
-        progress=make_progress(),
-    )
+    loading.setdefault("progress", make_progress())
+    return api.load(name, **loading)
+
+
+def recipe_checkpoint(recipe: Path, key: str, name: str | None, progress: Progress) -> Path | None:
+    """Files of the checkpoint `name`, the value of `key` in a recipe file; None if it has none.
+
+    A name is a path relative to the recipe, else relative to the working directory, else a preset
+    or hub id. Raises UserError naming recipe and key.
+    """
+    if name is None:
+        return None
+    relative = recipe.parent / name
+    try:
+        return api.prepare(str(relative) if relative.exists() else name, progress=progress)
+    except UserError as error:
+        raise UserError(f"{recipe}: {key}: {error}") from error
 
 
 def read_stdin() -> str:

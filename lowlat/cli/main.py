@@ -1,14 +1,6 @@
 """Entry point of the `lowlat` command: verbs, exit codes and process-wide settings.
 
-Verbs import torch inside their functions, so that --help and --version are fast. Settings of the
-whole process are made here, or by an option of a verb:
-
-- Garbage collection starts late (`defer_garbage_collection`).
-- OMP_WAIT_POLICY is PASSIVE for verbs that train (`wait_passively`), unless it is set.
-- --threads sets the threads of PyTorch and of the native kernels (`ops.native.use_threads`).
-- Standard streams that are closed are replaced (`stdio.open_streams`).
-
-Native kernels have their own thread pool, so a loaded native model sets PyTorch to one thread.
+Verbs import torch inside their functions, so that --help and --version are fast.
 """
 
 import atexit
@@ -125,7 +117,6 @@ def defer_garbage_collection() -> None:
 
 
 def run() -> None:
-    """Entry point of `lowlat`."""
     run_app(app)
 
 

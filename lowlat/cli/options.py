@@ -1,15 +1,17 @@
 """Options that several verbs share: types, help texts, groups, and checks beyond typer's.
 
 A group is a dataclass of options. `with_option_groups` expands it in a verb's signature, so that a
-verb takes one argument per group. Defaults come from the records that the options end up in.
+verb takes one argument per group; `Annotated[Group, "Title"]` shows it in a panel of --help.
+Defaults come from the records that the options end up in.
 """
 
+import copy
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -22,9 +24,6 @@ DEFAULT_DTYPE = "bf16"
 DEFAULT_CACHE = "auto"
 SAMPLING = SamplingParams()
 
-_SAMPLING_PANEL = "Sampling"
-_MACHINE_PANEL = "Machine"
-
 Model = Annotated[
     str,
     typer.Argument(
@@ -36,129 +35,40 @@ Model = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
-Device = Annotated[
-    str, typer.Option(help="Device: cpu, cuda, cuda:N or mps.", rich_help_panel=_MACHINE_PANEL)
-]
+Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[
     str,
     typer.Option(
         help="Number type of weights and computation: bf16 (stored int8 or int4 weights stay, fp8 "
         "blocks are dequantized), int8 or int4 (quantize on load, compute in bf16), fp16, fp32, "
-        "fp64, or auto (as stored, fp8 blocks too).",
-        rich_help_panel=_MACHINE_PANEL,
+        "fp64, or auto (as stored, fp8 blocks too)."
     ),
 ]
 Cache = Annotated[
     str,
     typer.Option(
         help="Number type of the KV cache: bf16, int8 (one scale per 64 channels), or auto (same "
-        "as the computation).",
-        rich_help_panel=_MACHINE_PANEL,
+        "as the computation)."
     ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="CPU threads, by default one per core.", rich_help_panel=_MACHINE_PANEL
-    ),
+    typer.Option(min=1, help="CPU threads, by default one per core.", rich_help_panel="Machine"),
 ]
 
-MaxTokens = Annotated[
-    int | None,
-    typer.Option(
-        help="Maximum number of generated tokens, by default the rest of the context.",
-        rich_help_panel=_SAMPLING_PANEL,
-    ),
-]
-Temperature = Annotated[
-    float,
-    typer.Option(
-        help="Sampling temperature; 0 is greedy decoding.", rich_help_panel=_SAMPLING_PANEL
-    ),
-]
-TopK = Annotated[
-    int,
-    typer.Option(
-        help="Sample from the k most likely tokens; 0 disables top-k.",
-        rich_help_panel=_SAMPLING_PANEL,
-    ),
-]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")]
+TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 disables top-k.")]
 TopP = Annotated[
-    float,
-    typer.Option(
-        help="Sample from the smallest set of tokens with this total probability.",
-        rich_help_panel=_SAMPLING_PANEL,
-    ),
+    float, typer.Option(help="Sample from the smallest set of tokens with this total probability.")
 ]
 MinP = Annotated[
-    float,
-    typer.Option(
-        help="Minimum probability of a token, relative to the most likely one.",
-        rich_help_panel=_SAMPLING_PANEL,
-    ),
+    float, typer.Option(help="Minimum probability of a token, relative to the most likely one.")
 ]
 RepetitionPenalty = Annotated[
-    float,
-    typer.Option(
-        help="Above 1, penalize tokens of prompt and answer.",
-        rich_help_panel=_SAMPLING_PANEL,
-    ),
-]
-PresencePenalty = Annotated[
-    float,
-    typer.Option(
-        help="Subtracted from the logit of every token that is in the answer.",
-        rich_help_panel=_SAMPLING_PANEL,
-    ),
-]
-FrequencyPenalty = Annotated[
-    float,
-    typer.Option(
-        help="Subtracted from the logit of a token for each time it is in the answer.",
-        rich_help_panel=_SAMPLING_PANEL,
-    ),
-]
-LogitBias = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="TOKEN_ID=BIAS",
-        help="Add to the logit of a token; may be repeated.",
-        rich_help_panel=_SAMPLING_PANEL,
-    ),
+    float, typer.Option(help="Above 1, penalize tokens of prompt and answer.")
 ]
 Seed = Annotated[
-    int | None,
-    typer.Option(
-        help="Seed of the random number generator; makes sampling repeatable.",
-        rich_help_panel=_SAMPLING_PANEL,
-    ),
-]
-Logprobs = Annotated[
-    int | None,
-    typer.Option(
-        help="With --json: log-probability of each token, and of this many alternatives.",
-        rich_help_panel=_SAMPLING_PANEL,
-    ),
-]
-N = Annotated[
-    int,
-    typer.Option(
-        "-n", "--n", help="Number of independent completions.", rich_help_panel=_SAMPLING_PANEL
-    ),
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Stop string that ends the answer; may be repeated.", rich_help_panel=_SAMPLING_PANEL
-    ),
-]
-IgnoreEos = Annotated[
-    bool,
-    typer.Option(
-        "--ignore-eos",
-        help="Continue after the end-of-sequence token.",
-        rich_help_panel=_SAMPLING_PANEL,
-    ),
+    int | None, typer.Option(help="Seed of the random number generator; makes sampling repeatable.")
 ]
 
 
@@ -172,23 +82,21 @@ class MachineOptions:
     threads: Threads = None
 
 
+Machine = Annotated[MachineOptions, "Machine"]
+
+
 def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     """`verb`, whose parameters are keyword-only, with each group of options expanded."""
-    hints = get_type_hints(verb, include_extras=True)
-    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    groups: dict[str, Any] = {}
     expanded: list[inspect.Parameter] = []
-    for parameter in inspect.signature(verb).parameters.values():
-        if parameter.name not in groups:
-            expanded.append(parameter.replace(annotation=hints[parameter.name]))
-            continue
-        kind = groups[parameter.name]
-        own = get_type_hints(kind, include_extras=True)
-        expanded += [
-            inspect.Parameter(
-                item.name, parameter.KEYWORD_ONLY, default=item.default, annotation=own[item.name]
-            )
-            for item in fields(kind)
-        ]
+    hints = get_type_hints(verb, include_extras=True)
+    for name, parameter in inspect.signature(verb).parameters.items():
+        kind, *panel = get_args(hints[name]) or (hints[name],)
+        if is_dataclass(kind):
+            groups[name] = kind
+            expanded += _options_of(kind, *panel)
+        else:
+            expanded.append(parameter.replace(annotation=hints[name]))
 
     @functools.wraps(verb)
     def call(**values: Any) -> None:
@@ -200,6 +108,21 @@ def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in expanded}
     del call.__wrapped__
     return call
+
+
+def _options_of(group: Any, panel: str | None = None) -> Iterator[inspect.Parameter]:
+    """The options of a group; those without a panel of their own go to `panel`."""
+    hints = get_type_hints(group, include_extras=True)
+    for item in fields(group):
+        kind, shared = get_args(hints[item.name])
+        option = copy.copy(shared)
+        option.rich_help_panel = option.rich_help_panel or panel
+        yield inspect.Parameter(
+            item.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=item.default,
+            annotation=Annotated[kind, option],
+        )
 
 
 def parse_logit_bias(pairs: list[str] | None) -> dict[int, float]:

@@ -1,36 +1,34 @@
-"""`lowlat plan train`: estimate memory, traffic and time of a training on a cluster.
-
-Parses arguments; `lowlat.plan` estimates, `cli.plan_view` prints tables.
-"""
+"""`lowlat plan train`: estimate memory, traffic and time of a training on a cluster."""
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowlat.cli import options
 from lowlat.cli.info import find
 from lowlat.config.model import ModelConfig
+from lowlat.plan.job import TrainingJob, check
+from lowlat.plan.machine import H100, MACHINES, Machine
+from lowlat.plan.published import PUBLISHED
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from lowlat.plan.job import TrainingJob
-    from lowlat.plan.machine import Machine
+    from lowlat.plan.estimate import Estimate
+    from lowlat.plan.flops import TokenFlops
+    from lowlat.plan.search import Neighbour, SearchResult
     from lowlat.train.recipe.schema import Recipe
 
-MACHINES = ("h800", "h100")
 DEFAULT_LENGTH = 4096
 DEFAULT_ROWS = 4096
 TOP = 10
 MOST_GB = 1e6
 
-
 app = typer.Typer(
     name="plan",
-    help="Estimate what a workload needs before it runs.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -47,8 +45,8 @@ class Subject:
 
     name: str
     config: ModelConfig
-    job: "TrainingJob"
-    machine: "Machine"
+    job: TrainingJob
+    machine: Machine
     has_layout: bool
     """Whether the job has a parallel layout; otherwise layouts are searched."""
     published_hours: float | None = None
@@ -63,32 +61,21 @@ def plan(
             metavar="RECIPE|MODEL",
             help="Recipe in TOML, or any model that lowlat info accepts; deepseek-v3 includes the "
             "layout of its paper.",
-            show_default=False,
         ),
     ],
     devices: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=1, help="Search the parallel layouts of N devices.", show_default=False
-        ),
+        typer.Option(metavar="N", min=1, help="Search the parallel layouts of N devices."),
     ] = None,
     machine: Annotated[
-        str | None,
-        typer.Option(help=f"Device type: {', '.join(MACHINES)}.", show_default=False),
+        str | None, typer.Option(help=f"Device type: {', '.join(MACHINES)}.")
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory of a device, such as 80GB (1 GB = 2^30 bytes).",
-            show_default=False,
-        ),
+        typer.Option(metavar="SIZE", help="Memory of a device, such as 80GB (1 GB = 2^30 bytes)."),
     ] = None,
     network: Annotated[
-        float | None,
-        typer.Option(
-            metavar="GB/S", help="Bandwidth of a device to other nodes.", show_default=False
-        ),
+        float | None, typer.Option(metavar="GB/S", help="Bandwidth of a device to other nodes.")
     ] = None,
     changes: Annotated[
         list[str] | None,
@@ -96,12 +83,7 @@ def plan(
     ] = None,
     top: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help=f"Number of layouts to show, by default {TOP}.",
-            show_default=False,
-        ),
+        typer.Option(metavar="N", min=1, help=f"Number of layouts to show, by default {TOP}."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -117,7 +99,6 @@ def plan(
 
 
 def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> None:
-    from lowlat.cli.plan_json import plan_object
     from lowlat.plan.estimate import estimate
     from lowlat.plan.flops import token_flops
     from lowlat.plan.search import all_layouts, neighbours, search
@@ -144,11 +125,70 @@ def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> N
     show(subject.name, main, flops, around, found, top=top, published_hours=hours)
 
 
-def _subject(name: str, changes: list[str]) -> Subject:
-    from lowlat.plan.job import TrainingJob
-    from lowlat.plan.machine import H100
-    from lowlat.plan.published import PUBLISHED
+def plan_object(
+    main: "Estimate",
+    flops: "TokenFlops",
+    around: "list[Neighbour]",
+    search: "SearchResult | None",
+    shown: int,
+) -> dict[str, Any]:
+    """The object of --json, in bytes, seconds and FLOPs: an estimate, the effect of single changes,
+    and the best `shown` layouts of a search.
+    """
+    plan = {
+        "estimate": _estimate(main),
+        "flops_per_token": {
+            "forward": flops.forward,
+            "training": flops.training,
+            "executed": flops.executed,
+            "forward_by_part": flops.parts,
+        },
+        "changes": [
+            {
+                "change": each.change,
+                "step_seconds": None if each.found is None else each.found.time.total,
+                "memory_bytes": None if each.found is None else each.found.memory.total,
+                "why": each.why,
+            }
+            for each in around
+        ],
+    }
+    if search is not None:
+        best = [_estimate(found) for found in search.ranked[:shown]]
+        plan["search"] = {"tried": search.tried, "failed": dict(search.failed), "best": best}
+    return plan
 
+
+def _estimate(found: "Estimate") -> dict[str, Any]:
+    """A layout with its memory, time and traffic."""
+    memory = found.memory
+    return {
+        "layout": asdict(found.job.layout),
+        "micro_batches": found.job.micro_batches,
+        "activation_checkpointing": found.job.activation_checkpointing,
+        "precision": found.job.precision,
+        "fits": found.fits,
+        "memory": {
+            "total": memory.total,
+            "by_purpose": memory.parts,
+            "activations_by_tensor": memory.activations,
+            "parameters_by_part": memory.parameters,
+            "largest": memory.largest,
+            "pipeline_rank": memory.rank,
+        },
+        "step_seconds": {"total": found.time.total, **asdict(found.time)},
+        "bubble_share": found.bubble_share,
+        "sent_bytes": {
+            sent.kind: {"node": sent.node_bytes, "network": sent.network_bytes}
+            for sent in found.transfers
+        },
+        "tokens_per_second": found.tokens_per_second,
+        "mfu": found.mfu,
+        "device_hours_per_trillion_tokens": found.device_hours(1e12),
+    }
+
+
+def _subject(name: str, changes: list[str]) -> Subject:
     if name.endswith(".toml"):
         return _recipe(Path(name), changes)
     if changes:
@@ -169,9 +209,7 @@ def _subject(name: str, changes: list[str]) -> Subject:
 
 
 def _recipe(path: Path, changes: list[str]) -> Subject:
-    from lowlat.cli.train_inputs import base_model_files
-    from lowlat.plan.job import check
-    from lowlat.plan.machine import H100
+    from lowlat.cli.inputs import recipe_checkpoint
     from lowlat.train.cost.dry_run import largest_job
     from lowlat.train.inputs.configs import recipe_config
     from lowlat.train.inputs.parallel_check import check_parallel
@@ -180,7 +218,7 @@ def _recipe(path: Path, changes: list[str]) -> Subject:
 
     recipe = read_recipe(path, changes)
     _check_whole(recipe, path)
-    base_model = base_model_files(recipe, path, make_progress())
+    base_model = recipe_checkpoint(path, "base_model", recipe.base_model, make_progress())
     config = recipe_config(recipe, path, base_model)
     check_parallel(config, recipe, str(path))
     job = largest_job(recipe)
@@ -206,10 +244,8 @@ def _check_whole(recipe: "Recipe", path: Path) -> None:
 
 
 def _machine(
-    default: "Machine", name: str | None, memory: str | None, network: float | None
-) -> "Machine":
-    from lowlat.plan.machine import MACHINES
-
+    default: Machine, name: str | None, memory: str | None, network: float | None
+) -> Machine:
     if name is not None and name not in MACHINES:
         raise UserError(f"--machine '{name}' is unknown; choose one of {', '.join(MACHINES)}")
     machine = default if name is None else MACHINES[name]

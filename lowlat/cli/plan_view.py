@@ -2,12 +2,11 @@
 
 from dataclasses import asdict
 
-from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lowlat.cli.tables import number_table, print_block
 from lowlat.plan.estimate import Estimate
 from lowlat.plan.flops import TokenFlops
 from lowlat.plan.job import TrainingJob
@@ -38,16 +37,16 @@ def show(
     """Print the estimate `found`, the effect of single changes, and the best layouts."""
     console = Console() if console is None else console
     limit = found.machine.usable_bytes
-    _print(console, _title(name, found))
-    _print(console, _flops(flops))
-    _print(console, _memory(found.memory, limit))
+    print_block(_title(name, found), console)
+    print_block(_flops(flops), console)
+    print_block(_memory(found.memory, limit), console)
     if found.transfers:
-        _print(console, _traffic(found))
-    _print(console, _time(found))
-    _print(console, _conclusion(found, published_hours))
-    _print(console, _changes(around))
+        print_block(_traffic(found), console)
+    print_block(_time(found), console)
+    print_block(_conclusion(found, published_hours), console)
+    print_block(_changes(around), console)
     if search is not None:
-        _print(console, _ranking(search, top, found.job))
+        print_block(_ranking(search, top, found.job), console)
     console.print()
 
 
@@ -55,7 +54,7 @@ def show_dry_run(name: str, found: DryRun, console: Console | None = None) -> No
     """Print the estimates of the recipe `name`."""
     console = Console() if console is None else console
     least, most = found.seconds
-    facts = _table("", "")
+    facts = number_table("", "")
     facts.add_row("parameters", amount(found.parameters), "MTP modules included")
     facts.add_row("active per token", amount(found.active), "main model")
     facts.add_row("tokens", amount(found.tokens), f"in {found.steps:,} steps")
@@ -63,24 +62,11 @@ def show_dry_run(name: str, found: DryRun, console: Console | None = None) -> No
     processes = "" if found.processes == 1 else f", {found.processes} processes"
     facts.add_row("products", f"{amount(found.rate)}FLOP/s", f"measured{processes}")
     facts.add_row("time", f"{duration(least)} to {duration(most)}", "before the first step")
-    _print(console, Text(name, style="bold"))
-    _print(console, facts)
-    _print(console, _flops(found.flops[-1], found.trained_flops[-1]))
-    _print(console, _memory(found.memory, found.memory_bytes))
+    print_block(Text(name, style="bold"), console)
+    print_block(facts, console)
+    print_block(_flops(found.flops[-1], found.trained_flops[-1]), console)
+    print_block(_memory(found.memory, found.memory_bytes), console)
     console.print()
-
-
-def _print(console: Console, what: Table | Text) -> None:
-    console.print(Padding(what, (1, 0, 0, 1), expand=False))
-
-
-def _table(*columns: str, notes: bool = True) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=True)
-    if notes:
-        table.add_column("", style="dim")
-    return table
 
 
 def _title(name: str, found: Estimate) -> Text:
@@ -118,7 +104,7 @@ def _short_name(job: TrainingJob) -> str:
 
 
 def _flops(flops: TokenFlops, trained: float | None = None) -> Table:
-    table = _table("FLOPs per token", "forward", "share")
+    table = number_table("FLOPs per token", "forward", "share")
     for part, value in flops.parts.items():
         if value:
             table.add_row(part, amount(value), f"{value / flops.forward:.1%}")
@@ -134,7 +120,7 @@ def _flops(flops: TokenFlops, trained: float | None = None) -> Table:
 
 
 def _memory(memory: MemoryEstimate, limit: int | float) -> Table:
-    table = _table("Memory per device", "GB", "share")
+    table = number_table("Memory per device", "GB", "share")
     for part, size in memory.parts.items():
         if size:
             note = ""
@@ -152,7 +138,7 @@ def _memory(memory: MemoryEstimate, limit: int | float) -> Table:
 
 
 def _traffic(found: Estimate) -> Table:
-    table = _table("Sent per device and step", "in node GB", "network GB")
+    table = number_table("Sent per device and step", "in node GB", "network GB")
     for sent in found.transfers:
         note = "overlapped with computation where possible" if sent.is_hidden else ""
         table.add_row(sent.kind, _gb(sent.node_bytes), _gb(sent.network_bytes), note)
@@ -160,7 +146,7 @@ def _traffic(found: Estimate) -> Table:
 
 
 def _time(found: Estimate) -> Table:
-    table = _table("Step", "seconds", "share")
+    table = number_table("Step", "seconds", "share")
     total = found.time.total
     for part, seconds in asdict(found.time).items():
         table.add_row(part, _seconds(seconds), f"{seconds / total:.1%}", STEP_NOTES[part])
@@ -189,7 +175,7 @@ def _conclusion(found: Estimate, published_hours: float | None) -> Text:
 
 
 def _changes(around: list[Neighbour]) -> Table:
-    table = _table("One change", "seconds", "GB")
+    table = number_table("One change", "seconds", "GB")
     for each in around:
         if each.found is None:
             table.add_row(each.change, "-", "-", each.why)
@@ -201,7 +187,7 @@ def _changes(around: list[Neighbour]) -> Table:
 
 
 def _ranking(search: SearchResult, top: int, own: TrainingJob) -> Table:
-    table = _table("Best layouts", "seconds", "bubble", "GB", "sent", notes=False)
+    table = number_table("Best layouts", "seconds", "bubble", "GB", "sent", notes=False)
     for place, found in enumerate(search.ranked):
         is_own = found.job.layout == own.layout
         if place < top or is_own:

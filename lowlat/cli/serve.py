@@ -1,7 +1,7 @@
 """`lowlat serve`: command-line options of the HTTP server."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,12 +11,7 @@ from lowlat.cli import options
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from lowlat.generate.model import Model
     from lowlat.serve.config import ServeConfig
-
-_SERVER_PANEL = "Server"
-_LIMITS_PANEL = "Limits"
-_MACHINE_PANEL = "Machine"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,33 +21,25 @@ class ServerOptions:
     host: Annotated[
         str,
         typer.Option(
-            help="Address to listen on; any but a loopback address requires --api-key-file.",
-            rich_help_panel=_SERVER_PANEL,
+            help="Address to listen on; any but a loopback address requires --api-key-file."
         ),
     ] = "127.0.0.1"
-    port: Annotated[
-        int, typer.Option(help="Port; 0 picks a free one.", rich_help_panel=_SERVER_PANEL)
-    ] = 8000
+    port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 8000
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="File of API keys, one per line; every route but /health then requires one.",
-            rich_help_panel=_SERVER_PANEL,
+            help="File of API keys, one per line; every route but /health then requires one."
         ),
     ] = None
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Host name to accept in requests, such as that of a proxy; may be repeated.",
-            rich_help_panel=_SERVER_PANEL,
+            help="Host name to accept in requests, such as that of a proxy; may be repeated."
         ),
     ] = None
     served_model_name: Annotated[
         str | None,
-        typer.Option(
-            help="Model name in the API; default: MODEL, or the last part of a path.",
-            rich_help_panel=_SERVER_PANEL,
-        ),
+        typer.Option(help="Model name in the API; default: MODEL, or the last part of a path."),
     ] = None
 
 
@@ -65,7 +52,6 @@ class LimitOptions:
         typer.Option(
             min=2,
             help="Maximum tokens of prompt and output together; default: the model's maximum.",
-            rich_help_panel=_LIMITS_PANEL,
         ),
     ] = None
     max_queue: Annotated[
@@ -73,71 +59,63 @@ class LimitOptions:
         typer.Option(
             min=1,
             help="Maximum number of requests waiting for their first step; more get status 429.",
-            rich_help_panel=_LIMITS_PANEL,
         ),
     ] = 256
     request_timeout: Annotated[
-        float | None,
-        typer.Option(
-            help="Maximum seconds per request; then status 408.",
-            rich_help_panel=_LIMITS_PANEL,
-        ),
+        float | None, typer.Option(help="Maximum seconds per request; then status 408.")
     ] = None
     drain_seconds: Annotated[
-        float,
-        typer.Option(
-            help="Seconds for running requests to finish after SIGTERM or Ctrl-C.",
-            rich_help_panel=_LIMITS_PANEL,
-        ),
+        float, typer.Option(help="Seconds for running requests to finish after SIGTERM or Ctrl-C.")
     ] = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
-    """How the model is loaded, and what it runs on."""
+    """Speculation and KV cache of the engine."""
 
     speculate: Annotated[
         bool,
         typer.Option(
-            help="Speculative decoding (MTP or prompt lookup) where it pays; changes no token.",
-            rich_help_panel=_MACHINE_PANEL,
+            help="Speculative decoding (MTP or prompt lookup) where it pays; changes no token."
         ),
     ] = True
-    device: options.Device = options.DEFAULT_DEVICE
-    dtype: options.Dtype = options.DEFAULT_DTYPE
-    cache: options.Cache = options.DEFAULT_CACHE
     cache_memory: Annotated[
         float | None,
         typer.Option(
-            min=0.001,
-            help="GiB for the KV cache; default: most of the memory left by the weights.",
-            rich_help_panel=_MACHINE_PANEL,
+            min=0.001, help="GiB for the KV cache; default: most of the memory left by the weights."
         ),
     ] = None
-    threads: options.Threads = None
 
 
 @options.with_option_groups
 def serve(
     *,
     model: options.Model = options.DEFAULT_MODEL,
-    server: ServerOptions,
-    limits: LimitOptions,
-    engine: EngineOptions,
+    server: Annotated[ServerOptions, "Server"],
+    limits: Annotated[LimitOptions, "Limits"],
+    engine: Annotated[EngineOptions, "Machine"],
+    machine: options.Machine,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API under /v1, a chat page at /, metrics at /metrics."""
     _check_extra()
+    from lowlat.cli.inputs import load_model
     from lowlat.serve.async_engine import AsyncEngine
     from lowlat.serve.http.logs import configure
     from lowlat.serve.run import open_socket, run, url_of
 
     if server.served_model_name == "":
         raise UserError("--served-model-name is empty; set a name, or leave the option out")
-    max_cache_bytes = _cache_bytes(engine.cache_memory, engine.device)
+    max_cache_bytes = _cache_bytes(engine.cache_memory, machine.device)
     config = _config(model, server, limits)
     # Before the model is fetched and loaded, so that a port in use fails at once.
     with open_socket(config) as listener:
-        loaded = _load(model, engine, limits.max_context, max_cache_bytes)
+        loaded = load_model(
+            model,
+            **asdict(machine),
+            context=limits.max_context,
+            max_cache_bytes=max_cache_bytes,
+            speculates=engine.speculate,
+        )
         configure()
         greeting = f"lowlat serves {config.model_name} on {url_of(listener)} (Ctrl-C ends it)"
         async_engine = AsyncEngine(loaded, max_queue=limits.max_queue)
@@ -156,23 +134,6 @@ def _config(model: str, server: ServerOptions, limits: LimitOptions) -> "ServeCo
         allowed_hosts=tuple(server.allowed_host or ()),
         request_seconds=limits.request_timeout,
         drain_seconds=limits.drain_seconds,
-    )
-
-
-def _load(
-    model: str, engine: EngineOptions, context: int | None, max_cache_bytes: int | Literal["auto"]
-) -> "Model":
-    from lowlat.cli.inputs import load_model
-
-    return load_model(
-        model,
-        dtype=engine.dtype,
-        cache=engine.cache,
-        device=engine.device,
-        threads=engine.threads,
-        context=context,
-        max_cache_bytes=max_cache_bytes,
-        speculates=engine.speculate,
     )
 
 

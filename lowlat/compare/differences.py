@@ -65,7 +65,8 @@ class RoutingDifference:
 
     changed: int = 0
     """Experts of A that B does not select."""
-    total: int = 0
+    chosen: int = 0
+    """Experts of A."""
     tokens: int = 0
     """Tokens with a changed expert."""
 
@@ -132,7 +133,7 @@ class TraceDifferences:
         found = self.routing.setdefault(block, RoutingDifference())
         kept = (a[:, :, None] == b[:, None, :]).any(dim=-1)
         found.changed += int((~kept).sum())
-        found.total += kept.numel()
+        found.chosen += kept.numel()
         found.tokens += int((~kept).any(dim=-1).sum())
 
 

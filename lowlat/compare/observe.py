@@ -172,28 +172,26 @@ class Observer:
         scores: Float[Tensor, "tokens experts"] | None,
         chosen: Tensor,
         weights: Float[Tensor, "tokens chosen"],
-        experts: int,
+        gate_weight: Float[Tensor, "experts hidden"],
+        gate_bias: Float[Tensor, " experts"] | None,
     ) -> None:
-        """Record a router's unbiased scores (if observed), selected experts and routing weights.
-
-        experts: number of routed experts.
-        """
-        dense = torch.zeros(len(chosen), experts, dtype=weights.dtype)
+        """Record a router's unbiased scores (if observed), selected experts and routing weights."""
+        dense = torch.zeros(len(chosen), len(gate_weight), dtype=weights.dtype)
         if scores is not None:
             self.trace.record(block, "router_scores", scores)
         self.trace.record(block, "routing_weights", dense.scatter_(1, chosen, weights))
-        self.trace.record_evidence(block, "chosen", chosen)
+        evidence = {"chosen": chosen, "gate_weight": gate_weight, "gate_bias": gate_bias}
+        for name, value in evidence.items():
+            if value is not None:
+                self.trace.record_evidence(block, name, value)
 
 
 def find(module: nn.Module | None, name: str) -> nn.Module | None:
     """The submodule `name`; None if it is absent or a ModuleList."""
     found = getattr(module, name, None)
-    return found if isinstance(found, nn.Module) and not _is_list(found) else None
-
-
-def _is_list(module: nn.Module) -> bool:
-    """Whether a module is a plain ModuleList, which is never called (unlike lowlat's Experts)."""
-    return type(module) is nn.ModuleList
+    # lowlat's Experts, a subclass, are called; a plain ModuleList never is
+    is_called = isinstance(found, nn.Module) and type(found) is not nn.ModuleList
+    return found if is_called else None
 
 
 def first(module: nn.Module | None, names: tuple[str, ...]) -> nn.Module | None:

@@ -3,6 +3,7 @@
 Numbers that are not finite become null.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 from lowlat.compare.differences import Difference, TraceDifferences
@@ -51,13 +52,7 @@ def _measured(comparison: TraceDifferences, tolerance: float) -> dict[str, Any]:
         "first_difference": None if first is None else _part(first, comparison.difference(first)),
         "parts": [_part(place, comparison.difference(place)) for place in comparison.places()],
         "experts": [
-            {
-                "block": str(block),
-                "changed": found.changed,
-                "chosen": found.total,
-                "tokens": found.tokens,
-            }
-            for block, found in comparison.routing.items()
+            {"block": str(block), **asdict(found)} for block, found in comparison.routing.items()
         ],
         "logits": [
             {
@@ -77,9 +72,7 @@ def _part(place: Place, found: Difference) -> dict[str, Any]:
         "stage": place.block.stage,
         "number": place.block.number,
         "part": place.part,
-        "max_abs": finite(found.max_abs),
-        "relative": finite(found.relative),
-        "cosine": finite(found.cosine),
+        **{name: finite(value) for name, value in asdict(found).items()},
     }
 
 

@@ -12,7 +12,6 @@ from lowlat.utils.progress import Progress, SilentProgress
 
 SAME = ("vocab_size", "hidden_size", "num_hidden_layers")
 """Config fields that must be equal for a comparison."""
-ORDER = tuple(TOLERANCE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +45,7 @@ class ComparisonResult:
 def tolerance_of(a: Implementation, b: Implementation) -> float:
     """The tolerance of the coarsest number type of weights and KV caches."""
     precisions = (a.precision, b.precision, a.cache_precision, b.cache_precision)
-    return TOLERANCE[max(filter(None, precisions), key=ORDER.index)]
+    return TOLERANCE[max(filter(None, precisions), key=tuple(TOLERANCE).index)]
 
 
 def check_pair(a: Implementation, b: Implementation) -> None:

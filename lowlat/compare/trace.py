@@ -1,27 +1,6 @@
 """Trace: the intermediate results (parts) of one implementation, in common shapes and layouts.
 
 Names the parts, in order of computation. `observe` records them, `differences` compares them.
-
-    tokens T, heads H, key-value heads G, rotary channels r
-
-    input_norm       [T, hidden]    output of the input norm
-    q                [T, H, d_qk]   queries before RoPE (after QK-norm), channels in file order
-    latent           [T, d_c]       MLA: the cached latent
-    k                [T, G, d]      keys before RoPE; MLA: the shared one, G = 1, d = r
-    v                [T, G, d_v]    values; MLA: of every head
-    q_rotated        [T, H, d_qk]   RoPE channels last, in canonical order: real parts of all
-    k_rotated        [T, G, d]      pairs, then imaginary parts, for every pairing in files
-    scores           [H, T, T]      scaled scores before the softmax; 0 where masked
-    heads            [T, H, d_v]    attention output of every head
-    attention        [T, hidden]    output of o_proj
-    mid_residual     [T, hidden]    residual stream between attention and MLP
-    post_norm        [T, hidden]    its norm: input of router and MLP
-    router_scores    [T, experts]   unbiased scores of all experts
-    routing_weights  [T, experts]   weights of the selected experts, 0 for the others
-    routed           [T, hidden]    weighted sum of the selected experts
-    shared           [T, hidden]    shared experts
-    mlp              [T, hidden]    output of MLP or MoE
-    residual         [T, hidden]    the layer's output
 """
 
 from dataclasses import dataclass, field
@@ -36,25 +15,28 @@ from torch import Tensor
 from lowlat.config.model import ModelConfig
 
 LAYER_PARTS = (
-    "input_norm",
-    "q",
-    "latent",
-    "k",
-    "v",
-    "q_rotated",
-    "k_rotated",
-    "scores",
-    "heads",
-    "attention",
-    "mid_residual",
-    "post_norm",
-    "router_scores",
-    "routing_weights",
-    "routed",
-    "shared",
-    "mlp",
-    "residual",
+    "input_norm",  # [T, hidden]: output of the input norm
+    "q",  # [T, H, d_qk]: queries before RoPE (after QK-norm), channels in file order
+    "latent",  # [T, d_c]: MLA: the cached latent
+    "k",  # [T, G, d]: keys before RoPE; MLA: the shared one, G = 1, d = r
+    "v",  # [T, G, d_v]: values; MLA: of every head
+    "q_rotated",  # [T, H, d_qk]: RoPE channels last, in canonical order: real parts of all
+    "k_rotated",  # [T, G, d]: pairs, then imaginary parts, for every pairing in files
+    "scores",  # [H, T, T]: scaled scores before the softmax; 0 where masked
+    "heads",  # [T, H, d_v]: attention output of every head
+    "attention",  # [T, hidden]: output of o_proj
+    "mid_residual",  # [T, hidden]: residual stream between attention and MLP
+    "post_norm",  # [T, hidden]: its norm: input of router and MLP
+    "router_scores",  # [T, experts]: unbiased scores of all experts
+    "routing_weights",  # [T, experts]: weights of the selected experts, 0 for the others
+    "routed",  # [T, hidden]: weighted sum of the selected experts
+    "shared",  # [T, hidden]: shared experts
+    "mlp",  # [T, hidden]: output of MLP or MoE
+    "residual",  # [T, hidden]: the layer's output
 )
+"""Parts of a layer, in order of computation, for T tokens, H heads, G key-value heads and r RoPE
+channels.
+"""
 PARTS = {
     "embedding": ("embedding",),
     "layer": LAYER_PARTS,

@@ -1,4 +1,4 @@
-"""Attention configurations: MLA, GQA, GLA, GTA, TPA, and the sizes derived from them.
+"""Attention configurations: MLA, GQA, GLA, GTA, TPA, their short names and derived sizes.
 
 All provide the same sizes: heads, widths of queries and values, KV cache entry. A model has one of
 them in every layer, or MLA with per-layer sizes. Equations are in docs/mla.md and
@@ -8,38 +8,51 @@ docs/attention.md.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 
-class LatentSizes(NamedTuple):
-    """Sizes that decide between absorbed and expanded latent attention: d_c, d_R, d_nope, d_v."""
+class _LatentAttention:
+    """Sizes that MLA and GLA share: a cached latent, and one rotary key for all heads."""
 
-    latent: int
-    """d_c, width of the cached latent."""
-    rope: int
-    """d_R, channels of the rotary key."""
-    nope: int
-    """d_nope, query-key channels per head without position."""
-    value: int
-    """d_v, value channels per head."""
+    __slots__ = ()
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a query-key product."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def entry_dim(self) -> int:
+        """Cached elements per token and layer: [c_t ; k_R], in GLA [c_1 ; ... ; c_g ; k_R]."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        return self.qk_rope_head_dim
 
 
-def expansion_break_even(layers: Iterable[LatentSizes]) -> float:
-    """Queries per cached key beyond which expanded latent attention costs fewer multiply-adds than
-    absorbed attention in all `layers` together; infinite if it never does.
+class _OneWidth:
+    """Sizes of attention whose query, key and value heads all have head_dim channels."""
 
-    Absorbed: 2 d_c + d_R per head and pair. Expanded: d_nope + d_R + d_v per head and pair, plus
-    d_c (d_nope + d_v) per head and key. About 170 for DeepSeek-V3.
-    """
-    saved = build = 0
-    for latent, rope, nope, value in layers:
-        saved += 2 * latent + rope - (nope + rope + value)
-        build += latent * (nope + value)
-    return build / saved if saved > 0 else math.inf
+    __slots__ = ()
+    head_dim: int
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a query-key product."""
+        return self.head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        """Value channels per head."""
+        return self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MLAConfig:
+class MLAConfig(_LatentAttention):
     """Multi-head Latent Attention (DeepSeek-V2 section 2.1, DeepSeek-V3 section 2.1.1)."""
 
     num_attention_heads: int
@@ -51,9 +64,7 @@ class MLAConfig:
     qk_nope_head_dim: int
     """Query-key channels per head without position; may be 0."""
     qk_rope_head_dim: int
-    """Rotary channels per query head and of the one shared key, d_h^R; 0 in a
-    layer without positions (NoPE).
-    """
+    """Rotary channels d_h^R per query head and of the shared key; 0 in layers without positions."""
     v_head_dim: int
     """Value channels per head."""
     attention_bias: bool = False
@@ -67,16 +78,6 @@ class MLAConfig:
     """
 
     @property
-    def qk_head_dim(self) -> int:
-        """Channels of a query-key product."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def entry_dim(self) -> int:
-        """Cached elements per token and layer: [c_t ; k_R]."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
-    @property
     def quantized_dim(self) -> int:
         """Leading elements of an entry that an int8 cache stores in int8: c_t, while k_R stays
         bf16. In converted models, whose k_R comes from the keys of GQA, all of the entry as with
@@ -84,22 +85,9 @@ class MLAConfig:
         """
         return self.kv_lora_rank if self.kv_a_layernorm else self.entry_dim
 
-    @property
-    def rope_dim(self) -> int:
-        return self.qk_rope_head_dim
-
-    @property
-    def latent_sizes(self) -> LatentSizes:
-        return LatentSizes(
-            latent=self.kv_lora_rank,
-            rope=self.qk_rope_head_dim,
-            nope=self.qk_nope_head_dim,
-            value=self.v_head_dim,
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GQAConfig:
+class GQAConfig(_OneWidth):
     """Grouped-query attention; MHA when every head has its own keys, MQA when all share one."""
 
     num_attention_heads: int
@@ -114,16 +102,6 @@ class GQAConfig:
     """Bias on o_proj."""
     qk_norm: bool = False
     """RMSNorm over each query and key head before the rotation (qwen3)."""
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Channels of a query-key product."""
-        return self.head_dim
-
-    @property
-    def v_head_dim(self) -> int:
-        """Value channels per head."""
-        return self.head_dim
 
     @property
     def entry_dim(self) -> int:
@@ -141,7 +119,7 @@ class GQAConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GLAConfig:
+class GLAConfig(_LatentAttention):
     """Grouped Latent Attention (arXiv 2505.21487): MLA whose latent is divided into groups; each
     head reads one group. GLA-2 has two.
     """
@@ -167,37 +145,13 @@ class GLAConfig:
         return self.kv_lora_rank // self.num_latent_groups
 
     @property
-    def qk_head_dim(self) -> int:
-        """Channels of a query-key product."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def entry_dim(self) -> int:
-        """Cached elements per token and layer: [c_1 ; ... ; c_g ; k_R], as many as MLA's."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
-    @property
     def quantized_dim(self) -> int:
         """Leading elements of an entry that an int8 cache stores in int8: the latents."""
         return self.kv_lora_rank
 
-    @property
-    def rope_dim(self) -> int:
-        return self.qk_rope_head_dim
-
-    @property
-    def latent_sizes(self) -> LatentSizes:
-        """As in MLA, since the up-projections read the whole KV cache entry."""
-        return LatentSizes(
-            latent=self.kv_lora_rank,
-            rope=self.qk_rope_head_dim,
-            nope=self.qk_nope_head_dim,
-            value=self.v_head_dim,
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GTAConfig:
+class GTAConfig(_OneWidth):
     """Grouped-Tied Attention (arXiv 2505.21487): one state per group of heads is its value and, in
     its leading channels, its key without position; GTA-4 has four groups.
     """
@@ -219,16 +173,6 @@ class GTAConfig:
         return self.head_dim - self.qk_rope_head_dim
 
     @property
-    def qk_head_dim(self) -> int:
-        """Channels of a query-key product."""
-        return self.head_dim
-
-    @property
-    def v_head_dim(self) -> int:
-        """Value channels per head."""
-        return self.head_dim
-
-    @property
     def tied_dim(self) -> int:
         """The tied states of all groups."""
         return self.num_key_value_heads * self.head_dim
@@ -247,19 +191,9 @@ class GTAConfig:
     def rope_dim(self) -> int:
         return self.qk_rope_head_dim
 
-    @property
-    def latent_sizes(self) -> LatentSizes:
-        """Sizes as latent attention, with the tied states as the latent."""
-        return LatentSizes(
-            latent=self.tied_dim,
-            rope=self.qk_rope_head_dim,
-            nope=self.qk_nope_head_dim,
-            value=self.head_dim,
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TPAConfig:
+class TPAConfig(_OneWidth):
     """Tensor Product Attention (arXiv 2501.06425, section 3): the keys of all heads of a token are
     a sum of outer products of head factors and channel factors; so are values and queries.
     """
@@ -274,16 +208,6 @@ class TPAConfig:
     """Rank of keys, the number of outer products averaged."""
     v_rank: int
     """Rank of values, the number of outer products averaged."""
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Channels of a query-key product."""
-        return self.head_dim
-
-    @property
-    def v_head_dim(self) -> int:
-        """Value channels per head."""
-        return self.head_dim
 
     @property
     def entry_dim(self) -> int:
@@ -310,6 +234,58 @@ DECOUPLED_ROPE = (MLAConfig, GLAConfig, GTAConfig)
 """Variants with decoupled RoPE: one rotary key, shared by all heads, carries the position."""
 
 
+def expansion_break_even(layers: Iterable[MLAConfig | GLAConfig | GTAConfig]) -> float:
+    """Queries per cached key beyond which expanded latent attention costs fewer multiply-adds than
+    absorbed attention in all `layers` together; infinite if it never does.
+
+    Absorbed: 2 d_c + d_R per head and pair. Expanded: d_nope + d_R + d_v per head and pair, plus
+    d_c (d_nope + d_v) per head and key. About 170 for DeepSeek-V3. The latent of GLA is that of all
+    groups, which the up-projections read; of GTA the tied states.
+    """
+    saved = build = 0
+    for layer in layers:
+        latent = layer.entry_dim - layer.qk_rope_head_dim
+        expanded = layer.qk_nope_head_dim + layer.v_head_dim
+        saved += 2 * latent - expanded
+        build += latent * expanded
+    return build / saved if saved > 0 else math.inf
+
+
 def distinct(attention: ModelAttention) -> tuple[AttentionConfig, ...]:
     """The configs that occur: one for all layers, or one per layer in order."""
     return attention if isinstance(attention, tuple) else (attention,)
+
+
+def short_name(attention: ModelAttention) -> str:
+    """The form in a few words: 'MLA 512 + 64', 'MLA 96-224 + 16-64' where layers differ."""
+    match attention:
+        case MLAConfig() | tuple():
+            latent, rotary = entry_widths(attention)
+            return f"MLA {latent} + {rotary}"
+        case GLAConfig():
+            groups, rank = attention.num_latent_groups, attention.group_rank
+            return f"GLA-{groups}, {groups} x {rank} + {attention.qk_rope_head_dim}"
+        case GTAConfig():
+            groups, width = attention.num_key_value_heads, attention.head_dim
+            return f"GTA-{groups}, {groups} x {width} + {attention.qk_rope_head_dim}"
+        case TPAConfig():
+            return f"TPA, ranks {attention.k_rank} + {attention.v_rank}"
+        case GQAConfig():
+            groups = attention.num_key_value_heads
+            if groups == attention.num_attention_heads:
+                return f"MHA, {groups} heads"
+            return "MQA" if groups == 1 else f"GQA, {groups} groups"
+
+
+def entry_widths(attention: MLAConfig | tuple[MLAConfig, ...]) -> tuple[str, str]:
+    """d_c and d_R as text: '512' and '64', or from the narrowest to the widest layer, '96-224'."""
+    layers = attention if isinstance(attention, tuple) else (attention,)
+    return (
+        _span([layer.kv_lora_rank for layer in layers]),
+        _span([layer.qk_rope_head_dim for layer in layers]),
+    )
+
+
+def _span(widths: list[int]) -> str:
+    low, high = min(widths), max(widths)
+    return f"{low}" if low == high else f"{low}-{high}"

@@ -45,9 +45,7 @@ Packing = Literal["int8", "int4"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding: frequencies, their scaling, and the layout of the rotated
-    channels.
-    """
+    """Rotary position embedding: frequencies, their scaling, layout of the rotated channels."""
 
     rope_theta: float
     """Base of the frequencies: pair i turns by rope_theta ** (-2 i / dim) per position."""
@@ -76,9 +74,7 @@ class RopeConfig:
     attention_factor: float | None = None
     """Explicit cos/sin factor; derived from the fields above when absent."""
     low_freq_factor: float | None = None
-    """llama3: wavelengths beyond original_max_position_embeddings / low_freq_factor are divided by
-    factor.
-    """
+    """llama3: longer wavelengths than original context / low_freq_factor are divided by factor."""
     high_freq_factor: float | None = None
     """llama3: wavelengths below original_max_position_embeddings / high_freq_factor do not
     change."""
@@ -105,9 +101,7 @@ class MoEConfig:
     scoring_func: Literal["softmax", "sigmoid"] = "sigmoid"
     """Gate: softmax (V2) or sigmoid (V3), in fp32."""
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
-    """Selection: by score, by score within the best groups, or by biased score within the best
-    groups (V3).
-    """
+    """Selection: by score, by score in the best groups, or by biased score in them (V3)."""
     n_group: int = 1
     """Groups the experts are divided into."""
     topk_group: int = 1
@@ -117,9 +111,7 @@ class MoEConfig:
     routed_scaling_factor: float = 1.0
     """Factor on the weights of the routed experts."""
     scale_after_norm: bool = True
-    """The factor applies to normalised weights too (V3); V2 applies it only where weights are not
-    normalised.
-    """
+    """The factor applies to normalised weights, too (V3), or only to others (V2)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,9 +222,7 @@ class ModelConfig:
         return self.rope[min(layer, self.num_hidden_layers - 1)]
 
     def softmax_scale_of(self, layer: int) -> float:
-        """Factor on query-key products: head width ** -0.5 times YaRN's m(mscale_all_dim)^2 (V3:
-        1.874 / sqrt(192)).
-        """
+        """Factor on query-key products: head width ** -0.5 times m(mscale_all_dim)^2 of YaRN."""
         attention, rope = self.attention_of(layer), self.rope_of(layer)
         scale = attention.qk_head_dim**-0.5
         if not isinstance(attention, DECOUPLED_ROPE) or rope.rope_type == "default":
@@ -240,9 +230,7 @@ class ModelConfig:
         return scale * yarn_mscale(rope.factor, rope.mscale_all_dim or 0.0) ** 2
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether decoder layer (or MTP layer, numbered after them) `layer` is a mixture of
-        experts.
-        """
+        """Whether layer `layer` (MTP layers after the last) is a mixture of experts."""
         moe = self.moe
         if moe is None:
             return False

@@ -5,8 +5,10 @@ cache sizes are in `kv_cache_size`, bytes of weights in `weight_memory`, FLOPs i
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lowlat.config.model import (
+    AttentionConfig,
     GLAConfig,
     GQAConfig,
     GTAConfig,
@@ -20,6 +22,15 @@ ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one number by dtype."""
 
 FP32_BYTES = 4
+
+
+class Matrices(NamedTuple):
+    """`number` matrices [rows, columns]; `is_rows` is true of kv_b_proj."""
+
+    number: int
+    rows: int
+    columns: int
+    is_rows: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,39 +83,62 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     layers, moe = config.num_hidden_layers, config.moe
     sparse = sum(config.is_moe_layer(layer) for layer in range(layers))
     embedding = config.vocab_size * config.hidden_size
-    routed = 0 if moe is None else expert_parameters(config)
+    expert = shared = routed = unused = gate = 0
+    if moe is not None:
+        expert, gate = expert_parameters(config), gate_parameters(config, moe)
+        shared, routed = moe.n_shared_experts, moe.n_routed_experts
+        unused = routed - moe.num_experts_per_tok
     return ParameterCount(
         embedding=embedding,
         head=0 if config.tie_word_embeddings else embedding,
         attention=sum(attention_parameters(config, layer) for layer in range(layers)),
         dense_mlp=(layers - sparse) * mlp_parameters(config, config.intermediate_size),
-        shared_experts=sparse * (0 if moe is None else routed * moe.n_shared_experts),
-        routed_experts=sparse * (0 if moe is None else routed * moe.n_routed_experts),
-        gate=sparse * (0 if moe is None else gate_parameters(config, moe)),
+        shared_experts=sparse * expert * shared,
+        routed_experts=sparse * expert * routed,
+        gate=sparse * gate,
         norms=(2 * layers + 1) * config.hidden_size,
-        inactive_experts=sparse * (0 if moe is None else routed * _unused_experts(moe)),
+        inactive_experts=sparse * expert * unused,
         mtp=sum(mtp_parameters(config, layers + k) for k in range(config.num_nextn_predict_layers)),
         mtp_copies=2 * embedding * config.num_nextn_predict_layers,
     )
 
 
 def attention_parameters(config: ModelConfig, layer: int) -> int:
-    """Attention of `layer` (MTP modules after the last): projections, biases, latent or per-head
-    norms.
-    """
+    """Attention of `layer` (MTP modules after the last): projections, biases and norms."""
     attention, hidden = config.attention_of(layer), config.hidden_size
+    matrices = attention_matrices(attention, hidden)
+    return sum(m.rows * m.columns for m in matrices) + _vectors(attention, hidden)
+
+
+def attention_matrices(attention: AttentionConfig, hidden: int, layers: int = 1) -> list[Matrices]:
+    """The projections of `layers` layers of attention on `hidden` channels."""
+    heads = attention.num_attention_heads
+    queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
+    shapes, latent = [], None
     match attention:
         case GQAConfig():
-            return _gqa_parameters(attention, hidden)
-        case MLAConfig():
-            return _mla_parameters(attention, hidden)
-        case GLAConfig():
-            return _gla_parameters(attention, hidden)
+            keys = attention.num_key_value_heads * attention.head_dim
+            shapes = [(queries, hidden), (keys, hidden), (keys, hidden)]
         case GTAConfig():
-            queries = attention.num_attention_heads * attention.head_dim
-            return hidden * (2 * queries + attention.entry_dim)
+            shapes = [(queries, hidden), (attention.entry_dim, hidden)]
         case TPAConfig():
-            return _tpa_parameters(attention, hidden)
+            width, rank = attention.head_dim, attention.q_rank
+            ranks = (rank, attention.k_rank, attention.v_rank)
+            factors = [own * size for own in ranks if own is not None for size in (heads, width)]
+            outputs = [queries, *factors] if rank is None else factors
+            shapes = [(rows, hidden) for rows in outputs]
+        case MLAConfig() | GLAConfig():
+            rank = attention.q_lora_rank
+            shapes = [(queries, hidden)] if rank is None else [(rank, hidden), (queries, rank)]
+            shapes.append((attention.entry_dim, hidden))
+            is_mla = isinstance(attention, MLAConfig)
+            latent = attention.kv_lora_rank if is_mla else attention.group_rank
+    matrices = [Matrices(layers, *shape) for shape in (*shapes, (hidden, values))]
+    if latent is not None:
+        assert isinstance(attention, MLAConfig | GLAConfig)
+        rows = heads * attention.qk_nope_head_dim + values
+        matrices.append(Matrices(layers, rows, latent, is_rows=True))
+    return matrices
 
 
 def mlp_parameters(config: ModelConfig, width: int) -> int:
@@ -140,46 +174,23 @@ def mtp_parameters(config: ModelConfig, layer: int) -> int:
     return 2 * hidden * hidden + attention_parameters(config, layer) + mlp + 5 * hidden
 
 
-def _unused_experts(moe: MoEConfig) -> int:
-    return moe.n_routed_experts - moe.num_experts_per_tok
-
-
-def _gqa_parameters(attention: GQAConfig, hidden: int) -> int:
-    queries = attention.num_attention_heads * attention.head_dim
-    joint = queries + attention.entry_dim
-    biases = joint * attention.qkv_bias + hidden * attention.o_bias
-    norms = 2 * attention.head_dim * attention.qk_norm
-    return hidden * joint + queries * hidden + biases + norms
-
-
-def _mla_parameters(attention: MLAConfig, hidden: int) -> int:
-    heads, latent = attention.num_attention_heads, attention.kv_lora_rank
-    queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
-    keys_values = hidden * attention.entry_dim + latent * (
-        heads * attention.qk_nope_head_dim + values
-    )
-    norm = latent * attention.kv_a_layernorm
-    has_o_bias = attention.attention_bias or attention.o_bias
-    biases = attention.entry_dim * attention.attention_bias + hidden * has_o_bias
-    rank = attention.q_lora_rank
-    if rank is None:
-        query = hidden * queries + queries * attention.q_bias
-    else:
-        query = hidden * rank + rank * queries + rank + rank * attention.attention_bias
-    return query + keys_values + norm + biases + values * hidden
-
-
-def _gla_parameters(attention: GLAConfig, hidden: int) -> int:
-    heads, latent = attention.num_attention_heads, attention.kv_lora_rank
-    queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
-    up = attention.group_rank * (heads * attention.qk_nope_head_dim + values)
-    rank = attention.q_lora_rank
-    query = hidden * queries if rank is None else hidden * rank + rank * queries + rank
-    return query + hidden * attention.entry_dim + latent + up + values * hidden
-
-
-def _tpa_parameters(attention: TPAConfig, hidden: int) -> int:
-    width = attention.num_attention_heads * attention.head_dim
-    factor = attention.num_attention_heads + attention.head_dim
-    queries = width if attention.q_rank is None else attention.q_rank * factor
-    return hidden * (queries + attention.entry_dim + width)
+def _vectors(attention: AttentionConfig, hidden: int) -> int:
+    """Biases and norms of an attention layer."""
+    queries = attention.num_attention_heads * attention.qk_head_dim
+    match attention:
+        case GQAConfig():
+            biases = (queries + attention.entry_dim) * attention.qkv_bias
+            norms = 2 * attention.head_dim * attention.qk_norm
+            return biases + hidden * attention.o_bias + norms
+        case MLAConfig():
+            norm = attention.kv_lora_rank * attention.kv_a_layernorm
+            has_o_bias = attention.attention_bias or attention.o_bias
+            biases = attention.entry_dim * attention.attention_bias + hidden * has_o_bias
+            rank = attention.q_lora_rank
+            if rank is None:
+                return norm + biases + queries * attention.q_bias
+            return norm + biases + rank + rank * attention.attention_bias
+        case GLAConfig():
+            return attention.kv_lora_rank + (attention.q_lora_rank or 0)
+        case GTAConfig() | TPAConfig():
+            return 0

@@ -5,32 +5,19 @@ Counts are exactly those of the loaded modules, MTP modules included.
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from lowlat.config.kv_cache_size import kv_cache_size, mtp_cache_bytes
-from lowlat.config.model import (
-    AttentionConfig,
-    GLAConfig,
-    GQAConfig,
-    GTAConfig,
-    MLAConfig,
-    ModelConfig,
-    QuantConfig,
-    TPAConfig,
+from lowlat.config.model import ModelConfig, QuantConfig
+from lowlat.config.parameter_count import (
+    ELEMENT_BYTES,
+    FP32_BYTES,
+    Matrices,
+    attention_matrices,
+    count_parameters,
 )
-from lowlat.config.parameter_count import ELEMENT_BYTES, FP32_BYTES, count_parameters
 
 PACKED_DTYPES = ("int8", "int4")
 """Dtypes of quantize on load (`ops.quantized`): of projections; other weights are bf16."""
-
-
-class _Matrices(NamedTuple):
-    """`number` matrices [rows, columns]; `is_rows` is true of kv_b_proj."""
-
-    number: int
-    rows: int
-    columns: int
-    is_rows: bool = False
 
 
 def weight_bytes(config: ModelConfig, dtype: str | None = None) -> int:
@@ -45,16 +32,19 @@ def weight_bytes(config: ModelConfig, dtype: str | None = None) -> int:
     """
     if config.packing is not None and dtype in (None, "bf16"):
         dtype = config.packing
-    count, moe = count_parameters(config), config.moe
+    if dtype is None:
+        dtype = "bf16" if config.quantization is None else "fp8"
+    count = count_parameters(config)
     parameters = count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
-    sparse = sum(config.is_moe_layer(layer) for layer in range(config.num_cache_layers))
-    biases = sparse * moe.n_routed_experts if moe and moe.topk_method == "noaux_tc" else 0
-    size = ELEMENT_BYTES["bf16" if dtype is None or dtype in PACKED_DTYPES else dtype]
-    total = (parameters - biases) * size + biases * max(size, FP32_BYTES)
-    if dtype is None and config.quantization is not None:
-        total -= _block_savings(config, config.quantization)
+    total = _unquantized_bytes(config, config.num_cache_layers, parameters, dtype)
+    if dtype in ELEMENT_BYTES:
+        return total
+    total -= sum(_saved(m, dtype, config.quantization) for m in _projections(config))
     if dtype in PACKED_DTYPES:
-        total -= _packing_savings(config, dtype)
+        hidden, depth = config.hidden_size, config.num_nextn_predict_layers
+        heads = Matrices(1 + (depth if config.mtp_copies else 0), config.vocab_size, hidden)
+        total -= _saved(heads, "int8") + _saved(Matrices(depth, hidden, 2 * hidden), "int8")
+        total += 2 * heads.rows * hidden * config.tie_word_embeddings
     return total
 
 
@@ -66,32 +56,23 @@ def read_bytes(config: ModelConfig, dtype: str, experts: int) -> int:
     """
     count, moe = count_parameters(config), config.moe
     layers = config.num_hidden_layers
-    sparse = sum(config.is_moe_layer(layer) for layer in range(layers))
     routed = 0 if moe is None else count.routed_experts // moe.n_routed_experts * experts
     parameters = count.total - count.routed_experts + routed
     parameters -= count.embedding if count.head else 0
-    biases = sparse * moe.n_routed_experts if moe and moe.topk_method == "noaux_tc" else 0
-    size = ELEMENT_BYTES.get(dtype, ELEMENT_BYTES["bf16"])
-    total = (parameters - biases) * size + biases * max(size, FP32_BYTES)
+    total = _unquantized_bytes(config, layers, parameters, dtype)
     if dtype in ELEMENT_BYTES:
         return total
-    quant = config.quantization or QuantConfig()
-    matrices = list(_projections(config, layers, experts))
     if dtype in PACKED_DTYPES:
-        head = _Matrices(1, config.vocab_size, config.hidden_size)
-        total -= 2 * head.rows * head.columns - _packed_bytes(head, "int8")
-        return total - sum(
-            m.number * (2 * m.rows * m.columns - _packed_bytes(m, dtype)) for m in matrices
-        )
-    return total - sum(m.number * _saved_by_blocks(m, quant) for m in matrices)
+        total -= _saved(Matrices(1, config.vocab_size, config.hidden_size), "int8")
+    return total - sum(
+        _saved(m, dtype, config.quantization) for m in _projections(config, layers, experts)
+    )
 
 
 def memory_at(
     config: ModelConfig, context: int, dtype: str | None = None, cache: str = "bf16"
 ) -> dict[str, int]:
-    """weights_bytes as `dtype`, cache_bytes of one sequence as `cache`, context; MTP modules
-    included.
-    """
+    """weights_bytes as `dtype`, cache_bytes of a sequence as `cache`, context; MTP included."""
     row_bytes = kv_cache_size(config).own_bytes_per_token(cache) + mtp_cache_bytes(config, cache)
     return {
         "weights_bytes": weight_bytes(config, dtype),
@@ -100,32 +81,27 @@ def memory_at(
     }
 
 
-def _block_savings(config: ModelConfig, quant: QuantConfig) -> int:
-    """Bytes saved by fp8 blocks against bf16, MTP modules included."""
-    return sum(m.number * _saved_by_blocks(m, quant) for m in _projections(config))
+def _unquantized_bytes(config: ModelConfig, layers: int, parameters: int, dtype: str) -> int:
+    """Bytes of `parameters` as `dtype`, bf16 for quantized ones, with the selection biases of the
+    first `layers` layers in fp32 at least.
+    """
+    moe, sparse = config.moe, sum(config.is_moe_layer(layer) for layer in range(layers))
+    biases = sparse * moe.n_routed_experts if moe and moe.topk_method == "noaux_tc" else 0
+    size = ELEMENT_BYTES.get(dtype, ELEMENT_BYTES["bf16"])
+    return (parameters - biases) * size + biases * max(size, FP32_BYTES)
 
 
-def _saved_by_blocks(matrix: _Matrices, quant: QuantConfig) -> int:
-    """Bytes of one matrix in bf16 less those in fp8 blocks."""
-    height, width = quant.weight_block_size
-    scales = -(-matrix.rows // height) * -(-matrix.columns // width)
-    return matrix.rows * matrix.columns - FP32_BYTES * scales
+def _saved(matrices: Matrices, dtype: str, quant: QuantConfig | None = None) -> int:
+    """Bytes of `matrices` in bf16 less those in int8, int4 or the fp8 blocks of `quant`."""
+    number, rows, columns, _ = matrices
+    if dtype in PACKED_DTYPES:
+        return number * (2 * rows * columns - _packed_bytes(matrices, dtype))
+    height, width = (quant or QuantConfig()).weight_block_size
+    scales = -(-rows // height) * -(-columns // width)
+    return number * (rows * columns - FP32_BYTES * scales)
 
 
-def _packing_savings(config: ModelConfig, dtype: str) -> int:
-    """Bytes saved by int8 or int4 against bf16."""
-    hidden, depth = config.hidden_size, config.num_nextn_predict_layers
-    saved = sum(
-        m.number * (2 * m.rows * m.columns - _packed_bytes(m, dtype)) for m in _projections(config)
-    )
-    head, joint = _Matrices(1, config.vocab_size, hidden), _Matrices(1, hidden, 2 * hidden)
-    heads = 1 + (depth if config.mtp_copies else 0)
-    plain_heads = heads - config.tie_word_embeddings
-    saved += 2 * plain_heads * head.rows * hidden - heads * _packed_bytes(head, "int8")
-    return saved + depth * (2 * joint.rows * joint.columns - _packed_bytes(joint, "int8"))
-
-
-def _packed_bytes(matrix: _Matrices, dtype: str) -> int:
+def _packed_bytes(matrix: Matrices, dtype: str) -> int:
     """One matrix in tiles of 16 rows and groups of 32 columns; kv_b_proj row by row in int8."""
     if matrix.is_rows:
         return matrix.rows * (matrix.columns + FP32_BYTES)
@@ -135,7 +111,7 @@ def _packed_bytes(matrix: _Matrices, dtype: str) -> int:
 
 def _projections(
     config: ModelConfig, layers: int | None = None, experts: int | None = None
-) -> Iterator[_Matrices]:
+) -> Iterator[Matrices]:
     """Projections of the first `layers` layers, of all and MTP modules' if None, each layer with
     `experts` routed experts, with all if None.
     """
@@ -143,7 +119,7 @@ def _projections(
     sparse = sum(config.is_moe_layer(layer) for layer in range(layers))
     numbers = Counter(config.attention_of(layer) for layer in range(layers))
     for attention, number in numbers.items():
-        yield from _attention(attention, config.hidden_size, number)
+        yield from attention_matrices(attention, config.hidden_size, number)
     yield from _mlp(config, layers - sparse, config.intermediate_size)
     if moe is not None:
         width = moe.moe_intermediate_size
@@ -153,39 +129,6 @@ def _projections(
             yield from _mlp(config, sparse, width * moe.n_shared_experts)
 
 
-def _mlp(config: ModelConfig, count: int, width: int) -> list[_Matrices]:
+def _mlp(config: ModelConfig, count: int, width: int) -> list[Matrices]:
     hidden = config.hidden_size
-    return [_Matrices(2 * count, width, hidden), _Matrices(count, hidden, width)]
-
-
-def _attention(attention: AttentionConfig, hidden: int, layers: int) -> list[_Matrices]:
-    match attention:
-        case GQAConfig():
-            keys = attention.num_key_value_heads * attention.head_dim
-            outputs = [attention.num_attention_heads * attention.head_dim, keys, keys]
-        case GTAConfig():
-            outputs = [attention.num_attention_heads * attention.head_dim, attention.entry_dim]
-        case TPAConfig():
-            heads, width, rank = attention.num_attention_heads, attention.head_dim, attention.q_rank
-            outputs = [heads * width] if rank is None else [rank * heads, rank * width]
-            for rank in (attention.k_rank, attention.v_rank):
-                outputs += [rank * heads, rank * width]
-        case MLAConfig():
-            return _latent_attention(attention, attention.kv_lora_rank, hidden, layers)
-        case GLAConfig():
-            return _latent_attention(attention, attention.group_rank, hidden, layers)
-    values = attention.num_attention_heads * attention.v_head_dim
-    matrices = [_Matrices(layers, rows, hidden) for rows in outputs]
-    return [*matrices, _Matrices(layers, hidden, values)]
-
-
-def _latent_attention(
-    attention: MLAConfig | GLAConfig, latent: int, hidden: int, layers: int
-) -> list[_Matrices]:
-    """`latent`: columns of kv_b_proj."""
-    heads, rank = attention.num_attention_heads, attention.q_lora_rank
-    queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
-    shapes = [(queries, hidden)] if rank is None else [(rank, hidden), (queries, rank)]
-    shapes += [(attention.entry_dim, hidden), (hidden, values)]
-    up = _Matrices(layers, heads * attention.qk_nope_head_dim + values, latent, is_rows=True)
-    return [*(_Matrices(layers, *shape) for shape in shapes), up]
+    return [Matrices(2 * count, width, hidden), Matrices(count, hidden, width)]

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowlat.checkpoint.hf_folder import weight_files
-from lowlat.config.attention import ModelAttention, distinct
-from lowlat.config.attention_summary import entry_widths, short_name
+from lowlat.config.attention import ModelAttention, distinct, entry_widths, short_name
 from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 from lowlat.config.parameter_count import count_parameters
@@ -24,24 +23,20 @@ PLOT_FILE = "conversion.svg"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversionReport:
-    """Sizes before and after a conversion. Cache sizes are lowlat's, in bf16 unless named
-    otherwise.
+    """Sizes before (of the source) and after (of the destination). Cache sizes are lowlat's, of all
+    layers together, in bf16 unless named otherwise.
     """
 
     source: Path
-    """The source folder or .gguf file."""
     destination: Path
-    """The written folder or .gguf file."""
     attention_before: str
     """'GQA, 9 heads in 3 groups of 64'."""
     attention_after: str
     """'MLA, 9 heads, latent 192 + rotary key 192'."""
     cache_bytes_per_token_before: int
-    """All layers together."""
     cache_bytes_per_token_after: int
-    """All layers together."""
     cache_bytes_per_token_int8: int
-    """The same in an int8 cache."""
+    """After, in an int8 cache."""
     parameters_before: int
     """Without MTP modules; a tied head counts once."""
     parameters_after: int
@@ -49,11 +44,9 @@ class ConversionReport:
     weight_bytes_before: int
     """Size of the weight files."""
     weight_bytes_after: int
-    """The same of the destination."""
     bits_per_weight_before: float
     """Bits of the weight files per parameter, MTP modules included."""
     bits_per_weight_after: float
-    """The same of the destination."""
     experts: str | None
     """Experts made of every dense layer ('8 routed, 2 active per token, 1 shared'), or None."""
     seconds: float
@@ -66,7 +59,6 @@ def measure(
     src: Path, dst: Path, config: ModelConfig, converted: ModelConfig, seconds: float
 ) -> ConversionReport:
     """The report of a conversion from `src` (a model of `config`) to `dst` (of `converted`)."""
-    costs = kv_cache_size(config), kv_cache_size(converted)
     counts = count_parameters(config), count_parameters(converted)
     sizes = [sum(file.stat().st_size for file in weight_files(path)) for path in (src, dst)]
     bits = [
@@ -76,11 +68,7 @@ def measure(
     return ConversionReport(
         source=src,
         destination=dst,
-        attention_before=describe_attention(config.attention),
-        attention_after=describe_attention(converted.attention),
-        cache_bytes_per_token_before=costs[0].own_bytes_per_token(CACHE_DTYPE),
-        cache_bytes_per_token_after=costs[1].own_bytes_per_token(CACHE_DTYPE),
-        cache_bytes_per_token_int8=costs[1].own_bytes_per_token("int8"),
+        **_attention_sizes(config, converted),
         parameters_before=counts[0].total,
         parameters_after=counts[1].total,
         weight_bytes_before=sizes[0],
@@ -98,22 +86,26 @@ def compression_object(
     """The object of conversion.json: all of `compressed`, each layer's rotary share of its cache
     entry, and the cache sizes of the models before (`config`) and after.
     """
-    before, after = kv_cache_size(config), kv_cache_size(converted)
     layers = [
         asdict(layer) | {"rotary_share": layer.rotary / (layer.latent + layer.rotary)}
         for layer in compressed.layers
     ]
-    report = asdict(compressed) | {
+    report = asdict(compressed) | _attention_sizes(config, converted) | {"layers": layers}
+    if converted.moe is not None:
+        report["routed_experts"] = converted.moe.n_routed_experts
+    return report
+
+
+def _attention_sizes(config: ModelConfig, converted: ModelConfig) -> dict[str, Any]:
+    """Attention and KV cache size before and after, by fields of `ConversionReport`."""
+    before, after = kv_cache_size(config), kv_cache_size(converted)
+    return {
         "attention_before": describe_attention(config.attention),
         "attention_after": describe_attention(converted.attention),
         "cache_bytes_per_token_before": before.own_bytes_per_token(CACHE_DTYPE),
         "cache_bytes_per_token_after": after.own_bytes_per_token(CACHE_DTYPE),
         "cache_bytes_per_token_int8": after.own_bytes_per_token("int8"),
-        "layers": layers,
     }
-    if converted.moe is not None:
-        report["routed_experts"] = converted.moe.n_routed_experts
-    return report
 
 
 def report_files(report: Mapping[str, Any]) -> dict[str, bytes]:

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from lowlat.checkpoint.file_layout import FileLayout
 from lowlat.checkpoint.fill_parameters import fit
-from lowlat.checkpoint.hf_folder import INDEX_FILE
 from lowlat.checkpoint.resumable_writer import partial_path, require_free_space, write_resumable
 from lowlat.checkpoint.save import text_files
-from lowlat.checkpoint.shard_layout import plan_shards
+from lowlat.checkpoint.shard_layout import INDEX_FILE, plan_shards
 from lowlat.config.hf.writer import config_to_hf
 from lowlat.convert.compression.calibration import read_calibration
 from lowlat.convert.compression.compress import CompressionReport, compress

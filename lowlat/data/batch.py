@@ -1,6 +1,4 @@
-"""Training batch: token ids, loss mask and document boundaries; the layout of inputs and targets,
-with MTP.
-"""
+"""Training batch: token ids, loss mask and document boundaries, with tokens for MTP."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

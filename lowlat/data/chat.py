@@ -1,10 +1,12 @@
 """Tokenization of chats with a loss mask: the targets are the assistant's answers and their end
 tokens.
 
-An answer is the text that the chat template adds after the generation prompt. `lowlat.text` renders
-and encodes.
+An answer is the text that the chat template adds after the generation prompt. Templates whose
+generation prompt opens reasoning, as DeepSeek-R1's with <think>, omit the reasoning of answers in a
+rendered chat: there the target is assembled from its two parts. `lowlat.text` renders and encodes.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,17 +16,14 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from lowlat.data.documents import BadDocument, ChatDocument
-from lowlat.data.reasoning import (
-    CLOSE,
-    OPEN,
-    end_of_answer,
-    is_opened,
-    opens_reasoning,
-    parts,
-)
 from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
+
+OPEN, CLOSE = "<think>", "</think>"
+_OPENED = re.compile(rf"{OPEN}\s*\Z".encode())
+_PROBE = "\ue000"
+"""A private-use character, which no template contains."""
 
 
 class ChatEncoder:
@@ -36,7 +35,14 @@ class ChatEncoder:
 
     @cached_property
     def _opens_reasoning(self) -> bool:
-        return opens_reasoning(self._tokenizer)
+        """Whether the generation prompt of the chat template, if any, opens reasoning."""
+        if self._tokenizer.chat_template is None:
+            return False
+        try:
+            text = self._tokenizer.apply_chat_template([{"role": "user", "content": _PROBE}])
+        except UserError:  # encoding a chat raises it again
+            return False
+        return _is_opened(text.encode())
 
     def encode(
         self, chat: ChatDocument
@@ -76,18 +82,16 @@ class ChatEncoder:
         prompt = self._ids(chat, chat.messages[:last], asks=True)
         ids = self._ids(chat, chat.messages, asks=False)
         opened = self._bytes(prompt)
-        said = parts(chat.messages[last])
+        said = _parts(chat.messages[last])
         is_whole = ids[: len(prompt)] == prompt
         is_whole |= said is None and self._bytes(ids).startswith(opened)
-        if is_whole or not is_opened(opened):
+        if is_whole or not _is_opened(opened):
             return ids, [self._answer(chat, last, ids)]
         ids = [*prompt, *self._reasoned(chat, said)]
         return ids, [slice(len(prompt), self._after_end(ids, len(prompt), len(ids)))]
 
     def _reasoned(self, chat: ChatDocument, said: tuple[str, str] | None) -> list[int]:
-        """Ids of reasoning and answer (`reasoning.parts`) after an opened <think>, to the end of
-        the turn.
-        """
+        """Ids of reasoning and answer (`_parts`) after an opened <think>, to the turn's end."""
         if said is None:
             raise BadDocument(
                 f"{chat.origin}: the chat template starts answers with {OPEN}, but the last answer "
@@ -99,7 +103,7 @@ class ChatEncoder:
             for text in said
         )
         closed = self._tokenizer.encode(CLOSE, add_special_tokens=False)
-        return [*thought, *closed, *answer, *end_of_answer(self._tokenizer)]
+        return [*thought, *closed, *answer, *_end_of_answer(self._tokenizer)]
 
     def _answer(self, chat: ChatDocument, index: int, ids: list[int]) -> slice:
         """Slice of the chat's `ids` that is the answer in message `index`."""
@@ -156,3 +160,32 @@ class ChatEncoder:
         if id not in self._lengths:
             self._lengths[id] = len(self._tokenizer.id_to_bytes(id))
         return self._lengths[id]
+
+
+def _is_opened(prompt: bytes) -> bool:
+    """Whether `prompt` ends with an opened <think>."""
+    return _OPENED.search(prompt) is not None
+
+
+def _end_of_answer(tokenizer: Tokenizer) -> list[int]:
+    """Ids that the template puts after an answer. Raises UserError if it rejects a plain chat."""
+    messages = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+    return tokenizer.encode(text.rpartition(_PROBE)[2], add_special_tokens=False)
+
+
+def _parts(message: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(reasoning, answer) of a message, with the blanks around </think>.
+
+    Reasoning is reasoning_content, or the content before </think>. None without reasoning, and for
+    tool calls, which these templates render without reasoning.
+    """
+    content, thought = message.get("content"), message.get("reasoning_content")
+    if not isinstance(content, str) or message.get("tool_calls"):
+        return None
+    if isinstance(thought, str) and thought:
+        return f"{thought}\n", f"\n\n{content}"
+    thought, closed, answer = content.partition(CLOSE)
+    if not closed:
+        return None
+    return thought.removeprefix(OPEN).removeprefix("\n"), answer

@@ -1,9 +1,10 @@
 """Reader of a tokenized dataset: memory-mapped files, validation, and random access to tokens.
 
-`packing` and `chat_packing` decide the order of reads; `writer` writes the files.
+`packing` decides the order of reads; `writer` writes the files.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from lowlat.data.manifest import (
     MANIFEST_FILE,
     SPLITS,
     DatasetManifest,
-    FimTokens,
     Split,
     ends_file,
     from_json,
@@ -70,17 +70,10 @@ class TokenizedDataset:
         """One more than the highest id of the tokenizer; every id in the dataset is smaller."""
         return self.manifest.vocab_size
 
-    @property
-    def fim(self) -> FimTokens | None:
-        """Fill-in-the-middle tokens, if the tokenizer has them."""
-        return self.manifest.fim
-
     def num_tokens(self, split: Split) -> int:
-        """Number of tokens of `split`."""
         return self.manifest.splits[split].tokens
 
     def num_documents(self, split: Split) -> int:
-        """Number of documents of `split`."""
         return self.manifest.splits[split].documents
 
     def num_bytes(self, split: Split) -> int:
@@ -92,7 +85,6 @@ class TokenizedDataset:
         return self.manifest.splits[split].mask_sha256 is not None
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the dataset."""
         return Tokenizer.from_folder(self.path)
 
     def ends(self, split: Split) -> Int64[np.ndarray, " documents"]:
@@ -122,7 +114,7 @@ class TokenizedDataset:
         """
         progress = SilentProgress() if progress is None else progress
         checked = list(self._files())
-        total = sum(_size(path) for path, _, _ in checked)
+        total = sum(os.path.getsize(path) for path, _, _ in checked if os.path.exists(path))
         with progress.task(f"Checking {self.path.name}", total, "bytes") as task:
             for path, sha256, is_shard in checked:
                 self._verify_file(path, sha256, is_shard, task)
@@ -189,13 +181,6 @@ class _MappedSplit:
             return np.ones(positions.shape, np.bool_)
         bits = self._mask[positions >> 3] >> (positions & 7).astype(np.uint8)
         return (bits & 1).astype(np.bool_)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:

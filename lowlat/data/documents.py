@@ -1,6 +1,4 @@
-"""Documents of a corpus: plain text, read in pieces, and chats. `sources` reads them, `build`
-tokenizes them.
-"""
+"""Documents of a corpus: plain text, read in pieces, and chats."""
 
 import hashlib
 import json
@@ -46,9 +44,7 @@ class TextDocument:
     origin: str
     """File and position, for error messages."""
     pieces: Callable[[], Iterable[str]]
-    """Reads the text in pieces, from the start at every call. Raises BadDocument if it is not
-    valid text.
-    """
+    """Reads the text from the start at every call. Raises BadDocument if it is not valid."""
     source_bytes: int
     """Bytes of the source, for progress."""
 

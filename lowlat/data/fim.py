@@ -42,7 +42,7 @@ class FillInTheMiddle:
             self._prepare()
 
     def _prepare(self) -> None:
-        fim = self._folder.fim
+        fim = self._folder.manifest.fim
         if fim is None:
             raise UserError(
                 f"{self._folder.path}: the tokenizer has no fill-in-the-middle tokens such as"

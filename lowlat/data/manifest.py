@@ -11,7 +11,7 @@ Files of a dataset, which `writer` writes and `dataset` reads:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -31,14 +31,13 @@ SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FimTokens:
-    """Ids of the fill-in-the-middle tokens."""
+    """Ids of the fill-in-the-middle tokens: before the first part of a document, the last, and the
+    part between them, which the model completes.
+    """
 
     prefix: int
-    """Precedes the first part of the document."""
     suffix: int
-    """Precedes the last part."""
     middle: int
-    """Precedes the part between them, which the model completes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,11 +45,8 @@ class ShardManifest:
     """One file of token ids."""
 
     file: str
-    """Name inside the folder."""
     tokens: int
-    """Number of ids."""
     sha256: str
-    """SHA-256 of the file, in hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +54,6 @@ class SplitManifest:
     """One split of a tokenized dataset."""
 
     documents: int
-    """Number of documents."""
     tokens: int
     """Number of tokens, begin and end tokens included."""
     predicted: int
@@ -84,7 +79,6 @@ class DatasetManifest:
     begin_of_text: int | None
     """Id that begins every text document, if the tokenizer adds one."""
     fim: FimTokens | None
-    """Fill-in-the-middle tokens, if the tokenizer has them."""
     tokenizer: Mapping[str, str]
     """SHA-256 of the tokenizer's files, by name."""
     shard_tokens: int
@@ -108,54 +102,27 @@ def id_type(vocab_size: int) -> np.dtype:
 
 
 def shard_file(split: Split, index: int) -> str:
-    """Name of a split's shard `index`."""
     return f"{split}-{index:05}.bin"
 
 
 def ends_file(split: Split) -> str:
-    """Name of a split's file of document ends."""
     return f"{split}-ends.bin"
 
 
 def mask_file(split: Split) -> str:
-    """Name of a split's loss mask."""
     return f"{split}-mask.bin"
 
 
 def to_json(manifest: DatasetManifest) -> dict[str, Any]:
-    """`manifest` as the JSON object of tokens.json."""
-    fim = manifest.fim
-    return {
+    """`manifest` as the JSON object of tokens.json, where the splits are fields of their own."""
+    raw: dict[str, Any] = {
         "format": "lowlat tokens",
         "version": VERSION,
         "dtype": manifest.dtype.name,
-        "vocab_size": manifest.vocab_size,
-        "end_of_text": manifest.end_of_text,
-        "begin_of_text": manifest.begin_of_text,
-        "fim": None
-        if fim is None
-        else {"prefix": fim.prefix, "suffix": fim.suffix, "middle": fim.middle},
-        "tokenizer": dict(manifest.tokenizer),
-        "shard_tokens": manifest.shard_tokens,
-        **{split: _split_json(manifest.splits[split]) for split in SPLITS},
-        "sources": list(manifest.sources),
-        "dropped": dict(manifest.dropped),
     }
-
-
-def _split_json(split: SplitManifest) -> dict[str, Any]:
-    return {
-        "documents": split.documents,
-        "tokens": split.tokens,
-        "predicted": split.predicted,
-        "text_bytes": split.text_bytes,
-        "shards": [
-            {"file": shard.file, "tokens": shard.tokens, "sha256": shard.sha256}
-            for shard in split.shards
-        ],
-        "ends_sha256": split.ends_sha256,
-        "mask_sha256": split.mask_sha256,
-    }
+    for name, value in asdict(manifest).items():
+        raw |= value if name == "splits" else {name: value}
+    return raw
 
 
 def from_json(raw: dict[str, Any], source: str) -> DatasetManifest:
@@ -192,8 +159,7 @@ def from_json(raw: dict[str, Any], source: str) -> DatasetManifest:
 
 def _read_fim(fields: JsonFields, highest: int) -> FimTokens:
     names = ("prefix", "suffix", "middle")
-    prefix, suffix, middle = (fields.integer(name, minimum=0, maximum=highest) for name in names)
-    return FimTokens(prefix=prefix, suffix=suffix, middle=middle)
+    return FimTokens(**{name: fields.integer(name, minimum=0, maximum=highest) for name in names})
 
 
 def _read_tokenizer(fields: JsonFields) -> dict[str, str]:

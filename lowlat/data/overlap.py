@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int64, UInt64
 
 from lowlat.data.dataset import TokenizedDataset
+from lowlat.data.shuffle import GOLDEN, finish
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -19,9 +20,6 @@ MOST_SHARED = 0.001
 """Tolerated share of n-grams in training data: licences, tables, refrains."""
 CHUNK = 1 << 20
 """Tokens compared at once."""
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
-"""Constants of splitmix64, which spreads small ids over 64 bits."""
 
 
 def shared_runs(
@@ -54,9 +52,7 @@ def share_seen(
     *,
     length: int = LENGTH,
 ) -> float:
-    """Share of the n-grams of `length` tokens in `ids` that also occur in one of `texts`, as in
-    `shared_runs`.
-    """
+    """As `shared_runs`, in any of `texts`."""
     wanted = np.unique(_hashes(ids, length))
     if not len(wanted):
         return 0.0
@@ -90,24 +86,17 @@ def require_unseen(
 
 
 def _hashes(ids: Int64[np.ndarray, " tokens"], length: int) -> UInt64[np.ndarray, " runs"]:
-    """Polynomial hash of each n-gram: sum of mix(id) * MULTIPLIER^index modulo 2^64.
+    """Polynomial hash of each n-gram: sum of finish(id + GOLDEN) * GOLDEN^index modulo 2^64.
 
     Hashes are combined from halves, so the cost grows with the logarithm of `length`.
     """
     if len(ids) < length:
         return np.empty(0, np.uint64)
     if length == 1:
-        return _mixed(ids)
+        return finish(ids.astype(np.uint64) + np.uint64(GOLDEN))
     half = length // 2
     left = _hashes(ids, half)
     right = left if length == 2 * half else _hashes(ids, length - half)
     runs = len(ids) - length + 1
-    factor = np.uint64(pow(int(MULTIPLIER), half, 1 << 64))
+    factor = np.uint64(pow(GOLDEN, half, 1 << 64))
     return left[:runs] + right[half : half + runs] * factor
-
-
-def _mixed(ids: Int64[np.ndarray, " tokens"]) -> UInt64[np.ndarray, " tokens"]:
-    x = ids.astype(np.uint64) + MULTIPLIER
-    x = (x ^ (x >> np.uint64(30))) * MIXERS[0]
-    x = (x ^ (x >> np.uint64(27))) * MIXERS[1]
-    return x ^ (x >> np.uint64(31))

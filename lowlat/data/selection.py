@@ -63,27 +63,19 @@ class Selection:
         for sources, held_out in ((options.held_out_sources, 1.0), (options.sources, share)):
             for document in read_sources(sources, options.read):
                 try:
-                    kept = self._kept(document)
+                    if isinstance(document, BadDocument):
+                        raise document
+                    digest, size, is_written = document.fingerprint()
                 except BadDocument:
                     if options.read.invalid != "skip":
                         raise
                     self.dropped[INVALID] += 1
                     continue
-                if kept is not None and isinstance(document, Document):
-                    digest, size = kept
+                if not is_written:
+                    self.dropped[EMPTY] += 1
+                elif digest[:16] in self._seen:
+                    self.dropped[DUPLICATE] += 1
+                else:
+                    self._seen.add(digest[:16])
                     is_held = int.from_bytes(digest[-6:], "big") < held_out * 2.0**48
                     yield document, "held_out" if is_held else "train", size
-
-    def _kept(self, document: Document | BadDocument) -> tuple[bytes, int] | None:
-        """Digest and bytes of a document, None if it is dropped. Raises BadDocument."""
-        if isinstance(document, BadDocument):
-            raise document
-        digest, size, is_written = document.fingerprint()
-        if not is_written:
-            self.dropped[EMPTY] += 1
-        elif digest[:16] in self._seen:
-            self.dropped[DUPLICATE] += 1
-        else:
-            self._seen.add(digest[:16])
-            return digest, size
-        return None

@@ -1,8 +1,7 @@
 """Counter-based random numbers and permutations (SplitMix64), identical on every machine and in
 every version.
 
-numpy's generators may change between releases, but a run must resume after an upgrade. `packing`,
-`chat_packing` and `fim` use them.
+numpy's generators may change between releases, but a run must resume after an upgrade.
 """
 
 import numpy as np
@@ -18,10 +17,10 @@ def mixed(places: Integer[np.ndarray, " n"], *keys: int) -> UInt64[np.ndarray, "
     """
     state = 0
     for key in keys:
-        state = int(_finish(np.array([(state + GOLDEN * (key + 1)) & MASK], np.uint64))[0])
+        state = int(finish(np.array([(state + GOLDEN * (key + 1)) & MASK], np.uint64))[0])
     # Unsigned arithmetic wraps, as the generator requires.
     steps = (places.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
-    return _finish(steps + np.uint64(state))
+    return finish(steps + np.uint64(state))
 
 
 def uniform(places: Integer[np.ndarray, " n"], *keys: int) -> Float64[np.ndarray, " n"]:
@@ -35,7 +34,8 @@ def permutation(count: int, *keys: int) -> Integer[np.ndarray, " count"]:
     return order.astype(np.uint32 if count < 1 << 32 else np.int64)
 
 
-def _finish(state: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+def finish(state: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """SplitMix64's output function: spreads each state over 64 bits."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))

@@ -51,16 +51,25 @@ def unreadable(path: Path, error: Exception) -> UserError:
 READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Extent:
-    """Byte range of a document in its file."""
+    """Byte range of a document in its file, with the bytes if they are at most KEPT."""
 
-    start: int
-    """First byte, in the decompressed file."""
-    stop: int
-    """The byte after the last."""
-    data: bytes | None
-    """The bytes; None for more than KEPT."""
+    def __init__(self, start: int) -> None:
+        self.start = self.stop = start
+        """First byte, in the decompressed file, and the byte after the last."""
+        self._chunks: list[bytes] = []
+
+    def add(self, chunk: bytes) -> None:
+        self.stop += len(chunk)
+        if self.stop - self.start > KEPT:
+            self._chunks.clear()
+        else:
+            self._chunks.append(chunk)
+
+    def data(self) -> bytes | None:
+        """The bytes; None for more than KEPT."""
+        self._chunks = [b"".join(self._chunks)]
+        return self._chunks[0] if self.stop - self.start <= KEPT else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +107,9 @@ class _Pieces:
 
     def _chunks(self) -> Iterator[bytes]:
         extent = self.extent
-        if extent.data is not None:
-            yield extent.data
+        data = extent.data()
+        if data is not None:
+            yield data
             return
         try:
             with open_binary(self.path) as file:
@@ -127,33 +137,13 @@ def _extents(path: Path, separator: str | None) -> Iterator[_Extent]:
 
 def _parts(file: BufferedIOBase, separator: bytes | None) -> Iterator[_Extent]:
     """Byte ranges before, between and after the lines that equal the separator."""
-    part = _Part(file.tell())
+    part = _Extent(file.tell())
     at_line_start = True
     while chunk := file.read(CHUNK) if separator is None else file.readline(CHUNK):
         if at_line_start and separator is not None and chunk.rstrip(b"\r\n") == separator:
-            yield part.extent()
-            part = _Part(part.stop + len(chunk))
+            yield part
+            part = _Extent(part.stop + len(chunk))
         else:
             part.add(chunk)
         at_line_start = chunk.endswith(b"\n")
-    yield part.extent()
-
-
-class _Part:
-    """A document whose end is not found yet."""
-
-    def __init__(self, start: int) -> None:
-        self.start = self.stop = start
-        self._chunks: list[bytes] = []
-
-    def add(self, chunk: bytes) -> None:
-        self.stop += len(chunk)
-        if self.stop - self.start > KEPT:
-            self._chunks.clear()
-        else:
-            self._chunks.append(chunk)
-
-    def extent(self) -> _Extent:
-        kept = self.stop - self.start <= KEPT
-        data = b"".join(self._chunks) if kept else None
-        return _Extent(start=self.start, stop=self.stop, data=data)
+    yield part

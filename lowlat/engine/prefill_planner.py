@@ -5,7 +5,6 @@ from the length of its request's prompt, never from the batch composition. A pro
 fixed grid of chunks, each on the path that suits its length; generated tokens take the decode path.
 """
 
-from dataclasses import dataclass
 from functools import cache, partial
 
 from lowlat.attention.path import AttentionPath, choose_path
@@ -15,14 +14,6 @@ PREFILL_CHUNK = 2048
 """Tokens of a prefill chunk. On the expanded path each chunk rebuilds the keys and values of all
 entries before it. At 8,192 tokens this takes a fifth of all multiply-adds with chunks of 1,024, a
 tenth with 2,048."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """The next tokens of a sequence to compute in one step."""
-
-    length: int
-    path: AttentionPath
 
 
 class PrefillPlanner:
@@ -43,13 +34,15 @@ class PrefillPlanner:
         start = position - position % self.chunk
         return self._choose_path(min(self.chunk, prompt_length - start))
 
-    def next_chunk(self, start: int, prompt_length: int, length: int, limit: int) -> PrefillChunk:
-        """The chunk after `start` cached tokens of a sequence of `length` tokens, at most `limit`
-        tokens long."""
+    def next_chunk(
+        self, start: int, prompt_length: int, length: int, limit: int
+    ) -> tuple[int, AttentionPath]:
+        """Length and attention path of the chunk after `start` cached tokens of a sequence of
+        `length` tokens, at most `limit` tokens long."""
         end = length
         if start < prompt_length:
             end = min(start - start % self.chunk + self.chunk, prompt_length)
-        return PrefillChunk(min(end - start, limit), self.path(start, prompt_length))
+        return min(end - start, limit), self.path(start, prompt_length)
 
     def page_path(self, page: int, prompt_length: int) -> str:
         """Name of the path or paths that compute a sequence's page number `page` (from 0). Entries

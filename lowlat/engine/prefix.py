@@ -1,14 +1,14 @@
 """Automatic prefix caching: an index from tokens to KV cache pages by a chain of SHA-256 block
 hashes (block: page).
 
-Owns the index. `engine.page_allocator` owns the pages' states and evicts them; `engine.scheduler`
-decides which requests run, `engine.prefill_planner` on which attention path.
+Owns the index; `engine.page_allocator` owns the pages' states and evicts them.
 """
 
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from lowlat.engine.page_allocator import PageAllocator, require
 
@@ -143,12 +143,12 @@ class PrefixCache:
         if not doomed:
             return
         numbers = {indexed.page for indexed in doomed}
-        for indexed in sorted(self._by_page.values(), key=_depth):
+        for indexed in sorted(self._by_page.values(), key=attrgetter("depth")):
             follows = indexed.parent is not None and indexed.parent.page in numbers
             if follows and indexed.page not in numbers:
                 doomed.append(indexed)
                 numbers.add(indexed.page)
-        for indexed in sorted(doomed, key=_depth, reverse=True):
+        for indexed in sorted(doomed, key=attrgetter("depth"), reverse=True):
             self._forget(indexed.page)
             self._allocator.unkeep(indexed.page)
 
@@ -246,10 +246,6 @@ class PrefixCache:
             depth,
         ):
             raise AssertionError(f"page {indexed.page} is indexed with other content")
-
-
-def _depth(indexed: IndexedPage) -> int:
-    return indexed.depth
 
 
 def _sha256(data: bytes) -> bytes:

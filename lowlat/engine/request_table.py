@@ -1,7 +1,6 @@
 """Request table: the unfinished requests of an engine, their samplers, and how completions end.
 
-Owns the records from `add` to the finish reason, and their timing. Which sequences run and on which
-pages is `engine.scheduler`'s.
+Which sequences run and on which pages is `engine.scheduler`'s.
 """
 
 import time

@@ -64,18 +64,14 @@ class ModelRunner:
 
         Raises UserError if that exceeds `max_pages`.
         """
-        missing = -(-num_tokens // self.cache.page_size) - len(pages)
-        if missing > self.allocator.num_available:
-            wanted = self.allocator.num_pages - self.allocator.num_available + missing
-            if self._max_pages is not None and wanted > self._max_pages:
-                size = self.cache.page_size
-                raise UserError(
-                    f"{num_tokens} tokens do not fit into the cache of {self._max_pages * size}, of"
-                    f" which {size * (wanted - missing)} are in use by running completions; end "
-                    "these first, or raise max_cache_bytes"
-                )
-            grown = max(2 * self.allocator.num_pages, wanted)
-            self.allocator.grow(grown if self._max_pages is None else min(grown, self._max_pages))
+        size = self.cache.page_size
+        missing = -(-num_tokens // size) - len(pages)
+        if not self.allocator.make_available(missing, self._max_pages):
+            total, used = size * self.allocator.num_pages, size * self.allocator.num_used
+            raise UserError(
+                f"{num_tokens} tokens do not fit into the cache of {total}, of which {used} are in "
+                "use by running completions; end these first, or raise max_cache_bytes"
+            )
         if missing > 0:
             pages += self.allocator.allocate(missing)
         self._fit_cache()
@@ -127,7 +123,7 @@ class ModelRunner:
         ids = self._ids([token for chunk in chunks for token in chunk.tokens])
         wanted = _wanted(chunks)
         if self._native is not None:
-            return self._native.mtp(depth, hidden, ids, batch, self.cache, wanted)
+            return self._native.step(ids, batch, self.cache, wanted, depth=depth, previous=hidden)
         attention = CachedAttention(self.cache, batch)
         hidden = self.model.mtp_hidden(depth, hidden, ids, batch.positions, attention)
         return hidden, self.model.mtp_logits(depth, hidden[wanted])

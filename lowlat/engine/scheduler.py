@@ -141,14 +141,6 @@ class Scheduler:
             self._shares.serve(chunk.sequence.request.options.cache_namespace, chunk.length)
         return list(chosen.values())
 
-    def advance(self, sequence: Sequence, num_tokens: int) -> None:
-        """Count the next `num_tokens` tokens of a sequence as cached."""
-        self.kv_cache.advance(sequence, num_tokens)
-
-    def withdraw(self, sequence: Sequence) -> None:
-        """Remove the pages of a sequence from the prefix cache: one of them holds bad values."""
-        self.kv_cache.withdraw(sequence)
-
     # --- admission -----------------------------------------------------------------------------
 
     def _admit(self) -> None:
@@ -217,20 +209,20 @@ class Scheduler:
                 budget -= given
         for sequence, limit in planned.items():
             if sequence in self.running:
-                chunk = self._planner.next_chunk(
+                length, path = self._planner.next_chunk(
                     sequence.num_cached,
                     len(sequence.request.prompt),
                     len(sequence.tokens),
                     limit,
                 )
-                self._choose(chosen, sequence, chunk.length, chunk.path)
+                self._choose(chosen, sequence, length, path)
 
     def _prefilling(self) -> list[Sequence]:
         """Sequences that prefill in this step, in order: all but those whose next page an earlier
         one is about to compute. They find it in the prefix cache, so a shared prompt is computed
         once."""
         prefilling = [s for s in sorted(self.running, key=_order) if s.is_prefilling]
-        if not self.kv_cache.has_prefix_cache:
+        if self.kv_cache.prefix is None:
             return prefilling
         for sequence in self._awaiting.intersection(prefilling):
             self.kv_cache.match(sequence)

@@ -104,10 +104,6 @@ class Speculator:
         if not is_prefilling and (total := sum(num_drafts.values())):
             self.policy.drafted(total, self._drafting_seconds)
 
-    def verified(self, sequence: Sequence, drafted: int, accepted: int) -> None:
-        """Record that `accepted` of `drafted` draft tokens of a sequence were accepted."""
-        self.policy.verified(sequence, drafted, accepted)
-
     def stepped(self, num_tokens: int, seconds: float) -> None:
         """Record the seconds of a step of decode chunks only, drafting included."""
         self.policy.stepped(num_tokens, seconds - self._drafting_seconds)

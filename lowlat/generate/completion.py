@@ -7,7 +7,6 @@ nothing itself.
 import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 from lowlat.engine.request import FinishReason, Request, TokenEvent
 from lowlat.text.detokenize import Detokenizer
@@ -265,12 +264,7 @@ class Stream(Iterator[str]):
     def __enter__(self) -> "Stream":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self) -> None:

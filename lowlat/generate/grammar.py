@@ -136,12 +136,15 @@ class CompiledGrammar(Constraint):
         self.num_bytes = num_bytes
         """Memory it took in its trial, with a few outputs started."""
         self._matcher = matcher
-        self._field = field
-        self._is_token = is_token
-        self._ends = ends
+        self.field = field
+        self.is_token = is_token
+        self.ends = ends
 
     def start(self) -> "GrammarState":
-        return GrammarState(self._matcher.deep_copy(), self._field, self._is_token, self._ends)
+        return GrammarState(self._matcher.deep_copy(), self)
+
+    def error(self, message: str) -> GrammarError:
+        return GrammarError(str(_error(self.field, message)))
 
 
 class GrammarState(ConstraintState):
@@ -150,17 +153,9 @@ class GrammarState(ConstraintState):
     `mask` and `accept` raise GrammarError when the grammar's work exceeds a limit.
     """
 
-    def __init__(
-        self,
-        matcher: llguidance.LLMatcher,
-        field: str,
-        is_token: Bool[Tensor, " vocab"],
-        ends: frozenset[int],
-    ) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, grammar: CompiledGrammar) -> None:
         self._matcher = matcher
-        self._field = field
-        self._is_token = is_token
-        self._ends = ends
+        self._grammar = grammar
         self._seconds_left = MASK_SECONDS
 
     def mask(self) -> Bool[Tensor, " vocab"]:
@@ -169,38 +164,35 @@ class GrammarState(ConstraintState):
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._seconds_left -= time.thread_time() - start
         if self._matcher.is_error():
-            raise self._error(self._matcher.get_error())
+            raise self._grammar.error(self._matcher.get_error())
         if self._seconds_left < 0:
-            raise self._error("its masks take too long")
-        flags = np.unpackbits(bits, count=len(self._is_token), bitorder="little")
-        return torch.from_numpy(flags).view(torch.bool) & self._is_token
+            raise self._grammar.error("its masks take too long")
+        flags = np.unpackbits(bits, count=len(self._grammar.is_token), bitorder="little")
+        return torch.from_numpy(flags).view(torch.bool) & self._grammar.is_token
 
     def accept(self, token: int) -> None:
         """Advance by `token`; after the end, another end-of-sequence id has no effect.
 
         Raises GrammarError if `token` is not allowed; the state does not change then.
         """
-        if self.is_done and token in self._ends:
+        if self.is_done and token in self._grammar.ends:
             return
-        if not 0 <= token < len(self._is_token):
-            raise GrammarError(f"{self._field}: token {token} is no token of the model")
+        if not 0 <= token < len(self._grammar.is_token):
+            raise GrammarError(f"{self._grammar.field}: token {token} is no token of the model")
         start = time.thread_time()
         accepted = self._matcher.try_consume_tokens([token])
         self._seconds_left += MASK_SECONDS_PER_TOKEN - (time.thread_time() - start)
         if self._matcher.is_error():
-            raise self._error(self._matcher.get_error())
+            raise self._grammar.error(self._matcher.get_error())
         if accepted != 1:
             # try_consume_tokens reports no reason; consume_token reports a reached limit.
             copy = self._matcher.deep_copy()
             copy.consume_token(token)
-            raise self._error(f"token {token} is not allowed: {copy.get_error()}")
+            raise self._grammar.error(f"token {token} is not allowed: {copy.get_error()}")
 
     @property
     def is_done(self) -> bool:
         return self._matcher.is_stopped() and not self._matcher.is_error()
-
-    def _error(self, message: str) -> GrammarError:
-        return GrammarError(str(_error(self._field, message)))
 
 
 def _error(field: str, message: str) -> UserError:

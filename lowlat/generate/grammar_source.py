@@ -65,31 +65,26 @@ def _inner(output: StructuredOutput) -> dict[str, Any]:
         case JsonSchema(schema=schema):
             return {"json_schema": read_schema(schema, FIELDS[JsonSchema])}
         case Regex(pattern=pattern):
-            return {"lark_grammar": f"start: {_lark_regex(pattern)}"}
+            return {"lark_grammar": f"start: {lark_regex(pattern)}"}
         case Choice(options=options):
             # An upper-case name makes one regular expression of all options.
-            texts = " | ".join(_lark_string(text) for text in options)
+            texts = " | ".join(lark_string(text) for text in options)
             return {"lark_grammar": f"start: CHOICE\nCHOICE: {texts}"}
         case Grammar(lark=lark):
             return {"lark_grammar": _checked_lark(lark)}
     assert_never(output)
 
 
-def _lark_string(text: str) -> str:
+def lark_string(text: str) -> str:
+    """`text` as a string of Lark."""
     return json.dumps(text).replace("\x7f", "\\u007f")
 
 
-def _lark_regex(pattern: str) -> str:
-    """`pattern` between slashes; an empty one is a string there."""
-    escaped = re.sub(r"\\.|[/\n]", _escape_in_regex, pattern, flags=re.DOTALL)
+def lark_regex(pattern: str) -> str:
+    """`pattern` between slashes, with slashes and line breaks escaped."""
+    escapes = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
+    escaped = re.sub(r"\\.|[/\n]", lambda m: escapes.get(m[0], m[0]), pattern, flags=re.DOTALL)
     return f"/{escaped}/"
-
-
-def _escape_in_regex(match: re.Match[str]) -> str:
-    text = match[0]
-    if text == "\\\n":
-        return r"\n"
-    return {"/": r"\/", "\n": r"\n"}.get(text, text)
 
 
 def _checked_lark(lark: str) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowlat.attention.cache import cache_bytes_per_token
-from lowlat.config.attention_summary import entry_widths, short_name
+from lowlat.config.attention import entry_widths, short_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.engine import scoring

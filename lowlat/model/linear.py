@@ -120,26 +120,20 @@ class Linear(nn.Module):
         self.weight_scale_inv = self._unfilled(grid, torch.float32)
         self.weight = self._unfilled(shape, torch.float8_e4m3fn)
 
-    def store_int8(self) -> None:
-        """Replace the (still unfilled) weight by int8 tiles and their scales."""
-        self.storage = "int8"
-        tiles, groups = num_tiles(self.out_features), num_groups(self.in_features)
+    def store_packed(self, storage: Storage) -> None:
+        """Replace the (still unfilled) weight by that of a packed storage."""
+        self.storage = storage
+        rows, columns = self.out_features, self.in_features
+        if storage == "int8_rows":
+            self.weight_scale = self._unfilled((rows,), torch.float32)
+            self.weight = self._unfilled((rows, columns), torch.int8)
+            return
+        tiles, groups = num_tiles(rows), num_groups(columns)
         self.weight_scale = self._unfilled((tiles, groups, TILE), torch.float16)
-        self.weight = self._unfilled((tiles, groups, *INT8_SHAPE), torch.uint8)
-
-    def store_int4(self) -> None:
-        """Replace the (still unfilled) weight by int4 tiles, their scales and minima."""
-        self.storage = "int4"
-        tiles, groups = num_tiles(self.out_features), num_groups(self.in_features)
-        self.weight_scale = self._unfilled((tiles, groups, TILE), torch.float16)
-        self.weight_minimum = self._unfilled((tiles, groups, TILE), torch.float16)
-        self.weight = self._unfilled((tiles, groups, *INT4_SHAPE), torch.uint8)
-
-    def store_int8_rows(self) -> None:
-        """Replace the (still unfilled) weight by int8 rows and their scales."""
-        self.storage = "int8_rows"
-        self.weight_scale = self._unfilled((self.out_features,), torch.float32)
-        self.weight = self._unfilled((self.out_features, self.in_features), torch.int8)
+        if storage == "int4":
+            self.weight_minimum = self._unfilled((tiles, groups, TILE), torch.float16)
+        group_shape = INT4_SHAPE if storage == "int4" else INT8_SHAPE
+        self.weight = self._unfilled((tiles, groups, *group_shape), torch.uint8)
 
     def store_gguf(self, kind: int) -> None:
         """Replace the (still unfilled) weight by rows in blocks of GGUF type number `kind`."""

@@ -112,39 +112,21 @@ class NativeModel:
         batch: AttentionBatch,
         cache: PagedCache,
         wanted: list[int],
+        *,
+        depth: int | None = None,
+        previous: Float[Tensor, "tokens hidden"] | None = None,
     ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "wanted vocab"]]:
         """One step over new tokens, which writes their KV cache entries: hidden states after the
         final norm (bf16), and logits (fp32) of the tokens with the indices `wanted`.
 
+        With `depth`, the step of an MTP module from the hidden states `previous` (bf16) of the
+        previous depth and the ids depth + 1 places after the batch's positions, as in
+        `Transformer.mtp_hidden`.
+
         Results are batch-invariant. Sequences on the decode path (GEMV) use other arithmetic, so a
         step that mixes attention paths is two native calls, decode last.
         """
-        return self._step(self._model, None, ids, batch, cache, wanted)
-
-    def mtp(
-        self,
-        depth: int,
-        hidden: Float[Tensor, "tokens hidden"],
-        ahead_ids: Int[Tensor, "tokens"],
-        batch: AttentionBatch,
-        cache: PagedCache,
-        wanted: list[int],
-    ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "wanted vocab"]]:
-        """One step of MTP module `depth`, from `hidden` (bf16) of the previous depth and the ids
-        depth + 1 places after the batch's positions, as in `Transformer.mtp_hidden`.
-        """
-        return self._step(self._modules[depth], hidden, ahead_ids, batch, cache, wanted)
-
-    def _step(
-        self,
-        model,
-        previous: Tensor | None,
-        ids: Tensor,
-        batch: AttentionBatch,
-        cache: PagedCache,
-        wanted: list[int],
-    ) -> tuple[Tensor, Tensor]:
-        """All sequences: first those off the decode path, then those on it."""
+        model = self._model if depth is None else self._modules[depth]
         decodes = [item.path == "decode" for item in batch.sequences]
         if len(set(decodes)) == 1:
             return self._call(model, previous, ids, batch, cache, wanted)

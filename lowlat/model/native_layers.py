@@ -16,9 +16,7 @@ from lowlat.model.moe import MLP, Experts, MoE
 from lowlat.model.mtp import MTPModule
 from lowlat.ops import native
 from lowlat.ops.gta import selectors
-
-TILE = 16
-"""Rows of a tile."""
+from lowlat.ops.quantized import TILE
 
 
 # The return types below are inferred: those of the native module have no names of their own.
@@ -220,7 +218,6 @@ def embedding_of(embedding: Embedding):
 
 
 def matrix_of(weight: Float[Tensor, "out in"], occupied: UInt8[Tensor, "tiles"] | None = None):
-    """A bf16 matrix."""
     return native.module().Matrix.bf16(weight.detach(), occupied=occupied)
 
 

@@ -38,13 +38,7 @@ def store_packed(model: nn.Module, packing: Packing) -> dict[str, Linear]:
     result: dict[str, Linear] = {}
     for path, module in model.named_modules():
         if isinstance(module, Linear):
-            storage = PACKED[packing].get(path.rpartition(".")[2], packing)
-            if storage == "int4":
-                module.store_int4()
-            elif storage == "int8":
-                module.store_int8()
-            else:
-                module.store_int8_rows()
+            module.store_packed(PACKED[packing].get(path.rpartition(".")[2], packing))
             result[f"{path}.weight"] = module
     return result
 

@@ -6,11 +6,10 @@ them.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import BFloat16, Float, Float32, Int
 from torch import Tensor
 
-from lowlat.ops import native_training_kernels
+from lowlat.ops import experts, native_training_kernels
 from lowlat.ops.norm import accumulation_dtype
 
 
@@ -102,8 +101,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         if native_training_kernels.usable(gate, up):
             return native_training_kernels.gated_forward(gate, up)
-        wide = accumulation_dtype(gate.dtype)
-        return (F.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+        return experts.swiglu(gate, up)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -10,7 +10,7 @@ from gguf.quants import dequantize
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lowlat.ops import native, native_kernels
+from lowlat.ops import native
 
 CHUNK_ELEMENTS = 2**22
 """Elements dequantized at a time, so that intermediates stay small."""
@@ -42,9 +42,8 @@ def dequantize_blocks(
     Raises NotImplementedError for a type that the gguf package cannot dequantize.
     """
     if weight.device.type == "cpu" and _has_native_kernel(kind):
-        is_narrow = dtype == torch.bfloat16
-        made = torch.bfloat16 if is_narrow else torch.float32
-        return native_kernels.dequantize_gguf(weight, kind, made).to(dtype)
+        made = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return dequantize_natively(weight, kind, made).to(dtype)
     rows, columns = weight.shape[0], num_columns(kind, weight.shape[1])
     values = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     step = max(CHUNK_ELEMENTS // columns, 1)
@@ -55,6 +54,23 @@ def dequantize_blocks(
             chunk = dequantize(stored.numpy().reshape(1, -1), GGMLQuantizationType(kind))
         values[first : first + step] = torch.from_numpy(chunk).view(-1, columns)
     return values
+
+
+def dequantize_natively(
+    weight: UInt8[Tensor, "rows row_bytes"],
+    kind: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    level: str = "",
+) -> Float[Tensor, "rows columns"]:
+    """Native kernel of `dequantize_blocks` for fp32 and bf16; `level` selects an instruction-set
+    level.
+    """
+    module = native.module()
+    matrix = module.Matrix.gguf(weight, type=kind)
+    out = torch.empty(matrix.rows, matrix.columns, dtype=dtype)
+    module.dequantize(matrix, out, level)
+    return out
 
 
 def _has_native_kernel(kind: int) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lowlat.ops import native_training_kernels
 from lowlat.ops.autograd import gated_backward
 from lowlat.ops.deferred import Defer, add_gradient
+from lowlat.ops.experts import swiglu
 from lowlat.ops.norm import accumulation_dtype
 from lowlat.ops.routing import Routing
 
@@ -196,7 +197,8 @@ def _outer(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of gate_up_proj and down_proj, in `dtype`."""
-    down = grouped_outer(_scaled(grads, factors), inner, groups.counts, dtype)
+    scaled = (grads * factors[:, None]).to(grads.dtype)
+    down = grouped_outer(scaled, inner, groups.counts, dtype)
     rows = x.index_select(0, groups.tokens)
     return grouped_outer(grad_gate_up, rows, groups.counts, dtype), down
 
@@ -206,13 +208,6 @@ def _add_outer(leaves: tuple[Tensor, Tensor], outer: Callable[[], tuple[Tensor, 
     for leaf, gradient in zip(leaves, outer(), strict=True):
         if leaf.requires_grad:
             add_gradient(leaf, gradient)
-
-
-def _scaled(
-    rows: Float[Tensor, "rows dim"], factors: Float[Tensor, "rows"]
-) -> Float[Tensor, "rows dim"]:
-    """Each row times its factor, rounded once."""
-    return (rows * factors[:, None]).to(rows.dtype)
 
 
 def _factors(
@@ -245,9 +240,8 @@ def _combine(
 
 
 def _swiglu(gate_up: Float[Tensor, "rows inner_twice"]) -> Float[Tensor, "rows inner"]:
-    """silu(gate) * up, computed in fp32 and rounded once, as `experts.swiglu`."""
+    """`experts.swiglu` of the two halves."""
     gate, up = gate_up.chunk(2, dim=1)
     if native_training_kernels.usable(gate_up):
         return native_training_kernels.gated_forward(gate, up)
-    wide = accumulation_dtype(gate_up.dtype)
-    return (F.silu(gate.to(wide)) * up.to(wide)).to(gate_up.dtype)
+    return swiglu(gate, up)

@@ -87,7 +87,6 @@ def levels() -> list[str]:
 
 
 def level() -> str:
-    """The level in use."""
     return module().level()
 
 
@@ -126,32 +125,20 @@ def _default_threads() -> int:
     return min(processors(), int(asked)) if asked.isdigit() and int(asked) > 0 else processors()
 
 
-def set_threads(count: int) -> None:
-    """Set the threads of the native kernels. Raises UserError for fewer than one or more than there
-    are processors: threads that wait for each other on one processor slow each other down.
-    """
-    most = processors()
-    if not 1 <= count <= most:
-        raise UserError(
-            f"{count} threads: this machine has {most} processors to use, give 1..{most}"
-        )
-    module().set_threads(count)
-
-
 def use_threads(count: int) -> None:
     """Set the threads of PyTorch and the native kernels. Raises UserError for fewer than one or
-    more than there are processors.
+    more than there are processors: threads that wait for each other on one processor slow each
+    other down.
     """
     most = processors()
     if not 1 <= count <= most:
         raise UserError(f"--threads {count}: this machine has {most} processors; give 1 to {most}")
     torch.set_num_threads(count)
     if available():
-        set_threads(count)
+        module().set_threads(count)
 
 
 def threads() -> int:
-    """Threads the native kernels use."""
     return module().threads()
 
 

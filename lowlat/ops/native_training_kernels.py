@@ -1,7 +1,6 @@
 """Native kernels of training between matrix products, and the conditions for their use.
 
-`autograd`, `grouped`, `cross_entropy` and `divergence` have the reference implementations. `level`
-selects another instruction-set level.
+`autograd`, `grouped`, `cross_entropy` and `divergence` have the reference implementations.
 """
 
 import torch
@@ -21,11 +20,11 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def norm_forward(
-    x: Float[Tensor, "rows dim"], weight: Float32[Tensor, "dim"], eps: float, *, level: str = ""
+    x: Float[Tensor, "rows dim"], weight: Float32[Tensor, "dim"], eps: float
 ) -> tuple[Float[Tensor, "rows dim"], Float32[Tensor, "rows"]]:
     """RMSNorm and the reciprocal of each row's root mean square."""
     out, inverse = torch.empty_like(x), torch.empty(x.shape[0])
-    native.module().norm_forward(x.detach(), weight.detach(), eps, out, inverse, level)
+    native.module().norm_forward(x.detach(), weight.detach(), eps, out, inverse)
     return out, inverse
 
 
@@ -34,24 +33,22 @@ def norm_backward(
     weight: Float32[Tensor, "dim"],
     inverse: Float32[Tensor, "rows"],
     grad: Float[Tensor, "rows dim"],
-    *,
-    level: str = "",
 ) -> tuple[Float[Tensor, "rows dim"], Float32[Tensor, "dim"]]:
     """Gradients of x and of the weight."""
     module = native.module()
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
     partial = torch.empty(module.norm_pieces(x.shape[0]), x.shape[1])
     given = x.detach(), weight.detach(), 0.0, inverse, grad
-    module.norm_backward(*given, grad_x, grad_weight, partial, level)
+    module.norm_backward(*given, grad_x, grad_weight, partial)
     return grad_x, grad_weight
 
 
 def gated_forward(
-    gate: Float[Tensor, "rows inner"], up: Float[Tensor, "rows inner"], *, level: str = ""
+    gate: Float[Tensor, "rows inner"], up: Float[Tensor, "rows inner"]
 ) -> Float[Tensor, "rows inner"]:
     """silu(gate) * up; both may be columns of one wider matrix."""
     inner = torch.empty(gate.shape, dtype=gate.dtype)
-    native.module().gated_forward(gate.detach(), up.detach(), inner, level)
+    native.module().gated_forward(gate.detach(), up.detach(), inner)
     return inner
 
 
@@ -59,8 +56,6 @@ def gated_backward(
     gate_up: Float[Tensor, "rows inner_twice"],
     grad: Float[Tensor, "rows inner"],
     factors: Float32[Tensor, "rows"] | None,
-    *,
-    level: str = "",
 ) -> tuple[
     Float[Tensor, "rows inner"], Float[Tensor, "rows inner_twice"], Float32[Tensor, "rows"] | None
 ]:
@@ -72,9 +67,7 @@ def gated_backward(
     grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
     inner = torch.empty(gate.shape, dtype=gate.dtype)
     grad_factors = None if factors is None else torch.empty(gate.shape[0])
-    native.module().gated_backward(
-        gate, up, grad, factors, inner, grad_gate, grad_up, grad_factors, level
-    )
+    native.module().gated_backward(gate, up, grad, factors, inner, grad_gate, grad_up, grad_factors)
     return inner, grad_gate_up, grad_factors
 
 
@@ -82,12 +75,10 @@ def gated_gradients(
     gate: Float[Tensor, "rows inner"],
     up: Float[Tensor, "rows inner"],
     grad: Float[Tensor, "rows inner"],
-    *,
-    level: str = "",
 ) -> tuple[Float[Tensor, "rows inner"], Float[Tensor, "rows inner"]]:
     """Gradients of gate and up, both contiguous, given that of silu(gate) * up."""
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    native.module().gated_backward(gate, up, grad, None, None, grad_gate, grad_up, None, level)
+    native.module().gated_backward(gate, up, grad, None, None, grad_gate, grad_up, None)
     return grad_gate, grad_up
 
 
@@ -96,13 +87,11 @@ def entropy(
     targets: Int64[Tensor, "rows"],
     counted: Bool[Tensor, "rows"],
     z_weight: float,
-    *,
-    level: str = "",
 ) -> tuple[Float32[Tensor, "rows"], Float32[Tensor, "rows"]]:
     """Turn `logits` into the gradient of nll + z_weight * z in place; returns nll and z."""
     nll, z = torch.empty(2, logits.shape[0])
     shown = counted.contiguous().view(torch.uint8)
-    native.module().entropy(logits, targets.contiguous(), shown, z_weight, nll, z, level)
+    native.module().entropy(logits, targets.contiguous(), shown, z_weight, nll, z)
     return nll, z
 
 
@@ -114,7 +103,6 @@ def divergence(
     nll_weight: float,
     *,
     wants_gradient: bool,
-    level: str = "",
 ) -> tuple[Float32[Tensor, "rows"], Float32[Tensor, "rows"]]:
     """KL(softmax(taught) || softmax(logits)) and nll of every row. With `wants_gradient` turns
     `logits` into the gradient of kl + nll_weight * nll in place.
@@ -122,7 +110,7 @@ def divergence(
     kl, nll = torch.empty(2, logits.shape[0])
     shown = counted.contiguous().view(torch.uint8)
     given = logits, taught, targets.contiguous(), shown
-    native.module().divergence(*given, nll_weight, wants_gradient, kl, nll, level)
+    native.module().divergence(*given, nll_weight, wants_gradient, kl, nll)
     return kl, nll
 
 
@@ -133,13 +121,12 @@ def rotation(
     *,
     interleave: bool,
     is_inverse: bool = False,
-    level: str = "",
 ) -> Float[Tensor, "tokens heads dim"]:
     """`rope.apply_rope`, to the bit; with `is_inverse` by the negative angles. x and the tables may
     be column slices of wider tensors; both tables then have the same width.
     """
     out = torch.empty(x.shape, dtype=x.dtype)
-    native.module().rotation(x.detach(), cos, sin, interleave, is_inverse, out, level)
+    native.module().rotation(x.detach(), cos, sin, interleave, is_inverse, out)
     return out
 
 
@@ -147,12 +134,10 @@ def combine(
     rows: Float[Tensor, "rows dim"],
     factors: Float32[Tensor, "rows"] | None,
     places: Int64[Tensor, "tokens chosen"],
-    *,
-    level: str = "",
 ) -> Float[Tensor, "tokens dim"]:
     """For each token the sum of its rows, each times its factor, in the order of `places`."""
     out = rows.new_empty(places.shape[0], rows.shape[1])
-    native.module().combine(rows, factors, places, out, level)
+    native.module().combine(rows, factors, places, out)
     return out
 
 
@@ -172,13 +157,12 @@ def grouped(
     counts: Int64[Tensor, "experts"],
     *,
     is_transposed: bool = False,
-    level: str = "",
 ) -> BFloat16[Tensor, "rows outputs"]:
     """Rows sorted by expert, each times the matrix of its expert, rounded to bf16: x W^T, or with
     `is_transposed` x W.
     """
     out = rows.new_empty(rows.shape[0], weight.shape[2 if is_transposed else 1])
-    native.module().grouped(rows.detach(), weight.detach(), counts, is_transposed, out, level)
+    native.module().grouped(rows.detach(), weight.detach(), counts, is_transposed, out)
     return out
 
 
@@ -186,12 +170,10 @@ def outer(
     left: BFloat16[Tensor, "rows out"],
     right: BFloat16[Tensor, "rows in"],
     counts: Int64[Tensor, "experts"],
-    *,
-    level: str = "",
 ) -> Float32[Tensor, "experts out in"]:
     """left^T right over the rows of each expert, in fp32; zero without rows."""
     sums = torch.empty(len(counts), left.shape[1], right.shape[1])
-    native.module().outer(left.detach(), right.detach(), counts, sums, level)
+    native.module().outer(left.detach(), right.detach(), counts, sums)
     return sums
 
 
@@ -201,14 +183,12 @@ def causal_forward(
     v: BFloat16[Tensor, "tokens kv_heads value_dim"],
     ends: Int64[Tensor, "sequences"],
     scale: float,
-    *,
-    level: str = "",
 ) -> tuple[BFloat16[Tensor, "tokens heads value_dim"], Float32[Tensor, "tokens heads"]]:
     """Causal attention of sequences that end at `ends`, and the logs of its denominators."""
     out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
     logs = torch.empty(q.shape[:2])
     given = (x.detach() for x in (q, k, v))
-    native.module().causal_forward(*given, ends, scale, out, logs, level)
+    native.module().causal_forward(*given, ends, scale, out, logs)
     return out, logs
 
 
@@ -221,8 +201,6 @@ def causal_backward(
     out: BFloat16[Tensor, "tokens heads value_dim"],
     logs: Float32[Tensor, "tokens heads"],
     grad: BFloat16[Tensor, "tokens heads value_dim"],
-    *,
-    level: str = "",
 ) -> tuple[
     BFloat16[Tensor, "tokens heads key_dim"],
     BFloat16[Tensor, "tokens kv_heads key_dim"],
@@ -232,5 +210,5 @@ def causal_backward(
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     given = (x.detach() for x in (q, k, v))
     module = native.module()
-    module.causal_backward(*given, ends, scale, out.detach(), logs, grad, *grads, level)
+    module.causal_backward(*given, ends, scale, out.detach(), logs, grad, *grads)
     return grads

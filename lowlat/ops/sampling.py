@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from lowlat.ops import native, native_kernels
+from lowlat.ops import native
 
 
 def draw(
@@ -23,11 +23,17 @@ def draw(
     min_p: int | float = 0.0,
 ) -> int:
     """Inverse transform sampling: the first id at which the cumulative kept weights exceed `number`
-    times their sum; 0 <= number < 1. Options are those of `kept_weights`.
+    times their sum; 0 <= number < 1. Options are those of `kept_weights`. The native kernel gives
+    the same token.
     """
     if logits.dtype == torch.float32 and logits.device.type == "cpu" and native.available():
-        return native_kernels.draw(
-            logits, number, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+        return native.module().draw(
+            logits.detach().contiguous(),
+            number,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
         )
     weights = kept_weights(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     cumulative = weights.cumsum(0)

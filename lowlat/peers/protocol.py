@@ -41,7 +41,8 @@ class TimedModel(ABC):
     ) -> dict[str, Any]:
         """Load `model` for up to `context` cached tokens and set vocab_size; facts for the report.
 
-        precision: of the weights. cache: number type of the KV cache.
+        precision: of the weights. cache: number type of the KV cache. threads: of the program's
+        own thread pool; those of PyTorch and numpy follow the environment that the host sets.
         """
 
     @abstractmethod
@@ -150,29 +151,25 @@ def reset_peak_memory() -> int:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return 0
-    return _status_bytes("VmRSS")
+    return _proc_bytes("self/status", "VmRSS") or 0
 
 
 def peak_memory() -> int:
     """Peak resident bytes since `reset_peak_memory`."""
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(field: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+    return _proc_bytes("self/status", "VmHWM") or 0
 
 
 def available_memory() -> int:
     """Bytes available without swapping; 2^60 where Linux's /proc is missing."""
+    return _proc_bytes("meminfo", "MemAvailable") or 1 << 60
+
+
+def _proc_bytes(file: str, field: str) -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc", file).read_text().splitlines()
     except OSError:
-        return 1 << 60
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
 
 
 def die_with_parent() -> None:

@@ -58,7 +58,6 @@ class Transformers(TimedModel):
             raise Unsupported(f"no {precision} weights on CPUs")
         if cache not in DTYPES:
             raise Unsupported(f"no {cache} cache on CPUs")
-        torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self.torch = torch
         self.model = load_causal_lm(model, getattr(torch, DTYPES[precision]))

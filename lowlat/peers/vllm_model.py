@@ -79,9 +79,6 @@ class VLLM:
         _, found = self._complete(ids, 1)
         return {"token": found.token_ids[0]}
 
-    def logits(self, ids: list[int], path: str) -> dict[str, Any]:
-        raise Unsupported("it returns no raw logits")
-
     def top_logprobs(self, ids: list[int]) -> dict[str, Any]:
         """Log-probabilities of the most likely tokens after `ids`, by token id."""
         _, found = self._complete(ids, 1, logprobs=TOP_LOGPROBS)
@@ -110,7 +107,6 @@ if __name__ == "__main__":
             "prefill": program.prefill,
             "decode": program.decode,
             "first_token": program.first_token,
-            "logits": program.logits,
             "top_logprobs": program.top_logprobs,
         }
     )

@@ -1,8 +1,7 @@
 """Cost model of a training step: time of computation, communication, pipeline bubble, gradient
 synchronization and optimizer update.
 
-`machine` has the reached shares of published rates. All values are of the slowest device of a
-pipeline.
+All values are of the slowest device of a pipeline.
 """
 
 from collections.abc import Iterable
@@ -72,7 +71,6 @@ class Estimate:
 
     @property
     def bubble_share(self) -> float:
-        """Bubble as a share of the step."""
         return self.time.bubble / self.time.total
 
     @property
@@ -89,7 +87,6 @@ class Estimate:
         return self.training_flops * self.tokens_per_second / rate / self.job.layout.devices
 
     def device_hours(self, tokens: float) -> float:
-        """Device-hours for `tokens` tokens."""
         return tokens / self.tokens_per_second * self.job.layout.devices / 3600
 
 

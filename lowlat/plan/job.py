@@ -1,7 +1,5 @@
 """Training job as the cost model sees it: `TrainingJob`, its `ParallelLayout` over devices, and the
 check that a model can be divided that way.
-
-The model is a `config.model.ModelConfig`, the devices are a `machine.Machine`.
 """
 
 from dataclasses import dataclass, field
@@ -70,7 +68,6 @@ class ParallelLayout:
 
     @property
     def num_stages(self) -> int:
-        """Number of pipeline stages."""
         if self.pipeline == 1:
             return 1
         per_device = {"interleaved": self.stages_per_device, "dualpipev": 2}

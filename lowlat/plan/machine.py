@@ -1,10 +1,8 @@
 """Machines of the cost model: published rates and bandwidths of H800 and H100, and the shares of
-them that kernels reach.
-
-`rate` measures this machine.
+them that kernels reach. `rate` measures this machine.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowlat.plan.job import Precision
 
@@ -50,14 +48,12 @@ class Machine:
         return self.memory_bytes - self.reserve_bytes
 
 
-_HOPPER_FLOPS: dict[Precision, float] = {"fp32": 494.7e12, "bf16": 989.4e12, "fp8": 1978.9e12}
-
 H800 = Machine(
     name="h800",
     memory_bytes=80 * 2**30,
     reserve_bytes=4 * 10**9,
     devices_per_node=8,
-    flops=_HOPPER_FLOPS,
+    flops={"fp32": 494.7e12, "bf16": 989.4e12, "fp8": 1978.9e12},
     memory_bandwidth=3.35e12,
     node_bandwidth=160e9,
     network_bandwidth=50e9,
@@ -65,16 +61,7 @@ H800 = Machine(
 """Links as in DeepSeek-V3 section 3.2.2; rates from Nvidia's data sheet, fp32 as TF32; the memory
 is five stacks of 16 GiB."""
 
-H100 = Machine(
-    name="h100",
-    memory_bytes=80 * 2**30,
-    reserve_bytes=4 * 10**9,
-    devices_per_node=8,
-    flops=_HOPPER_FLOPS,
-    memory_bandwidth=3.35e12,
-    node_bandwidth=450e9,
-    network_bandwidth=50e9,
-)
+H100 = replace(H800, name="h100", node_bandwidth=450e9)
 """The same device with its full NVLink."""
 
 MACHINES = {machine.name: machine for machine in (H800, H100)}

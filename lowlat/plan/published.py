@@ -14,8 +14,6 @@ class PublishedTraining:
     machine: Machine
     hours_per_trillion: float
     """Device-hours per trillion tokens."""
-    source: str
-    """Where it is published."""
 
 
 DEEPSEEK_V3 = PublishedTraining(
@@ -31,9 +29,8 @@ DEEPSEEK_V3 = PublishedTraining(
     ),
     machine=H800,
     hours_per_trillion=180e3,
-    source="DeepSeek-V3 technical report, sections 1, 3.2, 3.3 and 4.2",
 )
-"""Micro-batches of one row and the capacity margin of experts are assumptions; the rest is from the
-report."""
+"""DeepSeek-V3 technical report, sections 1, 3.2, 3.3 and 4.2; micro-batches of one row and the
+capacity margin of experts are assumptions."""
 
 PUBLISHED = {"deepseek-v3": DEEPSEEK_V3}

@@ -31,8 +31,6 @@ TIE = 0.01
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
-    """Result of a search."""
-
     ranked: list[Estimate]
     """Layouts that fit, best first, each with its fastest ZeRO stage and activation
     checkpointing."""

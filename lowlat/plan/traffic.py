@@ -6,7 +6,7 @@ share. `estimate` turns volumes into time.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from lowlat.config.model import ModelConfig
 from lowlat.plan.activations import FP8_BYTES, FP32_BYTES
@@ -18,7 +18,7 @@ from lowlat.plan.stages import ROUTED, PipelineStage, device_parameters
 DISPATCH, COMBINE = "expert dispatch", "expert combine"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Transfer:
     """Bytes that a device sends for one kind of communication."""
 
@@ -28,6 +28,7 @@ class Transfer:
     """Bytes per step within the node."""
     network_bytes: float
     """Bytes per step to other nodes."""
+    _: KW_ONLY
     forward_share: float = 0.5
     """Share in forward passes."""
     is_per_step: bool = False
@@ -138,13 +139,8 @@ def _context(
     rows = job.device_tokens * (layout.context - 1) * job.micro_batches
     sent = 3 * rows * elements / layout.copies * job.element_bytes
     is_local = layout.context * layout.fsdp * layout.tensor <= machine.devices_per_node
-    return Transfer(
-        kind="context parallel",
-        node_bytes=sent if is_local else 0.0,
-        network_bytes=0.0 if is_local else sent,
-        forward_share=1 / 3,
-        is_hidden=True,
-    )
+    volume = _on_link(sent, is_local)
+    return Transfer("context parallel", *volume, forward_share=1 / 3, is_hidden=True)
 
 
 def _pipeline(config: ModelConfig, job: TrainingJob, machine: Machine) -> Transfer:
@@ -154,12 +150,12 @@ def _pipeline(config: ModelConfig, job: TrainingJob, machine: Machine) -> Transf
     rows = job.device_tokens * job.micro_batches * crossings
     sent = 2 * rows * config.hidden_size * job.element_bytes
     is_local = layout.devices <= machine.devices_per_node
-    return Transfer(
-        kind="pipeline",
-        node_bytes=sent if is_local else 0.0,
-        network_bytes=0.0 if is_local else sent,
-        is_hidden=True,
-    )
+    return Transfer("pipeline", *_on_link(sent, is_local), is_hidden=True)
+
+
+def _on_link(sent: float, is_local: bool) -> tuple[float, float]:
+    """(within the node, over the network) bytes of what takes one link only."""
+    return (sent, 0.0) if is_local else (0.0, sent)
 
 
 def _replicas(
@@ -191,25 +187,9 @@ def _replicas(
             total[0] += local
             total[1] += remote
     return [
-        Transfer(
-            kind="gradients and weights",
-            node_bytes=once[0],
-            network_bytes=once[1],
-            is_per_step=True,
-        ),
-        Transfer(
-            kind="gathered weights",
-            node_bytes=gathers[0],
-            network_bytes=gathers[1],
-            is_hidden=True,
-        ),
-        Transfer(
-            kind="scattered gradients",
-            node_bytes=scatters[0],
-            network_bytes=scatters[1],
-            forward_share=0.0,
-            is_hidden=True,
-        ),
+        Transfer("gradients and weights", *once, is_per_step=True),
+        Transfer("gathered weights", *gathers, is_hidden=True),
+        Transfer("scattered gradients", *scatters, forward_share=0.0, is_hidden=True),
     ]
 
 

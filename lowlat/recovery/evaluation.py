@@ -45,8 +45,9 @@ def read_evaluation_text(path: Path, tokenizer: Tokenizer) -> EvaluationText:
 def evaluate(model: Path, text: EvaluationText, progress: Progress) -> dict[str, Any]:
     """Perplexity, bits per byte, number of tokens and window length of the checkpoint `model` on
     `text`, computed in bf16. Raises UserError if the perplexity is not finite.
+
+    `api.load` sets PyTorch to one thread for the whole process; this is undone for the training.
     """
-    # loading a native model sets PyTorch to one thread; restored for the following training
     threads = torch.get_num_threads()
     try:
         loaded = api.load(str(model.absolute()), progress=progress)

@@ -17,13 +17,9 @@ from lowlat.convert.conversion import Conversion
 from lowlat.convert.options import CompressionOptions, RecoveryOptions
 from lowlat.convert.parameters.exact_mla import check_exact
 from lowlat.data.dataset import TokenizedDataset
+from lowlat.data.overlap import share_seen, shared_runs
 from lowlat.recovery.evaluation import EvaluationText, read_evaluation_text
-from lowlat.recovery.training_text import (
-    build_tokens,
-    require_uncalibrated,
-    require_unseen,
-    text_fingerprint,
-)
+from lowlat.recovery.training_text import build_tokens, require_disjoint, text_fingerprint
 from lowlat.recovery.work_folder import WorkFolder
 from lowlat.text.pieces import encode_plain
 from lowlat.text.plain import read_plain_text
@@ -102,8 +98,12 @@ def with_calibration(
         _check_calibration(inputs, work)  # first, because reading all of --text takes longer
         _training_tokens(inputs, work, progress)
         return inputs
-    tokens = _training_tokens(inputs, work, progress)
-    inputs = replace(inputs, compression=_calibrated_on(tokens, inputs))
+    folder = _training_tokens(inputs, work, progress)
+    if folder is not None:
+        tokens, count = partial(folder.tokens, "train"), folder.num_tokens("train")
+        context = inputs.conversion.config.max_position_embeddings
+        calibration = calibration_from_tokens(tokens, count, context, "the text of --text")
+        inputs = replace(inputs, compression=replace(inputs.compression, calibration=calibration))
     _check_calibration(inputs, work)
     return inputs
 
@@ -142,20 +142,9 @@ def _training_tokens(
         )
     text = inputs.evaluation_text
     if text is not None:
-        require_unseen(folder, text.ids, text.path, progress)
+        share = shared_runs(folder, text.ids, progress=progress)
+        require_disjoint(share, text.path, "the text of --text")
     return folder
-
-
-def _calibrated_on(folder: TokenizedDataset | None, inputs: RecoveryInputs) -> CompressionOptions:
-    """The compression options, with the training text in `folder` as calibration text unless it is
-    too short.
-    """
-    compression, context = inputs.compression, inputs.conversion.config.max_position_embeddings
-    if folder is None:
-        return compression
-    tokens, count = partial(folder.tokens, "train"), folder.num_tokens("train")
-    calibration = calibration_from_tokens(tokens, count, context, "the text of --text")
-    return replace(compression, calibration=calibration)
 
 
 def _check_calibration(inputs: RecoveryInputs, work: WorkFolder) -> None:
@@ -170,4 +159,4 @@ def _check_calibration(inputs: RecoveryInputs, work: WorkFolder) -> None:
         ids = (encode_plain(inputs.tokenizer, each).astype(np.int64) for each in texts)
         calibration = ids if paths else found.windows.numpy()
         origin = "the text of --calibrate" if paths else "lowlat's own calibration text"
-        require_uncalibrated(calibration, text.ids, text.path, origin)
+        require_disjoint(share_seen(text.ids, calibration), text.path, origin)

@@ -7,8 +7,8 @@ results in the work folder.
 import json
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.checkpoint.mapping import resolve_mtp_modules
 from lowlat.checkpoint.save import text_files, write_checkpoint
-from lowlat.config.model import ModelConfig
 from lowlat.convert.conversion import is_attention, prepare_conversion
 from lowlat.convert.options import CompressionOptions, ConversionOptions, RecoveryOptions
 from lowlat.convert.report import REPORT_FILE, ConversionReport, measure, report_files
@@ -32,13 +31,6 @@ from lowlat.recovery.work_folder import (
 from lowlat.train.run.distill import DistillationOptions, distill, distillation_recipe
 from lowlat.train.run.export import export_save
 from lowlat.utils.progress import Progress, SilentProgress
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _RecoveryRun:
-    inputs: RecoveryInputs
-    work: WorkFolder
-    progress: Progress
 
 
 def convert_with_recovery(
@@ -80,18 +72,26 @@ def convert_with_recovery(
     progress = progress or SilentProgress()
     with open_work_folder(dst, inputs.fingerprint()) as work:
         inputs = with_calibration(inputs, work, progress)
-        run = _RecoveryRun(inputs=inputs, work=work, progress=progress)
-        result, report = _convert(run)
-        converted = _read_config(result)
+        result, report = _convert(inputs, work, progress)
+        source = open_checkpoint(result)
+        converted = resolve_mtp_modules(read_config(source), source)
         work.place(result, report_files(report), dst)
     return measure(src, dst, conversion.config, converted, time.perf_counter() - started)
 
 
-def _convert(run: _RecoveryRun) -> tuple[Path, dict[str, Any]]:
+def _convert(
+    inputs: RecoveryInputs, work: WorkFolder, progress: Progress
+) -> tuple[Path, dict[str, Any]]:
     """The finished model in the work folder, and its report."""
-    work, conversion = run.work, run.inputs.conversion
-    distillation, experts = run.inputs.distillation, conversion.options.experts
-    scores = {"original": _score(run, "original", conversion.src)}
+    conversion, text = inputs.conversion, inputs.evaluation_text
+    distillation, experts = inputs.distillation, conversion.options.experts
+    evaluation: dict[str, Any] = {}
+
+    def score(name: str, model: Path) -> None:
+        if text is not None:
+            evaluation[name] = work.cached(name, partial(evaluate, model, text, progress))
+
+    score("original", conversion.src)
     if not work.start.exists():
         # a model to train is rounded and upcycled only after training
         convert(
@@ -99,74 +99,72 @@ def _convert(run: _RecoveryRun) -> tuple[Path, dict[str, Any]]:
             work.start,
             to="mla",
             dtype=conversion.options.dtype if distillation is None else "fp32",
-            compression=run.inputs.compression,
+            compression=inputs.compression,
             experts=experts if distillation is None else None,
-            progress=run.progress,
+            progress=progress,
         )
     report = json.loads((work.start / REPORT_FILE).read_text(encoding="utf-8"))
-    report["dtype"] = conversion.stored_dtype()
+    dtype = report["dtype"] = conversion.stored_dtype()
     if experts is not None:
         report["routed_experts"] = experts
-    scores["compressed"] = _score(run, "compressed", work.start)
-    if distillation is None:
-        return work.start, report | _evaluation(run, scores)
-    report["recovery"] = work.cached("recovery", _recovery_training(run, distillation))
-    if not work.out.exists():
-        convert(
-            work.recovered,
-            work.out,
-            dtype=conversion.stored_dtype(),
-            experts=experts,
-            progress=run.progress,
+    score("compressed", work.start)
+    result = work.start
+    if distillation is not None:
+        report["recovery"] = work.cached(
+            "recovery", lambda: _train(inputs, distillation, work, progress)
         )
-    scores["recovered"] = _score(run, "recovered", work.out)
-    return work.out, report | _evaluation(run, scores)
+        result = work.out
+        if not result.exists():
+            convert(work.recovered, result, dtype=dtype, experts=experts, progress=progress)
+        score("recovered", result)
+    if text is not None:
+        report["evaluation"] = {"text": str(text.path), **evaluation}
+    return result, report
 
 
-def _recovery_training(
-    run: _RecoveryRun, distillation: DistillationOptions
-) -> Callable[[], dict[str, Any]]:
-    """A function that trains and returns the object `recovery` of the report."""
-    work, teacher, texts = run.work, run.inputs.conversion.src, run.inputs.recovery.texts
-
-    def train() -> dict[str, Any]:
-        found = distill(
-            work.start,
-            teacher,
-            work.tokens,
-            work.run,
-            distillation,
-            quiet=not run.progress.shown,
-            progress=run.progress,
-        )
-        if not work.recovered.exists():
-            _write_recovered(work, run.progress)
-        folder = TokenizedDataset.open(work.tokens)
-        recipe = distillation_recipe(work.start, teacher, work.tokens, distillation)
-        phase = recipe["phase"][-1]
-        settings = asdict(distillation) | {
-            "batch_tokens": phase["batch_size"] * phase["sequence_length"],
-            "learning_rate": phase["learning_rate"][0]["to"],
-        }
-        return {
-            "text": list(texts),
-            "text_tokens": folder.num_tokens("train"),
-            "held_out_tokens": folder.num_tokens("held_out"),
-            "settings": settings,
-            "tokens": found.tokens,
-            "seconds": found.seconds,
-            "tokens_per_second": found.tokens / found.seconds,
-            "divergence_before": found.before.divergence,
-            "divergence_after": found.after.divergence,
-            "loss_before": found.before.loss,
-            "loss_after": found.after.loss,
-            "evaluations": [
-                {"tokens": each.tokens, "loss": each.loss, "divergence": each.divergence}
-                for each in found.evaluations
-            ],
-        }
-
-    return train
+def _train(
+    inputs: RecoveryInputs,
+    distillation: DistillationOptions,
+    work: WorkFolder,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Recovery training: writes `work.recovered`, returns the object `recovery` of the report."""
+    teacher = inputs.conversion.src
+    found = distill(
+        work.start,
+        teacher,
+        work.tokens,
+        work.run,
+        distillation,
+        quiet=not progress.shown,
+        progress=progress,
+    )
+    if not work.recovered.exists():
+        _write_recovered(work, progress)
+    folder = TokenizedDataset.open(work.tokens)
+    recipe = distillation_recipe(work.start, teacher, work.tokens, distillation)
+    phase = recipe["phase"][-1]
+    settings = asdict(distillation) | {
+        "batch_tokens": phase["batch_size"] * phase["sequence_length"],
+        "learning_rate": phase["learning_rate"][0]["to"],
+    }
+    return {
+        "text": list(inputs.recovery.texts),
+        "text_tokens": folder.num_tokens("train"),
+        "held_out_tokens": folder.num_tokens("held_out"),
+        "settings": settings,
+        "tokens": found.tokens,
+        "seconds": found.seconds,
+        "tokens_per_second": found.tokens / found.seconds,
+        "divergence_before": found.before.divergence,
+        "divergence_after": found.after.divergence,
+        "loss_before": found.before.loss,
+        "loss_after": found.after.loss,
+        "evaluations": [
+            {"tokens": each.tokens, "loss": each.loss, "divergence": each.divergence}
+            for each in found.evaluations
+        ],
+    }
 
 
 def _write_recovered(work: WorkFolder, progress: Progress) -> None:
@@ -180,20 +178,3 @@ def _write_recovered(work: WorkFolder, progress: Progress) -> None:
     tensors = ((name, source.read(name)) for name, source in sources)
     write_checkpoint(work.recovered, start.hf_config, tensors, extra_files=text_files(work.start))
     shutil.rmtree(work.trained)
-
-
-def _score(run: _RecoveryRun, name: str, model: Path) -> dict[str, Any] | None:
-    text = run.inputs.evaluation_text
-    if text is None:
-        return None
-    return run.work.cached(name, lambda: evaluate(model, text, run.progress))
-
-
-def _evaluation(run: _RecoveryRun, scores: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
-    text = run.inputs.evaluation_text
-    return {} if text is None else {"evaluation": {"text": str(text.path), **scores}}
-
-
-def _read_config(folder: Path) -> ModelConfig:
-    source = open_checkpoint(folder)
-    return resolve_mtp_modules(read_config(source), source)

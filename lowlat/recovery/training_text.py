@@ -11,14 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Int
-
 from lowlat.data.build import build
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.documents import BadDocument, ReadOptions
 from lowlat.data.manifest import Split
-from lowlat.data.overlap import MOST_SHARED, share_seen, shared_runs
+from lowlat.data.overlap import MOST_SHARED
 from lowlat.data.selection import BuildOptions
 from lowlat.data.sources import DATASETS, files_of, is_records
 from lowlat.data.text_files import read_text
@@ -26,6 +23,7 @@ from lowlat.data.vocabulary import KNOWN_ENDS
 from lowlat.text.plain import TABLES
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.run.distill import EVALUATED_TOKENS
+from lowlat.utils.atomic_files import rename_folder
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -68,32 +66,12 @@ def build_tokens(
             break
     _check_enough(TokenizedDataset.open(partial), texts, length)
     passages.unlink(missing_ok=True)
-    partial.rename(folder)
+    rename_folder(partial, folder)
     return TokenizedDataset.open(folder)
 
 
-def require_unseen(
-    folder: TokenizedDataset, ids: Int[np.ndarray, " tokens"], name: Path, progress: Progress
-) -> None:
-    """Raises UserError if the training split of `folder` contains the evaluation text `ids` of the
-    file `name`.
-    """
-    _require_few(shared_runs(folder, ids, progress=progress), name, "the text of --text")
-
-
-def require_uncalibrated(
-    calibration: Iterable[Int[np.ndarray, " length"]],
-    ids: Int[np.ndarray, " tokens"],
-    name: Path,
-    origin: str,
-) -> None:
-    """Raises UserError if the calibration text contains the evaluation text `ids` of the file
-    `name`. origin: name of the calibration text, for the message.
-    """
-    _require_few(share_seen(ids, calibration), name, origin)
-
-
-def _require_few(share: float, name: Path, origin: str) -> None:
+def require_disjoint(share: float, name: Path, origin: str) -> None:
+    """Raises UserError if much of the evaluation text `name`, `share` of it, is in `origin`."""
     if share > MOST_SHARED:
         raise UserError(
             f"--evaluate {name}: {share:.1%} of it is in {origin}; give text that is neither "

@@ -20,14 +20,11 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from lowlat.checkpoint.resumable_writer import check_same, partial_path
-from lowlat.utils.atomic_files import refuse_existing, replace_file, sync_folder, sync_parent
+from lowlat.utils.atomic_files import refuse_existing, rename_new, replace_file, sync_parent
 from lowlat.utils.disk_errors import resumable_error
 from lowlat.utils.errors import UserError
 from lowlat.utils.file_lock import lock_for_writing
@@ -35,35 +32,17 @@ from lowlat.utils.file_lock import lock_for_writing
 REQUEST, PLACED = "request.json", "placed"
 
 
-@dataclass(frozen=True, slots=True)
 class WorkFolder:
     """Paths in the work folder."""
 
-    folder: Path
-
-    @property
-    def tokens(self) -> Path:
-        return self.folder / "tokens"
-
-    @property
-    def start(self) -> Path:
-        return self.folder / "start"
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "run"
-
-    @property
-    def trained(self) -> Path:
-        return self.folder / "trained"
-
-    @property
-    def recovered(self) -> Path:
-        return self.folder / "recovered"
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "out"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tokens = folder / "tokens"
+        self.start = folder / "start"
+        self.run = folder / "run"
+        self.trained = folder / "trained"
+        self.recovered = folder / "recovered"
+        self.out = folder / "out"
 
     def cached(self, name: str, compute: Callable[[], Any]) -> Any:
         """The JSON value `name`, computed once."""
@@ -76,10 +55,9 @@ class WorkFolder:
         """Add `files` by name to the folder `made`, and rename it to `dst`."""
         for name, content in files.items():
             replace_file(made / name, content)
-        sync_folder(made)
         refuse_existing(dst)
         replace_file(self.folder / PLACED, b"")
-        made.rename(dst)
+        rename_new(made, dst)
         sync_parent(dst)
 
 
@@ -119,7 +97,7 @@ def open_work_folder(dst: Path, fingerprint: Mapping[str, str]) -> Iterator[Work
             try:
                 yield work
             except UserError as error:
-                of_disk = isinstance(error.__cause__, OSError | SafetensorError)
+                of_disk = isinstance(error.__cause__, OSError)
                 is_begun = work.start.exists() or partial_path(work.start).exists()
                 if not (is_begun or (of_disk and work.tokens.exists())):
                     shutil.rmtree(work.folder, ignore_errors=True)

@@ -16,8 +16,9 @@ from starlette.routing import Route
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
-from lowlat.serve.http.access_log import AccessLogMiddleware
 from lowlat.serve.http.errors import handle_error
+from lowlat.serve.http.logs import AccessLogMiddleware
+from lowlat.serve.http.pages import page_routes
 from lowlat.serve.http.security import SecurityMiddleware
 from lowlat.serve.http.workers import WorkerPool
 from lowlat.serve.metrics import Metrics
@@ -26,7 +27,6 @@ from lowlat.serve.routes.endpoint import JsonEndpoint
 from lowlat.serve.routes.models import InfoRoutes
 from lowlat.serve.routes.openapi import openapi_route
 from lowlat.serve.routes.operations import POSTS
-from lowlat.serve.routes.pages import page_routes
 from lowlat.serve.state import ServerState
 from lowlat.serve.structured_outputs import StructuredOutputManager
 from lowlat.utils.errors import UserError
@@ -56,10 +56,7 @@ def build_app(state: ServerState) -> Starlette:
     """
     metrics = Metrics(state)
     routes = [
-        *(
-            Route(post.path, JsonEndpoint(state, post.request, post.handle), methods=["POST"])
-            for post in POSTS
-        ),
+        *(Route(post.path, JsonEndpoint(state, post), methods=["POST"]) for post in POSTS),
         *InfoRoutes(state).routes(),
         metrics.route(),
         openapi_route(state),

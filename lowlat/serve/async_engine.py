@@ -52,9 +52,8 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._submitted: deque[Generation] = deque()
         self._cancelled: deque[Generation] = deque()
-        self._requests: dict[Generation, TextRequest] = {}
-        """Unfinished requests in the engine; used by the engine's thread."""
         self._generations: dict[TextRequest, Generation] = {}
+        """Unfinished requests in the engine; used by the engine's thread."""
         self._is_draining = False
         self._is_ending = False
         self._has_ended = False
@@ -68,7 +67,6 @@ class AsyncEngine:
     # --- on the event loop ---------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the engine's thread."""
         self._loop = asyncio.get_running_loop()
         self._is_idle.set()
         self._thread.start()
@@ -99,12 +97,10 @@ class AsyncEngine:
         priority: int = 0,
         deadline: float | None = None,
         keep_special: frozenset[int] = frozenset(),
-        stop_token_ids: frozenset[int] = frozenset(),
         begins_text: bool = True,
     ) -> Generation:
         """Queue a request. deadline: seconds from now. cache_namespace: see RequestOptions.
-        keep_special: special tokens that are part of the text. stop_token_ids: tokens that end a
-        completion. begins_text: see CompletionBuilder.
+        keep_special, begins_text: see CompletionBuilder.
 
         Raises UserError if the model cannot serve the request, Overloaded, Draining and EngineDead.
         """
@@ -114,7 +110,6 @@ class AsyncEngine:
             priority=priority,
             deadline=None if deadline is None else time.perf_counter() + deadline,
             cache_namespace=cache_namespace,
-            stop_token_ids=stop_token_ids,
             constraint=grammar,
         )
         generation = Generation(
@@ -162,10 +157,6 @@ class AsyncEngine:
             return False
         return self._watchdog.silence() < STALL_SECONDS
 
-    @property
-    def is_draining(self) -> bool:
-        return self._is_draining
-
     async def drain(self, seconds: float) -> None:
         """Refuse new requests, wait up to `seconds` for the unfinished ones, abort the rest and end
         the thread."""
@@ -206,7 +197,6 @@ class AsyncEngine:
         return min(60, max(1, math.ceil(seconds)))
 
     def _dispatch(self, deltas: Deltas) -> None:
-        """Hand deltas to their generations."""
         for generation, delta in deltas:
             if generation not in self._open:
                 continue  # it was cut off
@@ -255,7 +245,6 @@ class AsyncEngine:
         return not is_ending
 
     def _wait(self) -> None:
-        """Wait until there is work."""
         while not self._engine.has_work:
             with self._wake:
                 if self._submitted or self._cancelled or self._is_ending:
@@ -270,7 +259,7 @@ class AsyncEngine:
     def _add(self, generation: Generation) -> Deltas:
         """Add a request to the session; returns its ends if that fails."""
         try:
-            request = self._session.add(
+            generation.request = self._session.add(
                 generation.prompt,
                 generation.params,
                 generation.options,
@@ -281,19 +270,18 @@ class AsyncEngine:
             logger.exception("a request could not be started")
             return ends_of(generation, "error", f"the request could not be started: {error}")
         self._is_checked = False
-        self._requests[generation] = request
-        self._generations[request] = generation
+        self._generations[generation.request] = generation
         return []
 
     def _cancel(self, generations: list[Generation]) -> Deltas:
         deltas: Deltas = []
         for generation in generations:
             self._cancelled.popleft()
-            request = self._requests.get(generation)
-            if request is not None:
+            request = generation.request
+            if request is not None and request in self._generations:
                 ends = self._session.abort(request)
                 deltas += [(generation, end) for end in ends]
-                self._forget(request)
+                del self._generations[request]
         return deltas
 
     def _step(self) -> Iterator[tuple[Generation, CompletionDelta]]:
@@ -310,12 +298,8 @@ class AsyncEngine:
             if delta.finish_reason is not None and request.is_finished:
                 finished.append(request)
         for request in finished:
-            self._forget(request)
-
-    def _forget(self, request: TextRequest) -> None:
-        generation = self._generations.pop(request, None)
-        if generation is not None:
-            del self._requests[generation]
+            # Several completions may have ended at once.
+            self._generations.pop(request, None)
 
     def _end_all(self) -> None:
         """End all requests when the thread ends, so that no client waits."""
@@ -330,7 +314,7 @@ class AsyncEngine:
         for request, generation in unfinished:
             ends = self._session.end(request, reason, self._failure)
             deltas += [(generation, end) for end in ends]
-            self._forget(request)
+        self._generations.clear()
         for generation in submitted:
             deltas += ends_of(generation, reason, self._failure)
         self._post(deltas)
@@ -345,10 +329,7 @@ class AsyncEngine:
 
 
 def _record_times(generation: Generation, request: TextRequest, index: int) -> None:
-    """Copy a request's timing to its generation."""
-    usage, record = request.builders[index].usage, request.request
-    generation.cached_tokens = record.num_matched
-    if record.started_at is not None:
-        generation.queue_seconds = record.started_at - record.arrived_at
+    usage = request.builders[index].usage
+    generation.cached_tokens = usage.cached_tokens
     generation.prefill_seconds = usage.prefill_seconds
     generation.decode_seconds = max(generation.decode_seconds, usage.decode_seconds)

@@ -135,7 +135,6 @@ def is_loopback(host: str) -> bool:
 
 
 def is_address(host: str) -> bool:
-    """Whether `host` is an IP address."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

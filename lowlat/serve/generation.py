@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from lowlat.engine.request import FinishReason, RequestOptions
 from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.params import SamplingParams
-from lowlat.generate.session import end_delta
+from lowlat.generate.session import TextRequest, end_delta
 
 
 class Overloaded(Exception):
@@ -47,14 +47,14 @@ class Generation:
         self.options = options
         self.keep_special = keep_special
         self.begins_text = begins_text
+        self.request: TextRequest | None = None
+        """The request in the engine; used by the engine's thread."""
         self.cached_tokens = 0
         """Prompt tokens found in the prefix cache; known from the first delta on."""
         self.prefill_seconds = 0.0
         """From the first step of the prompt to the first token."""
         self.decode_seconds = 0.0
         """From the first token to the last, of the completion that took longest."""
-        self.queue_seconds = 0.0
-        """From arrival to the first step."""
         self._cancel = cancel
         self._deltas: asyncio.Queue[CompletionDelta] = asyncio.Queue()
         self._num_open = params.n

@@ -55,7 +55,6 @@ class Metrics:
         self._names = {route.endpoint: route.path for route in routes}
 
     def count(self, scope: Scope, status: int, seconds: int | float) -> None:
-        """Record one finished request."""
         # Clients choose paths and methods; only known ones become label values.
         route = self._names.get(scope.get("endpoint"), UNKNOWN_ROUTE)
         method = scope["method"] if scope["method"] in _METHODS else "other"
@@ -71,8 +70,6 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Reads a snapshot of the engine at every scrape."""
-
     def __init__(self, state: ServerState) -> None:
         self._state = state
 

@@ -37,7 +37,6 @@ class ServerState:
 
     @property
     def model_name(self) -> str:
-        """The model name that clients request."""
         return self.config.model_name or self.model.name
 
     def check_capacity(self) -> None:

@@ -4,54 +4,16 @@ A slow grammar delays only other grammars. The budget covers the grammars of all
 limits each API key to half of it. Compilation itself is in `generate.grammar`.
 """
 
-import json
 import threading
 import weakref
 from collections import Counter, deque
 
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler
 from lowlat.generate.model import Model
-from lowlat.generate.structured import (
-    Choice,
-    Grammar,
-    JsonObject,
-    JsonSchema,
-    Regex,
-    StructuredOutput,
-)
+from lowlat.generate.structured import StructuredOutput
 from lowlat.serve.generation import Overloaded
 from lowlat.serve.http.workers import WorkerPool
-from lowlat.serve.protocol.errors import RequestError
-from lowlat.serve.protocol.structured_outputs import (
-    JsonObjectFormat,
-    JsonSchemaFormat,
-    ResponseFormat,
-    StructuredOutputs,
-)
-from lowlat.utils.errors import UserError
-
-
-def from_response_format(given: ResponseFormat | None) -> StructuredOutput | None:
-    """The structured output of response_format; None: free text. Raises UserError above a limit."""
-    match given:
-        case JsonObjectFormat():
-            return JsonObject()
-        case JsonSchemaFormat():
-            return JsonSchema(schema=json.dumps(given.json_schema.schema_))
-        case _:
-            return None
-
-
-def from_structured_outputs(given: StructuredOutputs) -> StructuredOutput:
-    """The structured output of structured_outputs. Raises UserError above a limit."""
-    if given.json_ is not None:
-        return JsonSchema(schema=json.dumps(given.json_))
-    if given.regex is not None:
-        return Regex(pattern=given.regex)
-    if given.choice is not None:
-        return Choice(options=tuple(given.choice))
-    return Grammar(lark=given.grammar or "")
-
+from lowlat.serve.protocol.errors import about
 
 MIN_GRAMMAR_BYTES = 1 << 20
 """Least memory to count for a grammar: its automaton grows while outputs are matched."""
@@ -84,10 +46,8 @@ class StructuredOutputManager:
         Raises RequestError about the field `param`, Overloaded if the queue or the memory budget
         (per `cache_namespace` or in total) is full.
         """
-        try:
+        with about(param):
             return await self._worker.run(self._compile, output, cache_namespace, begins_text)
-        except UserError as error:
-            raise RequestError(f"{param}: {error}", param=param) from error
 
     @property
     def used_bytes(self) -> int:
@@ -95,7 +55,6 @@ class StructuredOutputManager:
         return self._held.total()
 
     def close(self) -> None:
-        """Stop the thread."""
         self._worker.close()
 
     def _compile(

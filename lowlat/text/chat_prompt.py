@@ -82,7 +82,13 @@ class _Marks:
         edges = {token[0] for token in control} | {token[-1] for token in control}
         self._insides = "\0".join(_folded(token) for token in control)
         self._template = template
-        strings = list(_strings(sent))
+        strings: list[str] = []
+
+        def collect(string: str) -> str:
+            strings.append(string)
+            return string
+
+        _converted(sent, collect)
         self._edges = {char for char in set("".join(strings)) if not edges.isdisjoint(_forms(char))}
         inside = [string for string in strings if self._is_inside(string)]
         used = self._edges.union(*inside)
@@ -124,23 +130,8 @@ def _forms(char: str) -> str:
     return char + char.upper() + char.lower() + unicodedata.normalize("NFKC", char)
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in the JSON `value` that is not one of a message's known roles."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if key not in WORDS:
-                yield str(key)
-            if not _is_role(key, item):
-                yield from _strings(item)
-    elif isinstance(value, Sequence):
-        for item in value:
-            yield from _strings(item)
-
-
 def _converted(value: Any, convert: Convert) -> Any:
-    """The JSON `value` with `convert` applied to the strings of `_strings`."""
+    """The JSON `value` with `convert` applied to every string but a message's known role."""
     if isinstance(value, str):
         return convert(value)
     if isinstance(value, Mapping):

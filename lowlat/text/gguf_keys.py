@@ -16,6 +16,7 @@ from gguf import TokenType
 from lowlat.text.gguf_vocab import (
     ALL_ENDS,
     END_KEYS,
+    SPECIAL_KEYS,
     TOOL_TEMPLATE,
     Metadata,
     named_ends,
@@ -161,12 +162,7 @@ def _adds_space(spec: dict[str, Any]) -> bool:
 
 def _special(parts: TokenizerParts) -> dict[str, Any]:
     """Ids of special tokens but eos, and whether bos and eos are put around a text."""
-    names = {
-        "bos_token": "ggml.bos_token_id",
-        "unk_token": "ggml.unknown_token_id",
-        "pad_token": "ggml.padding_token_id",
-    }
-    ids = {key: _id_of(parts, name) for name, key in names.items()}
+    ids = {key: _id_of(parts, name) for name, key in SPECIAL_KEYS.items() if name != "eos_token"}
     keys: dict[str, Any] = {key: index for key, index in ids.items() if index is not None}
     before, after = around(parts.backend)
     bos, eos = parts.special_tokens.get("bos_token"), parts.special_tokens.get("eos_token")

@@ -26,6 +26,12 @@ END_KEYS = ("ggml.eos_token_id", "ggml.eot_token_id", "ggml.eom_token_id")
 ALL_ENDS = "lowlat.eos_token_ids"
 """All end tokens, in lowlat's own files, if the other keys and the names do not give exactly
 them."""
+SPECIAL_KEYS = {
+    "bos_token": "ggml.bos_token_id",
+    "eos_token": "ggml.eos_token_id",
+    "unk_token": "ggml.unknown_token_id",
+    "pad_token": "ggml.padding_token_id",
+}
 TOOL_TEMPLATE = "chat_template.tool_use"
 
 
@@ -247,17 +253,10 @@ def _token_at(meta: Metadata, tokens: list[str], key: str, index: int) -> str:
 
 
 def _special_tokens(meta: Metadata, tokens: list[str]) -> dict[str, str]:
-    keys = {
-        "bos_token": "ggml.bos_token_id",
-        "eos_token": "ggml.eos_token_id",
-        "unk_token": "ggml.unknown_token_id",
-        "pad_token": "ggml.padding_token_id",
-    }
-    ids = {name: meta.get(key, int) for name, key in keys.items()}
     return {
-        name: _token_at(meta, tokens, keys[name], index)
-        for name, index in ids.items()
-        if index is not None
+        name: _token_at(meta, tokens, key, index)
+        for name, key in SPECIAL_KEYS.items()
+        if (index := meta.get(key, int)) is not None
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from lowlat.serve.http.login import COOKIE, cookie_value
+from lowlat.serve.http.pages import COOKIE, cookie_value
 
 from .local import NAME, Local, listening, routes
 from .wire import HOST, Reply, exchange, request
@@ -116,6 +116,7 @@ def twisted(path: str) -> Iterator[str]:
     yield from (f"/%2f{path[1:]}", f"{path}%3fx", f"{path}\\", f"\\{path[1:]}")
 
 
+@pytest.mark.slow
 def test_no_route_opens_by_another_spelling(locked: Local) -> None:
     for method, path in routes(locked):
         for target in twisted(path):
@@ -150,6 +151,7 @@ HOSTS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 def test_no_route_answers_to_a_foreign_host(open_server: Local, locked: Local, host: str) -> None:
     """Regression: DNS rebinding, with which a page reads from a server it has no key for."""
@@ -179,6 +181,7 @@ def origins(port: int) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_route_answers_to_a_foreign_origin(open_server: Local, locked: Local) -> None:
     """Regression: pages of other sites that use the server behind the user's back."""
     for server, more in ((open_server, {}), (locked, {"Authorization": f"Bearer {KEY}"})):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.parameters import slow_except
 from tests.server.conftest import Server, serving
 from tests.server.tiny_server import NAME
 
@@ -43,7 +44,9 @@ TABLES: dict[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["python", "python -O"])
+@pytest.fixture(
+    scope="module", params=["python", pytest.param("python -O", marks=pytest.mark.slow)]
+)
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server of a tiny model; asserts do nothing in the second one."""
     with pytest.MonkeyPatch.context() as patch:
@@ -143,7 +146,10 @@ def test_there_are_enough_of_them() -> None:
     assert len(set(names)) == len(names) > 2500
 
 
-@pytest.mark.parametrize("name", HARD)
+SLOWEST = {"(.*a){30}", "a huge length", "a huge array", "a huge repeat of a rule"}
+
+
+@pytest.mark.parametrize("name", slow_except(HARD.keys() - SLOWEST, HARD))
 def test_hard_grammars_take_a_moment(server: Server, name: str) -> None:
     """Regression: patterns that keep a server busy for minutes (ReDoS)."""
     body = {**BODIES[COMPLETIONS], "structured_outputs": HARD[name], "max_tokens": 1200}

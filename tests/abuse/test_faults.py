@@ -17,6 +17,7 @@ from lowlat.generate.completion import CompletionBuilder
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from lowlat.serve import async_engine as engine_module
 from lowlat.serve.chat.output_parser import OutputParser
+from lowlat.serve.protocol.structured_outputs import StructuredOutputs
 from lowlat.serve.routes import chat as routes_chat
 from lowlat.serve.routes import completions as routes_completions
 from lowlat.text.tokenizer import Tokenizer
@@ -147,7 +148,7 @@ def in_compiling(patch: pytest.MonkeyPatch) -> None:
 
 
 def in_reading_grammars(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(routes_completions, "from_structured_outputs", lambda given: fail())
+    patch.setattr(StructuredOutputs, "to_output", lambda self: fail())
 
 
 GRAMMAR_FAULTS: dict[str, Patch] = {

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lowlat.serve.http import connection as connection_module
+from tests.parameters import slow_except
 
 from .local import NAME, Local, counting_model, listening, num_descriptors, routes, until
 from .wire import HOST, SECONDS, exchange, get, post, request
@@ -67,7 +68,7 @@ def held_after(connections: Sequence[socket.socket], *, is_trickling: bool) -> s
 
 
 @pytest.mark.parametrize("is_trickling", [True, False], ids=["a byte now and then", "one byte"])
-@pytest.mark.parametrize("keys", [(), (KEY,)], ids=["open", "locked"])
+@pytest.mark.parametrize("keys", slow_except([()], [(), (KEY,)]), ids=["open", "locked"])
 def test_no_route_waits_for_a_body_forever(keys: tuple[str, ...], is_trickling: bool) -> None:
     """Regression: connections held open by a body without end, whether it is read or not."""
     with listening(api_keys=keys, **PROMPT) as server, contextlib.ExitStack() as stack:

@@ -65,7 +65,7 @@ class ScriptedGeneration(Generation):
     def __init__(self, engine: "ScriptedEngine", prompt: Sequence[int], max_tokens: int | None):
         self.prompt = tuple(prompt)
         self.cached_tokens = 0
-        self.queue_seconds, self.prefill_seconds, self.decode_seconds = 0.0, 0.25, 0.5
+        self.prefill_seconds, self.decode_seconds = 0.25, 0.5
         self.is_cancelled = False
         """Whether it was given up before its last token."""
         self._is_over = False

@@ -1,11 +1,13 @@
 """Accessibility: keyboard and screen reader."""
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.scripted import Server
 from tests.browser.steps import answer_text, answers, ask
 
 
+@pytest.mark.slow
 def test_keyboard_alone(page: Page, server: Server) -> None:
     """A conversation without a mouse: ask, stop, regenerate, edit, copy, begin another, go back."""
     press = page.keyboard.press
@@ -58,6 +60,7 @@ def test_composing_does_not_send(page: Page) -> None:
     expect(answers(page)).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_tab_order(page: Page) -> None:
     """Tab reaches every control once, from the skip link through the messages to the field."""
     ask(page, "table please")
@@ -163,6 +166,7 @@ def test_every_control_has_a_name(page: Page) -> None:
             page.evaluate("(id) => document.getElementById(id).close()", dialog)
 
 
+@pytest.mark.slow
 def test_announcements(page: Page) -> None:
     """A screen reader hears that the answer began and the finished answer, not each token."""
     page.evaluate(

@@ -5,6 +5,7 @@ import re
 import time
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import TIMEOUT, Open
@@ -120,6 +121,7 @@ def test_reload_keeps_everything(page: Page) -> None:
     expect(page.get_by_role("heading", level=1)).to_have_text("table please")
 
 
+@pytest.mark.slow
 def test_reload_while_streaming(page: Page, server: Server) -> None:
     """The partial text is saved, the server stops, and the user can regenerate."""
     send(page, "slow please")
@@ -135,6 +137,7 @@ def test_reload_while_streaming(page: Page, server: Server) -> None:
     expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_conversations(page: Page) -> None:
     """New ones begin empty; the list, the address and the back button lead to each."""
     ask(page, "first talk")
@@ -150,6 +153,7 @@ def test_conversations(page: Page) -> None:
     expect(answers(page)).to_contain_text("You said: second talk")
 
 
+@pytest.mark.slow
 def test_rename_and_delete(page: Page) -> None:
     ask(page, "first talk")
     page.get_by_role("button", name="This conversation").click()
@@ -175,6 +179,7 @@ def test_rename_and_delete(page: Page) -> None:
     expect(links).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_deleted_while_answering(page: Page, server: Server) -> None:
     """An answer under way does not bring its conversation back."""
     send(page, "slow please")
@@ -187,6 +192,7 @@ def test_deleted_while_answering(page: Page, server: Server) -> None:
     expect(page.get_by_role("navigation").get_by_role("link")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_export(page: Page) -> None:
     """Both files hold the conversation; the Markdown is the model's own."""
     ask(page, "table please")
@@ -204,6 +210,7 @@ def test_export(page: Page) -> None:
     assert [message["role"] for message in record["messages"]] == ["user", "assistant"]
 
 
+@pytest.mark.slow
 def test_copy(page: Page) -> None:
     """Code and answers reach the clipboard as the model wrote them, also where http forbids it."""
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
@@ -223,6 +230,7 @@ def test_copy(page: Page) -> None:
     assert page.evaluate(paste) == "table please"
 
 
+@pytest.mark.slow
 def test_answer_continues_in_another_conversation(page: Page) -> None:
     """Looking at another conversation does not end an answer; coming back shows it growing."""
     send(page, "slow please")
@@ -241,6 +249,7 @@ def test_answer_continues_in_another_conversation(page: Page) -> None:
     expect(answers(page)).to_contain_text("Stopped.")
 
 
+@pytest.mark.slow
 def test_a_click_while_an_answer_ends(page: Page) -> None:
     """Regression: a list rebuilt between press and release, so that the click has no target."""
     ask(page, "first talk")
@@ -256,6 +265,7 @@ def test_a_click_while_an_answer_ends(page: Page) -> None:
     expect(answers(page)).to_contain_text("You said: first talk")
 
 
+@pytest.mark.slow
 def test_two_tabs(page: Page) -> None:
     """A second tab hears of what the first one did."""
     other = page.context.new_page()
@@ -264,6 +274,7 @@ def test_two_tabs(page: Page) -> None:
     expect(other.get_by_role("navigation").get_by_role("link")).to_have_text(["from the first tab"])
 
 
+@pytest.mark.slow
 def test_sampling_settings(page: Page, server: Server) -> None:
     """Defaults, changed values, greedy without filters, reset; they outlast a reload."""
     ask(page, "one")

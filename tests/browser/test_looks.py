@@ -8,6 +8,8 @@ from playwright.sync_api import Page, expect
 from tests.browser.conftest import Open
 from tests.browser.steps import answers, ask, contrast, send, stop_button
 
+pytestmark = pytest.mark.slow
+
 NARROW = {"width": 320, "height": 640}
 TEXTS = [
     ".title",

@@ -260,6 +260,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 def test_long_texts(page: Page) -> None:
     """Text made to be slow or deep is neither: a quadratic step would take minutes here."""
     for name, text in LONG.items():

@@ -3,6 +3,7 @@
 Answers here are made in the browser's network layer, in the server's own shape.
 """
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import BROKEN, REFUSED, Errors, Open
@@ -19,6 +20,8 @@ from tests.browser.steps import (
     users,
     wait_for_end,
 )
+
+pytestmark = pytest.mark.slow
 
 
 def test_reasoning_is_folded(page: Page) -> None:

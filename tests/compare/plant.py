@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lowlat.compare.diagnosis.mistakes import MistakeKind
-
 from .models import EQUAL_SCALES, YARN, Patch
 
 DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
@@ -28,7 +26,7 @@ class Plant:
 
     name: str
     plant: Patch
-    kind: MistakeKind
+    kind: str
     """The mistake's name in a report."""
     first: str
     """The part that differs first."""

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowlat.compare.diagnosis.mistakes import MistakeKind
 from lowlat.config.model import ModelConfig, RopeConfig, yarn_mscale
 from lowlat.model import mla
 from lowlat.ops import rope
@@ -53,7 +52,7 @@ def left_in_halves(x: Tensor, table: RotaryTable, *, interleave: bool) -> Tensor
 
 
 def turns(
-    name: str, turn: Callable[..., Tensor], kind: MistakeKind, first: str, says: str, only: str = ""
+    name: str, turn: Callable[..., Tensor], kind: str, first: str, says: str, only: str = ""
 ) -> Plant:
     return Plant(
         name=f"RoPE: {name}",
@@ -86,7 +85,7 @@ def scale(
     says: str,
     *,
     config: dict[str, Any] | None = None,
-    kind: MistakeKind = "yarn_softmax_scale",
+    kind: str = "yarn_softmax_scale",
     nope: bool = False,
 ) -> Plant:
     """A factor in place of m(mscale_all_dim)^2; `nope` counts other channels than the rotary."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.compare.diagnosis.mistakes import MistakeKind
 from lowlat.config.model import MoEConfig
 from lowlat.model import moe, mtp
 from lowlat.model.transformer import Transformer
@@ -100,7 +99,7 @@ def carries_raw(patch: pytest.MonkeyPatch) -> None:
 def routes(
     name: str,
     route: Callable[..., Routing],
-    kind: MistakeKind,
+    kind: str,
     says: str,
     *,
     first: str = "routing_weights",
@@ -123,7 +122,7 @@ def rounded(name: str, **kinds: torch.dtype) -> Plant:
     return routes(f"gate: {name} in {kind}", route, "gate_precision", says, first="router_scores")
 
 
-def joins(name: str, forward: Callable[..., Tensor], kind: MistakeKind, says: str) -> Plant:
+def joins(name: str, forward: Callable[..., Tensor], kind: str, says: str) -> Plant:
     return Plant(
         name=f"MTP: {name}",
         plant=replace_function(mtp.MTPModule, "forward", forward),

@@ -10,8 +10,6 @@ from torch import Tensor
 from transformers.modeling_layers import MtpLayer
 from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
 
-from lowlat.compare.diagnosis.mistakes import MistakeKind
-
 from .plant import PLAIN, Plant, replace_function
 
 MTP_FORWARD = MtpLayer.forward
@@ -92,7 +90,7 @@ def theirs_with(
     owner: Any,
     function: str,
     new: Callable[..., Any],
-    kind: MistakeKind,
+    kind: str,
     first: str,
     says: str,
     config: dict[str, Any] | None = None,
@@ -108,18 +106,16 @@ def theirs_with(
     )
 
 
-def gate(
-    name: str, kind: MistakeKind, says: str, first: str = "routing_weights", **mistake: Any
-) -> Plant:
+def gate(name: str, kind: str, says: str, first: str = "routing_weights", **mistake: Any) -> Plant:
     owner, new = theirs.DeepseekV3TopkRouter, their_gate(**mistake)
     return theirs_with(name, owner, "forward", new, kind, first, says)
 
 
-def turns(name: str, new: Callable[..., Turned], kind: MistakeKind, first: str, says: str) -> Plant:
+def turns(name: str, new: Callable[..., Turned], kind: str, first: str, says: str) -> Plant:
     return theirs_with(name, theirs, "apply_rotary_pos_emb_interleave", new, kind, first, says)
 
 
-def tables(name: str, kind: MistakeKind, says: str, **right: bool) -> Plant:
+def tables(name: str, kind: str, says: str, **right: bool) -> Plant:
     owner, new = theirs.DeepseekV3RotaryEmbedding, their_tables(**right)
     return theirs_with(name, owner, "forward", new, kind, "q_rotated", says)
 
@@ -128,13 +124,13 @@ def scale(
     name: str,
     new: Callable[..., float],
     says: str,
-    kind: MistakeKind = "yarn_softmax_scale",
+    kind: str = "yarn_softmax_scale",
     config: dict[str, Any] | None = None,
 ) -> Plant:
     return theirs_with(name, theirs, "yarn_apply_mscale", new, kind, "scores", says, config)
 
 
-def joins(name: str, new: Callable[..., Tensor], kind: MistakeKind, says: str) -> Plant:
+def joins(name: str, new: Callable[..., Tensor], kind: str, says: str) -> Plant:
     return theirs_with(name, MtpLayer, "forward", new, kind, "joined", says)
 
 

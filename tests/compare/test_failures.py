@@ -11,9 +11,9 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from lowlat.cli import main
-from lowlat.compare.implementations.base import REMEDY, run_in_worker
-from lowlat.compare.implementations.llama_cpp import LlamaCppModel
+from lowlat.compare.implementations.base import REMEDY
 from lowlat.compare.implementations.lowlat_pytorch import LowlatPyTorch
+from lowlat.compare.implementations.peers import LlamaCppModel, run_in_worker
 from lowlat.compare.implementations.transformers import load_transformers
 from lowlat.utils.errors import UserError
 from tests.unit.peers import fake_worker

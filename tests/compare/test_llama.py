@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lowlat.cli import main
-from lowlat.compare.implementations.llama_cpp import LlamaCppModel
+from lowlat.compare.implementations.peers import LlamaCppModel
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer

@@ -4,14 +4,12 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
-from lowlat.compare.diagnosis.diagnose import NAMES
 from lowlat.compare.diagnosis.gate_reference import routing_weights
-from lowlat.compare.diagnosis.mistakes import MistakeKind
+from lowlat.compare.diagnosis.mistakes import NAMES
 from lowlat.compare.implementations.base import Implementation
 from lowlat.compare.implementations.transformers import load_transformers
 from lowlat.compare.result_json import as_dict
@@ -78,9 +76,8 @@ def test_planted_mistake_is_named(plant: Plant, guilty: str, folders: Folders) -
 
 def test_every_kind_is_planted() -> None:
     """Regression: a detector that no test has seen detect anything."""
-    kinds = set(get_args(MistakeKind))
-    assert kinds == set(NAMES) == {plant.kind for plant in OWN}
-    assert kinds - {"mtp_hidden"} == {plant.kind for plant in THEIRS}
+    assert set(NAMES) == {plant.kind for plant in OWN}
+    assert set(NAMES) - {"mtp_hidden"} == {plant.kind for plant in THEIRS}
 
 
 @pytest.mark.parametrize("plant", FIRST[::4], ids=lambda plant: plant.name)

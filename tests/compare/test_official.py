@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowlat.compare.implementations import base, deepseek_worker
-from lowlat.compare.implementations.deepseek import DeepSeekModel
+from lowlat.compare.implementations import deepseek_worker, peers
+from lowlat.compare.implementations.peers import DeepSeekModel
 from lowlat.compare.result_json import as_dict
 from lowlat.compare.result_text import notes
 from lowlat.compare.run import ComparisonResult, compare
@@ -43,13 +43,13 @@ def edited(folder: Path, old: str, new: str) -> Path:
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker's work in this process, which saves the start of another."""
 
-    def run(self: DeepSeekModel, request: dict[str, Any]) -> None:
+    def run(_: str, requests: list[dict[str, Any]], *, label: str) -> None:
         try:
-            deepseek_worker.run(**request)
+            deepseek_worker.run(**requests[0])
         except UserError as error:
-            raise UserError(f"{self.label}: {error}") from error
+            raise UserError(f"{label}: {error}") from error
 
-    monkeypatch.setattr(DeepSeekModel, "_run", run)
+    monkeypatch.setattr(peers, "run_in_worker", run)
     for name in ("kernel", "deepseek_model_py"):  # the worker adds them
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
 
@@ -79,6 +79,7 @@ def test_it_computes_the_same(
     assert "has no MTP modules" in notes(as_dict(report))[0]
 
 
+@pytest.mark.slow
 def test_a_fault_comes_back_from_the_other_process(checkpoint: Path, tmp_path: Path) -> None:
     script = edited(tmp_path, "class Gate(", "class Router(")
     with pytest.raises(UserError) as caught:
@@ -92,7 +93,7 @@ def test_the_end_of_the_other_process_is_reported(
     script = edited(tmp_path, "import math\n", "import os\nos.abort()\n")
     with pytest.raises(UserError, match="official: fails at run time: killed by SIGABRT"):
         official(script, checkpoint).trace(window())
-    monkeypatch.setattr(base, "TIMEOUT", 0.01)
+    monkeypatch.setattr(peers, "TIMEOUT", 0.01)
     with pytest.raises(UserError, match="official: fails at run time: no answer within 0 s"):
         official(STAND_IN, checkpoint).trace(window())
 

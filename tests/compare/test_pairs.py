@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowlat.checkpoint.load import load_model
 from lowlat.compare.differences import TOLERANCE
 from lowlat.compare.implementations.lowlat_native import LowlatNative
 from lowlat.compare.implementations.lowlat_pytorch import LowlatPyTorch
+from lowlat.compare.implementations.open import open_implementation
+from lowlat.compare.implementations.spec import parse
 from lowlat.compare.implementations.transformers import load_transformers
 from lowlat.compare.result_json import as_dict
 from lowlat.compare.result_text import diagnosis_lines, notes, routing_lines
@@ -19,6 +20,7 @@ from lowlat.compare.trace import LAYER_PARTS, Window
 from lowlat.convert.run import convert
 from lowlat.ops import native
 from lowlat.utils.errors import UserError
+from lowlat.utils.progress import SilentProgress
 from tests.lowlat_configs import EVERY, random_model
 from tests.parity.draw import Case, draw_case
 
@@ -151,8 +153,8 @@ def test_native_kernels_show_rows_and_logits(v3: Path, llama: Path, dtype: str) 
 
 
 def test_native_is_refused_where_it_does_not_run(v3: Path) -> None:
-    with pytest.raises(UserError, match="native kernels"):
-        LowlatNative(load_model(v3, dtype="fp32").model, label="M@native", precision="fp32")
+    with pytest.raises(UserError, match="native kernels are not built here or do not run"):
+        open_implementation(parse(f"{v3}@native,auto"), SilentProgress())
 
 
 def test_int8_cache_shows_in_the_rows_alone_at_first(v3: Path) -> None:

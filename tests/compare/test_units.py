@@ -24,11 +24,12 @@ from lowlat.compare.trace import (
     load_trace,
     save_trace,
 )
-from lowlat.config.attention_summary import short_name
-from lowlat.config.model import MoEConfig, RopeConfig
+from lowlat.config.attention import short_name
+from lowlat.config.model import RopeConfig
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from lowlat.ops.routing import route
 from lowlat.utils.errors import UserError
+from tests.configs import MOE, YARN
 from tests.lowlat_configs import EVERY, MLA, lowlat_config
 
 LAYER = Block("layer", 3)
@@ -69,7 +70,7 @@ def test_kl_and_changed_experts_by_hand() -> None:
     assert predicted.kl == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
     assert (predicted.agreeing, predicted.tokens) == (2, 2)
     choice = comparison.routing[LAYER]
-    assert (choice.changed, choice.total, choice.tokens) == (1, 4, 1)
+    assert (choice.changed, choice.chosen, choice.tokens) == (1, 4, 1)
 
 
 def test_parts_without_counterpart_are_left_out_with_the_reason() -> None:
@@ -125,19 +126,16 @@ def test_trace_survives_the_way_between_processes(tmp_path: Path) -> None:
 def test_the_right_rule_is_lowlats(groups, method, scoring, flags, shift, seed) -> None:
     """The auditor and the audited are written twice and must agree on what is right."""
     count, each, kept = groups
-    moe = MoEConfig(
+    moe = replace(
+        MOE,
         n_routed_experts=count * each,
         num_experts_per_tok=2,
-        n_shared_experts=0,
-        moe_intermediate_size=3,
-        first_k_dense_replace=0,
         scoring_func=scoring,
         topk_method=method,
         n_group=count,
         topk_group=kept,
         norm_topk_prob=flags[0],
         scale_after_norm=flags[1],
-        routed_scaling_factor=2.5,
     )
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(6, 11, generator=generator, dtype=torch.float64)
@@ -159,14 +157,7 @@ def test_the_right_rule_is_lowlats(groups, method, scoring, flags, shift, seed) 
     [
         RopeConfig(rope_theta=100.0),
         RopeConfig(rope_theta=100.0, rope_type="longrope", pair_factors=(1.0, 2.0, 5.0)),
-        RopeConfig(
-            rope_theta=1e4,
-            rope_type="yarn",
-            factor=8.0,
-            original_max_position_embeddings=64,
-            mscale=0.7,
-            mscale_all_dim=1.2,
-        ),
+        replace(YARN, factor=8.0, original_max_position_embeddings=64, mscale_all_dim=1.2),
     ],
     ids=["default", "longrope", "yarn"],
 )

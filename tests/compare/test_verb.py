@@ -12,19 +12,19 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.cli import main
-from lowlat.compare.implementations import llama_cpp
+from lowlat.compare.implementations import peers
 from lowlat.compare.implementations.open import open_implementation
 from lowlat.compare.implementations.spec import parse
-from lowlat.compare.result_table import heading
+from lowlat.compare.result_text import heading
 from lowlat.convert.run import convert
 from lowlat.peers import llama_cpp_model
 from lowlat.peers.protocol import Unsupported, timed_handlers
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
 from tests.fakes import byte_tokenizer
+from tests.packed_attention import PackedAttention
 
 from .models import llama_case, v3_case, write
 
@@ -113,7 +113,7 @@ def test_text_is_read_by_the_tokenizer_in_windows(folder: Path, tmp_path: Path) 
     assert (report["tokens"], report["windows"]) == (40, 3)
 
 
-@pytest.mark.parametrize("ending", ["svg", "png"])
+@pytest.mark.parametrize("ending", [pytest.param("svg", marks=pytest.mark.slow), "png"])
 def test_plot_is_written(v3: Path, tmp_path: Path, ending: str) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"plot.{ending}"
@@ -241,7 +241,7 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
             except Unsupported as error:
                 raise UserError(f"{label}: {error}") from error
 
-    monkeypatch.setattr(llama_cpp, "run_in_worker", run)
+    monkeypatch.setattr(peers, "run_in_worker", run)
 
 
 @pytest.mark.usefixtures("same_process")

@@ -15,7 +15,7 @@ LOSSES = [
     ),
     Mutant(
         "loss: what fills a row of chats is learned",
-        "data/chat_packing.py",
+        "data/packing.py",
         "loss_mask = np.zeros((count, self._length), np.bool_)",
         "loss_mask = np.ones((count, self._length), np.bool_)",
         "tests/unit/data/test_chat_packing.py::test_every_chat_is_whole_in_one_row[0-False]",
@@ -51,8 +51,8 @@ LOSSES = [
     Mutant(
         "loss: an MTP module predicts the next token",
         "train/step/loss.py",
-        "tokens[:, depth + 1 : length + depth + 1].flatten(),",
-        "tokens[:, 1 : length + 1].flatten(),",
+        "following = tokens[:, depth + 1 : length + depth + 1].flatten()",
+        "following = tokens[:, 1 : length + 1].flatten()",
         TRAIN + "test_loss.py::test_losses_and_gradients[two MTP modules-False]",
     ),
     Mutant(
@@ -89,8 +89,8 @@ BALANCING = [
     Mutant(
         "balance: loads of the last micro-batch alone",
         "train/step/balance.py",
-        "observed.counters[:-2] += torch.bincount(",
-        "observed.counters[:-2] = torch.bincount(",
+        "observed.counters += torch.bincount(",
+        "observed.counters = torch.bincount(",
         TRAIN + "test_balance.py::test_loads_of_the_whole_batch[2-False]",
     ),
     Mutant(
@@ -234,8 +234,8 @@ OPTIMISING = [
 STATES = [
     Mutant(
         "resume: optimiser begins anew",
-        "train/run/build.py",
-        "        optimizer.load(tensors)\n",
+        "train/run/trainer.py",
+        "        self.optimizer.load(moments)\n",
         "        pass\n",
         TRAIN + "test_trainer.py::test_a_stopped_run_resumes_exactly[fp32-adamw-none]",
     ),
@@ -270,8 +270,8 @@ STATES = [
     Mutant(
         "export: routing bias in the model's type",
         "train/run/export.py",
-        "tensor if name.endswith(ROUTER_BIAS) else tensor.to(dtype)",
-        "tensor.to(dtype)",
+        "tensor if name.endswith(ROUTER_BIAS) else tensor.to(stored)",
+        "tensor.to(stored)",
         TRAIN + "test_export.py::test_bf16_models_keep_routing_biases",
     ),
     Mutant(
@@ -325,7 +325,7 @@ DISTILLING = [
     Mutant(
         "resume: another teacher taken",
         "train/run/state.py",
-        'if saved.get("teacher") != teacher:',
+        'if saved.get("teacher") != inputs.teacher_fingerprint:',
         "if False:",
         DISTILLATION + "test_a_teacher_that_changed_is_refused",
     ),

@@ -1,6 +1,7 @@
 """Paged attention at every level, against the exact softmax."""
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowlat.attention.int8_entry import pack_entries, unpack_entries
-from lowlat.ops import native_kernels
 from lowlat.ops.attention import causal_attention
 
+from . import kernels
 from .inputs import (
     BF16_UNIT,
     UNIT,
@@ -103,7 +104,7 @@ def test_mla(
     q = draw((queries, heads, latent + rope_dim), "normal", seed + 1)
     cache, pages = paged(rows, page_size, seed)
     scale = rows.shape[1] ** -0.5
-    out = native_kernels.mla_attention(
+    out = kernels.mla_attention(
         q, cache, pages, latent=latent, start=start, scale=scale, level=level
     )
     if queries:
@@ -177,7 +178,7 @@ def test_mla_over_int8(
     q = draw((queries, heads, width), "normal", seed + 1)
     cache, pages = paged(packed, page_size, seed)
     scale = width**-0.5
-    out = native_kernels.mla_attention(
+    out = kernels.mla_attention(
         q,
         cache,
         pages,
@@ -198,34 +199,46 @@ def test_mla_over_int8(
     check(out, q, rows[:, None], rows[:, None, :latent], start, scale, None, rounding)
 
 
+class GqaCase(NamedTuple):
+    queries: int
+    kv_heads: int
+    group: int
+    dim: int
+    start: int
+    page_size: int
+    window: int | None
+    seed: int
+
+
+def gqa_cases(groups: list[int], dims: st.SearchStrategy[int]) -> st.SearchStrategy[GqaCase]:
+    return st.builds(
+        GqaCase,
+        queries=st.integers(1, 9),
+        kv_heads=st.integers(1, 3),
+        group=st.sampled_from(groups),
+        dim=dims,
+        start=starts,
+        page_size=page_sizes,
+        window=st.one_of(st.none(), st.integers(1, 1200)),
+        seed=seeds,
+    )
+
+
 @every_level
 @few
 @given(
-    queries=st.integers(1, 9),
-    kv_heads=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 3, 4, 5, 8, 16]),
-    dim=st.one_of(st.integers(1, 70), st.sampled_from([32, 64])),
-    start=starts,
-    page_size=page_sizes,
-    window=st.one_of(st.none(), st.integers(1, 1200)),
-    seed=seeds,
+    case=gqa_cases(
+        groups=[1, 2, 3, 4, 5, 8, 16],
+        dims=st.one_of(st.integers(1, 70), st.sampled_from([32, 64])),
+    )
 )
-def test_gqa(
-    level: str,
-    queries: int,
-    kv_heads: int,
-    group: int,
-    dim: int,
-    start: int,
-    page_size: int,
-    window: int | None,
-    seed: int,
-) -> None:
+def test_gqa(level: str, case: GqaCase) -> None:
+    queries, kv_heads, group, dim, start, page_size, window, seed = case
     rows = draw((start + queries, 2 * kv_heads * dim), "normal", seed)
     q = draw((queries, kv_heads * group, dim), "normal", seed + 1)
     cache, pages = paged(rows, page_size, seed)
     scale = dim**-0.5
-    out = native_kernels.gqa_attention(
+    out = kernels.gqa_attention(
         q, cache, pages, kv_heads=kv_heads, start=start, scale=scale, window=window, level=level
     )
     k, v = rows.unflatten(1, (2, kv_heads, dim)).unbind(1)
@@ -234,34 +247,16 @@ def test_gqa(
 
 @every_level
 @few
-@given(
-    queries=st.integers(1, 9),
-    kv_heads=st.integers(1, 3),
-    group=st.sampled_from([1, 3, 8, 16, 20]),
-    dim=st.sampled_from([20, 64, 96, 128]),
-    start=starts,
-    page_size=page_sizes,
-    window=st.one_of(st.none(), st.integers(1, 1200)),
-    seed=seeds,
-)
-def test_gqa_over_int8(
-    level: str,
-    queries: int,
-    kv_heads: int,
-    group: int,
-    dim: int,
-    start: int,
-    page_size: int,
-    window: int | None,
-    seed: int,
-) -> None:
+@given(case=gqa_cases(groups=[1, 3, 8, 16, 20], dims=st.sampled_from([20, 64, 96, 128])))
+def test_gqa_over_int8(level: str, case: GqaCase) -> None:
     """Integer products apply if a head's keys and values begin at scale-group boundaries."""
+    queries, kv_heads, group, dim, start, page_size, window, seed = case
     width = 2 * kv_heads * dim
     packed = pack_entries(draw((start + queries, width), "normal", seed), width)
     q = draw((queries, kv_heads * group, dim), "normal", seed + 1)
     cache, pages = paged(packed, page_size, seed)
     scale = dim**-0.5
-    out = native_kernels.gqa_attention(
+    out = kernels.gqa_attention(
         q, cache, pages, kv_heads=kv_heads, start=start, scale=scale, window=window, level=level
     )
     exact = unpack_entries(packed, width, width, torch.float32).unflatten(1, (2, kv_heads, dim))
@@ -293,9 +288,7 @@ def test_scores_of_any_size(level: str, width: int, heads: int) -> None:
     q = torch.zeros(1, heads, width, dtype=torch.bfloat16)
     q[0, 0, 39], q[0, 1, 39] = 100.0, -100.0
     cache, pages = paged(rows, 16, 1)
-    out = native_kernels.mla_attention(
-        q, cache, pages, latent=32, start=199, scale=1.0, level=level
-    )
+    out = kernels.mla_attention(q, cache, pages, latent=32, start=199, scale=1.0, level=level)
     assert torch.equal(out[0, 0], rows[150, :32])
     others = torch.cat([rows[:150, :32], rows[151:, :32]]).double()
     assert_within(out[0, 1], others.mean(dim=0), 2 * BF16_UNIT * others.abs().mean(dim=0))
@@ -314,7 +307,7 @@ def test_nan_stays_with_those_who_see_it(level: str, width: int, quantized: int)
     rows[70] = torch.nan
     q = draw((20, 3, width), "normal", 2)
     cache, pages = paged(stored(rows, quantized), 16, 1)
-    out = native_kernels.mla_attention(
+    out = kernels.mla_attention(
         q, cache, pages, latent=32, start=60, scale=0.2, quantized=quantized, level=level
     )
     assert out[:10].isfinite().all()
@@ -331,7 +324,7 @@ def test_nan_comes_through_where_a_split_holds_nothing_else(
     rows[start // 64 * 64 :] = torch.nan
     q = draw((2, 3, 40), "normal", 2)
     cache, pages = paged(stored(rows, quantized), 16, 1)
-    out = native_kernels.mla_attention(
+    out = kernels.mla_attention(
         q, cache, pages, latent=32, start=start, scale=0.2, quantized=quantized, level=level
     )
     assert out.isnan().all()
@@ -350,7 +343,7 @@ def test_queries_stand_alone(level: str, width: int, sharpness: float, quantized
 
     def attend(first: int, count: int, page_size: int) -> Tensor:
         cache, pages = paged(stored(rows, quantized), page_size, page_size)
-        return native_kernels.mla_attention(
+        return kernels.mla_attention(
             q[first : first + count],
             cache,
             pages,
@@ -389,7 +382,7 @@ def test_weak_keys_keep_their_sum(level: str, strong: float, weak: float, within
     q = torch.zeros(1, 16, latent + 2, dtype=torch.bfloat16)
     q[..., latent] = 1.0
     cache, pages = paged(pack_entries(rows, latent), 64, 1)
-    out = native_kernels.mla_attention(
+    out = kernels.mla_attention(
         q, cache, pages, latent=latent, start=count - 1, scale=1.0, quantized=latent, level=level
     )
     exact = rows[:, latent].double().exp()

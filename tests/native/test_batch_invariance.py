@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.config.model import GQAConfig, ModelConfig
+from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.request import Request, RequestOptions
@@ -28,6 +28,7 @@ from lowlat.engine.runner import ModelRunner
 from lowlat.engine.scheduler import Limits
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
+from tests.configs import GQA
 from tests.fakes import mla_config
 from tests.lowlat_configs import LAYERS
 from tests.native.test_step import random_model
@@ -57,8 +58,7 @@ MAX_TOKENS = 80
 def small_config(kind: str) -> ModelConfig:
     config = mla_config(vocab_size=VOCAB, max_position_embeddings=512, num_nextn_predict_layers=0)
     if kind == "gqa":
-        attention = GQAConfig(num_attention_heads=6, num_key_value_heads=3, head_dim=10)
-        return replace(config, model_type="llama", attention=attention)
+        return replace(config, model_type="llama", attention=replace(GQA, num_key_value_heads=3))
     if kind == "layers":
         differing = LAYERS["all"]
         sizes = {"vocab_size": VOCAB, "max_position_embeddings": 512, "eos_token_ids": ()}
@@ -142,19 +142,10 @@ class Happened:
 
     @classmethod
     def to(cls, engine: Engine) -> "Happened":
-        stats = engine.recorder.snapshot(
-            queued=0,
-            running=0,
-            preemptions=0,
-            pages_total=0,
-            pages_used=0,
-            pages_cached=0,
-            page_tokens=0,
-        )
         return cls(
             preemptions=engine.scheduler.num_preemptions,
             hits=0 if engine.prefix is None else engine.prefix.hit_tokens,
-            accepted=stats.accepted_tokens,
+            accepted=engine.recorder.snapshot().accepted_tokens,
         )
 
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowlat.ops import native, native_kernels
+from lowlat.ops import gguf_blocks, native
 
+from . import kernels
 from .inputs import (
     UNIT,
     assert_rows_stand_alone,
@@ -99,7 +100,7 @@ def test_values_are_those_of_the_gguf_package(
 ) -> None:
     weights = random_blocks(kind, 3, blocks, seed)
     expected = exact(weights, kind)
-    found = native_kernels.dequantize_gguf(weights, int(kind), level=level)
+    found = gguf_blocks.dequantize_natively(weights, int(kind), level=level)
     assert_same_numbers(found, expected)
 
 
@@ -111,7 +112,7 @@ def test_every_byte_of_every_place(level: str, kind: GGMLQuantizationType) -> No
     weights = usual_blocks(kind, 256 * size, 1, 7)
     for at in range(size):
         weights[256 * at : 256 * (at + 1), at] = torch.arange(256, dtype=torch.uint8)
-    found = native_kernels.dequantize_gguf(weights, int(kind), level=level)
+    found = gguf_blocks.dequantize_natively(weights, int(kind), level=level)
     assert_same_numbers(found, exact(weights, kind))
 
 
@@ -126,7 +127,7 @@ def test_decode_products(
     w = exact(weights, kind).double()
     x = draw((rows, w.shape[1]), kind_of_x, seed + 1)
     matrix = native.module().Matrix.gguf(weights, type=int(kind))
-    out = native_kernels.linear(x, matrix, is_decode=True, level=level)
+    out = kernels.linear(x, matrix, is_decode=True, level=level)
     # An activation's step is 1/16256 of the largest of its 32.
     groups = x.double().abs().unflatten(1, (-1, 32))
     off = groups.amax(dim=2, keepdim=True).expand_as(groups).flatten(1) / 32512 * 1.001
@@ -154,8 +155,8 @@ def test_prefill_products_are_those_of_bf16_weights(
     x = draw((rows, dense.shape[1]), "normal", seed + 1)
     packed = native.module().Matrix.gguf(weights, type=int(kind))
     plain = native.module().Matrix.bf16(dense)
-    out = native_kernels.linear(x, packed, level=level)
-    assert_same_bits(out, native_kernels.linear(x, plain, level=level))
+    out = kernels.linear(x, packed, level=level)
+    assert_same_bits(out, kernels.linear(x, plain, level=level))
 
 
 @every_level
@@ -167,7 +168,7 @@ def test_rows_stand_alone(level: str, kind: GGMLQuantizationType, decode: bool) 
     matrix = native.module().Matrix.gguf(weights, type=int(kind))
     x = draw((27, matrix.columns), "wide", 2)
     assert_rows_stand_alone(
-        lambda rows: native_kernels.linear(rows, matrix, is_decode=decode, level=level), x
+        lambda rows: kernels.linear(rows, matrix, is_decode=decode, level=level), x
     )
 
 
@@ -179,7 +180,7 @@ def test_nan_and_infinity_come_out(level: str, kind: GGMLQuantizationType) -> No
     for bad in (torch.nan, torch.inf):
         x = draw((3, matrix.columns), "normal", 2)
         x[1, 40] = bad
-        out = native_kernels.linear(x, matrix, is_decode=True, level=level)
+        out = kernels.linear(x, matrix, is_decode=True, level=level)
         assert not out[1].isfinite().any()
         assert out[[0, 2]].isfinite().all()
 
@@ -197,8 +198,8 @@ def test_unfit_blocks_are_refused() -> None:
 
 def test_bf16_values_are_rounded_once() -> None:
     weights = usual_blocks(GGMLQuantizationType.Q6_K, 5, 2, 0)
-    wide = native_kernels.dequantize_gguf(weights, int(GGMLQuantizationType.Q6_K))
-    narrow = native_kernels.dequantize_gguf(
+    wide = gguf_blocks.dequantize_natively(weights, int(GGMLQuantizationType.Q6_K))
+    narrow = gguf_blocks.dequantize_natively(
         weights, int(GGMLQuantizationType.Q6_K), dtype=torch.bfloat16
     )
     assert_same_bits(narrow, wide.bfloat16())

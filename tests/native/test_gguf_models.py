@@ -28,7 +28,6 @@ from .test_step import (
     every_level,
     form_for,
     ids_of,
-    level,  # noqa: F401, a fixture
     native_logits,
     plain_logits,
     random_model,
@@ -109,7 +108,7 @@ def test_loading_keeps_blocks(tmp_path: Path, family: str, kind: Kind, split: bo
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", [False, True], ids=["joined", "split"])
 @torch.inference_mode()
-def test_logits(tmp_path: Path, level: str, family: str, kind: Kind, split: bool) -> None:  # noqa: F811
+def test_logits(tmp_path: Path, level: str, family: str, kind: Kind, split: bool) -> None:
     """Prefill has the bits of bf16 weights; decode differs by the rounding of activations."""
     if split and family == "gqa":
         pytest.skip("GQA has no up-projection")
@@ -143,7 +142,7 @@ def one_step(model: NativeModel, step: list[tuple[int, int, int]], form: str) ->
 @every_config
 @pytest.mark.parametrize("split", [False, True], ids=["joined", "split"])
 @torch.inference_mode()
-def test_batch_invariance(tmp_path: Path, level: str, family: str, split: bool) -> None:  # noqa: F811
+def test_batch_invariance(tmp_path: Path, level: str, family: str, split: bool) -> None:
     """A sequence alone, on any number of threads, has the bits that it has in mixed batches."""
     if split and family == "gqa":
         pytest.skip("GQA has no up-projection")

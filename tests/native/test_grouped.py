@@ -28,7 +28,7 @@ def grouped_inputs(counts: list[int], out: int, inner: int) -> tuple[Tensor, Ten
     return left, right, draw(len(counts), out, inner, dtype=torch.float32, seed=3)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_transposed", [False, True])
 @pytest.mark.parametrize(("counts", "out", "inner"), GROUPS)
@@ -44,7 +44,7 @@ def test_native_products_of_groups(
     weight = weight.to(dtype)
     rows = left if is_transposed else right
     found = native_training_kernels.grouped(
-        rows, weight, torch.tensor(counts), is_transposed=is_transposed, level=level
+        rows, weight, torch.tensor(counts), is_transposed=is_transposed
     )
     exact = weight.bfloat16().double()
     matrices = exact if is_transposed else exact.transpose(1, 2)
@@ -52,14 +52,14 @@ def test_native_products_of_groups(
     close(found, torch.cat([group @ matrix for group, matrix in each]), torch.bfloat16)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize(("counts", "out", "inner"), GROUPS)
 def test_native_gradients_of_grouped_matrices(
     level: str, counts: list[int], out: int, inner: int
 ) -> None:
     left, right, _ = grouped_inputs(counts, out, inner)
     found = torch.full((len(counts), out, inner), float("nan"))
-    native.module().outer(left, right, torch.tensor(counts), found, level)
+    native.module().outer(left, right, torch.tensor(counts), found)
     each = zip(left.double().split(counts), right.double().split(counts), strict=True)
     close(found, torch.stack([a.T @ b for a, b in each]), torch.float32)
 

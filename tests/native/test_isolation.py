@@ -13,18 +13,18 @@ from torch import Tensor
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.attention.path import AttentionPath
-from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.request import Request
 from lowlat.engine.runner import ModelRunner
 from lowlat.model.native import NativeModel
 from lowlat.model.transformer import Transformer
-from tests.fakes import gqa_config, mla_config, tiny_model
+from tests.fakes import MLA, gqa_config, mla_config, tiny_model
 from tests.lowlat_configs import LAYERS
 
 from .inputs import LEVELS, assert_same_bits, needs_native, thread_count
-from .test_step import every_level, level  # noqa: F401, a fixture
+from .test_step import every_level
 
 pytestmark = needs_native
 
@@ -36,10 +36,9 @@ FORMS: tuple[AttentionPath, ...] = ("decode", "absorbed", "expanded")
 
 
 def mla(*, nope: int, rope: int, latent: int = 32, value: int = 32) -> ModelConfig:
-    attention = MLAConfig(
-        num_attention_heads=5,
+    attention = replace(
+        MLA,
         kv_lora_rank=latent,
-        q_lora_rank=13,
         qk_nope_head_dim=nope,
         qk_rope_head_dim=rope,
         v_head_dim=value,
@@ -90,7 +89,7 @@ class Steps:
 @every_config
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @torch.inference_mode()
-def test_nan_stays_with_its_sequence(level: str, config: ModelConfig, dtype: torch.dtype) -> None:  # noqa: F811
+def test_nan_stays_with_its_sequence(level: str, config: ModelConfig, dtype: torch.dtype) -> None:
     assert level in LEVELS
     model = model_of(config)
     for form in FORMS:
@@ -137,7 +136,7 @@ def tokens_of(request: Request) -> list[int]:
 
 @every_level
 @torch.inference_mode()
-def test_a_request_of_nan_fails_alone(level: str) -> None:  # noqa: F811
+def test_a_request_of_nan_fails_alone(level: str) -> None:
     assert level in LEVELS
     model = model_of(CONFIGS["all odd"])
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowlat.ops import native, native_kernels, quantized
+from lowlat.ops import native, quantized
 from lowlat.ops.fp8 import dequantize_blocks, quantize_blocks
 
+from . import kernels
 from .inputs import (
     UNIT,
     assert_rows_stand_alone,
@@ -47,7 +48,7 @@ def test_bf16(
     level: str, rows: int, columns: int, outs: int, kind: str, seed: int, stream: bool
 ) -> None:
     x, w = draw((rows, columns), kind, seed), draw((outs, columns), "wide", seed + 1)
-    out = native_kernels.linear(x, native.module().Matrix.bf16(w), is_decode=stream, level=level)
+    out = kernels.linear(x, native.module().Matrix.bf16(w), is_decode=stream, level=level)
     assert_within(out, x.double() @ w.double().T, bf16_bound(x, w))
 
 
@@ -62,7 +63,7 @@ def test_bf16_rows_of_a_wider_matrix(
     wide = torch.full((outs, columns + 13), torch.nan, dtype=torch.bfloat16)
     wide[:, :columns] = draw((outs, columns), "normal", seed + 1)
     w = wide[:, :columns]
-    out = native_kernels.linear(x, native.module().Matrix.bf16(w), is_decode=stream, level=level)
+    out = kernels.linear(x, native.module().Matrix.bf16(w), is_decode=stream, level=level)
     assert_within(out, x.double() @ w.double().T, bf16_bound(x, w))
 
 
@@ -80,7 +81,7 @@ def test_fp8(level: str, rows: int, columns: int, outs: int, seed: int, stream: 
     weight, scale = quantize_blocks(draw((outs, columns), "wide", seed + 1).float(), (128, 128))
     w = dequantize_blocks(weight, scale, (128, 128), torch.bfloat16)
     matrix = native.module().Matrix.fp8(weight.view(torch.uint8), scale)
-    out = native_kernels.linear(x, matrix, is_decode=stream, level=level)
+    out = kernels.linear(x, matrix, is_decode=stream, level=level)
     assert_within(out, x.double() @ w.double().T, bf16_bound(x, w))
 
 
@@ -89,7 +90,7 @@ def test_every_fp8_number(level: str) -> None:
     """All 256 bytes, subnormals and NaN included, times the identity."""
     weight = torch.arange(256, dtype=torch.uint8)[:, None]
     matrix = native.module().Matrix.fp8(weight, torch.ones(2, 1))
-    out = native_kernels.linear(torch.ones(1, 1, dtype=torch.bfloat16), matrix, level=level)
+    out = kernels.linear(torch.ones(1, 1, dtype=torch.bfloat16), matrix, level=level)
     torch.testing.assert_close(
         out[0], weight[:, 0].view(torch.float8_e4m3fn).float(), rtol=0, atol=0, equal_nan=True
     )
@@ -104,7 +105,7 @@ def test_int8_rows(
     x = draw((rows, columns), kind, seed)
     packed = quantized.quantize_rows(draw((outs, columns), "zero_row", seed + 1))
     matrix = native.module().Matrix.int8_rows(packed.weight, packed.weight_scale)
-    out = native_kernels.linear(x, matrix, is_decode=stream, level=level)
+    out = kernels.linear(x, matrix, is_decode=stream, level=level)
     whole = packed.weight.bfloat16()
     scale = packed.weight_scale.double()
     bound = bf16_bound(x, whole) * scale
@@ -134,9 +135,7 @@ def test_rows_stand_alone(
     """27 rows cross every size of a block of accumulators."""
     w = matrix(draw(shape, "normal", 1))
     x = draw((27, shape.columns), "wide", 2)
-    assert_rows_stand_alone(
-        lambda rows: native_kernels.linear(rows, w, is_decode=stream, level=level), x
-    )
+    assert_rows_stand_alone(lambda rows: kernels.linear(rows, w, is_decode=stream, level=level), x)
 
 
 @every_level
@@ -150,8 +149,8 @@ def test_tiles_without_weights_are_zero(
     occupied = torch.tensor([1, 0, 1], dtype=torch.uint8)
     for count in (0, 1, 14):
         x = draw((count, 33), "normal", 2)
-        whole = native_kernels.linear(x, matrix(w), is_decode=stream, level=level)
-        skipped = native_kernels.linear(x, matrix(w, occupied), is_decode=stream, level=level)
+        whole = kernels.linear(x, matrix(w), is_decode=stream, level=level)
+        skipped = kernels.linear(x, matrix(w, occupied), is_decode=stream, level=level)
         assert_same_bits(whole, skipped)
 
 
@@ -164,7 +163,7 @@ def test_nan_and_infinity_come_out(level: str, stream: bool) -> None:
         x = draw((3, 64), "normal", 2)
         x[1, 40] = bad
         for matrix in (bf16_matrix(w), int8_matrix(w), int4_matrix(w)):
-            out = native_kernels.linear(x, matrix, is_decode=stream, level=level)
+            out = kernels.linear(x, matrix, is_decode=stream, level=level)
             assert not out[1].isfinite().any()
             assert out[[0, 2]].isfinite().all()
 
@@ -201,5 +200,5 @@ def test_a_matrix_keeps_its_weights_alive() -> None:
     matrix = native.module().Matrix.bf16(torch.ones(300, 300, dtype=torch.bfloat16))
     for _ in range(50):
         torch.full((300, 300), 7.0, dtype=torch.bfloat16)
-    out = native_kernels.linear(torch.ones(1, 300, dtype=torch.bfloat16), matrix)
+    out = kernels.linear(torch.ones(1, 300, dtype=torch.bfloat16), matrix)
     assert torch.equal(out, torch.full((1, 300), 300.0))

@@ -23,6 +23,7 @@ from lowlat.ops import native
 from lowlat.train.layers.lora import LoraLinear, LowRank
 from tests.lowlat_configs import EVERY, YARN, random_model
 from tests.native.test_step import distances, native_logits, plain_logits
+from tests.parameters import slow_except
 
 if not native.available():
     pytest.skip(native.reason(), allow_module_level=True)
@@ -32,7 +33,8 @@ CONFIGS = {
     for name, config in EVERY.items()
     if not isinstance(config.attention, TPAConfig)
 }
-every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+QUICK = ("gla-2", "gta-3", "combined gqa", "combined mla", "layers all")
+every_config = pytest.mark.parametrize("name", slow_except(QUICK, CONFIGS))
 
 
 def in_fp32(model: Transformer, config: ModelConfig) -> Transformer:
@@ -62,7 +64,8 @@ def compare(model: Transformer, exact: Transformer, has_experts: bool) -> None:
 
 @every_config
 @torch.inference_mode()
-def test_bf16(config: ModelConfig) -> None:
+def test_bf16(name: str) -> None:
+    config = CONFIGS[name]
     model = random_model(config, torch.bfloat16)
     assert supports_native(model)
     compare(model, in_fp32(model, config), config.moe is not None)
@@ -86,7 +89,7 @@ def test_latents_and_layers_at_every_level(name: str, level: str) -> None:
 PACKED = ("gla-2", "gla-3", "gta-3", "combined gqa", "combined gta", "layers all", "layers experts")
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", slow_except(QUICK, PACKED))
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @torch.inference_mode()
 def test_packed_weights(name: str, dtype: str) -> None:

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowlat.ops import native
 from lowlat.utils.errors import UserError
@@ -101,6 +102,7 @@ def test_a_build_has_the_levels_of_its_processor() -> None:
     assert expected <= set(native.levels())
 
 
+@pytest.mark.slow
 @needs_native
 def test_the_environment_chooses_the_level() -> None:
     code = "from lowlat.ops import native; print(native.level())"
@@ -130,6 +132,7 @@ def test_without_the_module_models_run_and_say_once_that_they_are_slow() -> None
     assert "apt install g++" in result.stderr
 
 
+@pytest.mark.slow
 def test_turned_off_models_run_in_silence() -> None:
     result = run(USE, "none")
     assert result.stdout.split() == ["1", "True", "True"], result.stderr
@@ -146,18 +149,21 @@ def test_with_the_module_models_use_it() -> None:
 def test_threads_are_limited_by_processors() -> None:
     before, most = native.threads(), native.processors()
     assert 1 <= before <= most
+    before_torch = torch.get_num_threads()
     try:
-        native.set_threads(1)
-        assert native.threads() == 1
-        native.set_threads(most)
-        assert native.threads() == most
+        native.use_threads(1)
+        assert native.threads() == torch.get_num_threads() == 1
+        native.use_threads(most)
+        assert native.threads() == torch.get_num_threads() == most
     finally:
-        native.set_threads(before)
+        native.use_threads(before)
+        torch.set_num_threads(before_torch)
     for count in (0, most + 1):
-        with pytest.raises(UserError, match=f"{count} threads.* {most} "):
-            native.set_threads(count)
+        with pytest.raises(UserError, match=f"--threads {count}: .* {most} "):
+            native.use_threads(count)
 
 
+@pytest.mark.slow
 @needs_native
 def test_default_threads_follow_openmp() -> None:
     code = "from lowlat.ops import native; print(native.threads())"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowlat.ops import native_kernels, quantized
 
+from . import kernels
 from .inputs import (
     UNIT,
     assert_same_bits,
@@ -45,8 +46,8 @@ def test_int8_and_int4_multiply_as_bf16(
         (int4_matrix(w), quantized.dequantize_int4(int4, outs, columns, torch.bfloat16)),
     ):
         assert values.isfinite().all()
-        out = native_kernels.linear(x, matrix, level=level)
-        assert_same_bits(out, native_kernels.linear(x, bf16_matrix(values), level=level))
+        out = kernels.linear(x, matrix, level=level)
+        assert_same_bits(out, kernels.linear(x, bf16_matrix(values), level=level))
 
 
 def group_sums(x: Tensor, w: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ def test_int8_and_int4_stream_exact_values(
         if level in ("amx", "avx512"):
             whole = scaled if minimum is None else scaled + minimum
             bound += group_sums(half_steps(x), whole.abs()).sum(dim=-1) / UNIT
-        out = native_kernels.linear(x, matrix, is_decode=True, level=level)
+        out = kernels.linear(x, matrix, is_decode=True, level=level)
         assert_within(out, exact, UNIT * bound + columns * 2.0**-125)
 
 

@@ -1,13 +1,17 @@
 """Native expert routing (group-limited top-k) against lowlat.ops.routing, at every level."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lowlat.config.model import MoEConfig
-from lowlat.ops import native_kernels, routing
+from lowlat.ops import routing
+from tests.configs import PLAIN_MOE
 
+from . import kernels
 from .inputs import (
     UNIT,
     assert_rows_stand_alone,
@@ -70,7 +74,7 @@ def test_route(
     gate = draw((moe.n_routed_experts, hidden), "normal", seed + 1)
     gate[1::3] = gate[: len(gate[1::3])]  # equal scores
     bias = 0.1 * torch.randn(len(gate)) if biased else None
-    result = native_kernels.route(x, gate, bias, moe, level=level)
+    result = kernels.route(x, gate, bias, moe, level=level)
     exact = routing.route(x.double(), gate.double(), None, moe).scores
     logit_error = (hidden + 8) * UNIT * (x.double().abs() @ gate.double().abs().T)
     relative = 2 * logit_error.amax(dim=1, keepdim=True) + 64 * UNIT if tokens else logit_error
@@ -84,36 +88,21 @@ def test_route(
 
 @every_level
 def test_a_bias_chooses_but_does_not_weigh(level: str) -> None:
-    moe = MoEConfig(
-        n_routed_experts=4,
-        num_experts_per_tok=1,
-        n_shared_experts=0,
-        moe_intermediate_size=8,
-        first_k_dense_replace=0,
-        norm_topk_prob=False,
-    )
+    moe = replace(PLAIN_MOE, n_routed_experts=4, num_experts_per_tok=1, norm_topk_prob=False)
     x = torch.ones(1, 1, dtype=torch.bfloat16)
     gate = torch.tensor([[1.0], [0.0], [-1.0], [2.0]]).bfloat16()
-    result = native_kernels.route(x, gate, torch.tensor([0.0, 5.0, -5.0, 0.0]), moe, level=level)
+    result = kernels.route(x, gate, torch.tensor([0.0, 5.0, -5.0, 0.0]), moe, level=level)
     assert result.experts.tolist() == [[1]]
     assert result.weights.tolist() == [[0.5]]
 
 
 @every_level
 def test_rows_stand_alone(level: str) -> None:
-    moe = MoEConfig(
-        n_routed_experts=24,
-        num_experts_per_tok=5,
-        n_shared_experts=0,
-        moe_intermediate_size=8,
-        first_k_dense_replace=0,
-        n_group=4,
-        topk_group=2,
-    )
+    moe = replace(PLAIN_MOE, n_routed_experts=24, num_experts_per_tok=5, n_group=4, topk_group=2)
     gate, bias = draw((24, 45), "normal", 1), torch.randn(24)
 
     def weights(x: Tensor) -> Tensor:
-        result = native_kernels.route(x, gate, bias, moe, level=level)
+        result = kernels.route(x, gate, bias, moe, level=level)
         return torch.cat([result.experts.float(), result.weights, result.scores], dim=1)
 
     assert_rows_stand_alone(weights, draw((20, 45), "normal", 2))

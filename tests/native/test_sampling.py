@@ -11,9 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowlat.ops import native_kernels
 from lowlat.ops.sampling import kept_weights
 
+from . import kernels
 from .inputs import LEVELS, every_level, needs_native, seeds
 
 pytestmark = needs_native
@@ -92,9 +92,9 @@ def test_draws_are_those_of_the_definition(
     for token in wide_enough[places].tolist():
         end, share = float(ends[token]), float(shares[token])
         for number in (end - 0.999 * share, end - 0.5 * share, end - 0.001 * share):
-            assert native_kernels.draw(logits, number, **options, level=level) == token
+            assert kernels.draw(logits, number, **options, level=level) == token
     for number in (0.0, 1 - 2.0**-53):
-        assert weights[native_kernels.draw(logits, number, **options, level=level)] > 0
+        assert weights[kernels.draw(logits, number, **options, level=level)] > 0
 
 
 @every_level
@@ -105,8 +105,8 @@ def test_ties_at_the_border_go_to_the_lowest_ids(level: str, size: int, top_p: f
     logits = torch.full((size,), 2.5)
     last = int(kept_weights(logits, temperature=0.7, top_p=top_p).nonzero().max())
     options: dict[str, Any] = {"temperature": 0.7, "level": level}
-    assert native_kernels.draw(logits, 1 - 2.0**-53, top_p=top_p, **options) == last
-    assert native_kernels.draw(logits, 1 - 2.0**-53, top_k=last + 1, **options) == last
+    assert kernels.draw(logits, 1 - 2.0**-53, top_p=top_p, **options) == last
+    assert kernels.draw(logits, 1 - 2.0**-53, top_k=last + 1, **options) == last
 
 
 @every_level
@@ -117,7 +117,7 @@ def test_the_border_between_ties_in_another_piece(level: str) -> None:
     total = 10_000 + 2 * math.e
     last = (9_999.5 + math.e) / total  # in the middle of the last of the 10,000, after id 50
     for number, token in ((0.0, 0), (last, 10_000), (1 - 2.0**-53, 20_000)):
-        found = native_kernels.draw(logits, number, temperature=1.0, top_k=10_002, level=level)
+        found = kernels.draw(logits, number, temperature=1.0, top_k=10_002, level=level)
         assert found == token
 
 
@@ -128,7 +128,7 @@ def test_tokens_of_weight_0_are_never_drawn(level: str) -> None:
     logits[[2, PIECE + 20]] = -1e5
     for options in ({}, {"top_p": 1 - 2.0**-53}, {"top_k": PIECE}, {"min_p": 0.1}):
         for number, token in ((0.0, 4), (0.5, 7), (1 - 2.0**-53, PIECE + 9)):
-            found = native_kernels.draw(logits, number, temperature=0.7, **options, level=level)
+            found = kernels.draw(logits, number, temperature=0.7, **options, level=level)
             assert found == token
 
 
@@ -143,7 +143,7 @@ def test_tokens_do_not_depend_on_the_level(kind: str, filters: dict[str, Any]) -
     found = set()
     for level in LEVELS:
         given = {"temperature": 0.6, "level": level, **filters}
-        found.add(tuple(native_kernels.draw(logits, number, **given) for number in numbers))
+        found.add(tuple(kernels.draw(logits, number, **given) for number in numbers))
     assert len(found) == 1
 
 
@@ -151,8 +151,8 @@ def test_tokens_do_not_depend_on_the_level(kind: str, filters: dict[str, Any]) -
 def test_rows_of_a_matrix_and_columns(level: str) -> None:
     x = torch.randn(30, 50)
     for logits in (x[3], x[:, 7]):
-        expected = native_kernels.draw(logits.clone(), 0.4, temperature=1.0, level=level)
-        assert native_kernels.draw(logits, 0.4, temperature=1.0, level=level) == expected
+        expected = kernels.draw(logits.clone(), 0.4, temperature=1.0, level=level)
+        assert kernels.draw(logits, 0.4, temperature=1.0, level=level) == expected
 
 
 @every_level
@@ -160,7 +160,7 @@ def test_the_largest_logit_must_be_finite(level: str) -> None:
     for largest in (-math.inf, math.inf):
         logits = torch.tensor([-math.inf, largest])
         with pytest.raises(ValueError, match="the largest logit is not finite"):
-            native_kernels.draw(logits, 0.5, temperature=1.0, level=level)
+            kernels.draw(logits, 0.5, temperature=1.0, level=level)
 
 
 @every_level
@@ -173,7 +173,7 @@ def test_no_logit_may_be_nan(level: str, size: int, place: int) -> None:
     logits[place] = math.nan
     for filters in ({}, {"top_k": 3}, {"top_p": 0.5}):
         with pytest.raises(ValueError, match="the largest logit is not finite"):
-            native_kernels.draw(logits, 0.5, temperature=1.0, level=level, **filters)
+            kernels.draw(logits, 0.5, temperature=1.0, level=level, **filters)
 
 
 @pytest.mark.parametrize(
@@ -195,4 +195,4 @@ def test_no_logit_may_be_nan(level: str, size: int, place: int) -> None:
 def test_options_out_of_range_are_errors(wrong: dict[str, Any]) -> None:
     right: dict[str, Any] = {"logits": torch.zeros(3), "number": 0.5, "temperature": 1.0}
     with pytest.raises(ValueError, match="sampling options are out of range"):
-        native_kernels.draw(**(right | wrong))
+        kernels.draw(**(right | wrong))

@@ -4,7 +4,7 @@ Batch invariance of its bits: test_step_batch_invariance.py.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -146,14 +146,6 @@ def distances(logits: Tensor, reference: Tensor) -> Tensor:
     return (logits - reference).norm(dim=-1) / reference.norm(dim=-1)
 
 
-@pytest.fixture
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    used = native.level()
-    native.module().set_level(request.param)
-    yield request.param
-    native.module().set_level(used)
-
-
 every_level = pytest.mark.parametrize("level", native.levels(), indirect=True)
 few_cases = pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
 
@@ -212,7 +204,8 @@ def native_modules(model: NativeModel, break_even: float, steps: Sequence[Steps]
         batch = batch_of(step, break_even)
         for depth in range(config.num_nextn_predict_layers):
             states, ids = drawn_states(config, step, depth), ahead_of(config, step, depth)
-            rows.append(model.mtp(depth, states, ids, batch, cache, list(range(len(ids))))[1])
+            every = list(range(len(ids)))
+            rows.append(model.step(ids, batch, cache, every, depth=depth, previous=states)[1])
     return torch.cat(rows)
 
 
@@ -238,7 +231,7 @@ def test_only_mtp_modules_continue_from_hidden_states() -> None:
     hidden, _ = model.step(ids, batch, cache, [])
     for wrong in (hidden[:-1], hidden[:, :-1], hidden.float()):
         with pytest.raises((ValueError, TypeError)):
-            model.mtp(0, wrong.contiguous(), ids, batch, cache, [])
+            model.step(ids, batch, cache, [], depth=0, previous=wrong.contiguous())
 
 
 @every_level

@@ -26,7 +26,6 @@ from tests.native.test_step import (
     few_cases,
     form_for,
     ids_of,
-    level,  # noqa: F401, a fixture
     native_logits,
     native_modules,
     new_cache,
@@ -78,7 +77,7 @@ def test_bits_do_not_depend_on_batch_pages_or_threads(
     case: Case,
     storage: str,
     dtype: torch.dtype,
-    level: str,  # noqa: F811
+    level: str,
 ) -> None:
     plain = stored_model(widened(drawn_config(case)), case.seed, storage)
     assert supports_native(plain)
@@ -106,7 +105,7 @@ def test_bits_do_not_depend_on_batch_pages_or_threads(
 def test_bits_of_modules_do_not_depend_on_batch_or_threads(
     case: Case,
     storage: str,
-    level: str,  # noqa: F811
+    level: str,
 ) -> None:
     """Draft tokens do not depend on the batch."""
     config = widened(with_modules(case, has_copies=False))

@@ -2,10 +2,12 @@
 
 import threading
 
+import pytest
 import torch
 
-from lowlat.ops import native, native_kernels
+from lowlat.ops import native
 
+from . import kernels
 from .inputs import draw, needs_native, thread_count
 from .processes import run
 
@@ -33,12 +35,12 @@ def test_the_pool_may_be_replaced_and_shared() -> None:
     """Callers on several threads, while another changes the pool under them."""
     w, x = draw((300, 200), "normal", 1), draw((7, 200), "normal", 2)
     matrix = native.module().Matrix.bf16(w)
-    expected = native_kernels.linear(x, matrix)
+    expected = kernels.linear(x, matrix)
     failures: list[str] = []
 
     def call() -> None:
         for _ in range(200):
-            if not torch.equal(native_kernels.linear(x, matrix), expected):
+            if not torch.equal(kernels.linear(x, matrix), expected):
                 failures.append("other numbers")
 
     callers = [threading.Thread(target=call) for _ in range(3)]
@@ -58,14 +60,14 @@ def test_a_forked_child_computes() -> None:
     code = """
 import os, torch
 from lowlat.ops import native
-from lowlat.ops import native_kernels
+from tests.native import kernels
 x = torch.ones(3, 64, dtype=torch.bfloat16)
 native.module().set_threads(2)
 matrix = native.module().Matrix.bf16(x)
-native_kernels.linear(x, matrix)
+kernels.linear(x, matrix)
 child = os.fork()
 if child == 0:
-    os._exit(0 if native_kernels.linear(x, matrix)[0, 0] == 64 else 1)
+    os._exit(0 if kernels.linear(x, matrix)[0, 0] == 64 else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     result = run(code)
@@ -136,7 +138,7 @@ print(len(same), all(same), torch.equal(expected[0], expected[1]))
 LIMIT = """
 import resource, torch
 from lowlat.ops import native
-from lowlat.ops import native_kernels
+from tests.native import kernels
 module = native.module()
 def leave(mebibytes=None):
     # Address space in addition to what is mapped; None: no limit.
@@ -156,7 +158,7 @@ x = torch.ones(400_000, 32, dtype=torch.bfloat16)
 matrix = module.Matrix.bf16(torch.ones(128, 32, dtype=torch.bfloat16))
 out = torch.zeros(len(x), 128)
 module.set_threads(3)
-native_kernels.linear(x[:3], matrix)
+kernels.linear(x[:3], matrix)
 for _ in range(3):
     leave(40)  # 25 for a copy of x, then each thread wants 50
     try:
@@ -179,15 +181,15 @@ def test_a_draw_without_memory_is_an_error() -> None:
         LIMIT
         + """
 x = torch.zeros(4_000_000)
-native_kernels.draw(x[:3], 0.5, temperature=1.0)
+kernels.draw(x[:3], 0.5, temperature=1.0)
 for _ in range(3):
     leave(20)  # 31 for the weights
     try:
-        native_kernels.draw(x, 0.5, temperature=1.0)
+        kernels.draw(x, 0.5, temperature=1.0)
     except MemoryError:
         print("MemoryError")
     leave()
-draw = native_kernels.draw
+draw = kernels.draw
 print(draw(x[:3], 0.5, temperature=1.0), draw(x, 0.5, temperature=1.0))
 """
     )
@@ -195,6 +197,7 @@ print(draw(x[:3], 0.5, temperature=1.0), draw(x, 0.5, temperature=1.0))
     assert result.stdout.split() == ["MemoryError"] * 3 + ["1", "2000000"], result.stderr
 
 
+@pytest.mark.slow
 @needs_native
 def test_a_step_without_memory_is_an_error() -> None:
     """Wherever it runs out: while some threads wait for others, too."""
@@ -237,11 +240,11 @@ module.set_threads(8)
 leave(20)  # their stacks take 8 each
 for _ in range(2):
     try:
-        native_kernels.linear(x, matrix)
+        kernels.linear(x, matrix)
     except RuntimeError as error:
         print(error)
 leave()
-print(bool((native_kernels.linear(x, matrix) == 64).all()))
+print(bool((kernels.linear(x, matrix) == 64).all()))
 """
     )
     result = run(code)

@@ -2,13 +2,14 @@
 plain PyTorch.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowlat.config.model import MoEConfig
 from lowlat.ops import native, native_training_kernels
 from lowlat.ops.autograd import gated_backward, rms_norm, swiglu
 from lowlat.ops.cross_entropy import linear_cross_entropy
@@ -18,6 +19,7 @@ from lowlat.ops.grouped import group_by_expert, stacked_experts
 from lowlat.ops.norm import rms_norm as plain_rms_norm
 from lowlat.ops.rope import RotaryTable, apply_rope
 from lowlat.ops.routing import Routing, route
+from tests import configs
 
 LEVELS = native.levels() or [pytest.param("", marks=pytest.mark.skip("no native kernels"))]
 DTYPES = (torch.bfloat16, torch.float32)
@@ -46,20 +48,20 @@ def norm_gradients(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Ten
     return x.grad, weight.grad
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "dim"), SIZES)
 def test_native_norm(level: str, dtype: torch.dtype, rows: int, dim: int) -> None:
     x, grad = draw(rows, dim, dtype=dtype), draw(rows, dim, dtype=dtype, seed=1)
     weight = draw(dim, dtype=torch.float32, seed=2)
-    out, inverse = native_training_kernels.norm_forward(x, weight, 1e-3, level=level)
+    out, inverse = native_training_kernels.norm_forward(x, weight, 1e-3)
     close(out, plain_rms_norm(x, weight, 1e-3), dtype)
-    grads = native_training_kernels.norm_backward(x, weight, inverse, grad, level=level)
+    grads = native_training_kernels.norm_backward(x, weight, inverse, grad)
     for found, wanted in zip(grads, norm_gradients(x, weight, grad), strict=True):
         close(found, wanted, dtype)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "dim"), SIZES)
 @pytest.mark.parametrize("has_factors", [True, False])
@@ -69,10 +71,8 @@ def test_native_gated(
     gate_up, grad = draw(rows, 2 * dim, dtype=dtype), draw(rows, dim, dtype=dtype, seed=1)
     factors = draw(rows, dtype=torch.float32, seed=2) if has_factors else None
     gate, up = gate_up.chunk(2, dim=1)
-    close(
-        native_training_kernels.gated_forward(gate, up, level=level), plain_swiglu(gate, up), dtype
-    )
-    found = native_training_kernels.gated_backward(gate_up, grad, factors, level=level)
+    close(native_training_kernels.gated_forward(gate, up), plain_swiglu(gate, up), dtype)
+    found = native_training_kernels.gated_backward(gate_up, grad, factors)
     wanted = gated_backward(gate_up.double(), grad.double(), factors)
     for left, right in zip(found, wanted, strict=True):
         if left is not None and right is not None:
@@ -80,7 +80,7 @@ def test_native_gated(
     assert (found[2] is None) == (factors is None)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "dim"), SIZES)
 def test_native_gradients_of_gate_and_up_apart(
@@ -88,14 +88,12 @@ def test_native_gradients_of_gate_and_up_apart(
 ) -> None:
     """The bits of gradients that are columns of one tensor."""
     gate, up, grad = (draw(rows, dim, dtype=dtype, seed=seed) for seed in range(3))
-    found = native_training_kernels.gated_gradients(gate, up, grad, level=level)
-    _, wanted, _ = native_training_kernels.gated_backward(
-        torch.cat([gate, up], dim=1), grad, None, level=level
-    )
+    found = native_training_kernels.gated_gradients(gate, up, grad)
+    _, wanted, _ = native_training_kernels.gated_backward(torch.cat([gate, up], dim=1), grad, None)
     assert torch.equal(torch.cat(found, dim=1), wanted)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 1, 2), (5, 3, 14), (37, 2, 64)])
@@ -112,16 +110,14 @@ def test_native_rotation_has_the_bits_of_the_plain_one(
         patch.setattr(native_training_kernels, "usable", lambda *tensors: False)
         wanted = apply_rope(x, RotaryTable(cos, sin), interleave=interleave)
     wanted.backward(grad)
-    found = native_training_kernels.rotation(x, cos, sin, interleave=interleave, level=level)
+    found = native_training_kernels.rotation(x, cos, sin, interleave=interleave)
     assert torch.equal(found, wanted)
-    back = native_training_kernels.rotation(
-        grad, cos, sin, interleave=interleave, is_inverse=True, level=level
-    )
+    back = native_training_kernels.rotation(grad, cos, sin, interleave=interleave, is_inverse=True)
     assert x.grad is not None
     close(back, x.grad, dtype)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "vocab"), SIZES)
 @pytest.mark.parametrize("nll_weight", [0.0, 0.7])
@@ -137,9 +133,9 @@ def test_native_divergence(
     nll = F.cross_entropy(wide, targets, reduction="none") * counted
     (kl + nll_weight * nll).sum().backward()
     given, before = (logits, taught, targets, counted, nll_weight), logits.clone()
-    plain = native_training_kernels.divergence(*given, wants_gradient=False, level=level)
+    plain = native_training_kernels.divergence(*given, wants_gradient=False)
     assert torch.equal(logits, before)
-    found = native_training_kernels.divergence(*given, wants_gradient=True, level=level)
+    found = native_training_kernels.divergence(*given, wants_gradient=True)
     for left, again, right in zip(found, plain, (kl, nll), strict=True):
         assert torch.equal(left, again)
         torch.testing.assert_close(left.double(), right.detach(), rtol=1e-5, atol=1e-5)
@@ -147,7 +143,7 @@ def test_native_divergence(
     close(logits, wide.grad, dtype)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 def test_native_divergence_hides_no_nan(level: str) -> None:
     """Of the student or the teacher, wherever in a row; other rows know nothing of it."""
     for at in (0, 20, 36):
@@ -155,11 +151,11 @@ def test_native_divergence_hides_no_nan(level: str) -> None:
             pair = [draw(3, 37, dtype=torch.float32, seed=seed) for seed in (0, 1)]
             pair[which][1, at] = torch.nan
             given = *pair, torch.arange(3), torch.ones(3, dtype=torch.bool), 0.0
-            kl, _ = native_training_kernels.divergence(*given, wants_gradient=False, level=level)
+            kl, _ = native_training_kernels.divergence(*given, wants_gradient=False)
             assert kl.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "vocab"), SIZES)
 def test_native_entropy(level: str, dtype: torch.dtype, rows: int, vocab: int) -> None:
@@ -170,21 +166,21 @@ def test_native_entropy(level: str, dtype: torch.dtype, rows: int, vocab: int) -
     nll = F.cross_entropy(wide, targets, reduction="none") * counted
     z = wide.logsumexp(dim=1).square() * counted
     (nll + 0.01 * z).sum().backward()
-    found = native_training_kernels.entropy(logits, targets, counted, 0.01, level=level)
+    found = native_training_kernels.entropy(logits, targets, counted, 0.01)
     for left, right in zip(found, (nll, z), strict=True):
         torch.testing.assert_close(left.double(), right.detach(), rtol=1e-5, atol=1e-5)
     assert wide.grad is not None
     close(logits, wide.grad, dtype)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_combine(level: str, dtype: torch.dtype) -> None:
     rows, factors = draw(11, 37, dtype=dtype), draw(11, dtype=torch.float32, seed=1)
     places = torch.tensor([[0, 3, 10], [7, 2, 7]])
-    found = native_training_kernels.combine(rows, factors, places, level=level)
+    found = native_training_kernels.combine(rows, factors, places)
     close(found, (rows.double() * factors[:, None])[places].sum(dim=1), dtype)
-    found = native_training_kernels.combine(rows, None, places, level=level)
+    found = native_training_kernels.combine(rows, None, places)
     close(found, rows.double()[places].sum(dim=1), dtype)
 
 
@@ -234,16 +230,7 @@ def test_differentiable_functions_have_the_gradients_of_their_definitions(
         close(left, right, dtype)
 
 
-MOE = MoEConfig(
-    n_routed_experts=6,
-    num_experts_per_tok=3,
-    n_shared_experts=0,
-    moe_intermediate_size=11,
-    first_k_dense_replace=0,
-    n_group=2,
-    topk_group=2,
-    routed_scaling_factor=2.5,
-)
+MOE = replace(configs.MOE, n_routed_experts=6, n_group=2, topk_group=2)
 
 
 def experts_loss(

@@ -22,7 +22,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVELS, indirect=True)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(("heads", "kv_heads", "key_dim", "value_dim"), HEADS)
 def test_native_causal_attention(
@@ -39,10 +39,8 @@ def test_native_causal_attention(
     v = draw(count, kv_heads, value_dim, dtype=torch.bfloat16, seed=2)
     grad = draw(count, heads, value_dim, dtype=torch.bfloat16, seed=3)
     ends = torch.tensor(lengths).cumsum(0)
-    out, logs = native_training_kernels.causal_forward(q, k, v, ends, 0.3, level=level)
-    grads = native_training_kernels.causal_backward(
-        q, k, v, ends, 0.3, out, logs, grad, level=level
-    )
+    out, logs = native_training_kernels.causal_forward(q, k, v, ends, 0.3)
+    grads = native_training_kernels.causal_backward(q, k, v, ends, 0.3, out, logs, grad)
     wide = [x.double().requires_grad_() for x in (q, k, v)]
     wanted = plain_attention(*wide, lengths)
     wanted.backward(grad.double())

@@ -18,10 +18,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.convert.run import convert
 from lowlat.model.transformer import Transformer
+from tests.packed_attention import PackedAttention
 
 from .oracle import randomise
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.bench.agreement import logits_of
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
@@ -23,6 +22,9 @@ from lowlat.convert.run import convert
 from lowlat.model.transformer import Transformer
 from lowlat.peers.worker import Worker
 from lowlat.text.tokenizer import Tokenizer
+from tests import configs
+from tests.configs import GQA, INTERLEAVED, LLAMA3, MLA, MOE, ROPE
+from tests.packed_attention import PackedAttention
 
 PYTHON = os.environ.get("LOWLAT_LLAMA_PYTHON", "")
 TOLERANCE = 3e-5
@@ -36,16 +38,7 @@ pytestmark = [
     ),
 ]
 
-V3 = MoEConfig(
-    n_routed_experts=12,
-    num_experts_per_tok=3,
-    n_shared_experts=2,
-    moe_intermediate_size=32,
-    first_k_dense_replace=1,
-    n_group=4,
-    topk_group=2,
-    routed_scaling_factor=2.5,
-)
+V3 = replace(MOE, moe_intermediate_size=32, n_group=4, topk_group=2)
 V2 = replace(
     V3,
     scoring_func="softmax",
@@ -55,28 +48,12 @@ V2 = replace(
     norm_topk_prob=False,
     scale_after_norm=False,
 )
-PLAIN = RopeConfig(rope_theta=10000.0)
-INTERLEAVED = replace(PLAIN, rope_interleave=True)
-YARN = replace(
-    INTERLEAVED,
-    rope_type="yarn",
-    factor=4.0,
-    original_max_position_embeddings=64,
-    mscale=0.7,
-    mscale_all_dim=0.7,
-)
-LLAMA3 = replace(
-    PLAIN,
-    rope_type="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=64,
-)
+YARN = replace(configs.YARN, original_max_position_embeddings=64)
 
 
 def latent(q_lora_rank: int | None = 48) -> MLAConfig:
-    return MLAConfig(
+    return replace(
+        MLA,
         num_attention_heads=4,
         kv_lora_rank=32,
         q_lora_rank=q_lora_rank,
@@ -87,7 +64,7 @@ def latent(q_lora_rank: int | None = 48) -> MLAConfig:
 
 
 def grouped(head_dim: int = 16, **more: bool) -> GQAConfig:
-    return GQAConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim, **more)
+    return replace(GQA, num_attention_heads=4, head_dim=head_dim, **more)
 
 
 def model(
@@ -98,15 +75,13 @@ def model(
     mtp: int = 0,
     **more: Any,
 ) -> ModelConfig:
-    return ModelConfig(
-        model_type=family,
+    return configs.model_config(
+        family,
+        attention,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=3,
         vocab_size=97,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        attention=attention,
         rope=rope,
         moe=moe,
         num_nextn_predict_layers=mtp,
@@ -124,12 +99,12 @@ MODELS = {
     "v3-tied": model("deepseek_v3", latent(), INTERLEAVED, V3, tie_word_embeddings=True),
     "v2": model("deepseek_v2", latent(None), YARN, V2),
     "v2-norm": model("deepseek_v2", latent(), INTERLEAVED, replace(V2, norm_topk_prob=True)),
-    "llama": model("llama", grouped(), PLAIN),
-    "llama-bias": model("llama", grouped(qkv_bias=True, o_bias=True), PLAIN),
+    "llama": model("llama", grouped(), ROPE),
+    "llama-bias": model("llama", grouped(qkv_bias=True, o_bias=True), ROPE),
     "llama3": model("llama", grouped(), LLAMA3, tie_word_embeddings=True),
-    "mistral": model("mistral", grouped(), PLAIN, sliding_window=512),
-    "qwen2": model("qwen2", grouped(qkv_bias=True), PLAIN),
-    "qwen3": model("qwen3", grouped(32, qk_norm=True), PLAIN),
+    "mistral": model("mistral", grouped(), ROPE, sliding_window=512),
+    "qwen2": model("qwen2", grouped(qkv_bias=True), ROPE),
+    "qwen3": model("qwen3", grouped(32, qk_norm=True), ROPE),
 }
 
 
@@ -165,7 +140,7 @@ def test_a_window_shorter_than_the_text(
 ) -> None:
     """llama.cpp attends beyond it, of which the conversion warns; up to it logits are the same."""
     window = 7
-    config = model("mistral", grouped(), PLAIN, sliding_window=window)
+    config = model("mistral", grouped(), ROPE, sliding_window=window)
     expected, found = both_logits(tmp_path, llama, config)
     assert "llama.cpp reads no sliding_window of mistral" in caplog.text
     error = np.abs(found - expected).max(axis=1) / np.abs(expected).max()

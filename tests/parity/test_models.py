@@ -17,10 +17,10 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import LoadedModel, load_model
 from lowlat.model.moe import Gate
 from lowlat.model.transformer import Transformer
+from tests.packed_attention import PackedAttention
 
 from .draw import Case, all_cases
 from .oracle import Oracle, build, save

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.model.block import DecoderLayer
 from lowlat.model.moe import MoE
 from lowlat.model.transformer import Transformer
 from lowlat.ops.rope import RotaryEmbedding
+from tests.packed_attention import PackedAttention
 
 from .draw import MLA_FAMILIES, Case, all_cases
 from .oracle import Oracle, build, save

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.data.batch import Batch
 from lowlat.data.writer import write_tokenizer
@@ -28,6 +27,8 @@ from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import PlainPasses
 from lowlat.train.step.step import train_step
 from tests.fakes import byte_tokenizer
+from tests.packed_attention import PackedAttention
+from tests.unit.train import tiny
 
 from .draw import Case, all_cases
 from .oracle import KINDS, Oracle, build, save
@@ -146,7 +147,7 @@ def step_both(model: Transformer, batch: Batch, theirs: dict[str, Tensor]) -> No
     )
     torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
     reference.step()
-    optimizer = Optimizer(model, OptimizerConfig(eps=1e-2))
+    optimizer = Optimizer(model, OptimizerConfig(eps=1e-2), tiny.unsharded(model))
     optimizer.zero_grad()
     watch = LoadBalancer(model, sequence_weight=0.0)
     passes = PlainPasses(model, torch.float32)

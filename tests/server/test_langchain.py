@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from .conftest import KEY, Server
 from .tiny_server import NAME
 
+pytestmark = pytest.mark.slow
+
 NO_THOUGHTS = {"chat_template_kwargs": {"enable_thinking": False}}
 
 

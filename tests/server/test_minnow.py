@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import httpx
+import pytest
 
 from lowlat.ops import native
 
@@ -14,6 +15,7 @@ PATIENCE = 180.0
 """Seconds that anything may take on a machine with much else to do."""
 
 
+@pytest.mark.slow
 def test_it_serves_text_and_tries_drafts() -> None:
     command = [*COMMAND, "--port", "0", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:

@@ -104,6 +104,7 @@ def test_a_second_request_may_come_late_but_not_slowly(server: Server) -> None:
         assert connection.recv(65536) == b""
 
 
+@pytest.mark.slow
 def test_an_answer_may_take_longer_than_headers_may(server: Server) -> None:
     answer = complete(server, LONG)
     assert answer.json()["usage"]["completion_tokens"] == 1900
@@ -171,6 +172,7 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new() -> None:
         assert answer.json()["usage"]["completion_tokens"] == 1900
 
 
+@pytest.mark.slow
 def test_requests_that_outlast_the_drain_get_an_error() -> None:
     with serving("--drain-seconds", "0.1", *ROOM) as server:
         thread, answers = start(server, ENDLESS)
@@ -182,7 +184,9 @@ def test_requests_that_outlast_the_drain_get_an_error() -> None:
         assert answer.json()["error"]["code"] == "shutting_down"
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "second", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_second_signal_ends_at_once(second: signal.Signals) -> None:
     """Regression: status 500, a stream that only breaks off, and tracebacks in the log."""
     with serving("--drain-seconds", "3600", *ROOM) as server:

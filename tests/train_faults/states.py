@@ -10,30 +10,24 @@ from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.store import CheckpointStore
 
-Parts = dict[str, list[tuple[str, Tensor]]]
 
-
-def state(step: int) -> Parts:
-    """Tensors of every kind that a run saves, in two parts."""
+def state(step: int) -> list[tuple[str, Tensor]]:
+    """Tensors of every kind that a run saves."""
     generator = torch.Generator().manual_seed(step)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    return {
-        "model": [
-            ("layers.0.weight", random(5, 7)),
-            ("layers.0.bf16", random(3, 11).bfloat16()),
-            ("layers.0.transposed", random(2, 13).T),
-            ("layers.0.gate.bias", random(13)),
-            ("empty", torch.empty(0, 3)),
-        ],
-        "optimizer": [
-            ("rng.torch", torch.randint(256, (17,), generator=generator).to(torch.uint8)),
-            ("steps", torch.tensor(step, dtype=torch.int64)),
-            ("moments", random(5, 7)),
-        ],
-    }
+    return [
+        ("layers.0.weight", random(5, 7)),
+        ("layers.0.bf16", random(3, 11).bfloat16()),
+        ("layers.0.transposed", random(2, 13).T),
+        ("layers.0.gate.bias", random(13)),
+        ("empty", torch.empty(0, 3)),
+        ("rng.torch", torch.randint(256, (17,), generator=generator).to(torch.uint8)),
+        ("steps", torch.tensor(step, dtype=torch.int64)),
+        ("moments", random(5, 7)),
+    ]
 
 
 def facts(step: int) -> dict[str, object]:
@@ -44,7 +38,7 @@ def assert_is(save: TrainingCheckpoint | None, *steps: int) -> int:
     """`save` is, bit for bit, the state of one of `steps`; which."""
     assert save is not None
     assert save.step in steps
-    tensors = dict(pair for part in state(save.step).values() for pair in part)
+    tensors = dict(state(save.step))
     assert save.names() == sorted(tensors)
     for name, expected in tensors.items():
         found = save.tensor(name)

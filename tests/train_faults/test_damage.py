@@ -18,7 +18,7 @@ from lowlat.utils.errors import UserError
 from .states import assert_is, facts, make_run, saves_in, state
 
 FLIPS = 200
-FILES = ("manifest.json", "facts.json", "model.safetensors", "optimizer.safetensors")
+FILES = ("manifest.json", "facts.json", "state.safetensors")
 
 
 @pytest.fixture
@@ -87,11 +87,11 @@ def remove(name: str) -> Callable[[Path], object]:
 
 
 def add(name: str) -> Callable[[Path], object]:
-    return lambda folder: shutil.copy(folder / "model.safetensors", folder / name)
+    return lambda folder: shutil.copy(folder / "state.safetensors", folder / name)
 
 
 def replace_by_link(folder: Path) -> None:
-    original = folder / "model.safetensors"
+    original = folder / "state.safetensors"
     moved = folder.parent.parent / "elsewhere.safetensors"
     original.rename(moved)
     original.symlink_to(moved)
@@ -105,12 +105,6 @@ def replace_by_folder(folder: Path) -> None:
 def replace_by_pipe(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     os.mkfifo(folder / "manifest.json")
-
-
-def swap(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "x")
-    (folder / "optimizer.safetensors").rename(folder / "model.safetensors")
-    (folder / "x").rename(folder / "optimizer.safetensors")
 
 
 def take_from_other_save(name: str) -> Callable[[Path], object]:
@@ -129,11 +123,10 @@ def whole_other_save(folder: Path) -> None:
         (add("third.safetensors"), "'third.safetensors' does not belong to it"),
         (add("a\nb"), r"'a\nb' does not belong to it"),
         (lambda folder: (folder / "inner").mkdir(), "'inner' is not a regular file"),
-        (replace_by_link, "'model.safetensors' is not a regular file"),
+        (replace_by_link, "'state.safetensors' is not a regular file"),
         (replace_by_folder, "'facts.json' is not a regular file"),
         (replace_by_pipe, "'manifest.json' is not a regular file"),
-        (swap, "bytes, not the"),
-        (take_from_other_save("model.safetensors"), "'model.safetensors' is not what was written"),
+        (take_from_other_save("state.safetensors"), "'state.safetensors' is not what was written"),
         (take_from_other_save("facts.json"), "'facts.json' is not what was written"),
         (take_from_other_save("manifest.json"), "its manifest is that of step 1"),
         (whole_other_save, "its manifest is that of step 1"),

@@ -13,8 +13,7 @@ import torch
 
 from lowlat.plan import rate
 from lowlat.train.checkpoints.run_folder import RunFolder
-from lowlat.train.metrics.metrics_log import FolderMetricsLog
-from lowlat.train.metrics.progress_view import SilentView
+from lowlat.train.metrics.metrics_log import FolderMetricsLog, SilentMetricsLog
 from lowlat.train.recipe.schema import read_recipe
 from lowlat.train.run.trainer import Trainer
 
@@ -25,10 +24,7 @@ def train(recipe_path: Path, folder: Path) -> None:
     recipe = read_recipe(recipe_path)
     with RunFolder(folder) as run:
         log = FolderMetricsLog(
-            log=run.log,
-            tensorboard_folder=run.tensorboard,
-            view=SilentView(),
-            tensorboard_wanted=recipe.log.tensorboard,
+            run, view=SilentMetricsLog(), tensorboard_wanted=recipe.log.tensorboard
         )
         try:
             Trainer(recipe, run, log, base=recipe_path.parent).run()

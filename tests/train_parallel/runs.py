@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,8 +16,14 @@ from lowlat.data.selection import BuildOptions
 from tests.fakes import byte_tokenizer
 from tests.train_parallel.processes import finish
 
-PROGRAM = ["-c", "from lowlat.cli.main import run; run()"]
+PROGRAM = [
+    "-c",
+    "from lowlat.plan import rate; rate.SIDES['cpu'] = 64; "  # its speed is of no interest
+    "from lowlat.cli.main import run; run()",
+]
 
+TOLERANCE = 1e-5
+"""Of a tensor of the state, in its norm."""
 SEED = 9
 """One of which no gate chooses by less than 1e-5, see `choices`."""
 RECIPE = f"""
@@ -115,6 +122,19 @@ def losses(run: Path) -> list[tuple[str, int, float]]:
         if record["kind"] in ("step", "evaluation"):
             found[record["kind"], record["step"]] = record["loss"]
     return [(kind, step, loss) for (kind, step), loss in found.items()]
+
+
+def assert_same_end(alone: Path, moved: Path) -> None:
+    """The run `moved` has the losses, the end and the export of the run `alone`."""
+    expected, found = state(alone), state(moved)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        error = (found[name].double() - tensor.double()).norm()
+        assert error <= TOLERANCE * tensor.double().norm().clamp(min=1e-12), name
+    pairs = list(zip(losses(alone), losses(moved), strict=True))
+    assert all(one[:2] == other[:2] for one, other in pairs)
+    assert [other[2] for _, other in pairs] == pytest.approx([one[2] for one, _ in pairs], rel=1e-5)
+    assert (moved / "model" / "config.json").exists()
 
 
 def wait_for_step(run: Path, step: int, processes: Sequence[subprocess.Popen[str]]) -> None:

@@ -10,9 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
-from lowlat.train.parallel.mesh import ProcessMesh
 from tests.train_parallel.layouts import (
     ALL,
     GRADIENTS,
@@ -25,7 +23,7 @@ from tests.train_parallel.layouts import (
     divided,
 )
 from tests.train_parallel.pipelines import ALL as PIPELINES
-from tests.train_parallel.training import train
+from tests.train_parallel.training import trained_alone
 
 CASES = ALL if os.environ.get("LOWLAT_ALL_LAYOUTS") else SHORT
 
@@ -34,13 +32,7 @@ CASES = ALL if os.environ.get("LOWLAT_ALL_LAYOUTS") else SHORT
 @pytest.mark.parametrize("processes", by_processes(CASES))
 def test_training_is_that_of_one_process(processes: int, tmp_path: Path) -> None:
     cases = by_processes(CASES)[processes]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = {}
-    for case in cases:
-        key = json.dumps(case.training)
-        alone[key] = alone.get(key) or train(case.training, ProcessMesh())
-    torch.set_num_threads(threads)
+    alone = trained_alone(cases)
     failed = []
     results = divided(cases, tmp_path / "results")
     for case, together in zip(cases, results, strict=True):

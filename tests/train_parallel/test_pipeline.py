@@ -9,14 +9,12 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from lowlat.train.parallel.mesh import ProcessMesh
 from tests.train_parallel.layouts import difference
 from tests.train_parallel.pipelines import ALL, LOSSES, NORM, NORMS, SHORT, TENSORS, Pipeline
 from tests.train_parallel.processes import run
-from tests.train_parallel.training import train
+from tests.train_parallel.training import trained_alone
 
 CASES = ALL if os.environ.get("LOWLAT_ALL_LAYOUTS") else SHORT
 
@@ -25,13 +23,7 @@ CASES = ALL if os.environ.get("LOWLAT_ALL_LAYOUTS") else SHORT
 @pytest.mark.parametrize("processes", sorted({case.processes for case in CASES}))
 def test_a_pipeline_trains_as_one_process(processes: int, tmp_path: Path) -> None:
     cases = [case for case in CASES if case.processes == processes]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = {}
-    for case in cases:
-        key = json.dumps(case.training)
-        alone[key] = alone.get(key) or train(case.training, ProcessMesh())
-    torch.set_num_threads(threads)
+    alone = trained_alone(cases)
     specs = tmp_path / "specs.json"
     specs.write_text(json.dumps([case.spec for case in cases]))
     program = ["-m", "tests.train_parallel.training", str(specs), str(tmp_path)]

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.train_parallel.processes import finish, run, start
-from tests.train_parallel.runs import PROGRAM, losses, state, wait_for_step, write_recipe
-
-TOLERANCE = 1e-5
+from tests.train_parallel.runs import PROGRAM, assert_same_end, wait_for_step, write_recipe
 
 
 def command(recipe: Path, out: Path, *schedule: str) -> list[str]:
@@ -18,6 +16,7 @@ def command(recipe: Path, out: Path, *schedule: str) -> list[str]:
     return [*PROGRAM, "train", str(recipe), "--out", str(out), "--quiet", *sizes]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_another_pipeline(tmp_path: Path) -> None:
     """The last layers' process gets SIGTERM; both leave one save, from which another schedule goes
     on over a change of phase and sequence length, and ends where one process ends.
@@ -31,12 +30,4 @@ def test_a_run_resumes_in_another_pipeline(tmp_path: Path) -> None:
     results = finish(processes)
     assert [code for code, _, _ in results] == [130, 130], results
     run(2, command(recipe, moved, "zb"))
-    expected, found = state(tmp_path / "alone"), state(moved)
-    assert expected.keys() == found.keys()
-    for name, tensor in expected.items():
-        error = (found[name].double() - tensor.double()).norm()
-        assert error <= TOLERANCE * tensor.double().norm().clamp(min=1e-12), name
-    pairs = list(zip(losses(tmp_path / "alone"), losses(moved), strict=True))
-    assert all(one[:2] == other[:2] for one, other in pairs)
-    assert [other[2] for _, other in pairs] == pytest.approx([one[2] for one, _ in pairs], rel=1e-5)
-    assert (moved / "model" / "config.json").exists()
+    assert_same_end(tmp_path / "alone", moved)

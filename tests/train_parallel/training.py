@@ -6,7 +6,7 @@ Run as a program by `processes`; the single process of a comparison calls `train
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowlat.config.model import ModelConfig, MoEConfig
+from lowlat.config.model import ModelConfig
 from lowlat.data.batch import Batch
 from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
@@ -29,9 +29,12 @@ from lowlat.train.run.build import new_passes
 from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.step import train_step
+from tests.configs import MOE
 from tests.fakes import gqa_config, mla_config
 from tests.lowlat_configs import GLA, GTA, TPA, lowlat_config
 from tests.train_parallel.choices import MARGIN, Margin, decide
+from tests.train_parallel.layouts import Case
+from tests.train_parallel.pipelines import Pipeline
 
 LENGTH = 16
 ROWS = 8
@@ -70,15 +73,11 @@ def model_config(attention: str, layers: int = 2) -> ModelConfig:
         initializer_range=0.2,
         tie_word_embeddings=attention == "gqa",
         num_nextn_predict_layers=MTP,
-        moe=MoEConfig(
+        moe=replace(
+            MOE,
             n_routed_experts=8,
-            num_experts_per_tok=3,
-            moe_intermediate_size=12,
             n_shared_experts=1,
-            first_k_dense_replace=1,
-            scoring_func="sigmoid",
-            topk_method="noaux_tc",
-            norm_topk_prob=True,
+            moe_intermediate_size=12,
             routed_scaling_factor=1.7,
             n_group=4,
             topk_group=3,
@@ -153,9 +152,9 @@ class Training:
         return torch.bfloat16 if self.spec["bf16"] else torch.float32
 
     def step(self, plan: StepPlan) -> None:
-        share = self.mesh.batch_shard(plan.first_row, plan.rows)
+        first, rows = self.mesh.batch_shard(plan.first_row, plan.rows)
         vocab = self.model.config.vocab_size
-        batch = windows(share.first, share.rows, vocab, masks=self.spec["masks"])
+        batch = windows(first, rows, vocab, masks=self.spec["masks"])
         result = train_step(
             self.passes,
             self.optimizer,
@@ -196,6 +195,18 @@ def train(spec: Mapping[str, Any], mesh: ProcessMesh) -> dict[str, Tensor]:
         **{f"gradient.{name}": tensor for name, tensor in gradients.items()},
         **{f"weight.{name}": tensor for name, tensor in weights.items()},
     }
+
+
+def trained_alone(cases: Iterable[Case | Pipeline]) -> dict[str, dict[str, Tensor]]:
+    """What one process trains in each case, by the JSON of its `training`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone: dict[str, dict[str, Tensor]] = {}
+    for case in cases:
+        key = json.dumps(case.training)
+        alone[key] = alone.get(key) or train(case.training, ProcessMesh())
+    torch.set_num_threads(threads)
+    return alone
 
 
 def main() -> None:

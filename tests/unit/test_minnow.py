@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 import lowlat
-from lowlat.checkpoint.fetch.model_names import BUNDLED_MODELS, LocalModel, resolve
+from lowlat.checkpoint.fetch.model_names import BUNDLED_MODELS, resolve
 from lowlat.config.model import MLAConfig
 from lowlat.generate.model import Model
 
@@ -25,7 +25,7 @@ def minnow() -> Model:
 
 
 def test_it_is_bundled_and_small(minnow: Model) -> None:
-    assert resolve("minnow") == LocalModel(path=MINNOW)
+    assert resolve("minnow") == MINNOW
     assert sum(file.stat().st_size for file in MINNOW.glob("*.safetensors")) <= 16_000_000
     config = minnow.config
     assert config.model_type == "deepseek_v3"

@@ -14,6 +14,8 @@ TOP = 6
 TICKS = [1, 1.1, 1.2, 1.5, 2, 3, 5]
 SHARES = (67, 50, 33)
 """Shares of the cache, in %, that all methods were measured at."""
+SPEED_CONTEXT = 8000
+"""Cached tokens of the speed table."""
 LABEL_GAP = 1.12
 """Least ratio of the heights of two labels."""
 METHODS = {
@@ -62,22 +64,17 @@ def _tables(figures: Figures) -> dict[str, str]:
     return {
         "measured": measured,
         "methods": _table(
-            ["method", "cache kept", *columns],
-            (_quality(name, entry, texts, "bf16") for name, entry in plain.items()),
+            ["method", "cache kept", *columns, "int8: bytes kept", "increase"],
+            (_plain(name, entry, texts) for name, entry in plain.items()),
         ),
         "recovered": _table(
-            ["method", "cache kept", "tokens", *columns, "int8 cache: bytes kept, ratios"],
-            (_recovered(name, entry, texts) for name, entry in recovered.items()),
-        ),
-        "int8": _table(
-            ["method", "bytes kept", *columns, "over a bf16 cache"],
-            (_int8(name, entry, texts) for name, entry in plain.items()),
+            ["method", "cache kept", *columns],
+            (_quality(name, entry, texts) for name, entry in recovered.items()),
         ),
         "speed": _table(
-            ["context", "model", "cache", "tokens/s", "ratio", "MB of cache"],
-            map(_speed, figures["speed"]),
+            ["model", "cache", "tokens/s", "ratio", "MB of cache"],
+            map(_speed, (row for row in figures["speed"] if row["context"] == SPEED_CONTEXT)),
         ),
-        "commands": "\n".join(f"    {entry['command']}" for entry in models.values()),
     }
 
 
@@ -106,22 +103,15 @@ def _share(entry: Figures) -> float:
     return entry["conversion"]["channels_after"] / entry["conversion"]["channels_before"]
 
 
-def _quality(name: str, entry: Figures, texts: Sequence[str], cache: str) -> Row:
-    found = [f"{entry[cache][t]['ratio']:.3f} | {entry[cache][t]['same']:.1%}" for t in texts]
+def _quality(name: str, entry: Figures, texts: Sequence[str]) -> Row:
+    found = [f"{entry['bf16'][t]['ratio']:.3f} | {entry['bf16'][t]['same']:.1%}" for t in texts]
     return [METHODS[_method(name)], f"{_share(entry):.0%}", *found]
 
 
-def _recovered(name: str, entry: Figures, texts: Sequence[str]) -> Row:
-    label, kept, *found = _quality(name, entry, texts, "bf16")
-    int8 = ", ".join(f"{entry['int8'][text]['ratio']:.3f}" for text in texts)
-    return [label, kept, _tokens(name), *found, f"{_share_of_bytes(entry):.0%}: {int8}"]
-
-
-def _int8(name: str, entry: Figures, texts: Sequence[str]) -> Row:
-    row = _quality(name, entry, texts, "int8")
-    share = _share_of_bytes(entry)
+def _plain(name: str, entry: Figures, texts: Sequence[str]) -> Row:
+    """A row of the methods without training; last the effect of an int8 cache."""
     more = max(entry["int8"][t]["ratio"] / entry["bf16"][t]["ratio"] - 1 for t in texts)
-    return [row[0], f"{share:.0%}", *row[2:], f"{more:+.2%} at most"]
+    return [*_quality(name, entry, texts), f"{_share_of_bytes(entry):.0%}", f"{more:.2%}"]
 
 
 def _share_of_bytes(entry: Figures) -> float:
@@ -133,7 +123,6 @@ def _share_of_bytes(entry: Figures) -> float:
 
 def _speed(row: Figures) -> Row:
     return [
-        f"{row['context']:,}",
         row["model"],
         row["cache"],
         f"{row['tokens_per_second']:.1f}",

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import short_name
 from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.parameter_count import count_parameters
 from lowlat.data.dataset import TokenizedDataset

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import short_name
 from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.parameter_count import count_parameters
 from lowlat.data.dataset import TokenizedDataset

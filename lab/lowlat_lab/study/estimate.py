@@ -8,7 +8,7 @@ from typing import final
 
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.metrics.metrics_log import MetricsLog
-from lowlat.train.metrics.record import EvalRecord, StepRecord
+from lowlat.train.metrics.record import EvalRecord, StartRecord, StepRecord
 from lowlat.train.run.trainer import Trainer
 from lowlat.utils.progress import Progress
 from lowlat_lab.study.plan import StudyPlan, Variant
@@ -58,7 +58,7 @@ class _StepTimes(MetricsLog):
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def start(self, **_facts: object) -> None:
+    def start(self, record: StartRecord) -> None:
         pass
 
     def step(self, record: StepRecord) -> None:

@@ -1,4 +1,4 @@
-"""Plot of a study: held-out losses, and their differences from the baseline."""
+"""Plot of a study: every variant's loss minus the baseline's, or its expert load balance."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,23 +6,16 @@ from typing import Any
 
 from lowlat.train.metrics.formatting import count
 from lowlat.utils.errors import UserError
-from lowlat.utils.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, STYLE
+from lowlat.utils.plots import BLACK, BLUE, GREY, STYLE
 from lowlat_lab.study.report import Report, find_comparison
 from lowlat_lab.study.statistics import confidence
 
-COLOURS = (BLACK, SKY, BLUE, ORANGE, RED, GREEN, PINK, GREY)
-MARKERS = "osDv^P*X"
-ASIDE = 1.1
-"""Factor between the x positions of variants with equal cache sizes, so that none is hidden."""
-LABEL_SPACE = 0.16
-"""Share of the height for labels above the highest point."""
-LOADS = (
-    (-0.1, "train_max_violations", "o", "last steps"),
-    (0.1, "max_violations", "s", "held-out text"),
-)
-"""Offset from the variant's position, key, marker and label of each kind of MaxVio."""
+WIDTH, ROW_HEIGHT, MARGIN = 7.0, 0.42, 1.3
+"""Size of the figure in inches: its width, a variant's row, and title and axis together."""
 
 Variant = dict[str, Any]
+Row = tuple[str, dict[str, Any]]
+"""Label of a variant, and its interval: mean and half width."""
 
 
 def require_matplotlib() -> None:
@@ -37,134 +30,42 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib.figure import Figure
 
     variants = [variant for variant in report["variants"] if "loss" in variant]
+    if report["study"] == "balance":
+        rows = [(each["label"], each["train_max_violations_mean"]) for each in variants]
+        title, unit = "Imbalance of expert load", "MaxVio in the last steps; 0 is perfect balance"
+    else:
+        rows = _differences(report, variants)
+        base = report["variants"][0]["label"]
+        title, unit = f"Difference of held-out loss (baseline: {base})", "nats per token"
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        if report["study"] == "attention":
-            _over_cache(left, report, variants, differences=False)
-            _over_cache(right, report, variants, differences=True)
-        else:
-            _in_rows(left, report, variants, differences=False)
-            if report["study"] == "balance":
-                _loads(right, variants)
-            else:
-                _in_rows(right, report, variants, differences=True)
-        size = report["size"]
-        figure.suptitle(
-            f"{size['num_hidden_layers']} layers of {size['hidden_size']}, "
-            f"{count(report['tokens'])} tokens per run, {len(report['seeds'])} seeds, "
-            f"bars: {confidence()} confidence",
-            fontsize=10,
-        )
+        size = WIDTH, MARGIN + ROW_HEIGHT * len(rows)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        for place, (_, value) in enumerate(rows):
+            half = value["half"] or 0.0
+            axes.errorbar(value["mean"], place, xerr=half, fmt="o", color=BLUE, capsize=3)
+        axes.axvline(0.0, color=BLACK, linewidth=0.8)
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
+        axes.set(title=title, xlabel=unit)
+        axes.text(1.0, 1.01, _setting(report), transform=axes.transAxes, ha="right", color=GREY)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _over_cache(axes: Any, report: Report, variants: list[Variant], *, differences: bool) -> None:
-    places = _spread_positions(variants)
-    for index, (variant, place) in enumerate(zip(variants, places, strict=True)):
-        value = _value(report, variant, differences)
-        if value is None:
+def _differences(report: Report, variants: list[Variant]) -> list[Row]:
+    """Every variant but the baseline; attention variants with their cache size."""
+    base = report["variants"][0]["name"]
+    rows: list[Row] = []
+    for variant in variants:
+        found = find_comparison(report, variant["name"], base)
+        if found is None:
             continue
-        colour = COLOURS[index % len(COLOURS)]
-        axes.errorbar(
-            place,
-            value["mean"],
-            yerr=value["half"] or 0.0,
-            fmt=MARKERS[index % len(MARKERS)],
-            color=colour,
-            capsize=3,
-            markersize=7,
-        )
-        axes.annotate(
-            variant["label"],
-            (place, value["mean"] + (value["half"] or 0.0)),
-            xytext=(0, 8),
-            textcoords="offset points",
-            color=colour,
-            fontsize=9,
-            rotation=90,
-            ha="center",
-            va="bottom",
-        )
-        if not differences:
-            losses = [run["loss"] for run in variant["runs"]]
-            axes.plot([place] * len(losses), losses, "_", color=colour, alpha=0.6, markersize=9)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({variant["cache_bytes_per_token"] for variant in variants})
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False, rotation=90)
-    axes.minorticks_off()
-    axes.margins(x=0.08, y=0.1)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + LABEL_SPACE * (high - low))
-    axes.set_xlabel("KV cache per token, bytes (bf16; equal sizes side by side)")
-    _name(axes, report, differences)
+        size = variant.get("cache_bytes_per_token")
+        label = variant["label"] if size is None else f"{variant['label']}, {size:,} bytes/token"
+        rows.append((label, found["difference"]))
+    return rows
 
 
-def _in_rows(axes: Any, report: Report, variants: list[Variant], *, differences: bool) -> None:
-    for index, variant in enumerate(variants):
-        value = _value(report, variant, differences)
-        if value is not None:
-            axes.errorbar(
-                index,
-                value["mean"],
-                yerr=value["half"] or 0.0,
-                fmt=MARKERS[index],
-                color=COLOURS[index],
-                capsize=3,
-                markersize=7,
-            )
-    _label_variants(axes, variants)
-    _name(axes, report, differences)
-
-
-def _loads(axes: Any, variants: list[Variant]) -> None:
-    for index, variant in enumerate(variants):
-        for shift, key, marker, name in LOADS:
-            value = variant[f"{key}_mean"]
-            axes.errorbar(
-                index + shift,
-                value["mean"],
-                yerr=value["half"] or 0.0,
-                fmt=marker,
-                color=COLOURS[index],
-                capsize=3,
-                label=None if index else name,
-            )
-    _label_variants(axes, variants)
-    axes.set(ylabel="MaxVio, mean over layers", title="Expert load balance: 0 is perfect")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-
-
-def _label_variants(axes: Any, variants: list[Variant]) -> None:
-    axes.set_xticks(range(len(variants)), [variant["label"] for variant in variants])
-    axes.set_xlim(-0.5, len(variants) - 0.5)
-
-
-def _name(axes: Any, report: Report, differences: bool) -> None:
-    base = report["variants"][0]["label"]
-    if differences:
-        axes.axhline(0.0, color="black", linewidth=0.8, alpha=0.6)
-        axes.set(ylabel="nats per token", title=f"Loss minus {base}, paired by seed")
-    else:
-        axes.set(ylabel="nats per token", title="Held-out loss")
-
-
-def _value(report: Report, variant: Variant, differences: bool) -> dict[str, Any] | None:
-    """The plotted value of a variant: its loss, or its loss minus the baseline's."""
-    if not differences:
-        return variant["loss"]
-    if variant is report["variants"][0]:
-        return {"mean": 0.0, "half": None}
-    found = find_comparison(report, variant["name"], report["variants"][0]["name"])
-    return None if found is None else found["difference"]
-
-
-def _spread_positions(variants: list[Variant]) -> list[float]:
-    """X positions: the cache size; variants of equal size follow to the right."""
-    sizes = [variant["cache_bytes_per_token"] for variant in variants]
-    places = []
-    for index, size in enumerate(sizes):
-        same = [other for other in range(len(sizes)) if sizes[other] == size]
-        places.append(size * ASIDE ** same.index(index))
-    return places
+def _setting(report: Report) -> str:
+    tokens, seeds = count(report["tokens"]), len(report["seeds"])
+    return f"{tokens} tokens, {seeds} seeds, {confidence()} intervals"

@@ -20,8 +20,7 @@ from typing import Any, final
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.metrics.jsonl import RunHistory, read_log
-from lowlat.train.metrics.metrics_log import FolderMetricsLog
-from lowlat.train.metrics.progress_view import ProgressView
+from lowlat.train.metrics.metrics_log import FolderMetricsLog, MetricsLog
 from lowlat.train.metrics.record import EvalRecord, StartRecord, StepRecord
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.recipe.toml import to_toml
@@ -173,12 +172,7 @@ def _run(
     recipe = plan.recipe(variant, seed)
     with RunFolder(folder) as run:
         with progress.task(f"{variant.name}, seed {seed}", plan.steps) as task:
-            log = FolderMetricsLog(
-                log=run.log,
-                tensorboard_folder=run.tensorboard,
-                view=_TaskView(task),
-                tensorboard_wanted=False,
-            )
+            log = FolderMetricsLog(run, view=_TaskView(task), tensorboard_wanted=False)
             with closing(log):
                 run.write_recipe(to_toml(plan.raw_recipe(variant, seed)))
                 outcome = Trainer(recipe, run, log, base=Path("/"), origin=recipe.name).run()
@@ -225,7 +219,7 @@ def model_folder(out: Path, variant: str, seed: int) -> Path:
 
 
 @final
-class _TaskView(ProgressView):
+class _TaskView(MetricsLog):
     """Progress of a run as one task of the study."""
 
     def __init__(self, task: Task) -> None:

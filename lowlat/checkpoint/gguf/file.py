@@ -15,6 +15,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from torch import Tensor
 
+from lowlat.checkpoint.file_layout import aligned
 from lowlat.checkpoint.mapped_file import MappedFile
 from lowlat.ops.gguf_blocks import dequantize_blocks
 from lowlat.utils.errors import UserError
@@ -96,9 +97,7 @@ class GGUFFile:
         return self.rows(name, 0, math.prod(shape[:-1])).view(shape)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first..last - 1 of the tensor as a matrix with its last axis as columns; dtype as
-        `read`.
-        """
+        """Rows [first, last), all axes but the last taken as one; dtype as `read`."""
         kind, own_shape, start, stop = self.tensors[name]
         size = (stop - start) // math.prod(own_shape[:-1])
         start, stop = start + first * size, start + last * size
@@ -110,7 +109,7 @@ class GGUFFile:
         return values
 
     def stored_rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Bytes of rows first..last - 1 (by default all), uint8 [rows, row_bytes]: a view."""
+        """Bytes of rows [first, last), by default all: uint8 [rows, row_bytes], a view."""
         _, shape, start, stop = self.tensors[name]
         rows = math.prod(shape[:-1])
         size = (stop - start) // rows
@@ -196,9 +195,7 @@ class _Cursor:
 
 
 def _scalar(value: Any) -> int | float | bool:
-    """A Python number; fp32 values in their shortest decimal form (1e-05, not
-    9.999999747378752e-06).
-    """
+    """A Python number; fp32 values as their shortest decimal: 1e-05, not 9.999999747378752e-06."""
     return float(str(value)) if value.dtype == np.float32 else value.item()
 
 
@@ -223,7 +220,7 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int]:
 
 def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GGUFTensor]:
     infos = [_read_info(cursor) for _ in range(count)]
-    path, data = cursor.file.path, _aligned(cursor.at, alignment)
+    path, data = cursor.file.path, aligned(cursor.at, alignment)
     tensors: dict[str, GGUFTensor] = {}
     end = 0
     for name, kind, shape, size, offset in infos:
@@ -241,7 +238,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GGUF
                 f"{cursor.file.size}; it is truncated, download it again"
             )
         tensors[name] = GGUFTensor(kind, shape, data + offset, data + offset + size)
-        end = _aligned(offset + size, alignment)
+        end = aligned(offset + size, alignment)
     return tensors
 
 
@@ -279,7 +276,3 @@ def _is_supported(kind: GGMLQuantizationType) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def _aligned(offset: int, alignment: int) -> int:
-    return -(-offset // alignment) * alignment

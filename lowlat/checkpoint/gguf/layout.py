@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from lowlat.checkpoint.file_layout import FileLayout, Pieces, Segment
+from lowlat.checkpoint.file_layout import FileLayout, Pieces, lay_out
 from lowlat.checkpoint.gguf.file import DEFAULT_ALIGNMENT
 
 
@@ -24,7 +24,6 @@ class GGUFTensorSpec(NamedTuple):
     size: int
     """Bytes."""
     pieces: Pieces
-    """Makes the bytes."""
 
 
 def plan_gguf(
@@ -32,13 +31,8 @@ def plan_gguf(
 ) -> FileLayout:
     """A GGUF file of architecture `arch` with metadata `keys` (see `metadata_writer`)."""
     header = _gguf_header(arch, keys, tensors)
-    at = _aligned(len(header))
-    header = header.ljust(at, b"\0")
-    segments = []
-    for tensor in tensors:
-        segments.append(Segment(tensor.name, at, tensor.size, tensor.pieces))
-        at += _aligned(tensor.size)
-    return FileLayout(name, header, tuple(segments), at)
+    parts = [(tensor.name, tensor.size, tensor.pieces) for tensor in tensors]
+    return lay_out(name, header, parts, DEFAULT_ALIGNMENT)
 
 
 def _gguf_header(arch: str, keys: dict[str, Any], tensors: Sequence[GGUFTensorSpec]) -> bytes:
@@ -70,7 +64,3 @@ def _add_key(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT

@@ -5,7 +5,7 @@ unknown key of the architecture is an error, because it may change the computati
 `metadata_writer` is the other direction.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from lowlat.checkpoint.gguf.file import GGUFFile
@@ -31,6 +31,8 @@ EXPERT_NUMBERS = (
 )
 """Keys without effect in a model without experts."""
 
+WHOLE = "one whole number >= 0"
+
 _REQUIRED: Any = object()
 
 
@@ -51,29 +53,16 @@ class _Keys:
         return UserError(f"{self.path}: key {self.prefix + key!r} {problem}")
 
     def integer(self, key: str, default: Any = _REQUIRED) -> Any:
-        value = self._value(key, default)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if value is not default and not (whole and 0 <= value < 2**31):
-            raise self.error(key, f"is {quoted(str(value))}, not one whole number >= 0")
-        return value
+        return self._checked(key, default, lambda v: type(v) is int and 0 <= v < 2**31, WHOLE)
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        value = self._value(key, default)
-        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise self.error(key, f"is {quoted(str(value))}, not a number")
-        return value
+        return self._checked(key, default, lambda v: type(v) in (int, float), "a number")
 
     def text(self, key: str, default: str) -> str:
-        value = self._value(key, default)
-        if not isinstance(value, str):
-            raise self.error(key, f"is {quoted(str(value))}, not a text")
-        return value
+        return self._checked(key, default, lambda v: isinstance(v, str), "a text")
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, f"is {quoted(str(value))}, not true or false")
-        return value
+        return self._checked(key, default, lambda v: isinstance(v, bool), "true or false")
 
     def reject_unread(self) -> None:
         unread = [key for key in self.values if key not in self.read]
@@ -82,11 +71,18 @@ class _Keys:
                 unread[0], "is unknown and may change the computation; this model is not supported"
             )
 
-    def _value(self, key: str, default: Any) -> Any:
+    def _checked(
+        self, key: str, default: Any, is_valid: Callable[[Any], bool], expected: str
+    ) -> Any:
         self.read.add(key)
-        if key not in self.values and default is _REQUIRED:
-            raise self.error(key, "is missing; convert the model with a current llama.cpp")
-        return self.values.get(key, default)
+        if key not in self.values:
+            if default is _REQUIRED:
+                raise self.error(key, "is missing; convert the model with a current llama.cpp")
+            return default
+        value = self.values[key]
+        if not is_valid(value):
+            raise self.error(key, f"is {quoted(str(value))}, not {expected}")
+        return value
 
 
 def architecture(file: GGUFFile) -> str:
@@ -197,10 +193,8 @@ def _latent_sizes(keys: _Keys) -> dict[str, Any]:
     """Head sizes: the `_mla` keys if the file stores absorbed MLA, else the plain ones."""
     rank = keys.integer("attention.kv_lora_rank")
     rope_dim = keys.integer("rope.dimension_count")
-    key_length, value_length = (
-        keys.integer("attention.key_length"),
-        keys.integer("attention.value_length"),
-    )
+    key_length = keys.integer("attention.key_length")
+    value_length = keys.integer("attention.value_length")
     if "attention.key_length_mla" in keys.values:
         if (key_length, value_length) != (rank + rope_dim, rank):
             raise keys.error(
@@ -222,9 +216,7 @@ def _latent_sizes(keys: _Keys) -> dict[str, Any]:
 
 
 def _experts(keys: _Keys) -> dict[str, Any]:
-    """Routing. Files without group keys have no expert groups (the format's default); files without
-    a gate key use softmax.
-    """
+    """Routing. The format's defaults are no expert groups, and softmax as the gate."""
     gate = keys.integer("expert_gating_func", 1)
     if gate not in GATES:
         raise keys.error(
@@ -233,6 +225,7 @@ def _experts(keys: _Keys) -> dict[str, Any]:
     sigmoid = GATES[gate] == "sigmoid"
     groups = max(keys.integer("expert_group_count", 1), 1)
     family = "deepseek_v3" if sigmoid else "deepseek_v2"
+    softmax_method = "group_limited_greedy" if groups > 1 else "greedy"
     blocks, dense = keys.integer("block_count"), keys.integer("leading_dense_block_count")
     if dense >= blocks and not keys.integer("expert_count", 0):
         for key in (*EXPERT_NUMBERS, "expert_weights_norm", "expert_weights_scale"):
@@ -241,11 +234,7 @@ def _experts(keys: _Keys) -> dict[str, Any]:
     return {
         "model_type": family,
         "scoring_func": GATES[gate],
-        "topk_method": "noaux_tc"
-        if sigmoid
-        else "group_limited_greedy"
-        if groups > 1
-        else "greedy",
+        "topk_method": "noaux_tc" if sigmoid else softmax_method,
         "n_group": groups,
         "topk_group": max(keys.integer("expert_group_used_count", 1), 1),
         "n_routed_experts": keys.integer("expert_count"),
@@ -296,9 +285,7 @@ def _yarn(keys: _Keys) -> dict[str, Any]:
 
 
 def _frequency_divisors(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
-    """Llama 3's scaling, which the format stores as one divisor per frequency: longrope with
-    equal factors.
-    """
+    """Llama 3's scaling, stored as one divisor per frequency: longrope with equal factors."""
     divisors = file.read("rope_freqs.weight").flatten().tolist()
     return {
         "rope_type": "longrope",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import short_name
 from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from lowlat.ops.rope import inverse_frequencies
@@ -53,9 +53,7 @@ def rope_of(config: ModelConfig) -> RopeConfig:
 
 
 def gguf_keys(config: ModelConfig, arch: str) -> dict[str, Any]:
-    """All keys of the model, without its vocabulary. Raises UserError naming a setting that the
-    format cannot express.
-    """
+    """All keys but the vocabulary's. Raises UserError naming a setting that has no key."""
     attention = config.attention
     assert isinstance(attention, MLAConfig | GQAConfig)
     keys: dict[str, Any] = {

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
-from lowlat.checkpoint.gguf.source import GGUFBlocks, GGUFSource
+from lowlat.checkpoint.gguf.source import GGUFBlocks, blocks_of
 from lowlat.checkpoint.mapping_operations import Operation, Rename
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.model import MLAConfig
 from lowlat.model.linear import Embedding, Linear
 from lowlat.model.mla import MLA
@@ -19,11 +20,10 @@ Readers = Mapping[str, Callable[[], Tensor]]
 """Parameter -> function that reads its blocks."""
 
 _WEIGHT = ".weight"
-_UP_PROJECTION = "self_attn.kv_b_proj"
 
 
-def store_blocks(model: nn.Module, plan: Iterable[Operation], source: GGUFSource) -> Readers:
-    """Give every unfilled projection and embedding of `model` that `source` stores in blocks this
+def store_blocks(model: nn.Module, plan: Iterable[Operation], source: TensorSource) -> Readers:
+    """Give every unfilled projection and embedding of `model` that `source` has in blocks this
     storage. Returns how its parameters are read.
     """
     readers: dict[str, Callable[[], Tensor]] = {}
@@ -32,17 +32,14 @@ def store_blocks(model: nn.Module, plan: Iterable[Operation], source: GGUFSource
             continue
         path = step.parameter.removesuffix(_WEIGHT)
         module = model.get_submodule(path)
-        if not isinstance(module, Linear | Embedding):
-            continue
-        blocks = source.blocks(step.file)
-        if blocks is not None:
-            module.store_gguf(blocks.kind)
-            readers[step.parameter] = blocks.rows
-        elif path.endswith(_UP_PROJECTION) and isinstance(module, Linear):
-            halves = source.kv_b_halves(step.file)
-            attention = model.get_submodule(path.rpartition(".")[0])
-            if halves is not None and isinstance(attention, MLA):
-                readers |= _store_halves(module, path, attention.dims, *halves)
+        match blocks_of(source.tensors[step.file]):
+            case (whole,) if isinstance(module, Linear | Embedding):
+                module.store_gguf(whole.kind)
+                readers[step.parameter] = whole.rows
+            case (keys, values) if isinstance(module, Linear):
+                attention = model.get_submodule(path.rpartition(".")[0])
+                assert isinstance(attention, MLA)
+                readers |= _store_halves(module, path, attention.dims, keys, values)
     return readers
 
 

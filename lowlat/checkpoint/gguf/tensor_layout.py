@@ -1,8 +1,9 @@
-"""Tensors of a GGUF file and how each is computed from the model's parameters.
+"""Tensor names and layouts of GGUF files, and how their tensors are computed from parameters.
 
-The layouts are those of llama.cpp's converter: experts stacked, q and k rows of llama permuted so
-that RoPE pairs are adjacent, kv_b_proj split by head into attn_k_b (transposed) and attn_v_b.
-`source` is the other direction; `metadata_writer` decides which models have a GGUF form.
+Block N of a file is layer N: `blk.N.attn_norm` is `model.layers.N.input_layernorm`. The layouts are
+those of llama.cpp's converter: experts stacked, q and k rows of llama permuted so that RoPE pairs
+are adjacent, kv_b_proj split by head into attn_k_b (transposed) and attn_v_b. `source` reads them;
+`metadata_writer` decides which models have a GGUF form.
 """
 
 import re
@@ -10,12 +11,49 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from lowlat.checkpoint.gguf.tensor_names import EXPERTS, GLOBAL_NAMES, MODULES, ROUTER_BIAS
 from lowlat.checkpoint.mapping import file_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 
+GLOBAL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    "nextn.eh_proj": "eh_proj",
+    "nextn.enorm": "enorm",
+    "nextn.hnorm": "hnorm",
+    "nextn.embed_tokens": "embed_tokens",
+    "nextn.shared_head_norm": "shared_head.norm",
+    "nextn.shared_head_head": "shared_head.head",
+}
+EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+"""Modules of a block whose three-dimensional tensors hold all experts."""
+ROUTER_BIAS = "exp_probs_b"
 BY_NAME = {hf: gguf for gguf, hf in GLOBAL_NAMES.items()}
 BY_MODULE = {hf: gguf for gguf, hf in MODULES.items()}
 BY_EXPERT = {hf: gguf for gguf, hf in EXPERTS.items()}
@@ -101,9 +139,23 @@ def _split(attention: MLAConfig, block: str, parameter: str) -> Iterator[GGUFTen
 
 
 def permute(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head from Hugging Face's order (real parts, then imaginary) to pairs: the
-    reverse of `source.unpermute`.
-    """
+    """Rows of each head from Hugging Face's order (real parts, then imaginary) to pairs."""
     # [heads * 2 * pairs, ...] -> heads x 2 x pairs -> heads x pairs x 2
     halves = tensor.view(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
+
+
+def unpermute(tensor: Tensor, heads: int) -> Tensor:
+    """Reverse of `permute`."""
+    # [heads * pairs * 2, ...] -> heads x pairs x 2 -> heads x 2 x pairs
+    pairs = tensor.view(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
+def join_kv_b(keys: Tensor, values: Tensor) -> Tensor:
+    """attn_k_b [heads, latent, nope] and attn_v_b [heads, v, latent] as kv_b_proj [heads * (nope
+    + v), latent].
+    """
+    dtype = keys.dtype if keys.dtype == values.dtype else torch.float32
+    joint = torch.cat([keys.to(dtype).transpose(1, 2), values.to(dtype)], dim=1)
+    return joint.flatten(0, 1)

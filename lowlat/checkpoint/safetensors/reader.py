@@ -53,7 +53,9 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         self._file = MappedFile(path)
-        self.extents: Mapping[str, Extent] = _parse_header(self._file)
+        self.metadata: Mapping[str, str]
+        self.extents: Mapping[str, Extent]
+        self.metadata, self.extents = _parse_header(self._file)
 
     def read(self, name: str) -> Tensor:
         """The tensor as a view of the map; MappedFile documents in-place writes and truncation."""
@@ -65,7 +67,7 @@ class SafetensorsFile:
         self._file.release(self.extents[name].start, self.extents[name].stop)
 
 
-def _parse_header(file: MappedFile) -> dict[str, Extent]:
+def _parse_header(file: MappedFile) -> tuple[dict[str, str], dict[str, Extent]]:
     if file.size < 8:
         raise UserError(
             f"{file.path}: {file.size} bytes are no safetensors file; download it again"
@@ -81,20 +83,14 @@ def _parse_header(file: MappedFile) -> dict[str, Extent]:
             "it is truncated, download it again"
         )
     header = parse_object(file.bytes(8, 8 + length), f"{file.path}: header")
-    _check_metadata(file.path, header.pop("__metadata__", {}))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"{file.path}: header: __metadata__ must map names to texts")
     extents = {
         name: _parse_extent(file.path, name, entry, 8 + length) for name, entry in header.items()
     }
     _check_coverage(file, extents, 8 + length)
-    return extents
-
-
-def _check_metadata(path: Path, metadata: Any) -> None:
-    texts = isinstance(metadata, dict) and all(
-        isinstance(value, str) for value in metadata.values()
-    )
-    if not texts:
-        raise UserError(f"{path}: header: __metadata__ must map names to texts")
+    return metadata, extents
 
 
 def _parse_extent(path: Path, name: str, entry: Any, data_start: int) -> Extent:
@@ -129,9 +125,7 @@ def _parse_extent(path: Path, name: str, entry: Any, data_start: int) -> Extent:
 
 
 def _naturals(value: Any, where: str) -> tuple[int, ...]:
-    """`value` as a tuple if it is a JSON list of whole numbers >= 0 (true and false are not
-    numbers).
-    """
+    """`value` as a tuple if it is a JSON list of whole numbers >= 0; true is no number."""
     if not isinstance(value, list) or len(value) > 64:
         raise UserError(f"{where} must be a short list of whole numbers")
     if not all(

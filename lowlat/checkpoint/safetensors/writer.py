@@ -34,15 +34,11 @@ class TensorSpec(NamedTuple):
     """Name, dtype and shape of a tensor in a file."""
 
     name: str
-    """Hugging Face name."""
     dtype: torch.dtype
-    """As stored."""
     shape: tuple[int, ...]
-    """Row-major."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def entry(self, start: int) -> dict[str, Any]:
@@ -55,7 +51,6 @@ class TensorSpec(NamedTuple):
 
 
 def spec_of(name: str, tensor: Tensor) -> TensorSpec:
-    """The spec of a tensor in memory."""
     return TensorSpec(name, tensor.dtype, tuple(tensor.shape))
 
 
@@ -82,18 +77,21 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def write_safetensors(path: Path, tensors: Sequence[NamedTensor]) -> FileDigest:
-    """Write `tensors`, of any dtype of safetensors, as the new file `path` and fsync it.
+    """Write `tensors` as the new file `path` and fsync it; see `file_pieces`."""
+    return write_new_file(path, file_pieces(tensors))
+
+
+def file_pieces(
+    tensors: Sequence[NamedTensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a file with `tensors`, of any dtype of safetensors, in pieces.
 
     At most one tensor is copied at a time. Raises ValueError for a name that comes twice.
     """
     # wide dtypes first, so that every tensor is aligned to its dtype and can be mapped
     ordered = sorted(tensors, key=lambda named: -named[1].dtype.itemsize)
-    return write_new_file(path, _pieces(ordered))
-
-
-def _pieces(tensors: Sequence[NamedTensor]) -> Iterator[bytes | memoryview]:
-    yield encode_header(spec_of(name, tensor) for name, tensor in tensors)
-    for _, tensor in tensors:
+    yield encode_header((spec_of(name, tensor) for name, tensor in ordered), metadata)
+    for _, tensor in ordered:
         yield tensor_bytes(tensor)
 
 

@@ -5,39 +5,19 @@ config is the cause. If both follow their own, different configs, each is judged
 """
 
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from lowlat.compare.diagnosis.attention_audit import AUDITED, audit
-from lowlat.compare.diagnosis.mistakes import Mistake, MistakeKind, StepAudit
+from lowlat.compare.diagnosis.audit import AUDITED, audit
+from lowlat.compare.diagnosis.mistakes import NAMES, Mistake, StepAudit
 from lowlat.compare.trace import Place, Trace, Window
-from lowlat.config.attention import AttentionConfig
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import AttentionConfig, short_name
 from lowlat.config.model import ModelConfig
 
 Label = Literal["A", "B"]
 LABELS: tuple[Label, ...] = ("A", "B")
 Audits = dict[Label, dict[Place, StepAudit]]
-
-NAMES: dict[MistakeKind, str] = {
-    "yarn_cos_sin": "YaRN scale of cos and sin",
-    "yarn_softmax_scale": "YaRN scale of the softmax",
-    "softmax_scale": "softmax scale",
-    "rope_frequencies": "RoPE frequencies",
-    "rope_layout": "RoPE layout",
-    "rope_missing": "missing RoPE",
-    "rope_order": "order of RoPE channels",
-    "group_mask": "group mask",
-    "group_rank": "ranking of groups",
-    "bias_in_weights": "bias in the routing weights",
-    "bias_not_in_choice": "bias missing in the selection",
-    "gate_precision": "router precision",
-    "gate_normalisation": "normalisation of the routing weights",
-    "gate_scaling": "routed_scaling_factor",
-    "mtp_order": "MTP concatenation order",
-    "mtp_hidden": "MTP hidden state",
-    "mtp_zeroed": "MTP embedding of the first position",
-}
-"""Descriptions of the mistakes."""
+Attribution = tuple[Label, Mistake, Label]
+"""An implementation, its mistake, and the implementation whose config judges it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +25,7 @@ class Finding:
     """A known mistake of one implementation."""
 
     label: Label
-    kind: MistakeKind
+    kind: str
     detail: str
     judged_by: Label
     """The implementation whose config defines the correct result."""
@@ -78,19 +58,13 @@ def diagnose(
     if config_a != config_b and _same_attention(config_a, config_b):
         crossed = {"A": audit(a, config_b, window), "B": audit(b, config_a, window)}
     both = sorted(own["A"].keys() & own["B"].keys(), key=lambda place: place.order)
-    found: dict[_Attribution, list[Place]] = {}
+    found: dict[Attribution, list[Place]] = {}
     for place in both:
         for attribution in _attributions(place, own, crossed):
             found.setdefault(attribution, []).append(place)
     findings = [
-        Finding(
-            label=attribution.label,
-            kind=attribution.mistake.kind,
-            detail=attribution.mistake.detail,
-            judged_by=attribution.judge,
-            places=tuple(places),
-        )
-        for attribution, places in found.items()
+        Finding(label=label, **mistake._asdict(), judged_by=judge, places=tuple(places))
+        for (label, mistake, judge), places in found.items()
     ]
     unexplained: list[tuple[Label, Place]] = [
         (label, place) for label in LABELS for place in both if not own[label][place].explained
@@ -108,20 +82,12 @@ def _same_attention(a: ModelConfig, b: ModelConfig) -> bool:
     return all(type(x) is type(y) and x.rope_dim == y.rope_dim for x, y in layers)
 
 
-class _Attribution(NamedTuple):
-    """An implementation, its mistake, and the implementation whose config judges it."""
-
-    label: Label
-    mistake: Mistake
-    judge: Label
-
-
-def _attributions(place: Place, own: Audits, crossed: Audits) -> list[_Attribution]:
+def _attributions(place: Place, own: Audits, crossed: Audits) -> list[Attribution]:
     """Mistakes in one step that only A or only B makes."""
     outcomes = {label: own[label][place] for label in LABELS}
     known = {label: set(outcomes[label].mistakes) for label in LABELS}
-    found = [
-        _Attribution(label, mistake, label)
+    found: list[Attribution] = [
+        (label, mistake, label)
         for label in LABELS
         for mistake in outcomes[label].mistakes
         if mistake not in known["A" if label == "B" else "B"]
@@ -130,7 +96,7 @@ def _attributions(place: Place, own: Audits, crossed: Audits) -> list[_Attributi
         return found
     judged: tuple[tuple[Label, Label], ...] = (("A", "B"), ("B", "A"))
     return [
-        _Attribution(label, mistake, judge)
+        (label, mistake, judge)
         for label, judge in judged
         for mistake in crossed[label].get(place, StepAudit()).mistakes
         if mistake not in known[label]

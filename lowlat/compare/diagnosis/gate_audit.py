@@ -18,6 +18,7 @@ from lowlat.compare.diagnosis.gate_reference import (
 from lowlat.compare.diagnosis.mistakes import UNEXPLAINED, Mistake, StepAudit
 from lowlat.compare.trace import Block, Trace
 from lowlat.config.model import ModelConfig, MoEConfig
+from lowlat.utils.device import dtype_name
 
 TIE, CLOSE, ROUNDED = 1e-6, 1e-5, 2.0**-6
 """Difference of tied scores; relative difference of equal weights; the same after bf16 rounding."""
@@ -34,21 +35,15 @@ class _Candidate(NamedTuple):
 def _candidates(moe: MoEConfig, has_bias: bool, dtype: torch.dtype) -> Iterator[_Candidate]:
     """The correct router, then mistakes; `dtype` is that of the activations."""
     selecting, weighing = list(_selection_mistakes(moe, has_bias)), list(_weight_mistakes(moe))
-    yield _Candidate((), CORRECT, moe)
+    correct, narrow = _Candidate((), CORRECT, moe), (torch.bfloat16, torch.float16)
+    yield correct
     yield from selecting
-    yield from (
-        candidate for kind in (torch.bfloat16, torch.float16) for candidate in _rounded(moe, kind)
-    )
+    for kind in narrow:
+        yield from _rounded(correct, kind)
     yield from weighing
-    if dtype not in (torch.bfloat16, torch.float16):
-        return
     # A router in the dtype of the activations may have a second mistake.
-    for candidate in (*selecting, *weighing):
-        for rounded in _rounded(candidate.moe, dtype):
-            variant = replace(
-                candidate.variant, product=rounded.variant.product, scores=rounded.variant.scores
-            )
-            yield _Candidate((*rounded.mistakes, *candidate.mistakes), variant, candidate.moe)
+    for candidate in (*selecting, *weighing) if dtype in narrow else ():
+        yield from _rounded(candidate, dtype)
 
 
 def _selection_mistakes(moe: MoEConfig, has_bias: bool) -> Iterator[_Candidate]:
@@ -68,17 +63,12 @@ def _selection_mistakes(moe: MoEConfig, has_bias: bool) -> Iterator[_Candidate]:
         yield _Candidate((choice,), GateVariant(bias_in_choice=False), moe)
 
 
-def _rounded(moe: MoEConfig, kind: torch.dtype) -> Iterator[_Candidate]:
-    """Routers that compute in the number type `kind`."""
-    name = "bf16" if kind is torch.bfloat16 else "fp16"
-    for variant in (
-        GateVariant(product=kind),
-        GateVariant(product=kind, scores=kind),
-        GateVariant(scores=kind),
-    ):
-        yield _Candidate(
-            (Mistake("gate_precision", f"computes the router in {name}"),), variant, moe
-        )
+def _rounded(candidate: _Candidate, kind: torch.dtype) -> Iterator[_Candidate]:
+    """`candidate` as a router that computes in the number type `kind`."""
+    mistake = Mistake("gate_precision", f"computes the router in {dtype_name(kind)}")
+    for product, scores in ((kind, None), (kind, kind), (None, kind)):
+        variant = replace(candidate.variant, product=product, scores=scores)
+        yield _Candidate((mistake, *candidate.mistakes), variant, candidate.moe)
 
 
 def _weight_mistakes(moe: MoEConfig) -> Iterator[_Candidate]:

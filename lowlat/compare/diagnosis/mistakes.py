@@ -1,7 +1,7 @@
 """Known mistakes, and the result of an audited step: correct, a known mistake, or neither."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,31 +10,33 @@ EXPLAINED, NARROW = 1e-3, 2e-2
 """Largest relative difference of a reproduced step; NARROW for NARROW_TYPES."""
 NARROW_TYPES = (torch.bfloat16, torch.float16, torch.int8)
 
-MistakeKind = Literal[
-    "yarn_cos_sin",
-    "yarn_softmax_scale",
-    "softmax_scale",
-    "rope_frequencies",
-    "rope_layout",
-    "rope_missing",
-    "rope_order",
-    "group_mask",
-    "group_rank",
-    "bias_in_weights",
-    "bias_not_in_choice",
-    "gate_precision",
-    "gate_normalisation",
-    "gate_scaling",
-    "mtp_order",
-    "mtp_hidden",
-    "mtp_zeroed",
-]
+NAMES = {
+    "yarn_cos_sin": "YaRN scale of cos and sin",
+    "yarn_softmax_scale": "YaRN scale of the softmax",
+    "softmax_scale": "softmax scale",
+    "rope_frequencies": "RoPE frequencies",
+    "rope_layout": "RoPE layout",
+    "rope_missing": "missing RoPE",
+    "rope_order": "order of RoPE channels",
+    "group_mask": "group mask",
+    "group_rank": "ranking of groups",
+    "bias_in_weights": "bias in the routing weights",
+    "bias_not_in_choice": "bias missing in the selection",
+    "gate_precision": "router precision",
+    "gate_normalisation": "normalisation of the routing weights",
+    "gate_scaling": "routed_scaling_factor",
+    "mtp_order": "MTP concatenation order",
+    "mtp_hidden": "MTP hidden state",
+    "mtp_zeroed": "MTP embedding of the first position",
+}
+"""Descriptions of the mistakes, by kind."""
 
 
 class Mistake(NamedTuple):
     """A mistake that reproduces the recorded output."""
 
-    kind: MistakeKind
+    kind: str
+    """A key of NAMES."""
     detail: str
     """Actual and expected behaviour, without a subject: 'pairs channels ..., not ...'."""
 

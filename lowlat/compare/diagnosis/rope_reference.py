@@ -98,9 +98,7 @@ def _pairs(x: Tensor, interleave: bool) -> tuple[Tensor, Tensor]:
     return x[..., :half], x[..., half:]
 
 
-@lru_cache(maxsize=64)
-def _table(rope: RopeConfig, dim: int) -> Tensor:
-    return inverse_frequencies(rope, dim)
+_table = lru_cache(maxsize=64)(inverse_frequencies)
 
 
 def _frequencies(rope: RopeConfig, dim: int, variant: RotationVariant) -> Tensor:

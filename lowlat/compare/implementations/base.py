@@ -1,20 +1,12 @@
-"""Interface of a comparable implementation, and requests to a peer's worker process."""
+"""Interface of a comparable implementation, and errors of peers."""
 
-import sys
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from lowlat.compare.trace import RoutedExperts, Trace, Window
 from lowlat.config.model import ModelConfig
 from lowlat.peers.protocol import one_line
-from lowlat.peers.worker import NotInstalled, PeerError, UnsupportedRequest, Worker
 from lowlat.utils.errors import UserError
 
-TIMEOUT = 3600.0
-"""Seconds for loading, and for one window."""
 REMEDY = "read fewer tokens at once with --window, or try another version of it"
 """Remedy in the error message of a peer that fails at run time."""
 
@@ -50,26 +42,3 @@ def import_error(module: str, package: str, error: Exception, *, label: str) -> 
     return UserError(
         f"{label}: {package} cannot be imported: {one_line(error)}; try another version of it"
     )
-
-
-def run_in_worker(
-    module: str, requests: Sequence[dict[str, Any]], *, label: str, threads: int | None = None
-) -> None:
-    """Send `requests` to a new worker process that runs lowlat's `module`, then end it.
-
-    Peers run in separate processes, because a failed assertion of llama.cpp ends its process and
-    DeepSeek's model.py is the user's code. Raises UserError, in one line, if the worker fails.
-    """
-    with tempfile.TemporaryDirectory(prefix="lowlat-compare-") as folder:
-        place = Path(folder)
-        name = module.rpartition(".")[2]
-        with Worker(name, module, python=sys.executable, threads=threads, folder=place) as worker:
-            try:
-                for request in requests:
-                    worker.ask(timeout=TIMEOUT, **request)
-            except NotInstalled as error:
-                raise UserError(f"{label}: fails at run time: {error.detail}; {REMEDY}") from error
-            except (UserError, UnsupportedRequest) as error:
-                raise UserError(f"{label}: {error}") from error
-            except PeerError as error:
-                raise UserError(f"{label}: fails at run time: {error}; {REMEDY}") from error

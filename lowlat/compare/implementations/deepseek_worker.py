@@ -140,11 +140,13 @@ def _watch_mixture(
             weights = torch.where(alike, weights, given)
             experts = torch.where(alike, experts, imposed)
         observer.routed(
-            block, scores=None, chosen=experts, weights=weights, experts=moe.n_routed_experts
+            block,
+            scores=None,
+            chosen=experts,
+            weights=weights,
+            gate_weight=ffn.gate.weight,
+            gate_bias=ffn.gate.bias,
         )
-        trace.record_evidence(block, "gate_weight", ffn.gate.weight)
-        if ffn.gate.bias is not None:
-            trace.record_evidence(block, "gate_bias", ffn.gate.bias)
         return (weights, experts) if imposed is not None else None
 
     def routed(*_: object) -> None:

@@ -1,49 +1,32 @@
 """lowlat's native kernels: one call per step, observed by cache entries, hidden states, logits."""
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
-from lowlat.attention.path import AttentionPath, choose_path
-from lowlat.compare.implementations.base import Implementation
-from lowlat.compare.implementations.lowlat_pytorch import attention_shape, one_sequence
+from lowlat.attention.path import choose_path
+from lowlat.compare.implementations.lowlat_pytorch import (
+    LowlatModel,
+    attention_shape,
+    one_sequence,
+)
 from lowlat.compare.observe import canonical
 from lowlat.compare.trace import OUTPUT, Block, RoutedExperts, Trace, Window
 from lowlat.config.model import GQAConfig
-from lowlat.model.native import NativeModel, supports_native
-from lowlat.model.transformer import Transformer
-from lowlat.utils.device import dtype_name
-from lowlat.utils.errors import UserError
+from lowlat.model.native import NativeModel
 
 
-class LowlatNative(Implementation):
-    """A Transformer on the native kernels."""
+class LowlatNative(LowlatModel):
+    """A Transformer on the native kernels, which must support it."""
 
     unseen = "a native step is one call: it shows KV cache entries, final hidden states and logits"
     can_impose_experts = False
 
-    def __init__(
-        self,
-        model: Transformer,
-        *,
-        label: str,
-        precision: str,
-        form: AttentionPath | None = None,
-        cache: torch.dtype | None = None,
-    ) -> None:
-        if not supports_native(model):
-            raise UserError(
-                f"{label}: the native kernels are not built here or do not run this model in "
-                f"{precision}; leave native out, or use bf16, int8 or int4"
-            )
-        self.model = model
-        self.label = label
-        self.config = model.config
-        self.precision = precision
-        self.cache_precision = None if cache is None else dtype_name(cache)
-        self.form: AttentionPath | None = form
-        self.cache = cache
-        self._native = NativeModel(model)
+    @cached_property
+    def _native(self) -> NativeModel:
+        return NativeModel(self.model)
 
     @torch.inference_mode()
     def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:

@@ -34,11 +34,8 @@ from lowlat.ops.routing import Routing
 from lowlat.utils.device import dtype_name
 
 
-class LowlatPyTorch(Implementation):
+class LowlatModel(Implementation):
     """A Transformer with an empty KV cache of one sequence."""
-
-    unseen = ""
-    can_impose_experts = True
 
     def __init__(
         self,
@@ -58,6 +55,13 @@ class LowlatPyTorch(Implementation):
         """Attention path; None: the one that a request of that length takes."""
         self.cache = cache
         """Number type of the KV cache; None: that of the activations."""
+
+
+class LowlatPyTorch(LowlatModel):
+    """A Transformer in plain PyTorch."""
+
+    unseen = ""
+    can_impose_experts = True
 
     @torch.no_grad()
     def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
@@ -126,11 +130,9 @@ def _watch_gate(observer: Observer, block: Block, gate: Gate, imposed: Tensor | 
             scores=routing.scores,
             chosen=routing.experts,
             weights=routing.weights,
-            experts=gate.moe.n_routed_experts,
+            gate_weight=gate.weight,
+            gate_bias=gate.e_score_correction_bias,
         )
-        observer.trace.record_evidence(block, "gate_weight", gate.weight)
-        if gate.e_score_correction_bias is not None:
-            observer.trace.record_evidence(block, "gate_bias", gate.e_score_correction_bias)
         return routing if imposed is not None else None
 
     observer.watch(gate, seen)

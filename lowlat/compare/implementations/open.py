@@ -11,13 +11,13 @@ from lowlat.checkpoint.load import load_model, read_config
 from lowlat.checkpoint.mapping import resolve_mtp_modules
 from lowlat.compare.differences import TOLERANCE
 from lowlat.compare.implementations.base import Implementation
-from lowlat.compare.implementations.deepseek import DeepSeekModel
-from lowlat.compare.implementations.llama_cpp import LlamaCppModel
 from lowlat.compare.implementations.lowlat_native import LowlatNative
 from lowlat.compare.implementations.lowlat_pytorch import LowlatPyTorch
+from lowlat.compare.implementations.peers import DeepSeekModel, LlamaCppModel
 from lowlat.compare.implementations.spec import ImplementationSpec
 from lowlat.compare.implementations.transformers import load_transformers
 from lowlat.config.model import ModelConfig
+from lowlat.model.native import supports_native
 from lowlat.model.quant import packed_type
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
@@ -63,11 +63,17 @@ def _own(spec: ImplementationSpec, path: Path, progress: Progress) -> Implementa
             f"{spec.text}: '{path}' holds no fp8 blocks; "
             f"make one with: lowlat convert {spec.model} DST --dtype fp8"
         )
+    precision = _precision(model)
     if spec.native:
+        if not supports_native(model):
+            raise UserError(
+                f"{spec.text}: the native kernels are not built here or do not run this model in "
+                f"{precision}; leave native out, or use bf16, int8 or int4"
+            )
         native.keep_torch_single_threaded()
     kind = LowlatNative if spec.native else LowlatPyTorch
     cache: torch.dtype | None = parse_cache(spec.cache or "auto")
-    return kind(model, label=spec.text, precision=_precision(model), form=spec.form, cache=cache)
+    return kind(model, label=spec.text, precision=precision, form=spec.form, cache=cache)
 
 
 def _stored_in(path: Path) -> str:

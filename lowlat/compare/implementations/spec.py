@@ -23,6 +23,7 @@ PATHS: tuple[AttentionPath, ...] = ("absorbed", "expanded", "decode")
 NATIVE = "native"
 CACHES = {"cache-int8": "int8", "cache-bf16": "bf16"}
 OPTIONS = (*DTYPES, *PATHS, NATIVE, *CACHES)
+USAGE = "NAME[@OPTION,...], transformers:NAME, official:MODEL.PY:NAME or gguf:FILE"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,7 @@ def parse(text: str) -> ImplementationSpec:
     name, options = _options(text)
     backend, model, script = _backend(name, text)
     if not model:
-        raise UserError(f"'{text}' names no model; write {_usage()}")
+        raise UserError(f"'{text}' names no model; write {USAGE}")
     unknown = [option for option in options if option not in OPTIONS]
     if unknown:
         raise UserError(
@@ -118,7 +119,3 @@ def _check(spec: ImplementationSpec, options: list[str]) -> None:
             f"'{spec.text}': the native kernels do not compute in {spec.dtype}; "
             "choose bf16, int8 or int4"
         )
-
-
-def _usage() -> str:
-    return "NAME[@OPTION,...], transformers:NAME, official:MODEL.PY:NAME or gguf:FILE"

@@ -5,6 +5,8 @@ transformers is an optional peer, imported on use.
 
 import logging
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,7 @@ class TransformersModel(Implementation):
         widths = self._widths(block, layer)
         observer.layer(block, layer, widths)
         attention: Any = find(layer, observer.names.attention)
-        attention.lowlat_observed = _Observed(observer, block, widths)
+        attention.lowlat_observed = partial(observer.attended, block, widths)
         gate = find(find(layer, observer.names.mlp), observer.names.gate)
         if gate is not None and self.config.moe is not None:
             self._watch_gate(observer, block, gate, experts.get(block))
@@ -87,13 +89,7 @@ class TransformersModel(Implementation):
         attention: Any = find(layer, "self_attn")
         # A converted model's latent is wider here than in lowlat.
         latent = None if own.latent is None else attention.kv_lora_rank
-        return AttentionShape(
-            heads=own.heads,
-            dim=own.dim,
-            rope=own.rope,
-            latent=latent,
-            interleave=in_place and own.interleave,
-        )
+        return replace(own, latent=latent, interleave=in_place and own.interleave)
 
     def _watch_gate(
         self, observer: Observer, block: Block, gate: Any, imposed: Tensor | None
@@ -108,12 +104,13 @@ class TransformersModel(Implementation):
             if imposed is not None:
                 chosen, weights = imposed, routing_weights(scores.gather(1, imposed), moe)
             observer.routed(
-                block, scores=scores, chosen=chosen, weights=weights, experts=moe.n_routed_experts
+                block,
+                scores=scores,
+                chosen=chosen,
+                weights=weights,
+                gate_weight=gate.weight,
+                gate_bias=getattr(gate, "e_score_correction_bias", None),
             )
-            observer.trace.record_evidence(block, "gate_weight", gate.weight)
-            bias = getattr(gate, "e_score_correction_bias", None)
-            if bias is not None:
-                observer.trace.record_evidence(block, "gate_bias", bias)
             return (logits, weights, chosen) if imposed is not None else None
 
         observer.watch(gate, seen)
@@ -140,24 +137,14 @@ class TransformersModel(Implementation):
             trace.record(block, "logits", mtp._project_to_logits(hidden)[0])
 
 
-class _Observed:
-    """The observer of an attention module, set as its attribute for `_attention`."""
-
-    def __init__(self, observer: Observer, block: Block, widths: AttentionShape) -> None:
-        self.observer, self.block, self.widths = observer, block, widths
-
-
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The eager attention of the module's own file, with inputs and outputs recorded."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
     out, weights = eager(module, query, key, value, mask, **options)
-    observed: _Observed = module.lowlat_observed
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    observed.observer.attended(
-        observed.block,
-        observed.widths,
+    module.lowlat_observed(
         q=q,
         k=k,
         v=v,

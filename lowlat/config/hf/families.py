@@ -21,23 +21,6 @@ MAX_LAYERS = 100_000
 MLA_FAMILIES = ("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite")
 """Families with Multi-head Latent Attention; all others have grouped-query attention."""
 
-MOE_FIELDS = (
-    "n_routed_experts",
-    "num_local_experts",
-    "num_experts",
-    "num_experts_per_tok",
-    "n_shared_experts",
-    "moe_intermediate_size",
-    "moe_layer_freq",
-    "scoring_func",
-    "topk_method",
-    "n_group",
-    "topk_group",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-)
-"""Fields of the expert layers, without effect in a model that has none."""
-
 HARMLESS_FIELDS = (
     # where the file comes from
     "_name_or_path",

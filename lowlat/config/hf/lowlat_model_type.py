@@ -8,7 +8,7 @@ The file holds ModelConfig's fields under their own names, nested like the datac
     "rope":         {"rope_theta", "rope_interleave", and the fields of Hugging Face's rope_scaling}
     "moe":          null, or MoEConfig's fields
     "quantization": null, or QuantConfig's fields
-    "quantization_config": absent, or as in `hf.packing`
+    "quantization_config": absent, or as in `hf.quantization`
 
 A field may be omitted if the dataclass has a default, or if null is a valid value (TOML has no
 null). Unknown fields and fields without effect are errors. `mtp_copies` is no field: the tensors
@@ -20,7 +20,7 @@ decoder layer, null where the layer has none ("kv_lora_rank": [96, 224, 128], "s
 in all layers. MTP modules have the attention of the last layer.
 """
 
-from dataclasses import MISSING, asdict
+from dataclasses import MISSING, asdict, replace
 from dataclasses import fields as dataclass_fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lowlat.config.attention import DECOUPLED_ROPE, ModelAttention, distinct
 from lowlat.config.hf.families import LOWLAT, MAX_LAYERS
 from lowlat.config.hf.moe import check_routing
-from lowlat.config.hf.packing import packing_from_hf, packing_to_hf
+from lowlat.config.hf.quantization import PACKED, packing_to_hf, storage_from_hf
 from lowlat.config.hf.rope import rope_settings, rope_to_hf
 from lowlat.config.model import (
     AttentionConfig,
@@ -94,18 +94,18 @@ def config_from_lowlat(fields: JsonFields) -> ModelConfig:
             raise fields.wrong(name, f"at most {MAX_LAYERS}")
     attention = _attention(fields, plain["num_hidden_layers"])
     moe, quantization = fields.table("moe"), fields.table("quantization")
-    packing = fields.table("quantization_config")
-    if packing is not None and quantization is not None:
+    if quantization is not None and fields.present("quantization_config"):
         raise fields.error("quantization", "is given together with quantization_config; keep one")
     config = ModelConfig(
         model_type=LOWLAT,
         attention=attention,
         rope=_rope(fields, attention, plain["max_position_embeddings"], plain["num_hidden_layers"]),
         moe=None if moe is None else _moe(moe),
-        quantization=None if quantization is None else _quantization(quantization),
-        packing=None if packing is None else packing_from_hf(packing),
+        **storage_from_hf(fields, methods=(PACKED,)),
         **plain,
     )
+    if quantization is not None:
+        config = replace(config, quantization=_quantization(quantization))
     _check_windows(fields, config)
     _reject_unknown(fields)
     return config

@@ -1,10 +1,16 @@
 """MoE fields of config.json -> MoEConfig, with checks that routing is possible."""
 
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
-from lowlat.config.hf.families import MOE_FIELDS
 from lowlat.config.model import MoEConfig
 from lowlat.utils.json_fields import JsonFields
+
+MOE_FIELDS = {
+    *(field.name for field in dataclass_fields(MoEConfig) if field.name != "scale_after_norm"),
+    *("num_local_experts", "num_experts"),
+}
+"""Fields of the expert layers, without effect in a model that has none."""
 
 
 def moe_from_hf(

@@ -4,23 +4,12 @@ Such a file is a standard deepseek_v3 config plus one key:
 
     "lowlat": {"kv_lora_rank": r, "kv_a_layernorm": false, "q_bias": b, "o_bias": o}
 
-All four keys are required and no other is allowed. The latent of the converted model is r channels
-wide and must reach kv_b_proj unscaled, and its q_proj may have a bias; a standard deepseek_v3 can
-express neither. So the file describes one function twice:
-
-- **Standard numbers, outside the object** (read by other programs; the shapes of the tensors in the
-file): kv_lora_rank is `padded_rank(r)`. Of every 64 latent channels one holds a large constant,
-which makes the normalisation of kv_a_layernorm the identity; the constant comes from the bias of
-kv_a_proj_with_mqa, hence attention_bias is true, and kv_a_proj_with_mqa and o_proj have biases
-(zero where the model has none). q_lora_rank is null if b is false. If b is true it is
-`padded_rank(hidden_size)`: q_a_proj passes the hidden state through and appends constant channels
-(its own bias again), from which q_b_proj makes the bias of the queries. - **Native numbers, inside
-the object** (used by lowlat): latent width r, no kv_a_layernorm, a plain q_proj (q_lora_rank null)
-with a bias if b is true, and a bias on o_proj if o is true. Queries, keys and values have biases
-together or not at all, so b also determines whether kv_a_proj_with_mqa has a bias: the native
-attention_bias is b. If attention_bias is true it covers o_proj too, whatever o is.
-
-Owns these numbers; the tensors are `checkpoint.padded_latent`'s.
+All four keys are required and no other is allowed. The numbers outside the object are those of the
+padded tensors (`checkpoint.padded_latent`), for other programs: kv_lora_rank is `padded_rank(r)`;
+attention_bias is true; q_lora_rank is null, or `padded_rank(hidden_size)` if b is true. The object
+holds the converted model's own numbers: latent width r, no kv_a_layernorm, and a plain q_proj
+(q_lora_rank null) with a bias if b is true. Queries, keys and values have biases together or not at
+all, so attention_bias is b; o_proj has a bias if b or o is true.
 """
 
 from dataclasses import replace
@@ -53,7 +42,12 @@ def native_attention(fields: JsonFields, standard: MLAConfig, model_type: str) -
     q_bias, o_bias = table.boolean("q_bias"), table.boolean("o_bias")
     table.reject_unread("is unknown; was it written by a newer lowlat?", allow_empty=False)
     query_rank = padded_rank(fields.integer("hidden_size")) if q_bias else None
-    _check_standard_numbers(fields, standard, padded_rank(rank), query_rank)
+    if standard.kv_lora_rank != padded_rank(rank):
+        raise fields.wrong("kv_lora_rank", f"{padded_rank(rank)} to match lowlat.kv_lora_rank")
+    if standard.q_lora_rank != query_rank:
+        raise fields.wrong("q_lora_rank", f"{query_rank or 'null'} to match lowlat.q_bias")
+    if not standard.attention_bias:
+        raise fields.wrong("attention_bias", "true with 'lowlat', whose constants are biases")
     return replace(
         standard,
         kv_lora_rank=rank,
@@ -87,14 +81,3 @@ def extension_to_hf(native: MLAConfig, hidden_size: int) -> dict[str, Any]:
             "o_bias": native.o_bias,
         },
     }
-
-
-def _check_standard_numbers(
-    fields: JsonFields, standard: MLAConfig, rank: int, query_rank: int | None
-) -> None:
-    if standard.kv_lora_rank != rank:
-        raise fields.wrong("kv_lora_rank", f"{rank} to match lowlat.kv_lora_rank")
-    if standard.q_lora_rank != query_rank:
-        raise fields.wrong("q_lora_rank", f"{query_rank or 'null'} to match lowlat.q_bias")
-    if not standard.attention_bias:
-        raise fields.wrong("attention_bias", "true with 'lowlat', whose constants are biases")

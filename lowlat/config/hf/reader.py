@@ -14,10 +14,10 @@ from lowlat.config.hf.families import (
 )
 from lowlat.config.hf.lowlat_model_type import config_from_lowlat
 from lowlat.config.hf.moe import moe_from_hf
-from lowlat.config.hf.packing import METHOD, packing_from_hf
 from lowlat.config.hf.padded_latent import native_attention
+from lowlat.config.hf.quantization import storage_from_hf
 from lowlat.config.hf.rope import rope_from_hf
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, Packing, QuantConfig
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.utils.json_fields import JsonFields
 
 INDEXER_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
@@ -46,7 +46,6 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
         context=context,
         interleave=_rope_interleave(fields, model_type),
     )
-    quantization, packing = _quantization(fields)
     window, window_layers = (None, None) if is_mla else _windows(fields, model_type, layers)
     config = ModelConfig(
         model_type=model_type,
@@ -59,8 +58,6 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
         attention=attention,
         rope=rope,
         moe=moe_from_hf(fields, model_type, layers, mtp_layers) if is_mla else None,
-        quantization=quantization,
-        packing=packing,
         num_nextn_predict_layers=mtp_layers,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         sliding_window=window,
@@ -68,6 +65,7 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
         initializer_range=fields.number("initializer_range", 0.02),
         bos_token_id=fields.optional_integer("bos_token_id", minimum=0),
         eos_token_ids=_eos_token_ids(fields),
+        **storage_from_hf(fields),
     )
     fields.ignore(*HARMLESS_FIELDS)
     fields.reject_unread("is unknown and may change the computation; remove it if it does not")
@@ -204,34 +202,6 @@ def _layer_types(fields: JsonFields, layers: int) -> tuple[str, ...]:
     if not {"full_attention", "sliding_attention"}.issuperset(types):
         raise fields.unsupported("layer_types", "supported: full_attention, sliding_attention")
     return types
-
-
-def _quantization(fields: JsonFields) -> tuple[QuantConfig | None, Packing | None]:
-    table = fields.table("quantization_config")
-    if table is None:
-        return None, None
-    if table.choice("quant_method", ("fp8", METHOD)) == METHOD:
-        return None, packing_from_hf(table)
-    return _blocks(table), None
-
-
-def _blocks(table: JsonFields) -> QuantConfig:
-    table.choice("fmt", ("e4m3",), "e4m3")
-    table.choice("activation_scheme", ("dynamic",), "dynamic")
-    block = table.items("weight_block_size")
-    if len(block) != 2 or any(type(size) is not int or not 0 < size <= 2**16 for size in block):
-        raise table.wrong("weight_block_size", "two sizes such as [128, 128]")
-    table.choice("expert_dtype", ("fp8",), "fp8")
-    if table.boolean("dequantize", False):
-        raise table.unsupported("dequantize", "set it to false, and choose with --dtype")
-    scale_fmt = table.choice("scale_fmt", ("float", "ue8m0"), "float")
-    quant = QuantConfig(
-        weight_block_size=(block[0], block[1]),
-        scale_fmt=None if scale_fmt == "float" else scale_fmt,
-        modules_to_not_convert=table.strings("modules_to_not_convert"),
-    )
-    table.reject_unread("is unknown and may change the weights; remove it if it does not")
-    return quant
 
 
 def _eos_token_ids(fields: JsonFields) -> tuple[int, ...]:

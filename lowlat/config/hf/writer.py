@@ -1,12 +1,13 @@
 """ModelConfig -> config.json; `reader` is the other direction."""
 
+from dataclasses import asdict
 from typing import Any
 
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import short_name
 from lowlat.config.hf.families import ARCHITECTURES, LOWLAT, MLA_FAMILIES
 from lowlat.config.hf.lowlat_model_type import config_to_lowlat
-from lowlat.config.hf.packing import packing_to_hf
 from lowlat.config.hf.padded_latent import extension_to_hf
+from lowlat.config.hf.quantization import storage_to_hf
 from lowlat.config.hf.rope import rope_to_hf
 from lowlat.config.model import (
     AttentionConfig,
@@ -14,7 +15,6 @@ from lowlat.config.model import (
     MLAConfig,
     ModelConfig,
     MoEConfig,
-    QuantConfig,
 )
 from lowlat.utils.errors import UserError
 
@@ -54,11 +54,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
             raw |= _gqa_to_hf(config, attention) | _windows_to_hf(config)
         case _:
             _require(config, False, short_name(attention))
-    if config.quantization is not None:
-        raw["quantization_config"] = _quantization_to_hf(config.quantization)
-    if config.packing is not None:
-        raw["quantization_config"] = packing_to_hf(config.packing)
-    return raw
+    return raw | storage_to_hf(config)
 
 
 def _uniform_attention(config: ModelConfig) -> AttentionConfig:
@@ -96,27 +92,14 @@ def _mla_to_hf(config: ModelConfig, attention: MLAConfig) -> dict[str, Any]:
 
 def _moe_to_hf(config: ModelConfig) -> dict[str, Any]:
     moe = config.moe or _no_experts(config)
-    first = moe.first_k_dense_replace
-    raw: dict[str, Any] = {
-        "n_routed_experts": moe.n_routed_experts,
-        "num_experts_per_tok": moe.num_experts_per_tok,
-        "n_shared_experts": moe.n_shared_experts,
-        "moe_intermediate_size": moe.moe_intermediate_size,
-        "first_k_dense_replace": first,
-        "moe_layer_freq": moe.moe_layer_freq,
-        "scoring_func": moe.scoring_func,
-        "topk_method": moe.topk_method,
-        "n_group": moe.n_group,
-        "topk_group": moe.topk_group,
-        "norm_topk_prob": moe.norm_topk_prob,
-        "routed_scaling_factor": moe.routed_scaling_factor,
-    }
+    raw = asdict(moe)
+    del raw["scale_after_norm"]  # the family implies it
     is_v2 = config.model_type == "deepseek_v2"
     _require(config, is_v2 != (moe.topk_method == "noaux_tc"), f"topk_method {moe.topk_method}")
     _require(config, is_v2 != (moe.scoring_func == "sigmoid"), f"scoring_func {moe.scoring_func}")
     _require(config, is_v2 != moe.scale_after_norm, f"scale_after_norm {moe.scale_after_norm}")
     if config.model_type == "glm4_moe_lite":
-        layers = range(config.num_hidden_layers)
+        first, layers = moe.first_k_dense_replace, range(config.num_hidden_layers)
         raw["mlp_layer_types"] = ["dense" if layer < first else "sparse" for layer in layers]
     return raw
 
@@ -148,16 +131,12 @@ def _gqa_to_hf(config: ModelConfig, attention: GQAConfig) -> dict[str, Any]:
         "num_key_value_heads": attention.num_key_value_heads,
         "head_dim": attention.head_dim,
     }
-    biases = (attention.qkv_bias, attention.o_bias)
-    match config.model_type:
-        case "qwen2":
-            _require(config, biases == (True, False), f"(qkv_bias, o_bias) {biases}")
-        case "mistral":
-            _require(config, biases == (False, False), f"(qkv_bias, o_bias) {biases}")
-        case _:
-            _require(config, biases[0] == biases[1], f"(qkv_bias, o_bias) {biases}")
-            raw["attention_bias"] = attention.qkv_bias
-    return raw
+    bias = attention.qkv_bias
+    expected = {"qwen2": (True, False), "mistral": (False, False)}
+    biases = (bias, attention.o_bias)
+    fits = biases == expected.get(config.model_type, (bias, bias))
+    _require(config, fits, f"(qkv_bias, o_bias) {biases}")
+    return raw if config.model_type in expected else raw | {"attention_bias": bias}
 
 
 def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -179,20 +158,6 @@ def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
         "max_window_layers": min(sliding),
         "layer_types": types,
     }
-
-
-def _quantization_to_hf(quant: QuantConfig) -> dict[str, Any]:
-    raw: dict[str, Any] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": list(quant.weight_block_size),
-    }
-    if quant.scale_fmt is not None:
-        raw["scale_fmt"] = quant.scale_fmt
-    if quant.modules_to_not_convert:
-        raw["modules_to_not_convert"] = list(quant.modules_to_not_convert)
-    return raw
 
 
 def _require(config: ModelConfig, condition: bool, what: str) -> None:

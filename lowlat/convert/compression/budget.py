@@ -128,11 +128,18 @@ def per_layer_widths(
     limit = budget * len(layers)
     pairs = zip(layers, sensitivities or [None] * len(layers), strict=True)
     choices = [_choices(errors, sensitivity) for errors, sensitivity in pairs]
+
+    def best(multiplier: float) -> list[EntryWidths]:
+        return [
+            widths[int((errors + multiplier * channels).argmin())]
+            for widths, errors, channels in choices
+        ]
+
     low, high = 1e-20, 1e20
-    found = [each.best(high) for each in choices]
+    found = best(high)
     for _ in range(200):
         multiplier = (low * high) ** 0.5
-        widths = [each.best(multiplier) for each in choices]
+        widths = best(multiplier)
         if sum(w.latent + w.rotary for w in widths) > limit:
             low = multiplier
         else:
@@ -140,28 +147,15 @@ def per_layer_widths(
     return found
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Choices:
+def _choices(
+    layer: ErrorsByRotary, sensitivity: Sensitivity | None
+) -> tuple[list[EntryWidths], Float64[Tensor, " choices"], Float64[Tensor, " choices"]]:
     """All widths a layer may have, with their errors and channels."""
-
-    widths: list[EntryWidths]
-    errors: Float64[Tensor, " choices"]
-    channels: Float64[Tensor, " choices"]
-
-    def best(self, multiplier: float) -> EntryWidths:
-        """The widths of least error if a channel costs `multiplier`."""
-        return self.widths[int((self.errors + multiplier * self.channels).argmin())]
-
-
-def _choices(layer: ErrorsByRotary, sensitivity: Sensitivity | None) -> _Choices:
     widths: list[EntryWidths] = []
     errors: list[float] = []
     for rotary, predicted in layer.items():
         for latent in range(STEP, max(len(predicted.latent), STEP + 1), STEP):
             widths.append(EntryWidths(latent=latent, rotary=rotary))
             errors.append(predicted.total(latent, sensitivity))
-    return _Choices(
-        widths=widths,
-        errors=torch.tensor(errors, dtype=torch.float64),
-        channels=torch.tensor([each.latent + each.rotary for each in widths], dtype=torch.float64),
-    )
+    channels = torch.tensor([each.latent + each.rotary for each in widths], dtype=torch.float64)
+    return widths, torch.tensor(errors, dtype=torch.float64), channels

@@ -39,6 +39,8 @@ class Components:
     """Components with the largest priority keep their rotation."""
     frequencies: Float64[Tensor, "folds components"]
     """Radians per position of each component as a RoPE component."""
+    uses_mean_rotation: bool
+    """Whether NoPE components are multiplied by their mean rotation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +103,7 @@ def components(
         nope_error=error.take_along_dim(order, dim=1),
         priority=priorities.take_along_dim(order, dim=1),
         frequencies=weights.frequencies.unflatten(0, fold)[:, positions],
+        uses_mean_rotation=uses_mean_rotation,
     )
 
 
@@ -109,8 +112,6 @@ def decouple(
     weights: AttentionWeights,
     statistics: LayerStatistics,
     rope: Int64[Tensor, " rope"],
-    *,
-    uses_mean_rotation: bool,
 ) -> DecoupledKeys:
     """Decoupled keys with the RoPE components `rope`, numbered fold * components + component."""
     count = parts.keys.shape[1]
@@ -119,7 +120,7 @@ def decouple(
     is_nope = torch.ones(len(keys), dtype=torch.bool)
     is_nope[rope] = False
     nope_queries = queries[:, is_nope] * weights.magnitude**2
-    if uses_mean_rotation:
+    if parts.uses_mean_rotation:
         mean = statistics.rotation.repeat_interleave(count, dim=1)
         nope_queries = nope_queries * mean[:, is_nope, None]
     return DecoupledKeys(

@@ -114,18 +114,17 @@ def compress(
     inputs = CompressionInputs(
         base=base,
         source=source,
+        method=METHODS[method],
+        layout=layout,
         budget=entry_budget(share, source.entry_dim, least=2 * STEP),
         calibration=calibration,
         scratch=LayerScratch(scratch),
         precision=precision or fast_dtype(),
     )
-    chosen, count = METHODS[method], base.config.num_hidden_layers
     _measure_statistics(inputs, progress)
-    if chosen.folded is not None:
-        variants = chosen.folded(source.head_dim, source.num_key_value_heads, inputs.budget)
-        with progress.task("Folding frequencies", len(variants), "items") as task:
-            chosen = best_fold(variants, lambda each: _rotary_only_perplexity(inputs, each), task)
-    known, plan = _plan(inputs, chosen, layout, progress)
+    inputs = replace(inputs, method=_with_best_fold(inputs, progress))
+    chosen, count = inputs.method, base.config.num_hidden_layers
+    known, plan = _plan(inputs, progress)
     fit_windows = calibration.windows if chosen.fits_output else calibration.windows[:0]
     pair = PairedRun(base, plan.config, fit_windows, calibration.held_out, inputs.precision)
     layers = _make_layers(inputs, plan, known.errors_of(plan.widths), pair, dtype, progress)
@@ -159,21 +158,28 @@ def _measure_statistics(inputs: CompressionInputs, progress: Progress) -> None:
             inputs.scratch.save_statistics(number, statistics)
 
 
-def _plan(
-    inputs: CompressionInputs, method: CompressionMethod, layout: CacheLayout, progress: Progress
-) -> tuple[ErrorForecast, CompressionPlan]:
+def _with_best_fold(inputs: CompressionInputs, progress: Progress) -> CompressionMethod:
+    """The method, with the fold of frequencies that suits the model best if it has folds."""
+    method, source = inputs.method, inputs.source
+    if method.folded is None:
+        return method
+    variants = method.folded(source.head_dim, source.num_key_value_heads, inputs.budget)
+    with progress.task("Folding frequencies", len(variants), "items") as task:
+        return best_fold(variants, lambda each: _rotary_only_perplexity(inputs, each), task)
+
+
+def _plan(inputs: CompressionInputs, progress: Progress) -> tuple[ErrorForecast, CompressionPlan]:
     """Predicted errors of the layers, and the resulting plan."""
-    known = forecast(inputs, method)
+    known = forecast(inputs)
     sensitivities: list[Sensitivity] | None = None
-    allocation: CacheLayout = layout if method.allocates_by_sensitivity else "standard"
-    if allocation == "free":
-        sensitivities = _measure_sensitivities(inputs, method, known, progress)
-    widths = choose_widths(inputs, allocation, known, sensitivities)
-    return known, make_plan(inputs, method, layout, known, widths, sensitivities)
+    if inputs.allocates_per_layer:
+        sensitivities = _measure_sensitivities(inputs, known, progress)
+    widths = choose_widths(inputs, known, sensitivities)
+    return known, make_plan(inputs, known, widths, sensitivities)
 
 
 def _measure_sensitivities(
-    inputs: CompressionInputs, method: CompressionMethod, known: ErrorForecast, progress: Progress
+    inputs: CompressionInputs, known: ErrorForecast, progress: Progress
 ) -> list[Sensitivity] | None:
     """Sensitivities, measured iteratively near the allocation that results from them."""
     windows, entry = sensitivity_windows(inputs.calibration.windows), inputs.source.entry_dim
@@ -181,11 +187,11 @@ def _measure_sensitivities(
     sensitivities: list[Sensitivity] | None = None
     with progress.task("Measuring sensitivities", passes, "items") as task:
         for _ in range(SENSITIVITY_ROUNDS):
-            widths = choose_widths(inputs, "free", known, sensitivities)
+            widths = choose_widths(inputs, known, sensitivities)
             untruncated = [replace(own, latent=entry - own.rotary) for own in widths]
             divergences: list[list[float]] = []
             for each in (widths, untruncated):
-                plan = make_plan(inputs, method, "free", known, each, sensitivities)
+                plan = make_plan(inputs, known, each, sensitivities)
                 tensors = partial(layer_tensors, inputs, plan)
                 divergences.append(
                     single_layer_divergences(inputs.base, plan.config, tensors, windows, task)
@@ -231,8 +237,8 @@ def _rotary_only_perplexity(inputs: CompressionInputs, method: CompressionMethod
     entry, count = inputs.source.entry_dim, inputs.base.config.num_hidden_layers
     rotary = method.rotary(inputs.source.head_dim, inputs.source.num_key_value_heads, inputs.budget)
     widths = [EntryWidths(latent=entry - rotary, rotary=rotary)] * count
-    known = forecast(inputs, method, with_errors=False)
-    plan = make_plan(inputs, method, "standard", known, widths)
+    inputs = replace(inputs, method=method, layout="standard")
+    plan = make_plan(inputs, forecast(inputs, with_errors=False), widths)
     held_out = inputs.calibration.held_out
     pair = PairedRun(inputs.base, plan.config, held_out[:0], held_out, inputs.precision)
     for number in range(count):
@@ -263,9 +269,5 @@ def _is_replaced(source: GQAConfig, method: CompressionMethod) -> Callable[[str]
     """A predicate for new parameters of the converted model: all of the attention, except an output
     projection that is not fitted.
     """
-    kept = ["o_proj.weight"] * (not method.fits_output) + ["o_proj.bias"] * source.o_bias
-
-    def is_replaced(name: str) -> bool:
-        return ".self_attn." in name and not name.endswith(tuple(kept))
-
-    return is_replaced
+    kept = ("o_proj.weight",) * (not method.fits_output) + ("o_proj.bias",) * source.o_bias
+    return lambda name: ".self_attn." in name and not name.endswith(kept)

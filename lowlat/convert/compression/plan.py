@@ -29,6 +29,7 @@ from lowlat.convert.compression.methods import CompressionMethod
 from lowlat.convert.compression.scratch import LayerScratch
 from lowlat.convert.compression.sensitivity import shrunk
 from lowlat.convert.compression.statistics import AttentionWeights, LayerStatistics, read_attention
+from lowlat.convert.parameters.exact_mla import mla_attention_config
 from lowlat.convert.parameters.shared_rope import wide_rope
 from lowlat.convert.parameters.weights import Weights
 from lowlat.ops.rope import rotation_magnitude
@@ -42,16 +43,23 @@ HEAD_STEP, WIDEST_HEAD = 32, 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompressionInputs:
-    """The model to compress, its calibration text and the budget."""
+    """The model to compress, its calibration text, method and budget."""
 
     base: Weights
     source: GQAConfig
+    method: CompressionMethod
+    layout: CacheLayout
     budget: int
     """Channels of a cache entry, on average over layers."""
     calibration: Calibration
     scratch: LayerScratch
     precision: torch.dtype
     """Dtype of matrix products while measuring."""
+
+    @property
+    def allocates_per_layer(self) -> bool:
+        """Whether measured sensitivities allocate the widths per layer."""
+        return self.layout == "free" and self.method.allocates_by_sensitivity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +81,6 @@ class ErrorForecast:
 class CompressionPlan:
     """The decisions of a compression; lists are by layer."""
 
-    method: CompressionMethod
     widths: list[EntryWidths]
     rope: list[Int64[Tensor, "_"]]
     """Indices of the RoPE components."""
@@ -82,33 +89,28 @@ class CompressionPlan:
     """Sensitivities in nats of divergence; None if not measured."""
 
 
-def forecast(
-    inputs: CompressionInputs, method: CompressionMethod, *, with_errors: bool = True
-) -> ErrorForecast:
+def forecast(inputs: CompressionInputs, *, with_errors: bool = True) -> ErrorForecast:
     """Predict errors from the statistics in the scratch folder. with_errors: False leaves `errors`
     empty.
     """
     found = ErrorForecast(errors=[], priorities=[], frequencies=[])
     for number in range(inputs.base.config.num_hidden_layers):
         weights, statistics = read_attention(inputs.base, number), inputs.scratch.statistics(number)
-        parts = method.components(weights, statistics)
+        parts = inputs.method.components(weights, statistics)
         if with_errors:
-            found.errors.append(_layer_errors(method, weights, statistics, parts, inputs.budget))
+            found.errors.append(_layer_errors(inputs, weights, statistics, parts))
         found.priorities.append(parts.priority)
         found.frequencies.append(parts.frequencies)
     return found
 
 
 def choose_widths(
-    inputs: CompressionInputs,
-    layout: CacheLayout,
-    known: ErrorForecast,
-    sensitivities: Sequence[Sensitivity] | None,
+    inputs: CompressionInputs, known: ErrorForecast, sensitivities: Sequence[Sensitivity] | None
 ) -> list[EntryWidths]:
-    """Widths of least predicted error under the budget; in the free layout errors are weighted by
-    each layer's sensitivity.
+    """Widths of least predicted error under the budget; if allocated per layer, errors are weighted
+    by each layer's sensitivity.
     """
-    if layout == "standard":
+    if not inputs.allocates_per_layer:
         return [uniform_widths(known.errors, inputs.budget)] * len(known.errors)
     weights = None if sensitivities is None else shrunk(sensitivities)
     return per_layer_widths(known.errors, inputs.budget, weights)
@@ -116,19 +118,17 @@ def choose_widths(
 
 def make_plan(
     inputs: CompressionInputs,
-    method: CompressionMethod,
-    layout: CacheLayout,
     known: ErrorForecast,
     widths: list[EntryWidths],
     sensitivities: Sequence[Sensitivity] | None = None,
 ) -> CompressionPlan:
     """The plan with `widths`, which `sensitivities` determined."""
-    rope = _rope_components(known.priorities, widths, layout)
+    rope = _rope_components(known.priorities, widths, inputs.layout)
     frequencies = [own.flatten()[each] for own, each in zip(known.frequencies, rope, strict=True)]
-    config = compressed_config(inputs.base.config, inputs.source, widths, frequencies, layout)
-    return CompressionPlan(
-        method=method, widths=widths, rope=rope, config=config, sensitivities=sensitivities
+    config = compressed_config(
+        inputs.base.config, inputs.source, widths, frequencies, inputs.layout
     )
+    return CompressionPlan(widths=widths, rope=rope, config=config, sensitivities=sensitivities)
 
 
 def compressed_config(
@@ -143,18 +143,11 @@ def compressed_config(
     """
     is_standard = layout == "standard"
     attention = [
-        MLAConfig(
-            num_attention_heads=source.num_attention_heads,
-            kv_lora_rank=own.latent,
-            q_lora_rank=None,
-            qk_nope_head_dim=source.head_dim
-            + (_padding(source.head_dim + own.rotary) if is_standard else 0),
-            qk_rope_head_dim=own.rotary,
-            v_head_dim=source.head_dim,
-            attention_bias=source.qkv_bias,
-            q_bias=source.qkv_bias,
-            o_bias=source.o_bias,
-            kv_a_layernorm=False,
+        mla_attention_config(
+            source,
+            latent=own.latent,
+            nope=source.head_dim + (_padding(source.head_dim + own.rotary) if is_standard else 0),
+            rope=own.rotary,
         )
         for own in widths
     ]
@@ -196,14 +189,14 @@ def _padding(head: int) -> int:
 
 
 def _layer_errors(
-    method: CompressionMethod,
+    inputs: CompressionInputs,
     weights: AttentionWeights,
     statistics: LayerStatistics,
     parts: Components,
-    budget: int,
 ) -> ErrorsByRotary:
     """Predicted errors, relative to the residual stream, for every candidate rotary width."""
     groups, head_dim = len(weights.k), weights.k.shape[1]
+    method, budget = inputs.method, inputs.budget
     if method.rotary is not None:
         candidates = [method.rotary(head_dim, groups, budget)]
     else:
@@ -213,9 +206,7 @@ def _layer_errors(
     found: dict[int, PredictedError] = {}
     for rotary in candidates:
         rope = _largest(parts.priority, rotary // 2)
-        keys = decouple(
-            parts, weights, statistics, rope, uses_mean_rotation=method.uses_mean_rotation
-        )
+        keys = decouple(parts, weights, statistics, rope)
         latent = rank_errors(method.target(weights, statistics, keys))
         nope = parts.nope_error.flatten().sum() - parts.nope_error.flatten()[rope].sum()
         found[rotary] = PredictedError(
@@ -248,15 +239,9 @@ def layer_tensors(
 ) -> dict[str, Tensor]:
     """The new attention of layer `number` in fp64, by names in it, without W_O."""
     weights, statistics = read_attention(inputs.base, number), inputs.scratch.statistics(number)
-    method, source = plan.method, inputs.source
+    method, source = inputs.method, inputs.source
     parts = method.components(weights, statistics)
-    keys = decouple(
-        parts,
-        weights,
-        statistics,
-        plan.rope[number],
-        uses_mean_rotation=method.uses_mean_rotation,
-    )
+    keys = decouple(parts, weights, statistics, plan.rope[number])
     factors = factorize(method.target(weights, statistics, keys), plan.widths[number].latent)
     attention = plan.config.attention_of(number)
     assert isinstance(attention, MLAConfig)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowlat.checkpoint.fetch.cache_dir import sha256_file
 from lowlat.checkpoint.fill_parameters import fit
+from lowlat.checkpoint.safetensors.reader import SafetensorsFile
+from lowlat.checkpoint.safetensors.writer import file_pieces
 from lowlat.convert.compression.statistics import LayerStatistics
 from lowlat.utils.disk_errors import NO_SPACE
 from lowlat.utils.errors import UserError
@@ -55,10 +55,6 @@ def scratch_folder(dst: Path) -> Iterator[Path]:
             f"{dst}: cannot be written ({error.strerror}); "
             f"{remedy if is_full else 'choose another destination'}"
         ) from error
-    except SafetensorError as error:  # safetensors' error for a full disk
-        raise UserError(
-            f"{dst}: cannot be written ({error}); free some space and repeat the command"
-        ) from error
 
 
 @final
@@ -73,15 +69,15 @@ class LayerScratch:
         """Save the statistics of layer `number`."""
         values = asdict(statistics)
         residual = torch.tensor(values.pop("residual"), dtype=torch.float64)
-        rotation = torch.view_as_real(values.pop("rotation")).contiguous()
+        rotation = torch.view_as_real(values.pop("rotation"))
         tensors = values | {"residual": residual, "rotation": rotation}
-        save_file(tensors, self._statistics_file(number))
+        _write(self._statistics_file(number), tensors)
 
     def statistics(self, number: int) -> LayerStatistics:
         """The statistics of layer `number`."""
-        values = load_file(self._statistics_file(number))
+        values = _read(self._statistics_file(number))
         residual = float(values.pop("residual"))
-        # safetensors align to 8 bytes, complex128 needs 16
+        # tensors are aligned to 8 bytes, complex128 needs 16
         rotation = torch.view_as_complex(values.pop("rotation").clone())
         return LayerStatistics(**values, residual=residual, rotation=rotation)
 
@@ -92,16 +88,16 @@ class LayerScratch:
         """
         where = f"layer {number} of the converted model: '{{}}'"
         stored = {
-            name: fit(tensor, name, where.format(name), False, dtype).contiguous()
+            name: fit(tensor, name, where.format(name), False, dtype)
             for name, tensor in tensors.items()
         }
-        save_file(stored, self._tensor_file(number))
+        _write(self._tensor_file(number), stored)
 
     def read(self, name: str) -> Tensor:
         """The new tensor of parameter `name`. Caches the tensors of one layer."""
         _, number, _, below = name.split(".", 3)
         if self._held[0] != int(number):
-            self._held = int(number), load_file(self._tensor_file(int(number)))
+            self._held = int(number), _read(self._tensor_file(int(number)))
         return self._held[1][below]
 
     def _statistics_file(self, number: int) -> Path:
@@ -109,3 +105,14 @@ class LayerScratch:
 
     def _tensor_file(self, number: int) -> Path:
         return self._folder / f"layer-{number}.safetensors"
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.unlink(missing_ok=True)  # tensors that were read may still be views of it
+    with path.open("xb") as file:
+        file.writelines(file_pieces(list(tensors.items())))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    file = SafetensorsFile(path)
+    return {name: file.read(name) for name in file.extents}

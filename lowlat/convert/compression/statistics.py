@@ -144,7 +144,9 @@ class _LayerSums:
 
     def add(self, normed: Float[Tensor, "length hidden"], *, with_attention: bool) -> None:
         """Add a window of normalised inputs; with_attention: measure its attention as well."""
-        extended = _extended(normed, self._own.q.shape[2])
+        # a constant 1 for the biases, if there are any
+        ones = normed.new_ones(len(normed), self._own.q.shape[2] - normed.shape[1])
+        extended = torch.cat([normed, ones], dim=1)
         self._covariance += extended.T @ extended
         self._tokens += len(normed)
         if with_attention:
@@ -183,7 +185,8 @@ class _LayerSums:
             for part in (q, k)
         )
         for part, single in enumerate((q, k.repeat_interleave(per_group, dim=0))):
-            self._norms[part] += _pair_norms(single)
+            # length of every pair of channels
+            self._norms[part] += torch.hypot(*single.chunk(2, dim=-1)).sum(1).double()
         angles = torch.view_as_real(self._rotations).flatten(1).float()
         received = torch.zeros(len(extended))
         for head, metric in enumerate(self._metric):
@@ -223,13 +226,3 @@ class _LayerSums:
             received[:stop] += probabilities.sum(0)
             outputs.append(probabilities @ payload[:stop])
         return torch.cat(outputs)
-
-
-def _pair_norms(heads: Float[Tensor, "heads length head_dim"]) -> Float64[Tensor, "heads pairs"]:
-    """Length of every pair of channels, summed over tokens."""
-    return torch.hypot(*heads.chunk(2, dim=-1)).sum(1).double()
-
-
-def _extended(x: Float[Tensor, "length hidden"], inputs: int) -> Float[Tensor, "length inputs"]:
-    """`x` with a constant 1 appended if there are biases."""
-    return torch.cat([x, x.new_ones(len(x), inputs - x.shape[1])], dim=1)

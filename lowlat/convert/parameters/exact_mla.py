@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from lowlat.checkpoint.mapping_operations import Read
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import short_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.parameters.shared_rope import channel_order, half_order, wide_rope
 from lowlat.ops.rope import inverse_frequencies, rotation_magnitude
@@ -54,18 +54,6 @@ def mla_config(config: ModelConfig) -> ModelConfig:
     """`config` with exact MLA. Raises UserError if its attention cannot be expressed so."""
     source = check_exact(config)
     width = source.num_key_value_heads * source.head_dim
-    attention = MLAConfig(
-        num_attention_heads=source.num_attention_heads,
-        kv_lora_rank=width,
-        q_lora_rank=None,
-        qk_nope_head_dim=0,
-        qk_rope_head_dim=width,
-        v_head_dim=source.head_dim,
-        attention_bias=source.qkv_bias,
-        q_bias=source.qkv_bias,
-        o_bias=source.o_bias,
-        kv_a_layernorm=False,
-    )
     rope = config.rope_of(0)  # equal in all GQA layers
     wide = wide_rope(
         inverse_frequencies(rope, source.head_dim),
@@ -76,7 +64,7 @@ def mla_config(config: ModelConfig) -> ModelConfig:
     return replace(
         config,
         model_type="deepseek_v3",
-        attention=attention,
+        attention=mla_attention_config(source, latent=width, nope=0, rope=width),
         rope=wide,
         quantization=None,
         sliding_window=None,
@@ -84,15 +72,30 @@ def mla_config(config: ModelConfig) -> ModelConfig:
     )
 
 
+def mla_attention_config(source: GQAConfig, *, latent: int, nope: int, rope: int) -> MLAConfig:
+    """MLA with the heads and biases of `source`, and the given channels of the latent, of a head's
+    NoPE part and of the rotary key.
+    """
+    return MLAConfig(
+        num_attention_heads=source.num_attention_heads,
+        kv_lora_rank=latent,
+        q_lora_rank=None,
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=rope,
+        v_head_dim=source.head_dim,
+        attention_bias=source.qkv_bias,
+        q_bias=source.qkv_bias,
+        o_bias=source.o_bias,
+        kv_a_layernorm=False,
+    )
+
+
 def expand_queries(
     queries: Shaped[Tensor, "rows *inputs"], source: GQAConfig
 ) -> Shaped[Tensor, "wide_rows *inputs"]:
     """q_proj weight or bias [heads * d, ...] -> [heads * G * d, ...], zero outside the group."""
-    heads, groups, head_dim = (
-        source.num_attention_heads,
-        source.num_key_value_heads,
-        source.head_dim,
-    )
+    heads, groups = source.num_attention_heads, source.num_key_value_heads
+    head_dim = source.head_dim
     width = groups * head_dim
     order = channel_order(groups, head_dim)
     group = torch.arange(heads) // (heads // groups)
@@ -117,13 +120,9 @@ def join_keys_values(
 
 def select_values(source: GQAConfig, dtype: torch.dtype) -> Float[Tensor, "value_rows latent"]:
     """kv_b_proj [heads * d, G * d]: ones that select the value channels of each head's group."""
-    heads, groups, head_dim = (
-        source.num_attention_heads,
-        source.num_key_value_heads,
-        source.head_dim,
-    )
+    heads, groups = source.num_attention_heads, source.num_key_value_heads
     groups_of_heads = torch.eye(groups).repeat_interleave(heads // groups, dim=0)
-    return torch.kron(groups_of_heads, torch.eye(head_dim)).to(dtype)
+    return torch.kron(groups_of_heads, torch.eye(source.head_dim)).to(dtype)
 
 
 def mla_attention(tensors: dict[str, Tensor], source: GQAConfig) -> dict[str, Tensor]:

@@ -76,13 +76,9 @@ class UpcycledWeights(Weights):
 
     def __init__(self, base: Weights, experts: int) -> None:
         self._base = base
-        self._config = upcycled_config(base.config, experts)
-        self._shapes = parameter_shapes(self._config)
+        self.config = upcycled_config(base.config, experts)
+        self._shapes = parameter_shapes(self.config)
         self._half = base.config.intermediate_size // 2
-
-    @property
-    def config(self) -> ModelConfig:
-        return self._config
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float32 if name.endswith(ROUTER_BIAS) else self._base.dtype(_dense(name))
@@ -112,7 +108,7 @@ class UpcycledWeights(Weights):
     def _router(self, name: str) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         drawn = torch.randn(self._shapes[name], generator=generator)
-        return (drawn * self._config.initializer_range).to(self.dtype(name))
+        return (drawn * self.config.initializer_range).to(self.dtype(name))
 
 
 def _dense(name: str) -> str:

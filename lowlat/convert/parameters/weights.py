@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from lowlat.checkpoint.mapping import check_tensors, operations
-from lowlat.checkpoint.mapping_operations import Operation, Read, Rename
-from lowlat.checkpoint.padded_latent import PaddingError
+from lowlat.checkpoint.mapping_operations import Read, Rename
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.model import ModelConfig
 from lowlat.model.transformer import Transformer
-from lowlat.utils.errors import UserError
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -25,10 +23,8 @@ Shapes = dict[str, tuple[int, ...]]
 class Weights(ABC):
     """The parameters of a model as plain matrices, by the model's names."""
 
-    @property
-    @abstractmethod
-    def config(self) -> ModelConfig:
-        """The model's config, without storage fields."""
+    config: ModelConfig
+    """The model's config, without storage fields."""
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
@@ -61,50 +57,40 @@ class SourceWeights(Weights):
 
     def __init__(self, source: TensorSource, config: ModelConfig, *, pads: bool) -> None:
         self._source = source
-        self._config = config
+        self.config = config
         shapes = parameter_shapes(config)
         plan = operations(config, shapes, pads=pads)
-        files = {file: shape for step in plan for file, shape in step.file_shapes(shapes).items()}
-        check_tensors(config, source, files)
-        self._files = {step.parameter: step.file for step in plan if isinstance(step, Rename)}
-        self._steps: dict[str, Operation] = {}
-        self._step_files: dict[str, list[str]] = {}
-        for step in plan:
-            if not isinstance(step, Rename):
-                names = list(step.file_shapes(shapes))
-                for name in step.parameters():
-                    self._steps[name], self._step_files[name] = step, names
+        check_tensors(config, source, plan, shapes)
+        self._steps = {name: step for step in plan for name in step.parameters()}
+        self._files = {
+            name: list(step.file_shapes(shapes)) for step in plan for name in step.parameters()
+        }
         self._held: dict[str, Tensor] = {}
 
-    @property
-    def config(self) -> ModelConfig:
-        return self._config
-
     def dtype(self, name: str) -> torch.dtype:
-        files = self._step_files.get(name) or [self._files[name]]
-        return reduce(torch.promote_types, {self._source.dtype(file) for file in files})
+        files = {self._source.dtype(file) for file in self._files[name]}
+        return reduce(torch.promote_types, files)
 
     def read(self, name: str) -> Tensor:
-        if name in self._files:
-            return self._source.read(self._files[name])
+        step = self._steps[name]
+        if isinstance(step, Rename):
+            return self._source.read(step.file)
         if name not in self._held:
-            try:
-                self._held = dict(self._steps[name].load(self._source.read))
-            except PaddingError as error:
-                raise UserError(f"{self._source.path}: {error}") from error
+            self._held = dict(step.load(self._source))
         return self._held[name]
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        if name in self._files:
-            return self._source.rows(self._files[name], start, stop)
+        step = self._steps[name]
+        if isinstance(step, Rename):
+            return self._source.rows(step.file, start, stop)
         return self.read(name)[start:stop]
 
     def release(self, name: str) -> None:
-        for file in self._step_files.get(name) or [self._files[name]]:
+        for file in self._files[name]:
             self._source.release(file)
 
     def where(self, name: str) -> str:
-        return self._source.where((self._step_files.get(name) or [self._files[name]])[0])
+        return self._source.where(self._files[name][0])
 
 
 @final
@@ -125,14 +111,10 @@ class DerivedWeights(Weights):
         dtype: torch.dtype,
     ) -> None:
         self._base = base
-        self._config = config
+        self.config = config
         self._read = read
         self._derives = derives
         self._dtype = dtype
-
-    @property
-    def config(self) -> ModelConfig:
-        return self._config
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype if self._derives(name) else self._base.dtype(name)
@@ -157,10 +139,6 @@ class DerivedWeights(Weights):
 
 def parameter_shapes(config: ModelConfig) -> Shapes:
     """Names and shapes of the parameters of `config`, in file order."""
-    return {name: tuple(parameter.shape) for name, parameter in empty_parameters(config).items()}
-
-
-def empty_parameters(config: ModelConfig) -> dict[str, Tensor]:
-    """The parameters of `config` on the meta device."""
     with torch.device("meta"):
-        return Transformer(config, dtype=torch.bfloat16).state_dict()
+        parameters = Transformer(config, dtype=torch.bfloat16).state_dict()
+    return {name: tuple(parameter.shape) for name, parameter in parameters.items()}

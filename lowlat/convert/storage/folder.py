@@ -22,15 +22,12 @@ from lowlat.convert.parameters.weights import Weights, parameter_shapes
 from lowlat.model.linear import Linear, Storage, pack
 from lowlat.model.transformer import Transformer
 from lowlat.ops.fp8 import quantize_blocks
+from lowlat.utils.device import DTYPES
 from lowlat.utils.errors import UserError
 
 StorageType = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 """Number types of a stored model."""
-PLAIN: Mapping[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+PLAIN = {name: DTYPES[name] for name in ("fp32", "bf16", "fp16")}
 CHUNK_ELEMENTS = 2**22
 """Approximate elements of a chunk."""
 ROW_STEP = 128

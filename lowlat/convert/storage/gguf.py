@@ -6,6 +6,7 @@ Names, layout and metadata are those of `checkpoint.gguf`.
 import logging
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,7 @@ def _tensor(
 
     def pieces() -> Iterator[Tensor]:
         for parameter in part.parameters:
-            where = weights.where(parameter)
-
-            def encoded(rows: Tensor, parameter: str = parameter, where: str = where) -> Tensor:
-                return _encoded(rows, ggml_type, parameter, where)
-
+            encoded = partial(_encoded, ggml_type, parameter, weights.where(parameter))
             if part.change is None:
                 yield from row_pieces(weights, parameter, shapes[parameter], encoded)
             else:
@@ -118,7 +115,7 @@ def _changed(
     weights.release(parameter)
 
 
-def _encoded(rows: Tensor, ggml_type: GGMLType, parameter: str, where: str) -> Tensor:
+def _encoded(ggml_type: GGMLType, parameter: str, where: str, rows: Tensor) -> Tensor:
     if ggml_type in PLAIN:
         return fit(rows, parameter, where, False, PLAIN[ggml_type])
     try:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowlat.generate import structured
+from lowlat.generate.grammar_source import lark_regex
 from lowlat.generate.structured import StructuredOutput
+from lowlat.serve.chat.output_parser import ReasoningMode, ReasoningTags
 from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
-from lowlat.serve.tool_parsers.lark import LarkBuilder, Rule, between_slashes
+from lowlat.serve.tool_parsers.lark import LarkBuilder, Rule
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 
@@ -29,28 +31,20 @@ class ToolCallConstraint:
     """Whether the output must be a call (tool_choice)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReasoningPrefix:
-    """Reasoning before the constrained part of an output."""
-
-    open: str
-    close: str
-    is_begun: bool
-    """Whether the output begins inside the reasoning; otherwise the reasoning is optional."""
-
-
 def constrained_output(
     tokenizer: Tokenizer,
     *,
     output: StructuredOutput | None,
     calls: ToolCallConstraint | None,
-    reasoning: ReasoningPrefix | None,
+    marks: ReasoningTags | None = None,
+    thinking: ReasoningMode = "never",
 ) -> StructuredOutput | None:
     """The constraint on a whole output; None: unconstrained.
 
-    `output` constrains the text after `reasoning`, or the alternative to `calls`. Raises UserError
-    for a Lark grammar together with calls or reasoning.
+    `output` constrains the text after the reasoning between `marks`, or the alternative to `calls`.
+    Raises UserError for a Lark grammar together with calls or reasoning.
     """
+    reasoning = marks if thinking != "never" else None
     if calls is None and (output is None or reasoning is None):
         return output
     markers = list(calls.format.markers) if calls is not None else []
@@ -62,7 +56,7 @@ def constrained_output(
     if body is None:
         return output
     if reasoning is not None:
-        body = _after_reasoning(lark, body, reasoning)
+        body = _after_reasoning(lark, body, reasoning, is_begun=thinking == "begun")
     return structured.Grammar(lark=lark.text(body))
 
 
@@ -75,7 +69,7 @@ def _output_rule(lark: LarkBuilder, output: StructuredOutput) -> Rule:
         case structured.Choice():
             return lark.choice([lark.quoted(option) for option in output.options])
         case structured.Regex():
-            return lark.pattern(f"/{between_slashes(output.pattern)}/")
+            return lark.pattern(lark_regex(output.pattern))
         case structured.Grammar():
             raise UserError(
                 "a grammar cannot be combined with tools or reasoning; leave the tools out and"
@@ -101,8 +95,11 @@ def _calls_rule(lark: LarkBuilder, calls: ToolCallConstraint, output: Rule | Non
     return lark.choice([text, whole])
 
 
-def _after_reasoning(lark: LarkBuilder, body: Rule, reasoning: ReasoningPrefix) -> Rule:
+def _after_reasoning(
+    lark: LarkBuilder, body: Rule, reasoning: ReasoningTags, *, is_begun: bool
+) -> Rule:
+    """`body` after the reasoning, which is optional unless the output begins inside it."""
     thought = lark.sequence(lark.text_until(reasoning.close), lark.pattern(r"/\n{0,2}/"))
-    if reasoning.is_begun:
+    if is_begun:
         return lark.sequence(thought, body)
     return lark.sequence(lark.optional(lark.sequence(reasoning.open, thought)), body)

@@ -15,11 +15,11 @@ from lowlat.serve.protocol.messages import (
     AssistantMessage,
     Message,
     SystemMessage,
+    ToolCall,
     ToolMessage,
     UserMessage,
     text_of,
 )
-from lowlat.serve.protocol.tools import ToolCall
 from lowlat.serve.tool_parsers.base import ToolParser
 
 
@@ -33,8 +33,6 @@ def template_messages(
 
 @dataclass(slots=True)
 class _Call:
-    """An earlier tool call of the conversation."""
-
     id: str
     name: str
 

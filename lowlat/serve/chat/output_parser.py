@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowlat.serve.tool_parsers.base import ToolParser
-from lowlat.serve.tool_parsers.parts import Part
 from lowlat.serve.tool_parsers.reader import Steps
-from lowlat.serve.tool_parsers.state import ParserState, Schemas
+from lowlat.serve.tool_parsers.state import ParserState, Part, Schemas
 
 ReasoningMode = Literal["never", "maybe", "begun"]
 """Whether the output has no reasoning, may begin with it, or begins inside it."""
@@ -19,8 +18,6 @@ ReasoningMode = Literal["never", "maybe", "begun"]
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """The tags around a model's reasoning."""
-
     open: str
     close: str
 
@@ -58,7 +55,6 @@ class OutputParser:
 
     @property
     def has_tool_calls(self) -> bool:
-        """Whether a call has begun."""
         return self._calls.count > 0
 
     def push(self, text: str) -> list[Part]:
@@ -82,10 +78,7 @@ class OutputParser:
             yield from self._read_reasoning(self._marks)
         if self._tools is not None:
             yield from self._tools.read(self._calls)
-        reader = self._calls.reader
-        while (yield from reader.has_more()):
-            self._calls.content(reader.unread)
-            reader.skip(len(reader.unread))
+        yield from self._calls.reader.pass_rest(self._calls.content)
 
     def _read_reasoning(self, marks: ReasoningTags) -> Steps[None]:
         """Parse the reasoning, without its tags and the line breaks around them."""

@@ -12,17 +12,15 @@ from typing import Any
 from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
 from lowlat.generate.structured import StructuredOutput
-from lowlat.serve.chat.constraints import ReasoningPrefix, ToolCallConstraint, constrained_output
+from lowlat.serve.chat.constraints import ToolCallConstraint, constrained_output
 from lowlat.serve.chat.messages import template_messages
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode
 from lowlat.serve.chat.template_features import TemplateFeatures
 from lowlat.serve.protocol.chat import ChatRequest
-from lowlat.serve.protocol.errors import RequestError
-from lowlat.serve.protocol.tools import Function, NamedTool, Tool
-from lowlat.serve.structured_outputs import from_response_format, from_structured_outputs
+from lowlat.serve.protocol.errors import RequestError, about
+from lowlat.serve.protocol.messages import Function, NamedTool, Tool
 from lowlat.serve.tool_parsers.base import ToolFunction
 from lowlat.text.chat_prompt import encode_chat
-from lowlat.utils.errors import UserError
 
 NO_ARGUMENTS: dict[str, object] = {"type": "object", "properties": {}}
 """Schema that templates render for a function without parameters, as in training data."""
@@ -56,13 +54,16 @@ def prepare_chat(model: Model, request: ChatRequest) -> PreparedChat:
     structured = _constraint(features, request, tools, thinking)
     if structured is not None:
         request.check_end()
-    schemas = {tool.function.name: _schema(tool.function) for tool in tools} if tools else None
+    schemas = {tool.function.name: _schema(tool.function) for tool in tools}
+    parser = features.tools if tools else None
     return PreparedChat(
         ids=tuple(ids),
         params=request.to_params(),
         structured=structured,
         keep_special=features.keep_special(thinking=thinking, tools=bool(tools)),
-        make_parser=lambda: features.parser(thinking=thinking, schemas=schemas),
+        make_parser=lambda: OutputParser(
+            marks=features.reasoning, thinking=thinking, tools=parser, schemas=schemas
+        ),
     )
 
 
@@ -70,7 +71,7 @@ def _offered_tools(features: TemplateFeatures, request: ChatRequest) -> list[Too
     """The functions that the template presents to the model."""
     if not request.tools or request.tool_choice == "none":
         return []
-    if not features.supports_tools:
+    if features.tools is None:
         raise RequestError(
             "tools: this model's chat template has no known tool-call format; leave them out",
             param="tools",
@@ -85,10 +86,8 @@ def _encode(
     check_text_size(model, (str(message.get("content") or "") for message in messages), "messages")
     described = [_described(tool.function) for tool in tools] or None
     variables = _variables(features, request)
-    try:
+    with about("messages"):
         ids = encode_chat(model.tokenizer, messages, tools=described, **variables)
-    except UserError as error:
-        raise RequestError(f"messages: {error}", param="messages") from error
     if not 1 <= len(ids) < model.context:
         raise RequestError(
             f"messages: the prompt has {len(ids)} tokens, it must have 1 to {model.context - 1}"
@@ -100,7 +99,6 @@ def _encode(
 
 
 def _described(function: Function) -> dict[str, Any]:
-    """A function in the format that templates expect."""
     shown: dict[str, Any] = {"name": function.name}
     if function.description is not None:
         shown["description"] = function.description
@@ -112,14 +110,12 @@ def _schema(function: Function) -> dict[str, object]:
 
 
 def _enforced_schema(function: Function, *, is_strict: bool) -> dict[str, object]:
-    """The schema enforced on the arguments of a call."""
     if function.parameters is None:
         return {**NO_ARGUMENTS, "additionalProperties": False}
     return {"type": "object", **(function.parameters if is_strict else {})}
 
 
 def _variables(features: TemplateFeatures, request: ChatRequest) -> dict[str, Any]:
-    """The template variables that a request sets."""
     field = "chat_template_kwargs"
     given = request.chat_template_kwargs or {}
     for name, value in given.items():
@@ -140,26 +136,16 @@ def _constraint(
     features: TemplateFeatures, request: ChatRequest, tools: list[Tool], thinking: ReasoningMode
 ) -> StructuredOutput | None:
     """The constraint on the whole output, including reasoning and tool calls."""
-    field = request.constraint_field
-    reasoning = None
-    if features.reasoning is not None and thinking != "never":
-        marks = features.reasoning
-        reasoning = ReasoningPrefix(
-            open=marks.open, close=marks.close, is_begun=thinking == "begun"
-        )
-    try:
-        if request.structured_outputs is None:
-            output = from_response_format(request.response_format)
-        else:
-            output = from_structured_outputs(request.structured_outputs)
+    given = request.structured_outputs or request.response_format
+    with about(request.constraint_field):
+        output = None if given is None else given.to_output()
         return constrained_output(
             features.tokenizer,
             output=output,
             calls=_tool_call_constraint(features, request, tools, is_structured=output is not None),
-            reasoning=reasoning,
+            marks=features.reasoning,
+            thinking=thinking,
         )
-    except UserError as error:
-        raise RequestError(f"{field}: {error}", param=field) from error
 
 
 def _tool_call_constraint(

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
+from lowlat.serve.chat.output_parser import ReasoningMode, ReasoningTags
 from lowlat.serve.tool_parsers.base import ToolParser
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser, DeepSeekV31ToolParser
-from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.kimi import KimiK2ToolParser
-from lowlat.serve.tool_parsers.llama import Llama3ToolParser
-from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
-from lowlat.serve.tool_parsers.state import Schemas
+from lowlat.serve.tool_parsers.formats import (
+    DeepSeekV3ToolParser,
+    DeepSeekV31ToolParser,
+    HermesToolParser,
+    KimiK2ToolParser,
+    Llama3ToolParser,
+    MistralListToolParser,
+    MistralToolParser,
+)
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
@@ -81,10 +84,6 @@ class TemplateFeatures:
             takes_json_arguments=_takes_text_arguments(tool_source, format),
         )
 
-    @property
-    def supports_tools(self) -> bool:
-        return self.tools is not None
-
     def thinking(self, ids: Sequence[int]) -> ReasoningMode:
         """Whether the output after the prompt `ids` may begin with reasoning, or inside it."""
         if self.reasoning is None:
@@ -103,15 +102,6 @@ class TemplateFeatures:
             texts |= set(self.tools.markers)
         tokenizer = self.tokenizer
         return frozenset(id for id in tokenizer.special_ids if tokenizer.added_tokens[id] in texts)
-
-    def parser(self, *, thinking: ReasoningMode, schemas: Schemas | None) -> OutputParser:
-        """A parser for one completion; `schemas` None: calls are not parsed."""
-        return OutputParser(
-            marks=self.reasoning,
-            thinking=thinking,
-            tools=None if schemas is None else self.tools,
-            schemas=schemas,
-        )
 
 
 def find_tool_parser(source: str) -> ToolParser | None:

@@ -6,7 +6,7 @@ Validation of the parsed values is in `serve.protocol`.
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from starlette.datastructures import Headers
@@ -111,7 +111,12 @@ def _parse(text: bytes, number: Callable[[str], int | float]) -> dict[str, Any]:
         raise _InvalidJson(f"is not valid JSON: {error.msg} at character {error.pos}") from error
     if not isinstance(value, dict):
         raise _InvalidJson("must be a JSON object")
-    _check_values(value, has_surrogates=_LONE_ESCAPE.search(text) is not None)
+    _check_depth(value)
+    if _LONE_ESCAPE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise _InvalidJson("contains an unpaired surrogate in a string") from error
     return value
 
 
@@ -149,35 +154,14 @@ def _bounded(text: str) -> int:
     return int(text)
 
 
-def _check_values(value: object, *, has_surrogates: bool) -> None:
-    """Check the nesting depth; with `has_surrogates` also strings for unpaired surrogates."""
-    level = [value]
+def _check_depth(value: dict[str, Any]) -> None:
+    level: list[Any] = [value]
     for _ in range(limits.MAX_JSON_DEPTH):
-        level = [child for item in level for child in _children(item)]
-        if has_surrogates and any(_is_broken(item) for item in level):
-            raise _InvalidJson("contains an unpaired surrogate in a string")
-        level = [item for item in level if isinstance(item, dict | list)]
+        children = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [child for each in children for child in each if isinstance(child, dict | list)]
         if not level:
             return
     raise _too_deep()
-
-
-def _children(item: object) -> Iterator[object]:
-    if isinstance(item, dict):
-        yield from item.keys()
-        yield from item.values()
-    elif isinstance(item, list):
-        yield from item
-
-
-def _is_broken(item: object) -> bool:
-    if not isinstance(item, str):
-        return False
-    try:
-        item.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _too_deep() -> _InvalidJson:

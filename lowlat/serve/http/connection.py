@@ -170,7 +170,6 @@ async def _discard(receive: Receive) -> None:
 def _raw_error(
     encode: Callable[[h11.Event], bytes | None], status: int, message: str, code: str | None
 ) -> bytes:
-    """The bytes of an error response that closes its connection."""
     body = json.dumps(error_object(status, message, code=code)).encode()
     headers = [
         ("content-type", "application/json"),

@@ -32,7 +32,6 @@ class GenerationFailed(Exception):
 def error_object(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, object]:
-    """The JSON object of an error."""
     kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -45,7 +44,6 @@ def error_response(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """An error as a response."""
     return Response(
         # ASCII, so that unpaired surrogates in a hostile request cannot break the response.
         json.dumps(error_object(status, message, param=param, code=code)),
@@ -75,7 +73,6 @@ def describe(error: Exception) -> tuple[int, str, str | None, str | None]:
 
 
 def response_to(error: Exception) -> Response:
-    """The response for `error`."""
     status, message, param, code = describe(error)
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lowlat.serve.config import ServeConfig, is_address, is_loopback
 from lowlat.serve.http.errors import error_response
-from lowlat.serve.http.login import COOKIE, LOGIN_PATH, cookie_value, login_page
+from lowlat.serve.http.pages import COOKIE, LOGIN_PATH, cookie_value, login_page
 from lowlat.serve.protocol import limits
 
 OPEN_PATHS = frozenset({"/health"})

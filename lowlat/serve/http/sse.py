@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -27,23 +27,31 @@ def event(data: str, *, name: str | None = None) -> bytes:
     return f"{head}data: {data}\n\n".encode()
 
 
+def error_event(status: int, message: str, param: str | None, code: str | None) -> bytes:
+    """An error object as an event, in OpenAI's format."""
+    return event(json.dumps(error_object(status, message, param=param, code=code)))
+
+
 class EventStreamResponse(Response):
-    """Sends `events` as they arrive. An exception becomes a final event with an error object."""
+    """Sends `events` as they arrive, with the timeouts of `config`.
+
+    An exception becomes a final event, which `failure` builds of its description.
+    """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
+        config: ServeConfig,
         *,
-        ping_seconds: int | float,
-        send_seconds: int | float,
+        failure: Callable[[int, str, str | None, str | None], bytes] = error_event,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
-        self._ping_seconds = ping_seconds
-        self._send_seconds = send_seconds
+        self._config = config
+        self._failure = failure
         self._is_silent = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,14 +74,17 @@ class EventStreamResponse(Response):
         except Disconnected:
             raise
         except Exception as error:
-            await self._send_part(send, _last_event(error))
+            description = describe(error)
+            if description[0] == 500:
+                log(logging.ERROR, "internal error", error=error)
+            await self._send_part(send, self._failure(*description))
 
     async def _ping(self, send: Send) -> None:
         """Send a comment whenever nothing was sent for `ping_seconds`."""
         with contextlib.suppress(Disconnected):
             while True:
                 self._is_silent = True
-                await asyncio.sleep(self._ping_seconds)
+                await asyncio.sleep(self._config.ping_seconds)
                 if self._is_silent:
                     await self._send_part(send, PING)
 
@@ -82,24 +93,8 @@ class EventStreamResponse(Response):
 
     async def _send(self, send: Send, message: Message) -> None:
         try:
-            async with asyncio.timeout(self._send_seconds):
+            async with asyncio.timeout(self._config.send_seconds):
                 await send(message)
         except TimeoutError as error:
             log(logging.WARNING, "stream aborted: the client does not read")
             raise Disconnected from error
-
-
-def _last_event(error: Exception) -> bytes:
-    status, message, param, code = describe(error)
-    if status == 500:
-        log(logging.ERROR, "internal error", error=error)
-    return event(json.dumps(error_object(status, message, param=param, code=code)))
-
-
-def stream_response(
-    events: AsyncGenerator[bytes, None], config: ServeConfig
-) -> EventStreamResponse:
-    """`events` as a response, with the timeouts of `config`."""
-    return EventStreamResponse(
-        events, ping_seconds=config.ping_seconds, send_seconds=config.send_seconds
-    )

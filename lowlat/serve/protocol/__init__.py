@@ -1,1 +1,1 @@
-"""Request and response models of the HTTP API (pydantic)."""
+"""Chat requests, their parts and their validation (pydantic); shared by all APIs."""

@@ -12,10 +12,9 @@ from lowlat.generate.params import SamplingParams
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import Name, OnlyFalse
 from lowlat.serve.protocol.errors import RequestError
-from lowlat.serve.protocol.messages import Message
+from lowlat.serve.protocol.messages import Message, NamedTool, Tool, ToolChoice
 from lowlat.serve.protocol.sampling import MaxTokens, Metadata, SamplingRequest, TopLogprobs
 from lowlat.serve.protocol.structured_outputs import ResponseFormat, StructuredOutputs, TextFormat
-from lowlat.serve.protocol.tools import NamedTool, Tool, ToolChoice
 
 TemplateVariable = bool | int | Annotated[str, Field(max_length=limits.MAX_ID)]
 
@@ -126,7 +125,6 @@ class ChatRequest(SamplingRequest):
         return self.max_tokens or self.max_completion_tokens
 
     def to_params(self) -> SamplingParams:
-        """The engine's sampling params for this request."""
         return self.sampling_params(
             max_tokens=self.completion_limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,

@@ -3,7 +3,11 @@
 `http.errors` turns exceptions into responses.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 from lowlat.serve.protocol.base import WireModel
+from lowlat.utils.errors import UserError
 
 
 class RequestError(Exception):
@@ -25,6 +29,15 @@ class RequestError(Exception):
         self.param = param
         self.code = code
         self.status = status
+
+
+@contextlib.contextmanager
+def about(param: str) -> Iterator[None]:
+    """Raise a UserError of this context as a RequestError about the field `param`."""
+    try:
+        yield
+    except UserError as error:
+        raise RequestError(f"{param}: {error}", param=param) from error
 
 
 class ErrorBody(WireModel):

@@ -4,14 +4,20 @@ Applies OpenAI's defaults where they differ from the engine's. Ranges are in `en
 and `generate.params`.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from lowlat.engine import params
-from lowlat.generate.params import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams
+from lowlat.generate.params import (
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    SamplingOptions,
+    SamplingParams,
+    make_params,
+)
 from lowlat.serve.protocol import limits
-from lowlat.serve.protocol.base import Id, StrictModel
+from lowlat.serve.protocol.base import GenerationRequest, StrictModel
 from lowlat.serve.protocol.errors import RequestError
 
 DEFAULT_TEMPERATURE = 1.0
@@ -41,11 +47,9 @@ class StreamOptions(StrictModel):
     """Whether a last chunk without choices reports the usage."""
 
 
-class SamplingRequest(StrictModel):
+class SamplingRequest(GenerationRequest):
     """Fields that chat and completions requests share. Null means the default."""
 
-    model: Id
-    """A name that /v1/models lists."""
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     """Divides the logits; 0 means greedy decoding. Default 1."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
@@ -65,14 +69,9 @@ class SamplingRequest(StrictModel):
     stop: Stop | None = None
     ignore_eos: bool | None = None
     """Continue after the end-of-sequence token; not with structured outputs."""
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
     """An annotation without effect."""
-    priority: Annotated[int, Field(ge=-limits.MAX_PRIORITY, le=limits.MAX_PRIORITY)] | None = None
-    """Lower values first: each unit counts as one second of waiting. Default 0."""
-    deadline_seconds: Annotated[float, Field(gt=0.0, le=limits.MAX_DEADLINE_SECONDS)] | None = None
-    """Time limit from arrival; then status 408."""
 
     @property
     def includes_usage(self) -> bool:
@@ -107,33 +106,16 @@ class SamplingRequest(StrictModel):
         """The engine's sampling params. For greedy decoding, filters are dropped, as in OpenAI's
         API.
         """
-        temperature = DEFAULT_TEMPERATURE if self.temperature is None else self.temperature
-        is_greedy = temperature < LOWEST_TEMPERATURE
-        n = self.n or 1
-        top_k, top_p, min_p = self.top_k or 0, self.top_p or 1.0, self.min_p or 0.0
-        if is_greedy:
-            # The engine rejects n > 1 with greedy decoding; top_k 1 is equivalent.
-            temperature, top_k = (0.0, 0) if n == 1 else (1.0, 1)
-            top_p, min_p = 1.0, 0.0
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
-            seed=self.seed,
-            logprobs=logprobs,
-            n=n,
-            stop=_stops(self.stop),
-            ignore_eos=self.ignore_eos or False,
-        )
-
-
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    if stop is None:
-        return ()
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+        shared = SamplingRequest.model_fields.keys() & SamplingParams.__dataclass_fields__.keys()
+        options: dict[str, Any] = {"temperature": DEFAULT_TEMPERATURE}
+        options |= self.model_dump(include=set(shared), exclude_none=True)
+        if self.logit_bias is not None:
+            options["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        if options["temperature"] < LOWEST_TEMPERATURE:
+            for name in ("temperature", "top_k", "top_p", "min_p"):
+                options.pop(name, None)
+            if (self.n or 1) > 1:
+                # The engine rejects n > 1 with greedy decoding; top_k 1 is equivalent.
+                options |= {"temperature": 1.0, "top_k": 1}
+        options |= {"max_tokens": max_tokens, "logprobs": logprobs}
+        return make_params(SamplingOptions(**options))

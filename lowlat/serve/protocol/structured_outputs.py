@@ -1,8 +1,9 @@
 """Structured outputs: OpenAI's response_format and vLLM's structured_outputs.
 
-`serve.structured_outputs` compiles them.
+`to_output` of each raises UserError above a limit. `serve.structured_outputs` compiles the outputs.
 """
 
+import json
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -15,11 +16,17 @@ from lowlat.serve.protocol.errors import RequestError
 class TextFormat(StrictModel):
     type: Literal["text"]
 
+    def to_output(self) -> None:
+        """Free text."""
+
 
 class JsonObjectFormat(StrictModel):
     """Any JSON object."""
 
     type: Literal["json_object"]
+
+    def to_output(self) -> structured.JsonObject:
+        return structured.JsonObject()
 
 
 class NamedSchema(StrictModel):
@@ -35,6 +42,9 @@ class JsonSchemaFormat(StrictModel):
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
+
+    def to_output(self) -> structured.JsonSchema:
+        return structured.JsonSchema(schema=json.dumps(self.json_schema.schema_))
 
 
 ResponseFormat = Annotated[
@@ -69,3 +79,12 @@ class StructuredOutputs(StrictModel):
                 param="structured_outputs",
             )
         return self
+
+    def to_output(self) -> structured.StructuredOutput:
+        if self.json_ is not None:
+            return structured.JsonSchema(schema=json.dumps(self.json_))
+        if self.regex is not None:
+            return structured.Regex(pattern=self.regex)
+        if self.choice is not None:
+            return structured.Choice(options=tuple(self.choice))
+        return structured.Grammar(lark=self.grammar or "")

@@ -1,26 +1,35 @@
-"""POST /v1/chat/completions: prepare the prompt, submit it, build the response or its SSE chunks.
+"""POST /v1/chat/completions: response models, prompt preparation, the reply and its SSE chunks.
 
 Prompt and grammar are prepared off the event loop. `chat.output_parser` splits the output into
 content, reasoning and tool calls.
 """
 
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractContextManager, aclosing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Literal
 
+from pydantic import Field
 from starlette.responses import Response
 
-from lowlat.generate import completion
-from lowlat.generate.completion import CompletionDelta
+from lowlat.generate.completion import CompletionDelta, TokenLogprob
 from lowlat.serve.chat.output_parser import OutputParser
 from lowlat.serve.chat.prompt import PreparedChat, prepare_chat
 from lowlat.serve.http.errors import renamed_fields
-from lowlat.serve.http.sse import DONE, event, stream_response
-from lowlat.serve.protocol import chat_response as wire
+from lowlat.serve.http.sse import DONE, error_event, event
+from lowlat.serve.protocol.base import WireModel, is_none
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.routes.context import RequestContext
-from lowlat.serve.routes.endpoint import json_response
-from lowlat.serve.routes.response_fields import chat_logprobs, new_id, now, timings_of, usage_of
-from lowlat.serve.tool_parsers.parts import (
+from lowlat.serve.routes.endpoint import Post
+from lowlat.serve.routes.reply import (
+    Reply,
+    Timings,
+    Usage,
+    finish_reason,
+    respond,
+    timings_of,
+    usage_of,
+)
+from lowlat.serve.tool_parsers.state import (
     ContentPart,
     Part,
     ReasoningPart,
@@ -29,15 +38,125 @@ from lowlat.serve.tool_parsers.parts import (
 )
 from lowlat.text.tokenizer import Tokenizer
 
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
+"""stop: end of sequence or a stop string; length: max_tokens or the end of the context."""
+
+
+class TopLogprob(WireModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(WireModel):
+    token: str
+    """The token's text, with U+FFFD for incomplete characters; `bytes` is exact."""
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(WireModel):
+    """Log-probabilities before penalties, logit bias, temperature and filters."""
+
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class ChatFunctionCall(WireModel):
+    name: str
+    arguments: str
+    """JSON text, as the model wrote it."""
+
+
+class ChatToolCall(WireModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: ChatFunctionCall
+
+
+class ChatMessage(WireModel):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    reasoning_content: str | None = Field(default=None, exclude_if=is_none)
+    tool_calls: list[ChatToolCall] | None = Field(default=None, exclude_if=is_none)
+
+
+class ChatChoice(WireModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChoiceLogprobs | None
+    finish_reason: ChatFinishReason
+
+
+class ChatCompletion(WireModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    """Unix time in seconds."""
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    lowlat: Timings
+
+
+class FunctionDelta(WireModel):
+    name: str | None = Field(default=None, exclude_if=is_none)
+    arguments: str | None = Field(default=None, exclude_if=is_none)
+
+
+class ToolCallDelta(WireModel):
+    """The first delta of a call has id, type and name; later ones extend the arguments."""
+
+    index: int
+    id: str | None = Field(default=None, exclude_if=is_none)
+    type: Literal["function"] | None = Field(default=None, exclude_if=is_none)
+    function: FunctionDelta
+
+
+class MessageDelta(WireModel):
+    """Increment of a message."""
+
+    role: Literal["assistant"] | None = Field(default=None, exclude_if=is_none)
+    content: str | None = Field(default=None, exclude_if=is_none)
+    reasoning_content: str | None = Field(default=None, exclude_if=is_none)
+    tool_calls: list[ToolCallDelta] | None = Field(default=None, exclude_if=is_none)
+
+
+class ChunkChoice(WireModel):
+    index: int
+    delta: MessageDelta
+    logprobs: ChoiceLogprobs | None = None
+    finish_reason: ChatFinishReason | None = None
+
+
+class ChatCompletionChunk(WireModel):
+    """One chunk of a stream. With include_usage, the last has usage and no choices."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = Field(default=None, exclude_if=is_none)
+    lowlat: Timings | None = Field(default=None, exclude_if=is_none)
+
 
 async def create_chat(ctx: RequestContext, request: ChatRequest) -> Response:
     """Complete a chat, streamed if the request asks for it."""
-    ctx.state.check_model(request.model)
     prepared = await submit_chat(ctx, request)
-    reply = ChatResponseBuilder(ctx, request, prepared.make_parser)
-    if request.stream:
-        return stream_response(reply.events(), ctx.state.config)
-    return json_response(await reply.complete())
+    reply = ChatReply(ctx, request, prepared.make_parser)
+    return await respond(ctx, reply, stream=request.stream)
+
+
+CHAT = Post(
+    path="/v1/chat/completions",
+    request=ChatRequest,
+    response=ChatCompletion,
+    chunk=ChatCompletionChunk,
+    handle=create_chat,
+)
 
 
 async def submit_chat(ctx: RequestContext, request: ChatRequest) -> PreparedChat:
@@ -46,16 +165,13 @@ async def submit_chat(ctx: RequestContext, request: ChatRequest) -> PreparedChat
     prepared = await state.workers.run(prepare_chat, state.model, request)
     grammar = None
     if prepared.structured is not None:
-        param = ctx.constraint_field = request.constraint_field
         with _renamed_max_tokens(request):
             state.engine.check(prepared.ids, prepared.params)
-        grammar = await ctx.compile(prepared.structured, param=param)
+        grammar = await ctx.compile(prepared.structured, param=request.constraint_field)
     with _renamed_max_tokens(request):
         await ctx.submit(
             prepared.ids,
             prepared.params,
-            priority=request.priority,
-            deadline=request.deadline_seconds,
             grammar=grammar,
             keep_special=prepared.keep_special,
         )
@@ -69,30 +185,24 @@ def _renamed_max_tokens(request: ChatRequest) -> AbstractContextManager[None]:
 
 
 class _Choice:
-    """One completion of the chat so far."""
-
     def __init__(self, parser: OutputParser) -> None:
         self.parser = parser
         self.content: list[str] = []
         self.reasoning: list[str] = []
-        self.calls: dict[int, tuple[ToolCallStart, list[str]]] = {}
-        self.logprobs: list[completion.TokenLogprob] = []
-        self.finish_reason: wire.ChatFinishReason | None = None
+        self.calls: list[ChatToolCall] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: ChatFinishReason | None = None
         self.has_begun = False
 
-    def push(self, delta: CompletionDelta) -> list[Part]:
-        """Parse `delta`; returns the parts that are now certain."""
+    def add(self, delta: CompletionDelta) -> list[Part]:
+        """Parse and collect `delta`; returns the parts that are now certain."""
         parts = self.parser.push(delta.text)
-        if delta.finish_reason is not None:
-            parts = [*parts, *self.parser.finish()]
-            self.finish_reason = "length" if delta.finish_reason == "length" else "stop"
+        self.logprobs.extend(delta.logprobs)
+        self.finish_reason = finish_reason(delta)
+        if self.finish_reason is not None:
+            parts += self.parser.finish()
             if self.parser.has_tool_calls and self.finish_reason == "stop":
                 self.finish_reason = "tool_calls"
-        return parts
-
-    def collect(self, delta: CompletionDelta, parts: list[Part]) -> None:
-        """Collect `parts` and log-probabilities for the complete message."""
-        self.logprobs.extend(delta.logprobs)
         for part in parts:
             match part:
                 case ContentPart():
@@ -100,121 +210,131 @@ class _Choice:
                 case ReasoningPart():
                     self.reasoning.append(part.text)
                 case ToolCallStart():
-                    self.calls[part.index] = (part, [])
+                    function = ChatFunctionCall(name=part.name, arguments="")
+                    self.calls.append(ChatToolCall(id=part.id, function=function))
                 case ToolCallArguments():
-                    self.calls[part.index][1].append(part.text)
+                    self.calls[part.index].function.arguments += part.text
+        return parts
 
-    def message(self) -> wire.ChatMessage:
-        calls = [
-            wire.ChatToolCall(
-                id=start.id,
-                function=wire.ChatFunctionCall(name=start.name, arguments="".join(arguments)),
-            )
-            for _, (start, arguments) in sorted(self.calls.items())
-        ]
+    def message(self) -> ChatMessage:
         content = "".join(self.content)
-        return wire.ChatMessage(
-            content=content if content or not calls else None,
+        return ChatMessage(
+            content=content if content or not self.calls else None,
             reasoning_content="".join(self.reasoning) or None,
-            tool_calls=calls or None,
+            tool_calls=self.calls or None,
         )
 
 
-class ChatResponseBuilder:
-    """Builds the response to `request` from the deltas of `ctx`."""
-
+class ChatReply(Reply):
     def __init__(
         self, ctx: RequestContext, request: ChatRequest, make_parser: Callable[[], OutputParser]
     ) -> None:
-        self._ctx = ctx
+        super().__init__(ctx, id_prefix="chatcmpl-")
         self._request = request
-        self._id = new_id("chatcmpl-")
-        self._created = now()
         self._choices = [_Choice(make_parser()) for _ in range(request.n or 1)]
 
-    @property
-    def _tokenizer(self) -> Tokenizer:
-        return self._ctx.state.model.tokenizer
-
-    async def complete(self) -> wire.ChatCompletion:
-        """The complete response."""
-        async with aclosing(self._ctx.deltas()) as deltas:
-            async for _, delta in deltas:
-                choice = self._choices[delta.index]
-                choice.collect(delta, choice.push(delta))
-        return wire.ChatCompletion(
+    def response(self) -> ChatCompletion:
+        return ChatCompletion(
             id=self._id,
             created=self._created,
             model=self._request.model,
-            choices=[self._complete_choice(i, choice) for i, choice in enumerate(self._choices)],
+            choices=[
+                ChatChoice(
+                    index=index,
+                    message=choice.message(),
+                    logprobs=self._logprobs(choice.logprobs) if self._request.logprobs else None,
+                    finish_reason=choice.finish_reason or "stop",
+                )
+                for index, choice in enumerate(self._choices)
+            ],
             usage=usage_of(self._ctx),
             lowlat=timings_of(self._ctx),
         )
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The response as SSE chunks."""
-        async with aclosing(self._ctx.deltas()) as deltas:
-            async for _, delta in deltas:
-                chunks = [self._chunk([choice]) for choice in self._chunks(delta)]
-                if chunks:
-                    yield b"".join(event(chunk.model_dump_json()) for chunk in chunks)
+    def add(self, number: int, delta: CompletionDelta) -> Iterable[bytes]:
+        choice = self._choices[delta.index]
+        parts = choice.add(delta)
+        return (self._event(self._chunk([c])) for c in self._chunks(choice, delta, parts))
+
+    def opening(self) -> Iterable[bytes]:
+        return ()
+
+    def closing(self) -> Iterable[bytes]:
         if self._request.includes_usage:
             last = self._chunk([])
             last.usage, last.lowlat = usage_of(self._ctx), timings_of(self._ctx)
-            yield event(last.model_dump_json())
+            yield self._event(last)
         yield DONE
 
-    def _complete_choice(self, index: int, choice: _Choice) -> wire.ChatChoice:
-        logprobs = chat_logprobs(self._tokenizer, choice.logprobs)
-        return wire.ChatChoice(
-            index=index,
-            message=choice.message(),
-            logprobs=logprobs if self._request.logprobs else None,
-            finish_reason=choice.finish_reason or "stop",
-        )
+    def failure(self, status: int, message: str, param: str | None, code: str | None) -> bytes:
+        return error_event(status, message, param, code)
 
-    def _chunk(self, choices: list[wire.ChunkChoice]) -> wire.ChatCompletionChunk:
-        return wire.ChatCompletionChunk(
+    def _chunk(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
+        return ChatCompletionChunk(
             id=self._id, created=self._created, model=self._request.model, choices=choices
         )
 
-    def _chunks(self, delta: CompletionDelta) -> Iterator[wire.ChunkChoice]:
+    def _event(self, chunk: ChatCompletionChunk) -> bytes:
+        return event(chunk.model_dump_json())
+
+    def _chunks(
+        self, choice: _Choice, delta: CompletionDelta, parts: list[Part]
+    ) -> Iterator[ChunkChoice]:
         """`delta` as choices of chunks: the role comes first, the finish reason last and alone."""
-        choice = self._choices[delta.index]
-        parts = choice.push(delta)
         if not choice.has_begun:
             choice.has_begun = True
-            opening = wire.MessageDelta(role="assistant", content="")
-            yield wire.ChunkChoice(index=delta.index, delta=opening)
+            opening = MessageDelta(role="assistant", content="")
+            yield ChunkChoice(index=delta.index, delta=opening)
         gains = [_delta_of(part) for part in parts]
         logprobs = None
         if delta.logprobs:
-            logprobs = chat_logprobs(self._tokenizer, delta.logprobs)
-            gains = gains or [wire.MessageDelta(content="")]
+            logprobs = self._logprobs(delta.logprobs)
+            gains = gains or [MessageDelta(content="")]
         for gain in gains:
-            yield wire.ChunkChoice(index=delta.index, delta=gain, logprobs=logprobs)
+            yield ChunkChoice(index=delta.index, delta=gain, logprobs=logprobs)
             logprobs = None
         if choice.finish_reason is not None:
-            yield wire.ChunkChoice(
-                index=delta.index, delta=wire.MessageDelta(), finish_reason=choice.finish_reason
+            yield ChunkChoice(
+                index=delta.index, delta=MessageDelta(), finish_reason=choice.finish_reason
             )
 
+    def _logprobs(self, entries: Iterable[TokenLogprob]) -> ChoiceLogprobs:
+        tokenizer = self._ctx.state.model.tokenizer
+        return ChoiceLogprobs(content=[_chat_logprob(tokenizer, entry) for entry in entries])
 
-def _delta_of(part: Part) -> wire.MessageDelta:
+
+def _delta_of(part: Part) -> MessageDelta:
     match part:
         case ContentPart():
-            return wire.MessageDelta(content=part.text)
+            return MessageDelta(content=part.text)
         case ReasoningPart():
-            return wire.MessageDelta(reasoning_content=part.text)
+            return MessageDelta(reasoning_content=part.text)
         case ToolCallStart():
-            tool_call = wire.ToolCallDelta(
+            tool_call = ToolCallDelta(
                 index=part.index,
                 id=part.id,
                 type="function",
-                function=wire.FunctionDelta(name=part.name, arguments=""),
+                function=FunctionDelta(name=part.name, arguments=""),
             )
         case ToolCallArguments():
-            tool_call = wire.ToolCallDelta(
-                index=part.index, function=wire.FunctionDelta(arguments=part.text)
-            )
-    return wire.MessageDelta(tool_calls=[tool_call])
+            tool_call = ToolCallDelta(index=part.index, function=FunctionDelta(arguments=part.text))
+    return MessageDelta(tool_calls=[tool_call])
+
+
+def _chat_logprob(tokenizer: Tokenizer, entry: TokenLogprob) -> ChatLogprob:
+    data = tokenizer.id_to_bytes(entry.token)
+    return ChatLogprob(
+        token=_text(data),
+        logprob=entry.logprob,
+        bytes=list(data),
+        top_logprobs=[_top_logprob(tokenizer, token, value) for token, value in entry.top],
+    )
+
+
+def _top_logprob(tokenizer: Tokenizer, token: int, logprob: float) -> TopLogprob:
+    data = tokenizer.id_to_bytes(token)
+    return TopLogprob(token=_text(data), logprob=logprob, bytes=list(data))
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", errors="replace")

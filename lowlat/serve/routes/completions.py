@@ -1,38 +1,138 @@
-"""POST /v1/completions: encode the prompts, submit them, build the response or its SSE chunks.
+"""POST /v1/completions: request and response models, the reply and its SSE chunks.
 
 Tokens and grammars are prepared off the event loop. Either all prompts of a request are admitted or
-none.
+none. Unsupported fields of OpenAI's API (suffix) are rejected by name.
 """
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field, model_validator
 from starlette.responses import Response
 
-from lowlat.generate import completion
-from lowlat.generate.completion import CompletionDelta
+from lowlat.engine import params
+from lowlat.generate.completion import CompletionDelta, TokenLogprob
 from lowlat.generate.grammar import CompiledGrammar
 from lowlat.generate.model import Model
-from lowlat.generate.structured import StructuredOutput
+from lowlat.generate.params import SamplingParams
 from lowlat.serve.chat.prompt import check_text_size
-from lowlat.serve.http.sse import DONE, event, stream_response
-from lowlat.serve.protocol import completions as wire
-from lowlat.serve.protocol.completions import CompletionRequest
-from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.http.sse import DONE, error_event, event
+from lowlat.serve.protocol import limits
+from lowlat.serve.protocol.base import TokenIds, WireModel, is_none
+from lowlat.serve.protocol.errors import RequestError, about
+from lowlat.serve.protocol.sampling import MaxTokens, SamplingRequest, TopLogprobs
 from lowlat.serve.protocol.structured_outputs import StructuredOutputs
 from lowlat.serve.routes.context import RequestContext
-from lowlat.serve.routes.endpoint import json_response
-from lowlat.serve.routes.response_fields import new_id, now, timings_of, usage_of
-from lowlat.serve.structured_outputs import from_structured_outputs
+from lowlat.serve.routes.endpoint import Post
+from lowlat.serve.routes.reply import (
+    Reply,
+    Timings,
+    Usage,
+    finish_reason,
+    respond,
+    timings_of,
+    usage_of,
+)
 from lowlat.text.tokenizer import Tokenizer
-from lowlat.utils.errors import UserError
+
+DEFAULT_MAX_TOKENS = 16
+"""Default of OpenAI's API."""
+
+Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.MAX_PROMPTS)]
+IdLists = Annotated[
+    list[TokenIds], Field(fail_fast=True, min_length=1, max_length=limits.MAX_PROMPTS)
+]
+Prompt = str | Texts | TokenIds | IdLists
+
+
+class CompletionRequest(SamplingRequest):
+    """Prompts to complete, as text or token ids."""
+
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset({"suffix"})
+
+    prompt: Prompt
+    max_tokens: MaxTokens | None = None
+    """Maximum number of generated tokens; default 16, or less at the end of the context."""
+    logprobs: TopLogprobs | None = None
+    """Return each token's log-probability and those of this many of the most likely tokens."""
+    echo: bool | None = None
+    """Whether the returned text starts with the prompt; not with logprobs."""
+    best_of: Annotated[int, Field(ge=1, le=params.MAX_N)] | None = None
+    """Accepted only if equal to n."""
+    structured_outputs: StructuredOutputs | None = None
+    """Constraint on the output."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CompletionRequest":
+        self.check_stream()
+        if self.structured_outputs is not None:
+            self.check_end()
+        if self.echo and self.logprobs is not None:
+            raise RequestError("echo with logprobs is not supported; leave one out", param="echo")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise RequestError("best_of must equal n; leave it out", param="best_of")
+        completions = len(self.prompts) * (self.n or 1)
+        if completions > limits.MAX_PROMPTS:
+            message = f"prompts times n exceed {limits.MAX_PROMPTS} completions; send fewer"
+            raise RequestError(message, param="n")
+        if self.logprobs is not None:
+            self.check_logprobs(self.logprobs, completions=completions, param="logprobs")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as token ids."""
+        match self.prompt:
+            case str():
+                return [self.prompt]
+            case [int(), *_]:
+                return [[token for token in self.prompt if isinstance(token, int)]]
+            case _:
+                return [item for item in self.prompt if isinstance(item, str | list)]
+
+    def to_params(self, remaining: int) -> SamplingParams:
+        """The engine's sampling params for a prompt with `remaining` context tokens after it."""
+        default = max(1, min(DEFAULT_MAX_TOKENS, remaining))
+        return self.sampling_params(max_tokens=self.max_tokens or default, logprobs=self.logprobs)
+
+
+class LegacyLogprobs(WireModel):
+    """One entry per token in every list."""
+
+    tokens: list[str]
+    """Text of each token; `bytes:\\xNN...` for an incomplete character."""
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+    """Number of characters of the text before each token."""
+
+
+class CompletionChoice(WireModel):
+    index: int
+    """Index of the prompt times n, plus index of the completion."""
+    text: str
+    logprobs: LegacyLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    """In a stream null before the completion's last chunk."""
+
+
+class CompletionResponse(WireModel):
+    """The complete response, and each chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    """Unix time in seconds."""
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = Field(default=None, exclude_if=is_none)
+    """In a stream only in the last chunk, with include_usage."""
+    lowlat: Timings | None = Field(default=None, exclude_if=is_none)
 
 
 async def create_completion(ctx: RequestContext, request: CompletionRequest) -> Response:
     """Complete one or more prompts, streamed if the request asks for it."""
     state = ctx.state
-    state.check_model(request.model)
     _check_queue(request, state.engine.max_queue)
     prompts = await state.workers.run(_encode, state.model, request)
     params = [request.to_params(state.model.context - len(ids)) for ids, _ in prompts]
@@ -45,18 +145,19 @@ async def create_completion(ctx: RequestContext, request: CompletionRequest) -> 
         # All or none: otherwise started completions would be discarded.
         state.engine.check_room(len(prompts) - 1)
     for (ids, _), own, begins_text in zip(prompts, params, begin, strict=True):
-        await ctx.submit(
-            ids,
-            own,
-            priority=request.priority,
-            deadline=request.deadline_seconds,
-            grammar=grammars.get(begins_text),
-            begins_text=begins_text,
-        )
-    reply = CompletionResponseBuilder(ctx, request, [echo for _, echo in prompts])
-    if request.stream:
-        return stream_response(reply.events(), state.config)
-    return json_response(await reply.complete())
+        grammar = grammars.get(begins_text)
+        await ctx.submit(ids, own, grammar=grammar, begins_text=begins_text)
+    reply = CompletionReply(ctx, request, [echo for _, echo in prompts])
+    return await respond(ctx, reply, stream=request.stream)
+
+
+COMPLETIONS = Post(
+    path="/v1/completions",
+    request=CompletionRequest,
+    response=CompletionResponse,
+    chunk=CompletionResponse,
+    handle=create_completion,
+)
 
 
 def _check_queue(request: CompletionRequest, max_queue: int) -> None:
@@ -75,20 +176,13 @@ async def _grammars(
     """The grammars of the outputs, by whether the output begins a text or continues one."""
     if request.structured_outputs is None:
         return {}
-    output = _constraint(request.structured_outputs)
+    param = "structured_outputs"
+    with about(param):
+        output = request.structured_outputs.to_output()
     return {
-        begins_text: await ctx.compile(output, param="structured_outputs", begins_text=begins_text)
+        begins_text: await ctx.compile(output, param=param, begins_text=begins_text)
         for begins_text in kinds
     }
-
-
-def _constraint(given: StructuredOutputs) -> StructuredOutput:
-    """The constraint on the outputs. Raises RequestError above a limit."""
-    try:
-        return from_structured_outputs(given)
-    except UserError as error:
-        field = "structured_outputs"
-        raise RequestError(f"{field}: {error}", param=field) from error
 
 
 def _encode(model: Model, request: CompletionRequest) -> list[tuple[list[int], str]]:
@@ -109,70 +203,71 @@ def _echo(model: Model, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
 
 
-class CompletionResponseBuilder:
+class CompletionReply(Reply):
     """Builds the response to `request` from the deltas of `ctx`.
 
     `echoes`: for each prompt, the text that its completions start with.
     """
 
     def __init__(
-        self, ctx: RequestContext, request: wire.CompletionRequest, echoes: Sequence[str]
+        self, ctx: RequestContext, request: CompletionRequest, echoes: Sequence[str]
     ) -> None:
-        self._ctx = ctx
+        super().__init__(ctx, id_prefix="cmpl-")
         self._request = request
         self._n = request.n or 1
         self._echoes = echoes
-        self._id = new_id("cmpl-")
-        self._created = now()
+        count = self._n * len(echoes)
+        self._texts: list[list[str]] = [[] for _ in range(count)]
+        self._entries: list[list[TokenLogprob]] = [[] for _ in range(count)]
+        self._reasons: list[Literal["stop", "length"] | None] = [None] * count
 
-    async def complete(self) -> wire.CompletionResponse:
-        """The complete response."""
-        count = self._n * len(self._echoes)
-        texts = [[self._echoes[index // self._n]] for index in range(count)]
-        logprobs: list[list[completion.TokenLogprob]] = [[] for _ in range(count)]
-        reasons: list[Literal["stop", "length"] | None] = [None] * count
-        async with aclosing(self._ctx.deltas()) as deltas:
-            async for number, delta in deltas:
-                index = number * self._n + delta.index
-                texts[index].append(delta.text)
-                logprobs[index].extend(delta.logprobs)
-                reasons[index] = _finish(delta)
+    def add(self, number: int, delta: CompletionDelta) -> Iterable[bytes]:
+        index = number * self._n + delta.index
+        text = delta.text if self._texts[index] else self._echoes[number] + delta.text
+        self._texts[index].append(text)
+        self._entries[index].extend(delta.logprobs)
+        self._reasons[index] = finish_reason(delta)
+        return self._events(index, text, delta)
+
+    def response(self) -> CompletionResponse:
+        each = zip(self._texts, self._entries, self._reasons, strict=True)
         choices = [
-            wire.CompletionChoice(
-                index=index,
-                text="".join(texts[index]),
-                logprobs=self._logprobs(logprobs[index]),
-                finish_reason=reasons[index],
-            )
-            for index in range(count)
+            self._choice(index, "".join(texts), entries, reason)
+            for index, (texts, entries, reason) in enumerate(each)
         ]
         return self._response(choices, is_last=True)
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """The response as SSE chunks."""
-        begun: set[int] = set()
-        async with aclosing(self._ctx.deltas()) as deltas:
-            async for number, delta in deltas:
-                index = number * self._n + delta.index
-                echo = "" if index in begun else self._echoes[number]
-                begun.add(index)
-                if not (echo or delta.text or delta.logprobs or delta.finish_reason):
-                    continue
-                choice = wire.CompletionChoice(
-                    index=index,
-                    text=echo + delta.text,
-                    logprobs=self._logprobs(delta.logprobs),
-                    finish_reason=_finish(delta),
-                )
-                yield event(self._response([choice]).model_dump_json())
+    def opening(self) -> Iterable[bytes]:
+        return ()
+
+    def closing(self) -> Iterable[bytes]:
         if self._request.includes_usage:
             yield event(self._response([], is_last=True).model_dump_json())
         yield DONE
 
+    def failure(self, status: int, message: str, param: str | None, code: str | None) -> bytes:
+        return error_event(status, message, param, code)
+
+    def _events(self, index: int, text: str, delta: CompletionDelta) -> Iterator[bytes]:
+        if text or delta.logprobs or delta.finish_reason:
+            choice = self._choice(index, text, delta.logprobs, finish_reason(delta))
+            yield event(self._response([choice]).model_dump_json())
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        entries: Sequence[TokenLogprob],
+        reason: Literal["stop", "length"] | None,
+    ) -> CompletionChoice:
+        return CompletionChoice(
+            index=index, text=text, logprobs=self._logprobs(entries), finish_reason=reason
+        )
+
     def _response(
-        self, choices: list[wire.CompletionChoice], *, is_last: bool = False
-    ) -> wire.CompletionResponse:
-        return wire.CompletionResponse(
+        self, choices: list[CompletionChoice], *, is_last: bool = False
+    ) -> CompletionResponse:
+        return CompletionResponse(
             id=self._id,
             created=self._created,
             model=self._request.model,
@@ -181,11 +276,11 @@ class CompletionResponseBuilder:
             lowlat=timings_of(self._ctx) if is_last else None,
         )
 
-    def _logprobs(self, entries: Sequence[completion.TokenLogprob]) -> wire.LegacyLogprobs | None:
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> LegacyLogprobs | None:
         if self._request.logprobs is None:
             return None
         tokenizer = self._ctx.state.model.tokenizer
-        return wire.LegacyLogprobs(
+        return LegacyLogprobs(
             tokens=[_token_text(tokenizer, entry.token) for entry in entries],
             token_logprobs=[entry.logprob for entry in entries],
             top_logprobs=[
@@ -194,12 +289,6 @@ class CompletionResponseBuilder:
             ],
             text_offset=[entry.start for entry in entries],
         )
-
-
-def _finish(delta: CompletionDelta) -> Literal["stop", "length"] | None:
-    if delta.finish_reason is None:
-        return None
-    return "length" if delta.finish_reason == "length" else "stop"
 
 
 def _token_text(tokenizer: Tokenizer, token: int) -> str:

@@ -26,7 +26,10 @@ class RequestContext:
         self._arrived_at = time.perf_counter()
         self.num_tokens = 0
         """Tokens generated so far, by all completions."""
-        self.constraint_field = "structured_outputs"
+        self.priority = 0
+        self.deadline: int | float | None = None
+        """Seconds from arrival; None: the server's maximum."""
+        self.constraint_field = ""
         """The request field that constrains the output, for errors of its grammar."""
         self._num_completions = 0
         self._cache_namespace = cache_namespace
@@ -36,12 +39,9 @@ class RequestContext:
         state.num_preparing += 1
 
     @contextlib.asynccontextmanager
-    async def prepare(self, deadline: int | float | None) -> AsyncIterator[None]:
-        """Limit the time until `submit` to `deadline` seconds from arrival.
-
-        The engine enforces the deadline from then on. Raises RequestError 408.
-        """
-        waiting = asyncio.timeout(self._left(deadline))
+    async def prepare(self) -> AsyncIterator[None]:
+        """Enforce the deadline until `submit`; then the engine does. Raises RequestError 408."""
+        waiting = asyncio.timeout(self._left())
         try:
             async with waiting as self._preparing:
                 yield
@@ -52,10 +52,10 @@ class RequestContext:
         finally:
             self._preparing = None
 
-    def _left(self, deadline: int | float | None) -> float | None:
-        """Seconds left of `deadline` or of the server's maximum; None: no limit."""
+    def _left(self) -> float | None:
+        """Seconds left of the deadline or of the server's maximum; None: no limit."""
         longest = self.state.config.request_seconds
-        limits = [seconds for seconds in (deadline, longest) if seconds is not None]
+        limits = [seconds for seconds in (self.deadline, longest) if seconds is not None]
         if not limits:
             return None
         return max(0.0, min(limits) - (time.perf_counter() - self._arrived_at))
@@ -67,6 +67,7 @@ class RequestContext:
 
         Raises as `StructuredOutputManager.compile` does.
         """
+        self.constraint_field = param
         return await self.state.structured_outputs.compile(
             output, param=param, cache_namespace=self._cache_namespace, begins_text=begins_text
         )
@@ -76,23 +77,18 @@ class RequestContext:
         prompt: Sequence[int],
         params: SamplingParams,
         *,
-        priority: int | None = None,
-        deadline: int | float | None = None,
         grammar: CompiledGrammar | None = None,
         keep_special: frozenset[int] = frozenset(),
         begins_text: bool = True,
     ) -> None:
-        """Submit `prompt` to the engine; `deadline` is in seconds from arrival.
-
-        Raises as the engine's `submit` does.
-        """
+        """Submit `prompt` to the engine. Raises as the engine's `submit` does."""
         generation = await self.state.engine.submit(
             prompt,
             params,
             grammar=grammar,
             cache_namespace=self._cache_namespace,
-            priority=priority or 0,
-            deadline=self._left(deadline),
+            priority=self.priority,
+            deadline=self._left(),
             keep_special=keep_special,
             begins_text=begins_text,
         )

@@ -1,11 +1,13 @@
 """JsonEndpoint: the steps every POST request goes through, from its bytes to its response.
 
-Order: admission, headers, body, JSON, validation, handler. A client disconnect cancels the handler.
+Order: admission, headers, body, JSON, validation, model, handler. A client disconnect cancels the
+handler.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel
 from starlette.datastructures import Headers
@@ -14,13 +16,26 @@ from starlette.types import Receive, Scope, Send
 
 from lowlat.serve.http.body import Disconnected, check_json_headers, parse_object, read_body
 from lowlat.serve.http.errors import API_HEADERS
-from lowlat.serve.protocol.base import StrictModel
+from lowlat.serve.protocol.base import ApiRequest, GenerationRequest
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.validation import validate
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.state import ServerState
 
-Body = TypeVar("Body", bound=StrictModel)
+Handle = Callable[[RequestContext, Any], Awaitable[Response]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Post:
+    """An operation with a JSON body."""
+
+    path: str
+    request: type[ApiRequest]
+    response: type[BaseModel]
+    chunk: type[BaseModel] | None = None
+    """Model of a stream's events; None: the operation cannot stream."""
+    handle: Handle
+    """The handler, called with a valid `request` for the served model."""
 
 
 def json_response(model: BaseModel) -> Response:
@@ -29,18 +44,12 @@ def json_response(model: BaseModel) -> Response:
     return Response(body, media_type="application/json", headers=API_HEADERS)
 
 
-class JsonEndpoint(Generic[Body]):
-    """ASGI app of one route: validates the body as a `kind` and passes it to `handle`."""
+class JsonEndpoint:
+    """ASGI app of one operation."""
 
-    def __init__(
-        self,
-        state: ServerState,
-        kind: type[Body],
-        handle: Callable[[RequestContext, Body], Awaitable[Response]],
-    ) -> None:
+    def __init__(self, state: ServerState, operation: Post) -> None:
         self._state = state
-        self._kind = kind
-        self._handle = handle
+        self._operation = operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = self._state
@@ -67,13 +76,16 @@ class JsonEndpoint(Generic[Body]):
     async def _handle_body(
         self, ctx: RequestContext, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        request = await ctx.state.workers.run(_parse, self._kind, body)
-        async with ctx.prepare(getattr(request, "deadline_seconds", None)):
-            response = await self._handle(ctx, request)
+        request = await ctx.state.workers.run(_parse, self._operation.request, body)
+        if isinstance(request, GenerationRequest):
+            ctx.priority, ctx.deadline = request.priority or 0, request.deadline_seconds
+        async with ctx.prepare():
+            ctx.state.check_model(request.model)
+            response = await self._operation.handle(ctx, request)
         await response(scope, receive, send)
 
 
-def _parse(kind: type[Body], body: bytes) -> Body:
+def _parse(kind: type[ApiRequest], body: bytes) -> ApiRequest:
     return validate(kind, parse_object(body))
 
 

@@ -3,15 +3,47 @@
 /health reports whether the engine makes progress, /ready whether new requests are accepted.
 """
 
+from typing import Literal
+
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from lowlat.serve.chat.template_features import TemplateFeatures
 from lowlat.serve.generation import Draining, EngineDead
-from lowlat.serve.protocol.models import ModelCard, ModelList, Status
+from lowlat.serve.protocol.base import WireModel
 from lowlat.serve.routes.endpoint import json_response
 from lowlat.serve.state import ServerState
+
+
+class ModelCard(WireModel):
+    """OpenAI's fields, then extensions."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    """Unix time in seconds when the server started."""
+    owned_by: Literal["lowlat"] = "lowlat"
+    max_model_len: int
+    """Context length: maximum number of tokens of prompt and output together."""
+    cache_bytes_per_token: int
+    cache_dtype: str
+    batch_invariant: bool
+    """Whether tokens are independent of batch composition and speculative decoding."""
+    has_chat_template: bool
+    """Without a chat template, only completions are available."""
+    supports_tools: bool
+    reasoning: bool
+    """Whether outputs may begin with reasoning, returned as reasoning_content."""
+
+
+class ModelList(WireModel):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Status(WireModel):
+    status: Literal["ok"] = "ok"
 
 
 class InfoRoutes:
@@ -62,6 +94,6 @@ def model_card(state: ServerState) -> ModelCard:
         cache_dtype=model.cache_dtype,
         batch_invariant=model.runner.is_batch_invariant,
         has_chat_template=has_template,
-        supports_tools=has_template and dialect.supports_tools,
+        supports_tools=has_template and dialect.tools is not None,
         reasoning=has_template and dialect.reasoning is not None,
     )

@@ -14,9 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lowlat.serve.protocol.completions import TokenId
+from lowlat.serve.protocol.base import TokenId
 from lowlat.serve.protocol.errors import ErrorResponse
-from lowlat.serve.routes.operations import GETS, POSTS, Get, Post
+from lowlat.serve.routes.endpoint import Post
+from lowlat.serve.routes.operations import GETS, POSTS, Get
 from lowlat.serve.state import ServerState
 
 Json = dict[str, Any]

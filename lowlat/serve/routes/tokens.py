@@ -1,30 +1,74 @@
 """POST /tokenize and /detokenize: text or chat to token ids, and back."""
 
+from typing import Annotated
+
+from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from lowlat.generate.model import Model
 from lowlat.serve.chat.prompt import check_text_size, prepare_chat
+from lowlat.serve.protocol import limits
+from lowlat.serve.protocol.base import ApiRequest, TokenIds, WireModel
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.errors import RequestError
-from lowlat.serve.protocol.tokens import (
-    DetokenizeRequest,
-    DetokenizeResponse,
-    TokenizeRequest,
-    TokenizeResponse,
-)
+from lowlat.serve.protocol.messages import Message, Tool
 from lowlat.serve.routes.context import RequestContext
-from lowlat.serve.routes.endpoint import json_response
+from lowlat.serve.routes.endpoint import Post, json_response
+
+
+class TokenizeRequest(ApiRequest):
+    """Exactly one of prompt (a text) and messages (a chat, rendered with the template)."""
+
+    prompt: str | None = None
+    messages: (
+        Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)] | None
+    ) = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=limits.MAX_TOOLS)] | None = None
+    """Functions offered in the chat."""
+    add_special_tokens: bool | None = None
+    """Whether to add the tokenizer's BOS and EOS tokens; default true. Only with prompt."""
+    return_token_strs: bool | None = None
+    """Whether to return the text of each token."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("set exactly one of prompt and messages", param="prompt")
+        if self.prompt is not None and self.tools is not None:
+            raise RequestError("tools requires messages; leave it out", param="tools")
+        if self.messages is not None and self.add_special_tokens is not None:
+            raise RequestError(
+                "add_special_tokens requires prompt; leave it out",
+                param="add_special_tokens",
+            )
+        return self
+
+
+class TokenizeResponse(WireModel):
+    tokens: list[int]
+    token_strs: list[str] | None
+    """Text of each token, with U+FFFD for incomplete characters; with return_token_strs."""
+    count: int
+    max_model_len: int
+    """Context length: maximum number of tokens of prompt and output together."""
+
+
+class DetokenizeRequest(ApiRequest):
+    tokens: TokenIds
+
+
+class DetokenizeResponse(WireModel):
+    prompt: str
+    """The text, special tokens included."""
 
 
 async def tokenize(ctx: RequestContext, request: TokenizeRequest) -> Response:
     """Token ids of a text or of a chat."""
-    ctx.state.check_model(request.model)
     return json_response(await ctx.state.workers.run(_tokenize, ctx.state.model, request))
 
 
 async def detokenize(ctx: RequestContext, request: DetokenizeRequest) -> Response:
     """Text of token ids."""
-    ctx.state.check_model(request.model)
     return json_response(await ctx.state.workers.run(_detokenize, ctx.state.model, request))
 
 
@@ -53,3 +97,11 @@ def _detokenize(model: Model, request: DetokenizeRequest) -> DetokenizeResponse:
         )
     text = model.tokenizer.decode(request.tokens, skip_special_tokens=False)
     return DetokenizeResponse(prompt=text)
+
+
+TOKENIZE = Post(
+    path="/tokenize", request=TokenizeRequest, response=TokenizeResponse, handle=tokenize
+)
+DETOKENIZE = Post(
+    path="/detokenize", request=DetokenizeRequest, response=DetokenizeResponse, handle=detokenize
+)

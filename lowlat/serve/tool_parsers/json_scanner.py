@@ -24,6 +24,7 @@ class ObjectScanner:
         self._state = "value"
         self._scalar = ""
         self._digits = 0
+        self._is_key = False
         self.is_done = False
 
     def scan(self, text: str) -> tuple[int, str]:
@@ -36,8 +37,8 @@ class ObjectScanner:
         for index, char in enumerate(text):
             if self.is_done or not self._step(char):
                 return index, "".join(shown)
-            in_string = self._state in ("string", "key string")
-            shown.append(json.dumps(char)[1:-1] if in_string and char < " " else char)
+            is_raw = self._state == "string" and char < " "
+            shown.append(json.dumps(char)[1:-1] if is_raw else char)
         return len(text), "".join(shown)
 
     def _step(self, char: str) -> bool:
@@ -50,7 +51,7 @@ class ObjectScanner:
                 return False
             self._state = "after value"
         match self._state:
-            case "string" | "key string" | "escape" | "key escape" | "hex" | "key hex":
+            case "string" | "escape" | "hex":
                 return self._step_string(char)
             case _ if char in " \t\r\n":
                 return True
@@ -65,19 +66,18 @@ class ObjectScanner:
                 return self._step_after(char)
 
     def _step_string(self, char: str) -> bool:
-        prefix = "key " if self._state.startswith("key ") else ""
-        match self._state.removeprefix("key "):
+        match self._state:
             case "escape":
-                self._state, self._digits = prefix + ("hex" if char == "u" else "string"), 0
+                self._state, self._digits = ("hex" if char == "u" else "string"), 0
                 return char in ESCAPES
             case "hex":
                 self._digits += 1
-                self._state = prefix + ("string" if self._digits == 4 else "hex")
+                self._state = "string" if self._digits == 4 else "hex"
                 return char in HEX
             case _ if char == "\\":
-                self._state = prefix + "escape"
+                self._state = "escape"
             case _ if char == '"':
-                self._state = "colon" if prefix else "after value"
+                self._state = "colon" if self._is_key else "after value"
         return True
 
     def _step_value(self, char: str) -> bool:
@@ -90,7 +90,7 @@ class ObjectScanner:
         if not self._closers:
             return False
         if char == '"':
-            self._state = "string"
+            self._state, self._is_key = "string", False
             return True
         self._state, self._scalar = "scalar", char
         return char in "-0123456789tfn"
@@ -98,7 +98,7 @@ class ObjectScanner:
     def _step_key(self, char: str) -> bool:
         if char == "}" and self._state == "first key":
             return self._close(char)
-        self._state = "key string"
+        self._state, self._is_key = "string", True
         return char == '"'
 
     def _step_after(self, char: str) -> bool:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lowlat.generate.grammar_source import lark_string
 from lowlat.text.tokenizer import Tokenizer
 
 
@@ -25,7 +26,6 @@ class LarkBuilder:
         self._rules: list[str] = []
 
     def rule(self, expression: str) -> Rule:
-        """A new rule for the Lark expression `expression`."""
         name = f"r{len(self._rules)}"
         self._rules.append(f"{name}: {expression}")
         return Rule(name)
@@ -38,7 +38,7 @@ class LarkBuilder:
 
     def quoted(self, text: str) -> Rule:
         """`text`, which may come from a user: never a special token."""
-        return Rule(json.dumps(text).replace("\x7f", "\\u007f"))
+        return Rule(lark_string(text))
 
     def sequence(self, *items: str) -> Rule:
         """`items` in sequence: rules and texts; a marker must be an item of its own."""
@@ -61,7 +61,6 @@ class LarkBuilder:
         return self.rule(f"({item})?")
 
     def json(self, schema: Mapping[str, Any]) -> Rule:
-        """JSON that matches `schema`."""
         return self.json_text(json.dumps(schema))
 
     def json_text(self, schema: str) -> Rule:
@@ -106,12 +105,3 @@ class LarkBuilder:
 def escaped(text: str) -> str:
     """`text` escaped for a regular expression between slashes."""
     return re.sub(r"([.+*?()|\[\]{}^$/\\&~#-])", r"\\\1", text).replace("\n", "\\n")
-
-
-def between_slashes(pattern: str) -> str:
-    """The regular expression `pattern`, with slashes and line breaks escaped."""
-    return re.sub(r"\\.|[/\n]", _escape_in_slashes, pattern, flags=re.DOTALL)
-
-
-def _escape_in_slashes(match: re.Match[str]) -> str:
-    return {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}.get(match[0], match[0])

@@ -43,8 +43,6 @@ class ToolParameter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolParameters:
-    """The parameters of a function."""
-
     listed: Sequence[ToolParameter]
     others: ToolParameter | None
     """Any parameter whose name is not listed; None: not allowed."""
@@ -282,6 +280,5 @@ def not_enforceable(path: str, what: str) -> RequestError:
 
 
 def schema_error(path: str, message: str) -> RequestError:
-    """A RequestError about `path`."""
     message = one_line(f"{path}: {message}", MAX_MESSAGE)
     return RequestError(message, param=one_line(path, MAX_PARAM))

@@ -26,7 +26,6 @@ class IncrementalReader:
         self._ended = False
 
     def feed(self, text: str) -> None:
-        """Add text that has arrived."""
         start = self._at if self._mark is None else self._mark
         self._text = self._text[start:] + text
         self._at -= start
@@ -34,7 +33,6 @@ class IncrementalReader:
             self._mark = 0
 
     def end(self) -> None:
-        """Signal the end of the text."""
         self._ended = True
 
     def mark(self) -> None:
@@ -67,7 +65,6 @@ class IncrementalReader:
         return self._text[self._at + count :]
 
     def skip(self, count: int) -> None:
-        """Consume `count` characters."""
         self._at += count
 
     def has_more(self) -> Steps[bool]:
@@ -135,12 +132,10 @@ class IncrementalReader:
         return found is not None
 
     def skip_space(self) -> Steps[None]:
-        """Consume whitespace."""
         while (yield from self.has_more()) and self._text[self._at].isspace():
             self._at += 1
 
     def skip_newlines(self) -> Steps[None]:
-        """Consume line breaks."""
         while (yield from self.accept("\n")):
             pass
 
@@ -164,6 +159,12 @@ class IncrementalReader:
         found = yield from self.read_until(literal, limit=limit)
         self._at -= len(literal)
         return found
+
+    def pass_rest(self, emit: Callable[[str], None]) -> Steps[None]:
+        """Emit all text to the end as it arrives."""
+        while (yield from self.has_more()):
+            emit(self.unread)
+            self._at = len(self._text)
 
     def pass_until(
         self, literal: str, emit: Callable[[str], None], *, held: str = ""

@@ -7,17 +7,10 @@ its own module.
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lowlat.serve.tool_parsers.json_scanner import ObjectScanner, read_string, read_value
-from lowlat.serve.tool_parsers.parts import (
-    ContentPart,
-    Part,
-    ReasoningPart,
-    ToolCallArguments,
-    ToolCallStart,
-    append_part,
-)
 from lowlat.serve.tool_parsers.reader import IncrementalReader, Malformed, Steps
 
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
@@ -25,6 +18,54 @@ SPACE = " \t\r\n"
 
 Schemas = Mapping[str, Mapping[str, Any]]
 """Function name -> JSON schema of the arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContentPart:
+    """Text for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningPart:
+    """Reasoning before the content."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallStart:
+    """A call begins; its arguments follow in ToolCallArguments of the same index."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallArguments:
+    """A piece of the JSON text of the arguments of call `index`."""
+
+    index: int
+    text: str
+
+
+Part = ContentPart | ReasoningPart | ToolCallStart | ToolCallArguments
+
+
+def append_part(parts: list[Part], part: Part) -> None:
+    """Append `part`, merged with the last one if both are pieces of the same text."""
+    last = parts[-1] if parts else None
+    match last, part:
+        case (ContentPart(a), ContentPart(b)):
+            parts[-1] = ContentPart(a + b)
+        case (ReasoningPart(a), ReasoningPart(b)):
+            parts[-1] = ReasoningPart(a + b)
+        case (ToolCallArguments(i, a), ToolCallArguments(j, b)) if i == j:
+            parts[-1] = ToolCallArguments(i, a + b)
+        case _:
+            parts.append(part)
 
 
 class ParserState:
@@ -56,7 +97,6 @@ class ParserState:
         self._is_after_call = True
 
     def arguments(self, text: str) -> None:
-        """Append to the last call's arguments."""
         if text:
             append_part(self.parts, ToolCallArguments(self.count - 1, text))
 
@@ -109,12 +149,20 @@ class ParserState:
 
     def pass_broken(self, until: str | None) -> Steps[None]:
         """Emit everything up to `until` as arguments, unchanged, and skip `until`."""
-        if until is not None:
+        if until is None:
+            yield from self.reader.pass_rest(self.arguments)
+        else:
             yield from self.reader.pass_until(until, self.arguments)
-            return
-        while (yield from self.reader.has_more()):
-            self.arguments(self.reader.unread)
-            self.reader.skip(len(self.reader.unread))
+
+    def read_arguments(self, name: str, *, until: str | None, id: str | None = None) -> Steps[None]:
+        """Parse the arguments of a call of `name`, as `stream_object` does. Raises Malformed if the
+        name is invalid or no object follows.
+        """
+        self.checked(name)
+        if not (yield from self.reader.is_next("{")):
+            raise Malformed("arguments")
+        self.start(name, id=id)
+        yield from self.stream_object(until)
 
     def read_object_call(self, *, until: str | None, only_known: bool = False) -> Steps[None]:
         """Parse {"name": ..., "arguments": {...}} with members in any order; ignore others.

@@ -4,10 +4,11 @@ The values are not quoted: only the function's schema decides whether 5 is a str
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from typing import ClassVar
 
-from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
+from lowlat.serve.tool_parsers.base import NAME, ToolFunction, ToolParser
 from lowlat.serve.tool_parsers.json_scanner import read_value_until
 from lowlat.serve.tool_parsers.lark import LarkBuilder, Rule, escaped
 from lowlat.serve.tool_parsers.parameters import (
@@ -30,24 +31,29 @@ from lowlat.serve.tool_parsers.state import ParserState
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MAX_NAME = 256
 MAX_VALUE = 1 << 20
-NAME = "[^<>\\s]{1,64}"
+KEY = "[^<>\\s]{1,64}"
 """Pattern for names of arguments that the schema does not list."""
 
 
 class _Tagged(ToolParser):
-    opening = OPEN
+    after_call = (CLOSE,)
+    between = ("\n", OPEN)
+    head: ClassVar[str]
+    """Text before the arguments, with the function's NAME."""
+    key_begin: ClassVar[str]
+    """Text before the name of an argument."""
     key_end: ClassVar[str]
-    """Text after the name of an argument."""
+    """Text after it."""
+    value_begin: ClassVar[tuple[str, ...]]
+    """Texts between `key_end` and the value."""
     value_end: ClassVar[str]
-    """Text after its value."""
+    """Text after the value."""
     before_end: ClassVar[str] = ""
     """Text between the value and `value_end`."""
+    tail: ClassVar[str] = ""
+    """Text after the arguments."""
 
-    def read(self, state: ParserState) -> Steps[None]:
-        while (opening := (yield from state.content_until(OPEN))) is not None:
-            yield from state.attempt(opening, self._read_call(state))
-
-    def _read_call(self, state: ParserState) -> Steps[None]:
+    def read_calls(self, state: ParserState) -> Steps[None]:
         name = state.checked((yield from self._read_name(state)))
         state.start(name)
         schema, comma = state.schemas.get(name, {}), "{"
@@ -67,7 +73,9 @@ class _Tagged(ToolParser):
             state.arguments(f"{comma}{json.dumps(key, ensure_ascii=False)}: {value}")
             comma = ", "
         state.arguments("{}" if comma == "{" else "}")
-        yield from self._read_end(state)
+        for text in (self.tail, CLOSE):
+            if text:
+                yield from state.reader.accept_within_call(text.strip())
 
     def _read_argument(self, state: ParserState, schema: Schema) -> Steps[tuple[str, str] | None]:
         """The name of the next argument and its value as JSON text; None: no more arguments."""
@@ -83,16 +91,9 @@ class _Tagged(ToolParser):
         raw = raw.removeprefix(self.before_end).removesuffix(self.before_end)
         return key, to_json(raw, allowed)
 
-    def rule(
-        self, grammar: LarkBuilder, functions: Sequence[ToolFunction], *, parallel: bool
-    ) -> Rule:
-        bodies = [self._body(grammar, function) for function in functions]
-        call = grammar.sequence(grammar.choice(bodies), CLOSE)
-        return grammar.repeated(call, between=("\n", OPEN), parallel=parallel)
-
-    def _body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
-        """The grammar of a call's name and arguments."""
-        raise NotImplementedError
+    def body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
+        head = self.head.replace(NAME, function.name)
+        return grammar.sequence(head, *self._pairs(grammar, function), self.tail)
 
     def _pairs(self, grammar: LarkBuilder, function: ToolFunction) -> list[Rule]:
         """The grammars of a call's arguments: listed ones in order, then any others."""
@@ -106,7 +107,7 @@ class _Tagged(ToolParser):
         if arguments.others is not None:
             listed = "|".join(escaped(argument.name) for argument in arguments.listed)
             but = f" & ~/{listed}/" if listed else ""
-            key = grammar.matching_until(f"/{NAME}/{but}", self.key_end)
+            key = grammar.matching_until(f"/{KEY}/{but}", self.key_end)
             value = self._value(grammar, arguments.others, arguments)
             pairs.append(grammar.any_number(self._pair(grammar, key, value)))
         return pairs
@@ -121,7 +122,7 @@ class _Tagged(ToolParser):
 
     def _pair(self, grammar: LarkBuilder, key: Rule, value: Rule) -> Rule:
         """The grammar of one argument from `key` and `value`, which include their end texts."""
-        raise NotImplementedError
+        return grammar.sequence(self.key_begin, key, *self.value_begin, value, "\n")
 
     def _value(
         self, grammar: LarkBuilder, argument: ToolParameter, arguments: ToolParameters
@@ -154,22 +155,22 @@ class _Tagged(ToolParser):
         regexes += [f"{lengths(text)}({before})?" for text in free]
         return grammar.matching_until(f"/{'|'.join(regexes)}/", self.value_end)
 
+    @abstractmethod
     def _read_name(self, state: ParserState) -> Steps[str]:
-        raise NotImplementedError
+        """Consume up to the arguments; returns the function's name."""
 
+    @abstractmethod
     def _read_key(self, state: ParserState) -> Steps[str | None]:
         """Consume up to the value of the next argument; returns its name, or None."""
-        raise NotImplementedError
-
-    def _read_end(self, state: ParserState) -> Steps[None]:
-        raise NotImplementedError
 
 
 class GlmToolParser(_Tagged):
     """GLM: <tool_call>name, then <arg_key> and <arg_value> for each argument."""
 
     markers = (OPEN, CLOSE, "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-    key_end, value_end = "</arg_key>", "</arg_value>"
+    head = f"{NAME}\n"
+    key_begin, key_end = "<arg_key>", "</arg_key>"
+    value_begin, value_end = ("\n", "<arg_value>"), "</arg_value>"
 
     def _read_name(self, state: ParserState) -> Steps[str]:
         name = yield from state.reader.read_before("<", limit=MAX_NAME)
@@ -187,21 +188,14 @@ class GlmToolParser(_Tagged):
         yield from reader.expect("<arg_value>")
         return key.strip()
 
-    def _read_end(self, state: ParserState) -> Steps[None]:
-        yield from state.reader.accept_within_call(CLOSE)
-
-    def _body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
-        return grammar.sequence(function.name + "\n", *self._pairs(grammar, function))
-
-    def _pair(self, grammar: LarkBuilder, key: Rule, value: Rule) -> Rule:
-        return grammar.sequence("<arg_key>", key, "\n", "<arg_value>", value, "\n")
-
 
 class Qwen3CoderToolParser(_Tagged):
     """Qwen3-Coder: <function=name> in <tool_call>, then <parameter=key> for each argument."""
 
     markers = (OPEN, CLOSE)
-    key_end, value_end, before_end = ">", "</parameter>", "\n"
+    head, tail = f"\n<function={NAME}>\n", "</function>\n"
+    key_begin, key_end = "<parameter=", ">"
+    value_begin, value_end, before_end = ("\n",), "</parameter>", "\n"
 
     def _read_name(self, state: ParserState) -> Steps[str]:
         yield from state.reader.skip_space()
@@ -212,17 +206,6 @@ class Qwen3CoderToolParser(_Tagged):
         if not (yield from state.reader.accept_within_call("<parameter=")):
             return None
         return (yield from state.reader.read_until(">", limit=MAX_NAME)).strip()
-
-    def _read_end(self, state: ParserState) -> Steps[None]:
-        yield from state.reader.accept_within_call("</function>")
-        yield from state.reader.accept_within_call(CLOSE)
-
-    def _body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
-        pairs = self._pairs(grammar, function)
-        return grammar.sequence(f"\n<function={function.name}>\n", *pairs, "</function>\n")
-
-    def _pair(self, grammar: LarkBuilder, key: Rule, value: Rule) -> Rule:
-        return grammar.sequence("<parameter=", key, "\n", value, "\n")
 
 
 def lengths(text: TextConstraint) -> str:

@@ -1,7 +1,4 @@
-"""Reader of one training checkpoint: verification, metadata, and memory-mapped tensors.
-
-`store` chooses the checkpoint.
-"""
+"""Reader of one training checkpoint: verification, metadata, and memory-mapped tensors."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -51,24 +48,16 @@ class TrainingCheckpoint:
         another format.
         """
         self.folder = folder
-        self._manifest = read_manifest(folder)
-        if self._manifest.step != step_of(folder.name):
-            raise CorruptCheckpointError(f"its manifest is that of step {self._manifest.step}")
-        if verify:
-            _check_files(folder, self._manifest, progress or SilentProgress())
-        self.metadata: Mapping[str, Any] = _read_metadata(folder, self._manifest)
-        """The state that is not tensors: JSON values."""
-        self._files: Mapping[str, SafetensorsFile] = open_shards(folder, self._manifest.files)
-
-    @property
-    def step(self) -> int:
+        manifest = read_manifest(folder)
+        self.step = manifest.step
         """Optimizer steps done."""
-        return self._manifest.step
-
-    @property
-    def time(self) -> float:
-        """Time of writing, in seconds since 1970."""
-        return self._manifest.time
+        if self.step != step_of(folder.name):
+            raise CorruptCheckpointError(f"its manifest is that of step {self.step}")
+        if verify:
+            _check_files(folder, manifest, progress or SilentProgress())
+        self.metadata: Mapping[str, Any] = _read_metadata(folder, manifest)
+        """The state that is not tensors: JSON values."""
+        self._files: Mapping[str, SafetensorsFile] = open_shards(folder, manifest.files)
 
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
@@ -85,10 +74,6 @@ class TrainingCheckpoint:
                 "optimizer"
             )
         return self._files[name].read(name)
-
-    def release(self, name: str) -> None:
-        """Drop a tensor's memory pages; in-place changes to them are lost."""
-        self._files[name].release(name)
 
 
 def _check_files(folder: Path, manifest: Manifest, progress: Progress) -> None:

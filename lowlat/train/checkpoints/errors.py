@@ -1,7 +1,4 @@
-"""Errors of training checkpoints, and context managers that turn OSError into them.
-
-Which error stops a run is `store`'s rule.
-"""
+"""Errors of training checkpoints, and context managers that turn OSError into them."""
 
 import errno
 from collections.abc import Iterator

@@ -10,7 +10,6 @@ manifest protects the folder.
 import hashlib
 import json
 import os
-import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1
 """Version of a checkpoint's files; raise it when they change."""
-
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,12 +42,6 @@ class Manifest:
         files = {name: {"size": r.size, "sha256": r.sha256} for name, r in self.files.items()}
         fields = {"format": FORMAT, "step": self.step, "time": self.time, "files": files}
         return _encode({**fields, "sha256": _digest(fields)})
-
-
-def check_shard_name(shard: str) -> None:
-    """Raise ValueError unless `shard` can be a file name everywhere."""
-    if not _SHARD_NAME.fullmatch(shard):
-        raise ValueError(f"shard name {shard!r} must be letters, digits, '-' and '_'")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,12 +1,10 @@
 """Run folder: paths of its files, and a lock against a second training process.
 
-    RUN/lock            locked while a process trains here; holds its id and host
-    RUN/recipe.toml     the recipe as it ran
-    RUN/saves/          training checkpoints
-    RUN/log.jsonl       one record per step
-    RUN/tensorboard/    the same for TensorBoard
-
-`store` writes checkpoints, `lowlat.train.metrics` writes logs.
+RUN/lock            locked while a process trains here; holds its id and host
+RUN/recipe.toml     the recipe as it ran
+RUN/saves/          training checkpoints
+RUN/log.jsonl       one record per step
+RUN/tensorboard/    the same for TensorBoard
 """
 
 import contextlib
@@ -16,7 +14,6 @@ import socket
 import sys
 import weakref
 from pathlib import Path
-from types import TracebackType
 from typing import final
 
 from lowlat.train.checkpoints.errors import using
@@ -29,34 +26,21 @@ from lowlat.utils.file_lock import try_lock
 class RunFolder:
     """A run folder. The constructor touches no file; `acquire` or a `with` block locks the folder.
 
-    Only the process with the lock may commit or move checkpoints. The other processes of a
-    distributed run write shards; any process may read.
+    Only the process with the lock may write or move checkpoints; any process may read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.abspath(path))
-        self._lock: _Lock | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "saves"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.toml"
+        self.checkpoints = self.path / "saves"
+        self.log = self.path / "log.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.recipe = self.path / "recipe.toml"
+        self._lock_file = self.path / "lock"
+        self._descriptor: int | None = None
 
     @property
     def held(self) -> bool:
-        """Whether this object holds the lock."""
-        return self._lock is not None
+        return self._descriptor is not None
 
     def acquire(self) -> None:
         """Create the folder if it is missing, and lock it.
@@ -64,82 +48,22 @@ class RunFolder:
         The lock ends with the process, even if it is killed. Raises UserError if another process
         has the lock, if the folder has other files, or if it cannot be used.
         """
-        assert self._lock is None
+        assert not self.held
         with using(self.path):
             make_folder(self.path)
             if not self._lock_file.exists() and any(self.path.iterdir()):
                 raise UserError(
                     f"{self.path}: is not empty and is not a run folder; name a new folder"
                 )
-            lock = _Lock(self._lock_file)
+            self._descriptor = _lock(self._lock_file)
+            # A forked child shares the lock and would hold it after this process is killed.
+            os.register_at_fork(after_in_child=functools.partial(_forget, weakref.ref(self)))
             try:
                 make_folder(self.checkpoints)
                 make_folder(self.tensorboard)
             except BaseException:
-                lock.release()
+                self.release()
                 raise
-            self._lock = lock
-
-    def release(self) -> None:
-        """Unlock the folder."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-
-    def write_recipe(self, text: str) -> None:
-        """Write the recipe's text into the folder, replacing the previous one."""
-        assert self.held
-        with using(self.recipe):
-            replace_file(self.recipe, text.encode())
-
-    def read_recipe(self) -> str | None:
-        """The recipe in the folder, or None. Raises UserError if it is unreadable."""
-        try:
-            with using(self.recipe):
-                return self.recipe.read_text(encoding="utf-8") if self.recipe.exists() else None
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.recipe}: is not UTF-8 text; restore it from the run's original recipe"
-            ) from error
-
-    @property
-    def _lock_file(self) -> Path:
-        return self.path / "lock"
-
-    def __enter__(self) -> "RunFolder":
-        self.acquire()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
-
-
-@final
-class _Lock:
-    """An flock; the kernel drops it with the last process that has the descriptor."""
-
-    def __init__(self, path: Path) -> None:
-        if sys.platform == "win32":
-            raise UserError(
-                f"{path}: runs are locked by flock, which Windows lacks; train in WSL instead"
-            )
-        self._descriptor: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            if not try_lock(self._descriptor):
-                owner = os.pread(self._descriptor, 300, 0).decode(errors="replace").split()
-                raise UserError(_refusal(path.parent, owner))
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-        except BaseException:
-            self.release()
-            raise
-        # A forked child shares the lock and would hold it after this process is killed.
-        os.register_at_fork(after_in_child=functools.partial(_forget, weakref.ref(self)))
 
     def release(self) -> None:
         descriptor, self._descriptor = self._descriptor, None
@@ -148,11 +72,44 @@ class _Lock:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
+    def write_recipe(self, text: str) -> None:
+        """Write the recipe's text into the folder, replacing the previous one."""
+        assert self.held
+        with using(self.recipe):
+            replace_file(self.recipe, text.encode())
 
-def _forget(reference: "weakref.ref[_Lock]") -> None:
-    lock = reference()
-    if lock is not None:
-        lock.release()
+    def __enter__(self) -> "RunFolder":
+        self.acquire()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.release()
+
+
+def _lock(path: Path) -> int:
+    """Descriptor with an flock, which the kernel drops with the last process that has it."""
+    if sys.platform == "win32":
+        raise UserError(
+            f"{path}: runs are locked by flock, which Windows lacks; train in WSL instead"
+        )
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        if not try_lock(descriptor):
+            owner = os.pread(descriptor, 300, 0).decode(errors="replace").split()
+            raise UserError(_refusal(path.parent, owner))
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _forget(reference: "weakref.ref[RunFolder]") -> None:
+    run = reference()
+    if run is not None:
+        run.release()
 
 
 def _refusal(folder: Path, owner: list[str]) -> str:

@@ -11,19 +11,17 @@ Failures:
   that in one line. If no checkpoint is complete, nothing is moved and the run does not start over.
 """
 
-import functools
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, final
 
 from lowlat.checkpoint.safetensors.writer import NamedTensor
 from lowlat.train.checkpoints import writer
-from lowlat.train.checkpoints.background import BackgroundTask
 from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint, folder_name, step_of
 from lowlat.train.checkpoints.errors import (
     CheckpointWriteError,
@@ -32,17 +30,10 @@ from lowlat.train.checkpoints.errors import (
     writing,
 )
 from lowlat.train.checkpoints.manifest import read_manifest
-from lowlat.train.checkpoints.retention import steps_to_keep
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.utils.atomic_files import rename_folder
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
-
-Shards = Mapping[str, Iterable[NamedTensor]]
-"""Tensors by the name of their shard (file); a tensor's name is unique in all of them."""
-
-MIN_KEEP_LAST = 2
-"""One complete checkpoint must remain while the next is written or found corrupt."""
 
 _ASIDE = re.compile(r"step-[0-9]+\.broken(-[0-9]+)?")
 
@@ -56,67 +47,67 @@ class CheckpointStore:
         run: RunFolder,
         *,
         report: Callable[[str], None],
-        keep_last: int = MIN_KEEP_LAST,
+        keep_last: int = 2,
         keep_every: timedelta | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """If this process has the lock of `run`, remove unfinished files of killed processes.
 
         report: takes one line about a checkpoint that failed, is corrupt, or cannot be removed.
-        keep_last: number of newest checkpoints to retain, at least 2; one more during a write.
+        keep_last: number of newest checkpoints to retain, one more during a write; at least 2, as
+        one must remain if another is found corrupt.
         keep_every: also retain one checkpoint per this time.
-        clock: seconds since 1970. Raises UserError for bad values and an unusable folder.
+        clock: seconds since 1970. Raises UserError for an unusable folder.
         """
-        if keep_last < MIN_KEEP_LAST:
-            raise UserError(f"keep_last {keep_last} must be at least {MIN_KEEP_LAST}")
-        if keep_every is not None and keep_every <= timedelta(0):
-            raise UserError(f"keep_every {keep_every} must be above zero")
+        assert keep_last >= 2
         self.folder = run.checkpoints
         self._run = run
         self._report = report
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._clock = clock
-        self._task = BackgroundTask()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
         self._pending_reports: list[str] = []
         self._failure: CheckpointWriteError | None = None
         if run.held:
             with using(self.folder):
-                writer.clear_deleted(self.folder)
-                writer.clear_unfinished(self.folder)
+                writer.clear_leftovers(self.folder, writer.DELETING, writer.WRITING)
 
     # Writing
 
-    def write(self, step: int, shards: Shards, metadata: Mapping[str, Any]) -> Path:
+    def write(self, step: int, tensors: Iterable[NamedTensor], metadata: Mapping[str, Any]) -> Path:
         """Write a checkpoint and return its folder once it is complete and durable.
 
         It references the tensors until then, so pass views, not copies. Raises
         CheckpointWriteError; earlier checkpoints are unchanged then.
         """
         self.wait()
-        self._write(step, _listed(shards), writer.encode_metadata(metadata))
+        self._write(step, list(tensors), writer.encode_metadata(metadata))
         self._flush_reports()
         return self.folder / folder_name(step)
 
-    def write_async(self, step: int, shards: Shards, metadata: Mapping[str, Any]) -> None:
+    def write_async(
+        self, step: int, tensors: Iterable[NamedTensor], metadata: Mapping[str, Any]
+    ) -> None:
         """`write` on a background thread; the tensors must not change any more.
 
         Waits for the previous write, reports its failure, if any, and starts this write anyway.
         """
         self.wait()
         encoded = writer.encode_metadata(metadata)
-        write = functools.partial(self._write, step, _listed(shards), encoded)
         self._failure = None
-        self._task.start(write, f"checkpoint of step {step}")
+        self._pending = self._thread.submit(self._write, step, list(tensors), encoded)
 
     def poll(self) -> None:
         """Report the result of a background write if it is done; does not wait."""
-        if not self._task.is_running:
+        if self._pending is None or self._pending.done():
             self.wait()
 
     def wait(self) -> None:
         """Wait for the background write and report a failure."""
-        error = self._task.join()
+        error = None if self._pending is None else self._pending.exception()
+        self._pending = None
         self._flush_reports()
         if isinstance(error, CheckpointWriteError):
             self._failure = error
@@ -129,27 +120,6 @@ class CheckpointStore:
         self.wait()
         if self._failure is not None:
             raise self._failure
-
-    def write_shard(self, step: int, shard: str, tensors: Iterable[NamedTensor]) -> None:
-        """Write one shard of a checkpoint of several processes. Raises CheckpointWriteError."""
-        with writing(f"shard {shard} of the checkpoint of step {step}", self.folder):
-            writer.write_shard(self.folder, step, shard, list(tensors))
-
-    def commit(self, step: int, shards: Sequence[str], metadata: Mapping[str, Any]) -> Path:
-        """Commit a checkpoint whose shards this and other processes have written.
-
-        Raises CheckpointWriteError if a shard is missing or differs from what its writer recorded,
-        or the commit fails otherwise.
-        """
-        assert self._run.held
-        self.wait()
-        with self._attempt(step):
-            now = self._clock()
-            encoded = writer.encode_metadata(metadata)
-            writer.commit_training_checkpoint(self.folder, step, shards, encoded, now)
-        self._prune(step)
-        self._flush_reports()
-        return self.folder / folder_name(step)
 
     # Reading
 
@@ -186,7 +156,13 @@ class CheckpointStore:
                 f"{self.folder}: no checkpoint is complete ({_list(corrupt)}); restore one from a "
                 "copy, or name a new folder to start over"
             )
-        self._refuse_all_corrupt()
+        with using(self.folder):
+            aside = sorted(name for name in self._names() if _ASIDE.fullmatch(name))
+        if aside:  # a run must not start over
+            raise UserError(
+                f"{self.folder}: has only corrupt checkpoints ({', '.join(aside[:3])}); restore "
+                "one from a copy, or name a new folder to start over"
+            )
         return None
 
     def _skip_corrupt(self, folder: Path, problem: str, instead: TrainingCheckpoint) -> None:
@@ -198,16 +174,6 @@ class CheckpointStore:
             line += f", this one is renamed to {aside.name}"
         self._report(line)
 
-    def _refuse_all_corrupt(self) -> None:
-        """Raise UserError if only corrupt checkpoints exist: a run must not start over then."""
-        with using(self.folder):
-            aside = sorted(name for name in self._names() if _ASIDE.fullmatch(name))
-        if aside:
-            raise UserError(
-                f"{self.folder}: has only corrupt checkpoints ({', '.join(aside[:3])}); restore "
-                "one from a copy, or name a new folder to start over"
-            )
-
     # Inside
 
     def _names(self) -> list[str]:
@@ -216,23 +182,15 @@ class CheckpointStore:
     def _steps(self) -> list[int]:
         return sorted(step for name in self._names() if (step := step_of(name)) is not None)
 
-    def _write(
-        self, step: int, shards: Mapping[str, Sequence[NamedTensor]], metadata: bytes
-    ) -> None:
+    def _write(self, step: int, tensors: Sequence[NamedTensor], metadata: bytes) -> None:
         assert self._run.held
-        with self._attempt(step):
-            now = self._clock()
-            writer.write_training_checkpoint(self.folder, step, shards, metadata, now)
-        self._prune(step)
-
-    @contextmanager
-    def _attempt(self, step: int) -> Iterator[None]:
-        """Context manager that adds the newest usable checkpoint to write errors."""
         try:
             with writing(f"checkpoint of step {step}", self.folder):
-                yield
+                now = self._clock()
+                writer.write_training_checkpoint(self.folder, step, tensors, metadata, now)
         except CheckpointWriteError as error:
             raise CheckpointWriteError(f"{error}; {self._newest_in_words()}") from error
+        self._prune(step)
 
     def _newest_in_words(self) -> str:
         try:
@@ -247,7 +205,7 @@ class CheckpointStore:
         A failure does not fail the checkpoint; it is reported, and retried after the next one.
         """
         try:
-            writer.clear_deleted(self.folder)
+            writer.clear_leftovers(self.folder, writer.DELETING)
             times = self._times()
             keep = steps_to_keep(times, last=self._keep_last, every=self._keep_every)
             for old in sorted(times.keys() - keep - {step}):
@@ -273,10 +231,6 @@ class CheckpointStore:
             self._report(self._pending_reports.pop(0))
 
 
-def _listed(shards: Shards) -> dict[str, list[NamedTensor]]:
-    return {shard: list(tensors) for shard, tensors in shards.items()}
-
-
 def _unused(path: Path) -> Path:
     """`path`, with a number appended if it exists."""
     number, candidate = 1, path
@@ -289,3 +243,22 @@ def _unused(path: Path) -> Path:
 def _list(corrupt: Sequence[tuple[Path, str]]) -> str:
     shown = [f"{folder.name}: {problem}" for folder, problem in corrupt[:3]]
     return "; ".join(shown + ["..."] * (len(corrupt) > 3))
+
+
+def steps_to_keep(times: Mapping[int, float], *, last: int, every: timedelta | None) -> set[int]:
+    """Steps of the checkpoints to retain.
+
+    times: write time of each step's checkpoint, in seconds. The `last` newest steps are retained.
+    With `every`, the oldest is retained as well, then each first one written at least `every` after
+    the previous retained one. Removing the others does not change the result.
+    """
+    steps = sorted(times)
+    keep = set(steps[-last:])
+    if every is None:
+        return keep
+    previous: float | None = None
+    for step in steps:
+        if previous is None or times[step] - previous >= every.total_seconds():
+            keep.add(step)
+            previous = times[step]
+    return keep

@@ -1,7 +1,5 @@
 """Dry run of a recipe: parameters, FLOPs, memory and time on this machine, and the out-of-memory
 check before a run starts.
-
-Converts phases of a Recipe to TrainingJobs. `plan.estimate` and `plan.search` are for clusters.
 """
 
 import os
@@ -76,11 +74,6 @@ class DryRun:
     """FLOPs of the whole training, without recomputation."""
     rate: float
     """Measured FLOP/s of matrix products in one process."""
-
-    @property
-    def needed_bytes(self) -> float:
-        """Memory of a process, program and libraries included."""
-        return needed_bytes(self.memory)
 
     @property
     def seconds(self) -> tuple[float, float]:

@@ -1,7 +1,4 @@
-"""FLOPs and memory of LoRA, attention-only training and distillation, relative to full training.
-
-`plan.flops` and `plan.memory` estimate full training.
-"""
+"""FLOPs and memory of LoRA, attention-only training and distillation, relative to full training."""
 
 from dataclasses import replace
 
@@ -71,11 +68,8 @@ def _teacher_flops(teacher: ModelConfig, phase: Phase) -> float:
     head.
     """
     parts = token_flops(teacher, phase.sequence_length).parts
-    return sum(flops for part, flops in parts.items() if part in (*LAYER_PARTS, *_head(phase)))
-
-
-def _head(phase: Phase) -> tuple[str, ...]:
-    return ("head",) if phase.match == "logits" else ()
+    passed = (*LAYER_PARTS, "head") if phase.match == "logits" else LAYER_PARTS
+    return sum(flops for part, flops in parts.items() if part in passed)
 
 
 def learning_memory(
@@ -96,8 +90,8 @@ def learning_memory(
         parts[UPDATES] = update_bytes(config, recipe.lora, job)
         updates_mlps = bool(set(recipe.lora.target_modules) & set(EXPERT_PROJECTIONS))
         unread = [INPUT_OF_ROUTER] if updates_mlps else [INPUT_OF_ROUTER, *INPUTS_OF_MLPS]
-        activations = {k: v for k, v in activations.items() if k not in unread}
-        activations |= _kept_by_updates(config, recipe.lora, job)
+        added = _kept_by_updates(config, recipe.lora, job)
+        activations = {k: v for k, v in activations.items() if k not in unread} | added
         parts[ACTIVATIONS] = sum(activations.values())
     elif recipe.trainable == "attention":
         moved = memory.parameters["attention"] / shares(job.layout, "attention")[1]

@@ -1,7 +1,4 @@
-"""Model config of each phase of a recipe, and validation of the recipe against the model.
-
-The config comes from [model] or from the base model; a phase may change RoPE scaling and context.
-"""
+"""Model config of each phase of a recipe, and validation of the recipe against the model."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -5,7 +5,14 @@ read.
 from lowlat.config.model import ModelConfig
 from lowlat.train.parallel.mesh import expert_sizes
 from lowlat.train.parallel.tensor import check_divisible
-from lowlat.train.pipeline.check import check_pipeline
+from lowlat.train.pipeline.stages import (
+    FOLDED,
+    Schedule,
+    divide,
+    needs_embedding,
+    planned,
+)
+from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.errors import UserError
 
@@ -32,7 +39,7 @@ def check_parallel(config: ModelConfig, recipe: Recipe, origin: str) -> None:
         except UserError as error:
             raise UserError(f"{origin}: {error}") from error
     if sizes.pipeline > 1:
-        check_pipeline(config, recipe, origin)
+        _check_pipeline(config, recipe, origin)
     if sizes.context > 1:
         chunks = 2 * sizes.context
         for phase in recipe.phase:
@@ -41,3 +48,57 @@ def check_parallel(config: ModelConfig, recipe: Recipe, origin: str) -> None:
                     f"{origin}: phase {phase.name}: sequence_length {phase.sequence_length} is not "
                     f"a multiple of {chunks}, twice parallel.context"
                 )
+
+
+def _check_pipeline(config: ModelConfig, recipe: Recipe, origin: str) -> None:
+    """Raises UserError naming the size that does not fit. PyTorch's schedules have the same rules,
+    but raise them only when the first step runs.
+    """
+    sizes = recipe.parallel
+    schedule: Schedule = sizes.pipeline_schedule
+    where = f"{origin}: parallel.pipeline {sizes.pipeline}"
+    stages = planned(schedule, sizes.pipeline).num_stages
+    if stages > config.num_hidden_layers + 1:
+        raise UserError(
+            f"{where}: {schedule} makes {stages} stages of num_hidden_layers "
+            f"{config.num_hidden_layers} and the head; lower it or choose another "
+            "pipeline_schedule"
+        )
+    if sizes.fsdp > 1 and schedule in FOLDED and _is_used_twice(config):
+        raise UserError(
+            f"{where}: with {schedule} the embedding is in two stages of one process, which fsdp "
+            "does not support; use data instead, or another pipeline_schedule"
+        )
+    parts = sizes.data * sizes.fsdp
+    timetable = TrainingSchedule(recipe, ranks=parts)
+    counts = {
+        (plan.phase.name, plan.rows // (parts * plan.phase.micro_batch_size))
+        for plan in map(timetable.at, range(timetable.steps))
+    }
+    for name, count in sorted(counts):
+        check_micro_batches(schedule, sizes.pipeline, count, f"{origin}: phase {name}")
+
+
+def check_micro_batches(schedule: Schedule, size: int, count: int, where: str) -> None:
+    """Raises UserError, starting with `where`, if `schedule` over `size` processes does not support
+    `count` micro-batches per process.
+    """
+    least = {"1f1b": size, "dualpipev": 2 * size}.get(schedule, 1)
+    remedy = "change batch_size or micro_batch_size, or choose another pipeline_schedule"
+    if count < least:
+        raise UserError(
+            f"{where}: {count} micro-batches per process, but {schedule} over {size} processes "
+            f"needs {least}; {remedy}"
+        )
+    rounds = max(1, count // size)
+    if schedule in ("interleaved", "zb") and count % rounds:
+        raise UserError(
+            f"{where}: {count} micro-batches per process are not a multiple of the {rounds} rounds "
+            f"of {schedule} over {size} processes; {remedy}"
+        )
+
+
+def _is_used_twice(config: ModelConfig) -> bool:
+    """Whether first and last stage both use the embedding."""
+    last = divide(config, "1f1b", 2, sequence_length=1)[1][0]
+    return needs_embedding(config, last)

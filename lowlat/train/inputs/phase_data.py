@@ -11,10 +11,9 @@ import numpy as np
 import tokenizers
 
 from lowlat.checkpoint.save import text_files
-from lowlat.data.chat_packing import PackedChats
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.manifest import TOKENIZER_FILE, Split
-from lowlat.data.packing import PackedSequences
+from lowlat.data.packing import PackedChats, PackedRows, PackedSequences
 from lowlat.data.shuffle import mixed
 from lowlat.train.recipe.schedule import data_begins, data_of
 from lowlat.train.recipe.schema import Recipe
@@ -27,9 +26,9 @@ class PhaseData:
 
     dataset: TokenizedDataset
     """Dataset of both splits."""
-    train: PackedSequences | PackedChats
+    train: PackedRows
     """Training sequences."""
-    held_out: PackedSequences | PackedChats | None
+    held_out: PackedRows | None
     """Evaluation sequences; None if there are none."""
     no_evaluation: str = ""
     """Why `held_out` is None, and the remedy."""
@@ -53,7 +52,7 @@ def phase_data(recipe: Recipe, index: int, dataset: TokenizedDataset, num_ahead:
     """
     phase, table = recipe.phase[index], data_of(recipe, index)
 
-    def sequences(split: Split, seed: int, fim_rate: float) -> PackedSequences | PackedChats:
+    def sequences(split: Split, seed: int, fim_rate: float) -> PackedRows:
         kind = PackedChats if dataset.has_mask(split) else PackedSequences
         return kind(
             dataset,

@@ -1,7 +1,4 @@
-"""LoRA modules (arXiv 2106.09685): frozen weights with low-rank updates, W + alpha / rank * B A.
-
-Which projections get an update is decided in `train.step.lora`.
-"""
+"""LoRA modules (arXiv 2106.09685): frozen weights with low-rank updates, W + alpha / rank * B A."""
 
 import torch
 import torch.nn.functional as F
@@ -36,16 +33,10 @@ class LowRank(nn.Module):
         return (self.scale * self.lora_B) @ self.lora_A
 
 
-class LowRankExperts(nn.Module):
-    """Updates of stacked experts, one pair per expert and projection."""
-
-    def __init__(
-        self, gate_proj: LowRank | None, up_proj: LowRank | None, down_proj: LowRank | None
-    ) -> None:
-        super().__init__()
-        self.gate_proj = gate_proj
-        self.up_proj = up_proj
-        self.down_proj = down_proj
+class LowRankExperts(nn.ModuleDict):
+    """Updates of stacked experts: a `LowRank` by the name of its projection, for those that have
+    one.
+    """
 
     def added(
         self,
@@ -56,14 +47,19 @@ class LowRankExperts(nn.Module):
 
         The sum copies the layer's experts, whatever the number of tokens.
         """
-        if self.gate_proj is not None or self.up_proj is not None:
+        if "gate_proj" in self or "up_proj" in self:
             gate, up = gate_up_proj.chunk(2, dim=1)
-            gate = gate if self.gate_proj is None else gate + self.gate_proj.delta()
-            up = up if self.up_proj is None else up + self.up_proj.delta()
-            gate_up_proj = torch.cat([gate, up], dim=1)
-        if self.down_proj is not None:
-            down_proj = down_proj + self.down_proj.delta()
-        return gate_up_proj, down_proj
+            gate_up_proj = torch.cat(
+                [self._added("gate_proj", gate), self._added("up_proj", up)], dim=1
+            )
+        return gate_up_proj, self._added("down_proj", down_proj)
+
+    def _added(self, name: str, weight: Tensor) -> Tensor:
+        if name not in self:
+            return weight
+        update = self[name]
+        assert isinstance(update, LowRank)
+        return weight + update.delta()
 
 
 class LoraLinear(Linear):

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowlat.config.model import ModelConfig
 from lowlat.model.moe import MLP, Experts
 from lowlat.model.transformer import Transformer
 from lowlat.ops.grouped import stacked_experts
@@ -71,22 +70,3 @@ def unstacked(parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}{expert}.down_proj.weight", matrix
         else:
             yield name, tensor
-
-
-def stacked(config: ModelConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `unstacked`."""
-    result: dict[str, Tensor] = {}
-    count = 0 if config.moe is None else config.moe.n_routed_experts
-    for name, tensor in parameters.items():
-        head, found, rest = name.rpartition(".experts.")
-        if not found:
-            result[name] = tensor
-        elif rest == "0.gate_proj.weight":
-            prefix = head + found
-            read = [
-                [parameters[f"{prefix}{e}.{part}_proj.weight"] for part in ("gate", "up", "down")]
-                for e in range(count)
-            ]
-            result[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(r[:2]) for r in read])
-            result[f"{prefix}down_proj"] = torch.stack([r[2] for r in read])
-    return result

@@ -8,6 +8,7 @@ removes.
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, final
@@ -34,45 +35,38 @@ class LogWriter:
         Raises UserError if the file cannot be opened for writing.
         """
         self._path = path
-        try:
-            self._file: BinaryIO = open(path, "r+b" if path.exists() else "x+b", buffering=0)
-        except OSError as error:
-            raise self._failed(error) from error
-        try:
-            self.cut_bytes = _cut_torn_line(self._file)
-        except OSError as error:
-            self._file.close()
-            raise self._failed(error) from error
         self._synced = time.monotonic()
+        with self._failures():
+            self._file: BinaryIO = open(path, "r+b" if path.exists() else "x+b", buffering=0)
+            try:
+                self.cut_bytes = _cut_torn_line(self._file)
+            except OSError:
+                self._file.close()
+                raise
 
     def write(self, record: Record) -> None:
         """Append `record`. Raises UserError if writing fails, for example on a full disk."""
         line = memoryview(encode(record))
-        try:
+        with self._failures():
             while line:
                 line = line[self._file.write(line) :]
-        except OSError as error:
-            raise self._failed(error) from error
-        if time.monotonic() - self._synced > _SYNC_SECONDS:
-            self.sync()
-
-    def sync(self) -> None:
-        """fsync the file. Raises UserError as `write`."""
-        try:
-            sync_descriptor(self._file.fileno())
-        except OSError as error:
-            raise self._failed(error) from error
-        self._synced = time.monotonic()
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                sync_descriptor(self._file.fileno())
+                self._synced = time.monotonic()
 
     def close(self) -> None:
         """Close the file; further calls do nothing."""
         self._file.close()
 
-    def _failed(self, error: OSError) -> UserError:
-        return UserError(
-            f"{self._path}: the log cannot be written ({error.strerror}); make it writable or free "
-            "space and start again to resume from the last checkpoint"
-        )
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: the log cannot be written ({error.strerror}); make it writable or "
+                "free space and start again to resume from the last checkpoint"
+            ) from error
 
 
 def _cut_torn_line(file: BinaryIO) -> int:
@@ -117,7 +111,6 @@ class RunHistory:
         return self.starts[-1]
 
     def add(self, record: Record) -> None:
-        """Add the next record of the log."""
         match record:
             case StartRecord():
                 self.starts.append(record)

@@ -6,8 +6,8 @@ NaN and infinities, which JSON lacks, are the strings "NaN", "Infinity" and "-In
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import Any
 
 from lowlat.train.metrics.record import (
@@ -23,8 +23,6 @@ from lowlat.utils.strict_json import parse_object
 
 _KINDS = {StartRecord: "start", StepRecord: "step", EvalRecord: "evaluation", NoteRecord: "note"}
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-OPTIONAL = ("divergence", "layer_error", "targets")
-"""Fields that are omitted if unknown."""
 _LOAD_DIGITS = 4
 """Significant digits of expert loads, enough for plots at a third of the bytes."""
 
@@ -42,7 +40,11 @@ def decode(line: bytes, where: str) -> Record:
     """Decode the record in `line`. Raises UserError that starts with `where`."""
     raw = parse_object(line, where)
     try:
-        return _read(raw)
+        kind = raw.pop("kind", None)
+        for record, name in _KINDS.items():
+            if kind == name:
+                return record(**_checked(raw, record))
+        raise ValueError(f"kind is {kind!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a record of a training run ({error})") from error
 
@@ -59,9 +61,9 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, StartRecord | StepRecord | EvalRecord | NoteRecord | ExpertRecord):
-        known = {field.name: getattr(value, field.name) for field in fields(value)}
-        return {n: plain(v) for n, v in known.items() if v is not None or n not in OPTIONAL}
+    if is_dataclass(value):
+        known = [(field, getattr(value, field.name)) for field in fields(value)]
+        return {f.name: plain(v) for f, v in known if v is not None or not _is_optional(f)}
     return value
 
 
@@ -69,34 +71,21 @@ def _name(value: float) -> str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _read(raw: dict[str, Any]) -> Record:
-    match raw.pop("kind", None):
-        case "start":
-            return StartRecord(**_checked(raw, _START))
-        case "step":
-            return StepRecord(**_checked(raw, _STEP))
-        case "evaluation":
-            return EvalRecord(**_checked(raw, _EVALUATION))
-        case "note":
-            return NoteRecord(**_checked(raw, _NOTE))
-        case kind:
-            raise ValueError(f"kind is {kind!r}")
+def _is_optional(field: Field[Any]) -> bool:
+    """Whether records omit the field if it is unknown."""
+    return field.default is not MISSING
 
 
-FieldParser = Callable[[Any], Any]
-
-
-def _checked(raw: Mapping[str, Any], parsers: Mapping[str, FieldParser]) -> dict[str, Any]:
-    """Typed fields of a record: exactly those of `parsers`, except missing OPTIONAL ones."""
-    spared = {name for name in OPTIONAL if name in parsers and name not in raw}
-    if odd := sorted((raw.keys() ^ parsers.keys()) - spared):
+def _checked(raw: dict[str, Any], record: type[Any]) -> dict[str, Any]:
+    """Typed fields of a record class: exactly its fields, except missing optional ones."""
+    known = {field.name: field for field in fields(record)}
+    spared = {name for name, field in known.items() if _is_optional(field)} - raw.keys()
+    if odd := sorted((raw.keys() ^ known.keys()) - spared):
         raise ValueError(f"'{odd[0]}' is {'unknown' if odd[0] in raw else 'missing'}")
     values = {}
-    for name, parser in parsers.items():
-        if name not in raw:
-            continue
+    for name in [name for name in known if name in raw]:
         try:
-            values[name] = parser(raw[name])
+            values[name] = _PARSERS[known[name].type](raw[name])
         except (TypeError, ValueError) as error:
             raise ValueError(f"'{name}' {error}") from error
     return values
@@ -116,10 +105,6 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _number_or_none(value: Any) -> float | None:
-    return None if value is None else _number(value)
-
-
 def _numbers(value: Any) -> tuple[float, ...]:
     if not isinstance(value, list):
         raise ValueError("is no list")
@@ -132,7 +117,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _facts(value: Any) -> dict[str, Any]:
+def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("is no object")
     return value
@@ -141,52 +126,17 @@ def _facts(value: Any) -> dict[str, Any]:
 def _experts(value: Any) -> tuple[ExpertRecord, ...]:
     if not isinstance(value, list) or not all(isinstance(layer, dict) for layer in value):
         raise ValueError("is no list of objects")
-    return tuple(ExpertRecord(**_checked(layer, _EXPERT)) for layer in value)
+    return tuple(ExpertRecord(**_checked(layer, ExpertRecord)) for layer in value)
 
 
-_EXPERT: dict[str, FieldParser] = {
-    "layer": _integer,
-    "load": _numbers,
-    "max_violation": _number,
-    "entropy": _number,
-    "bias_min": _number,
-    "bias_max": _number,
+_PARSERS: dict[Any, Callable[[Any], Any]] = {
+    int: _integer,
+    float: _number,
+    float | None: lambda value: None if value is None else _number(value),
+    str: _text,
+    str | None: _text,
+    tuple[float, ...]: _numbers,
+    tuple[ExpertRecord, ...]: _experts,
+    dict[str, str | int | float | bool | None]: _object,
 }
-_STEP: dict[str, FieldParser] = {
-    "step": _integer,
-    "phase": _text,
-    "tokens": _integer,
-    "seconds": _number,
-    "loss": _number_or_none,
-    "mtp_losses": _numbers,
-    "z_loss": _number,
-    "sequence_loss": _number,
-    "grad_norm": _number,
-    "learning_rate": _number,
-    "batch_tokens": _integer,
-    "tokens_per_second": _number,
-    "mfu": _number_or_none,
-    "memory_bytes": _integer,
-    "experts": _experts,
-    "divergence": _number_or_none,
-    "layer_error": _number_or_none,
-}
-_EVALUATION: dict[str, FieldParser] = {
-    "step": _integer,
-    "tokens": _integer,
-    "split": _text,
-    "loss": _number,
-    "bits_per_byte": _number_or_none,
-    "mtp_losses": _numbers,
-    "divergence": _number_or_none,
-    "targets": _text,
-}
-_START: dict[str, FieldParser] = {
-    "step": _integer,
-    "name": _text,
-    "total_steps": _integer,
-    "tokens_total": _integer,
-    "facts": _facts,
-    "time": _text,
-}
-_NOTE: dict[str, FieldParser] = {"step": _integer, "text": _text}
+"""Parsers of fields by their type; each raises ValueError or TypeError."""

@@ -15,15 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lowlat.train.metrics.formatting import bars, clock, count, memory, rate, utilisation
-from lowlat.train.metrics.progress_view import (
-    PlainView,
-    ProgressView,
-    SilentView,
-    evaluation_text,
-    heading,
-)
+from lowlat.train.metrics.metrics_log import MetricsLog, SilentMetricsLog
+from lowlat.train.metrics.progress_view import PlainView, ProgressTracker, evaluation_text, heading
 from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
-from lowlat.train.metrics.tracker import ProgressTracker
 
 _REFRESHES_PER_SECOND = 2
 _BESIDE_BAR = 64
@@ -34,16 +28,16 @@ _OTHER_LINES = 9
 """Lines of the terminal reserved for everything except expert layers."""
 
 
-def make_view(*, quiet: bool = False) -> ProgressView:
+def make_view(*, quiet: bool = False) -> MetricsLog:
     """The live view if stderr is a terminal, else plain lines; silent if `quiet`."""
     if quiet or sys.stderr is None:
-        return SilentView()
+        return SilentMetricsLog()
     is_live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     return LiveView() if is_live else PlainView()
 
 
 @final
-class LiveView(ProgressView):
+class LiveView(MetricsLog):
     """Redraws itself on a thread, so that times advance during long steps."""
 
     def __init__(self) -> None:
@@ -66,8 +60,7 @@ class LiveView(ProgressView):
         self._live.start()
 
     def step(self, record: StepRecord) -> None:
-        if self._pace is None:
-            raise ValueError("a step came before the start of the run")
+        assert self._pace is not None
         self._pace.step(record)
         self._since = time.monotonic()
 

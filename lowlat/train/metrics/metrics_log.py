@@ -1,52 +1,34 @@
-"""Metrics logging of a run: passes records to log.jsonl, TensorBoard and the progress view.
+"""Metrics logging of a run: the interface of logs and views, and the log of a run folder, which
+passes records to log.jsonl, TensorBoard and a progress view.
 
 Only rank 0 writes a log; other processes have a SilentMetricsLog.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import final
 
+from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.metrics import tensorboard
 from lowlat.train.metrics.jsonl import LogWriter
-from lowlat.train.metrics.progress_view import ProgressView
 from lowlat.train.metrics.record import EvalRecord, NoteRecord, StartRecord, StepRecord
+from lowlat.utils.errors import UserError
 
 LOADS_EVERY = 10
 """Minimum steps between log records with the load of every expert. The other records have only
 MaxVio, entropy and bias, so that the log of a large model stays small.
 """
 
-Fact = str | int | float | bool | None
-
 
 class MetricsLog(ABC):
-    """Interface: takes the records of one run, in order."""
+    """Interface: takes the records of one run, in order, in one thread."""
 
     @abstractmethod
-    def start(
-        self,
-        *,
-        name: str,
-        step: int,
-        total_steps: int,
-        tokens_total: int,
-        facts: Mapping[str, Fact],
-    ) -> None:
-        """Log the start of the run, or its resumption from the checkpoint of `step`; must precede
-        all other records except notes.
+    def start(self, record: StartRecord) -> None:
+        """Log that a run starts or resumes; must precede all other records except notes.
 
-        Args:
-            name: the recipe's name.
-            step: completed optimizer steps: 0, or those of the checkpoint. It supersedes older
-                records of later steps, but not that of `step`, so a step must be recorded before
-                its checkpoint is written.
-            total_steps: optimizer steps of the whole recipe.
-            tokens_total: input tokens of the whole recipe.
-            facts: other values to log and show, such as parameters, device, threads.
+        It supersedes older records of later steps than `record.step`, so a step must be recorded
+        before its checkpoint is written.
         """
 
     @abstractmethod
@@ -72,17 +54,9 @@ class MetricsLog(ABC):
 
 @final
 class SilentMetricsLog(MetricsLog):
-    """Discards all records: for processes other than rank 0, and for tests."""
+    """Discards all records: for processes other than rank 0, and as a quiet view."""
 
-    def start(
-        self,
-        *,
-        name: str,
-        step: int,
-        total_steps: int,
-        tokens_total: int,
-        facts: Mapping[str, Fact],
-    ) -> None:
+    def start(self, record: StartRecord) -> None:
         pass
 
     def step(self, record: StepRecord) -> None:
@@ -106,56 +80,29 @@ class FolderMetricsLog(MetricsLog):
     """Writes records to a run folder and shows them."""
 
     def __init__(
-        self,
-        *,
-        log: Path,
-        tensorboard_folder: Path,
-        view: ProgressView,
-        tensorboard_wanted: bool | None = None,
-        loads_every: int = LOADS_EVERY,
+        self, run: RunFolder, *, view: MetricsLog, tensorboard_wanted: bool | None
     ) -> None:
-        """Open or create the log.
+        """Open or create the log in the existing folder of `run`; `view` shows the records.
 
-        Args:
-            log: log.jsonl of the run; its folder must exist.
-            tensorboard_folder: folder of TensorBoard files.
-            view: the progress view.
-            tensorboard_wanted: None writes TensorBoard files if tensorboard is installed and logs
-                a note otherwise; True requires tensorboard; False writes none.
-            loads_every: minimum steps between log records with the load of every expert.
-
-        Raises:
-            UserError: the log cannot be written, or tensorboard is required and not installed.
+        tensorboard_wanted: None writes TensorBoard files if tensorboard is installed and logs a
+        note otherwise; True requires tensorboard; False writes none. Raises UserError if the log
+        cannot be written, or tensorboard is required and not installed.
         """
-        if tensorboard_wanted:
-            tensorboard.require()
+        if tensorboard_wanted and not tensorboard.available():
+            raise UserError(
+                "the recipe asks for TensorBoard files, which need tensorboard: "
+                "pip install lowlat[train], or leave the option out"
+            )
         self._view = view
-        self._tensorboard_folder = tensorboard_folder
+        self._run = run
         self._tensorboard_wanted = tensorboard_wanted
         self._tensorboard: tensorboard.TensorBoardFiles | None = None
-        self._loads_every = loads_every
         self._step = 0
         self._loads_due = 0
-        self._log = LogWriter(log)
+        self._log = LogWriter(run.log)
 
-    def start(
-        self,
-        *,
-        name: str,
-        step: int,
-        total_steps: int,
-        tokens_total: int,
-        facts: Mapping[str, Fact],
-    ) -> None:
-        record = StartRecord(
-            step=step,
-            name=name,
-            total_steps=total_steps,
-            tokens_total=tokens_total,
-            facts=dict(facts),
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        self._step = step
+    def start(self, record: StartRecord) -> None:
+        self._step = record.step
         self._log.write(record)
         if self._log.cut_bytes:
             self.note(
@@ -168,10 +115,13 @@ class FolderMetricsLog(MetricsLog):
 
     def step(self, record: StepRecord) -> None:
         self._step = record.step
-        due = record.step >= self._loads_due
-        if due:
-            self._loads_due = record.step + self._loads_every
-        self._log.write(record if due else _without_loads(record))
+        logged = record
+        if record.step >= self._loads_due:
+            self._loads_due = record.step + LOADS_EVERY
+        else:
+            layers = tuple(replace(layer, load=()) for layer in record.experts)
+            logged = replace(record, experts=layers)
+        self._log.write(logged)
         if self._tensorboard is not None:
             self._tensorboard.step(record)
         self._view.step(record)
@@ -200,10 +150,6 @@ class FolderMetricsLog(MetricsLog):
 
     def _open_tensorboard(self, record: StartRecord) -> None:
         if self._tensorboard_wanted or tensorboard.available():
-            self._tensorboard = tensorboard.TensorBoardFiles(self._tensorboard_folder, record)
+            self._tensorboard = tensorboard.TensorBoardFiles(self._run.tensorboard, record)
         else:
             self.note("no TensorBoard files: tensorboard is not installed (lowlat[train])")
-
-
-def _without_loads(record: StepRecord) -> StepRecord:
-    return replace(record, experts=tuple(replace(layer, load=()) for layer in record.experts))

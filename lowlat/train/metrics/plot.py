@@ -1,7 +1,4 @@
-"""Report plot of training runs: the page of panels for one run, or for several runs compared.
-
-`plot_panels` draws panels, `plot_loads` maps of expert loads.
-"""
+"""Report plot of training runs: the page of panels for one run, or for several runs compared."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +6,6 @@ from typing import Any
 
 from lowlat.train.metrics.formatting import count
 from lowlat.train.metrics.jsonl import RunHistory
-from lowlat.train.metrics.plot_loads import draw_maps
 from lowlat.train.metrics.plot_panels import (
     COLOURS,
     DrawnRun,
@@ -17,6 +13,7 @@ from lowlat.train.metrics.plot_panels import (
     bias,
     curve,
     divergence,
+    draw_maps,
     is_taught,
     log_scale,
     losses,
@@ -148,14 +145,11 @@ def _teacher_panels(figure: Any, row: Any, runs: list[DrawnRun]) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    suffix = path.suffix.lower()
-    if suffix not in FORMATS:
-        raise UserError(f"{path}: a plot's name must end in one of {', '.join(FORMATS)}")
     # Without dates the same run gives the same files.
     undated = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata=undated[suffix])
+        figure.savefig(path, metadata=undated[path.suffix.lower()])
     except OSError as error:
         raise UserError(
             f"{path}: the plot cannot be written ({error.strerror}); name another file with --out"

@@ -1,4 +1,6 @@
-"""Plot panels of training curves: losses, values per step, expert balance, routing bias."""
+"""Plot panels of training runs: losses, values per step, expert balance, routing bias, heat maps of
+expert loads.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ import numpy as np
 from lowlat.train.metrics.formatting import tick
 from lowlat.train.metrics.jsonl import RunHistory
 from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StepRecord
-from lowlat.train.metrics.series import Array, finite, medians, smoothed, thinned
+from lowlat.train.metrics.series import Array, LoadMap, finite, medians, smoothed, thinned
 from lowlat.utils.plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 
 COLOURS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK)
@@ -18,6 +20,10 @@ _MOST_NAMED_LAYERS = 8
 _MOST_MARKED_EVALUATIONS = 60
 _NAMED_PHASE = 0.02
 """Share of the x axis that the name of a phase needs."""
+_MOST_RELATIVE_LOAD = 2.0
+"""Load over mean load at which the colour saturates."""
+_ROWS_OF_SCALE = 2
+"""Rows of maps that the colour bar spans."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +76,6 @@ def curve(
     noisy: bool = False,
 ) -> None:
     """One value per step; if `noisy`, faint, with its moving median."""
-    from matplotlib.ticker import FuncFormatter
-
     for run in runs:
         raw = run.values(value)
         x, points = thinned(run.x, raw)
@@ -79,7 +83,7 @@ def curve(
             axes.plot(x, points, color=run.colour, **_FAINT)
         axes.plot(x, medians(raw) if noisy else points, color=run.colour)
     _finish(axes, runs, title)
-    axes.yaxis.set_major_formatter(FuncFormatter(tick))
+    axes.yaxis.set_major_formatter(tick)
     if not any(np.isfinite(run.values(value)).any() for run in runs):
         axes.text(0.5, 0.5, "unknown", ha="center", va="center", transform=axes.transAxes)
         axes.set_yticks([])
@@ -103,14 +107,14 @@ def log_scale(axes: Any) -> None:
     """Set a logarithmic y axis with labels at 1, 2 and 5 times powers of ten; linear without
     positive values.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     if not np.isfinite(axes.dataLim.minposy):
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(tick))
+    axes.yaxis.set_major_formatter(tick)
 
 
 def balance(
@@ -150,15 +154,47 @@ def bias(axes: Any, runs: list[DrawnRun]) -> None:
     _finish(axes, runs, "routing bias, smallest and largest")
 
 
+def draw_maps(figure: Any, panels: list[Any], maps: list[LoadMap]) -> None:
+    """Heat maps of expert loads on the axes `panels`, with one colour bar: white is the mean load,
+    orange above, purple below.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    mesh = None
+    for axes, layer in zip(panels, maps, strict=True):
+        experts = np.arange(layer.relative.shape[0] + 1) - 0.5
+        mesh = axes.pcolormesh(
+            layer.edges,
+            experts,
+            layer.relative,
+            cmap="PuOr_r",
+            vmin=0.0,
+            vmax=_MOST_RELATIVE_LOAD,
+            rasterized=True,
+        )
+        axes.set(title=f"layer {layer.layer}: load of experts", xlabel="step", ylabel="expert")
+        _label_positions(axes)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.grid(False)
+    if mesh is not None:
+        rows = len({axes.get_subplotspec().rowspan.start for axes in panels})
+        shrink = min(1.0, _ROWS_OF_SCALE / rows)
+        bar = figure.colorbar(
+            mesh, ax=panels, extend="max", aspect=25, pad=0.01, shrink=shrink, anchor=(0.0, 1.0)
+        )
+        bar.set_label("load / mean load", fontsize=9)
+        bar.set_ticks([0.0, 0.5, 1.0, 1.5, 2.0])
+
+
 def _mtp_losses(axes: Any, run: DrawnRun) -> list[Array]:
     """Draw the MTP losses; returns their moving means."""
     means = []
     for depth in range(max(len(step.mtp_losses) for step in run.history.steps)):
-
-        def value(step: StepRecord, depth: int = depth) -> float | None:
-            return step.mtp_losses[depth] if depth < len(step.mtp_losses) else None
-
-        means.append(smoothed(run.values(value)))
+        values = [
+            step.mtp_losses[depth] if depth < len(step.mtp_losses) else None
+            for step in run.history.steps
+        ]
+        means.append(smoothed(finite(values)))
         axes.plot(
             *thinned(run.x, means[-1]),
             "--" if depth == 0 else ":",
@@ -249,10 +285,15 @@ def _layer_legend(axes: Any) -> None:
 
 
 def _finish(axes: Any, runs: list[DrawnRun], title: str) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     axes.set_title(title)
     axes.set_xlabel("step" if runs[0].alone else "tokens")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(tick))
+    _label_positions(axes)
     axes.margins(x=0.01)
+
+
+def _label_positions(axes: Any) -> None:
+    """Ticks of the x axis, steps or tokens."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(tick)

@@ -1,74 +1,71 @@
-"""Progress views of a training on stderr: the interface, plain lines, and silence.
-
-`live_view` has the live view and selects one.
-"""
+"""Progress of a training: smoothed losses, remaining time, and the plain view, lines on stderr."""
 
 import sys
 import time
-from abc import ABC, abstractmethod
+from collections import deque
 from typing import final
 
 from lowlat.train.metrics.formatting import clock, count, memory, rate, utilisation
+from lowlat.train.metrics.metrics_log import MetricsLog
 from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
-from lowlat.train.metrics.tracker import ProgressTracker
 
+FIGURES = {"loss": "loss", "divergence": "KL", "layer_error": "layers"}
+"""Smoothed fields of steps, with their labels."""
+_SMOOTHING = 0.9
+"""Decay of the exponential moving average; about ten steps."""
+_WINDOW_SECONDS = 600.0
+"""Window of the throughput behind the remaining time, long enough to include evaluations."""
 PLAIN_SECONDS = 30.0
 """Seconds between two lines about steps."""
 
 
-class ProgressView(ABC):
-    """Interface of a view; only the training thread may call it."""
+@final
+class ProgressTracker:
+    """Tracks a run record by record."""
 
-    @abstractmethod
-    def start(self, record: StartRecord) -> None:
-        """Show that a run starts or resumes; must precede everything except notes."""
+    def __init__(self, start: StartRecord) -> None:
+        self.start = start
+        self.last: StepRecord | None = None
+        """The latest step."""
+        self.evaluation: EvalRecord | None = None
+        """The latest evaluation."""
+        self._means: dict[str, tuple[float, float]] = {}
+        self._recent: deque[tuple[float, int]] = deque()
 
-    @abstractmethod
     def step(self, record: StepRecord) -> None:
-        """Show a completed step."""
+        self.last = record
+        for name in FIGURES:
+            value = getattr(record, name)
+            if value is None:
+                self._means.pop(name, None)
+            else:
+                mean, weight = self._means.get(name, (0.0, 0.0))
+                added = 1 - _SMOOTHING
+                self._means[name] = (_SMOOTHING * mean + added * value, _SMOOTHING * weight + added)
+        self._recent.append((record.seconds, record.tokens))
+        while len(self._recent) > 2 and record.seconds - self._recent[0][0] > _WINDOW_SECONDS:
+            self._recent.popleft()
 
-    @abstractmethod
-    def evaluation(self, record: EvalRecord) -> None:
-        """Show an evaluation."""
+    @property
+    def figures(self) -> dict[str, float]:
+        """Exponential moving averages of those FIGURES that the latest step has."""
+        return {FIGURES[name]: mean / weight for name, (mean, weight) in self._means.items()}
 
-    @abstractmethod
-    def note(self, text: str) -> None:
-        """Print one line."""
-
-    @abstractmethod
-    def status(self, text: str) -> None:
-        """Show an activity between steps, such as 'evaluating'; '' clears it."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End the view, however the run ends; further calls do nothing."""
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated remaining seconds at the recent throughput, evaluations included; None before
+        the first step.
+        """
+        if self.last is None:
+            return None
+        (first, before), (last, after) = self._recent[0], self._recent[-1]
+        is_single = last <= first
+        speed = self.last.tokens_per_second if is_single else (after - before) / (last - first)
+        return max(0, self.start.tokens_total - self.last.tokens) / speed if speed > 0 else None
 
 
 @final
-class SilentView(ProgressView):
-    """Shows nothing."""
-
-    def start(self, record: StartRecord) -> None:
-        pass
-
-    def step(self, record: StepRecord) -> None:
-        pass
-
-    def evaluation(self, record: EvalRecord) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-    def status(self, text: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-@final
-class PlainView(ProgressView):
+class PlainView(MetricsLog):
     """Prints a line every half minute and one per evaluation and note, for logs and pipes.
 
     It shows no status.
@@ -85,11 +82,12 @@ class PlainView(ProgressView):
         self.note(heading(record))
 
     def step(self, record: StepRecord) -> None:
-        pace = _started(self._pace)
-        pace.step(record)
+        assert self._pace is not None
+        self._pace.step(record)
         self._unseen = True
-        if time.monotonic() - self._shown_at >= self._every or self._is_last(record):
-            self._show(pace)
+        is_last = record.step >= self._pace.start.total_steps
+        if is_last or time.monotonic() - self._shown_at >= self._every:
+            self._show(self._pace)
 
     def evaluation(self, record: EvalRecord) -> None:
         self.note(f"step {record.step:,}: {evaluation_text(record)}")
@@ -103,9 +101,6 @@ class PlainView(ProgressView):
     def close(self) -> None:
         if self._unseen and self._pace is not None:
             self._show(self._pace)
-
-    def _is_last(self, record: StepRecord) -> bool:
-        return record.step >= _started(self._pace).start.total_steps
 
     def _show(self, pace: ProgressTracker) -> None:
         self._shown_at, self._unseen = time.monotonic(), False
@@ -123,8 +118,7 @@ def heading(record: StartRecord) -> str:
 def line(pace: ProgressTracker) -> str:
     """The latest step in one line; there must be one."""
     last = pace.last
-    if last is None:
-        raise ValueError("no step is known yet")
+    assert last is not None
     parts = [
         f"step {last.step:,}/{pace.start.total_steps:,}",
         *(f"{name} {value:.4f}" for name, value in pace.figures.items()),
@@ -158,9 +152,3 @@ def _fact(value: str | int | float | bool | None) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return count(value) if isinstance(value, int) else f"{value:g}"
-
-
-def _started(pace: ProgressTracker | None) -> ProgressTracker:
-    if pace is None:
-        raise ValueError("a step came before the start of the run")
-    return pace

@@ -1,7 +1,4 @@
-"""Log records of training: start, step, evaluation and note, with units.
-
-`run.step_records` makes them, `lines` encodes them, `metrics_log` writes them.
-"""
+"""Log records of training: start, step, evaluation and note, with units."""
 
 from dataclasses import dataclass
 

@@ -72,12 +72,7 @@ def _windows(places: Any, length: int) -> tuple[Any, Any]:
 
 
 def load_maps(history: RunHistory, positions: Array) -> list[LoadMap]:
-    """One map per MoE layer with logged loads.
-
-    Args:
-        history: the run.
-        positions: positions of its steps on the x axis.
-    """
+    """One map per MoE layer with logged loads; `positions` of the steps are on the x axis."""
     kept = [
         (position, step)
         for position, step in zip(positions, history.steps, strict=True)

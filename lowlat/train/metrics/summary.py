@@ -6,6 +6,7 @@ is a median, which is robust against pauses.
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import zip_longest
 from typing import Any
 
@@ -83,19 +84,11 @@ def _evaluations(records: Sequence[EvalRecord]) -> dict[str, Any]:
         # NaN compares as false with every number, so it must sort last explicitly.
         best = min(of_split, key=lambda record: (record.loss != record.loss, record.loss))
         places = {"first": of_split[0], "best": best, "last": of_split[-1]}
-        found[split] = {place: _evaluation(record) for place, record in places.items()}
+        found[split] = {
+            place: {k: v for k, v in asdict(record).items() if k not in ("tokens", "split")}
+            for place, record in places.items()
+        }
     return found
-
-
-def _evaluation(record: EvalRecord) -> dict[str, Any]:
-    return {
-        "step": record.step,
-        "loss": record.loss,
-        "bits_per_byte": record.bits_per_byte,
-        "mtp_losses": list(record.mtp_losses),
-        "divergence": record.divergence,
-        "targets": record.targets,
-    }
 
 
 def _experts(steps: Sequence[StepRecord], ending: Sequence[StepRecord]) -> list[dict[str, Any]]:

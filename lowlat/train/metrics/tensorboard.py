@@ -28,25 +28,14 @@ def available() -> bool:
     return find_spec("tensorboard") is not None
 
 
-def require() -> None:
-    """Raises UserError if tensorboard is not installed; called before training starts."""
-    if not available():
-        raise UserError(
-            "the recipe asks for TensorBoard files, which need tensorboard: "
-            "pip install lowlat[train], or leave the option out"
-        )
-
-
 @final
 class TensorBoardFiles:
     """Writes log records as TensorBoard events."""
 
     def __init__(self, folder: Path, start: StartRecord) -> None:
-        """Purge events of an earlier run for steps after `start.step`.
-
-        Raises UserError without tensorboard, or if `folder` cannot be written.
+        """Purge events of an earlier run for steps after `start.step`. Raises UserError if `folder`
+        cannot be written.
         """
-        require()
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._folder = folder

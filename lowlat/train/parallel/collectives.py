@@ -19,27 +19,21 @@ def copy_to_group(x: Tensor, group: Group) -> Tensor:
     """Identity on x, which all processes have, with gradients all-reduced (Megatron-LM's f)."""
     if group is None:
         return x
-    out = _Copied.apply(x, group)
-    assert isinstance(out, Tensor)
-    return out
+    return applied(_Copied, x, group)
 
 
 def reduce_from_group(x: Tensor, group: Group) -> Tensor:
     """All-reduced sum of x, with the gradient of the sum for each process (Megatron-LM's g)."""
     if group is None:
         return x
-    out = _Summed.apply(x, group)
-    assert isinstance(out, Tensor)
-    return out
+    return applied(_Summed, x, group)
 
 
 def all_gather(
     x: Float[Tensor, "rows width"], group: dist.ProcessGroup
 ) -> Float[Tensor, "all_rows width"]:
     """All-gathered rows, equally many per process; gradients are reduce-scattered."""
-    out = _Gathered.apply(x, group)
-    assert isinstance(out, Tensor)
-    return out
+    return applied(_Gathered, x, group)
 
 
 def all_to_all(
@@ -49,7 +43,12 @@ def all_to_all(
     group: dist.ProcessGroup,
 ) -> Float[Tensor, "received width"]:
     """All-to-all: sent[i] rows of x go to process i, received[i] rows come from it."""
-    out = _Exchanged.apply(x, list(sent), list(received), group)
+    return applied(_Exchanged, x, list(sent), list(received), group)
+
+
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """The tensor that an autograd function gives; its `apply` has no type."""
+    out = function.apply(*arguments)
     assert isinstance(out, Tensor)
     return out
 

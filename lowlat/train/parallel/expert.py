@@ -14,7 +14,7 @@ from lowlat.ops.norm import accumulation_dtype
 from lowlat.ops.routing import Routing
 from lowlat.train.layers.fp8 import Fp8Experts
 from lowlat.train.layers.stacked_experts import StackedExperts
-from lowlat.train.parallel.collectives import all_to_all
+from lowlat.train.parallel.collectives import all_to_all, applied
 
 
 class ExpertParallelExperts(nn.Module):
@@ -69,9 +69,7 @@ def _taken(
     x: Float[Tensor, "tokens hidden"], tokens: Int[Tensor, "rows"]
 ) -> Float[Tensor, "rows hidden"]:
     """x[tokens], whose gradient is summed in fp32 and rounded once."""
-    out = _Taken.apply(x, tokens)
-    assert isinstance(out, Tensor)
-    return out
+    return applied(_Taken, x, tokens)
 
 
 class _Taken(torch.autograd.Function):

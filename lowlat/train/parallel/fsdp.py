@@ -1,11 +1,12 @@
 """FSDP2 (fully sharded data parallelism): weights, gradients and optimizer state are sharded, and
 the weights of a layer are all-gathered while it runs.
 
-Which modules are gathered together, and in which dtype, is decided here. Gradients are summed, not
+Gradients are summed, not
 averaged: losses are already divided by the targets of the global batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from types import UnionType
 
 import torch
 from torch import nn
@@ -18,8 +19,6 @@ from lowlat.model.mtp import MTPModule
 from lowlat.train.layers.fp8 import Fp8Linear
 from lowlat.train.layers.stacked_experts import StackedExperts
 from lowlat.train.parallel.expert import ExpertParallelExperts
-
-ExpertModule = StackedExperts | ExpertParallelExperts
 
 
 def apply_fsdp(
@@ -43,7 +42,7 @@ def apply_fsdp(
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     # A pipeline stage stays gathered from the first micro-batch of a step to the last.
     reshards = list(roots) == [model]
-    for module in _matrices(model):
+    for module in _of(model, MLP | StackedExperts | ExpertParallelExperts):
         own = expert_mesh if isinstance(module, ExpertParallelExperts) else mesh
         if own is not None and not ignored.issuperset(module.parameters()):
             policy = exact if _quantizes(module) else matrices
@@ -74,12 +73,6 @@ def sum_over_replicas(model: nn.Module, wanted: bool) -> None:
         module.set_requires_all_reduce(wanted, recurse=False)
 
 
-def _matrices(model: nn.Module) -> Iterator[nn.Module]:
-    for module in list(model.modules()):
-        if isinstance(module, MLP | ExpertModule):
-            yield module
-
-
 def _quantizes(module: nn.Module) -> bool:
     """Whether `module` quantizes its fp32 master weights to fp8 blocks."""
     if isinstance(module, ExpertParallelExperts):
@@ -87,5 +80,5 @@ def _quantizes(module: nn.Module) -> bool:
     return any(isinstance(part, Fp8Linear) for part in module.modules())
 
 
-def _of(model: nn.Module, kind: type) -> list:
+def _of(model: nn.Module, kind: type | UnionType) -> list:
     return [module for module in model.modules() if isinstance(module, kind)]

@@ -1,12 +1,10 @@
 """Process mesh of a training run: data, FSDP, expert, tensor, pipeline and context parallelism as
 axes of PyTorch device meshes, and reductions over them.
 
-A single process is a mesh of size 1 on every axis, on which all operations are trivial. Nothing
-here knows of models.
+A single process is a mesh of size 1 on every axis, on which all operations are trivial.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -46,21 +44,19 @@ class ProcessMesh:
         """
         self.parallel = parallel = parallel or ParallelConfig()
         self.device = device
-        self.rank = dist.get_rank() if parallel.processes > 1 else 0
+        self.world_size = parallel.processes
+        self.rank = dist.get_rank() if self.world_size > 1 else 0
         """This process, from 0."""
+        self.is_main_process = self.rank == 0
+        """Whether this is rank 0, which writes logs, checkpoints and models."""
         views = view_sizes(parallel)
         self._sizes = {name: size for view in views for name, size in view.items()}
         self._meshes = [mesh for view in views if (mesh := _device_mesh(view, device)) is not None]
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.parallel.processes
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this is rank 0, which writes logs, checkpoints and models."""
-        return self.rank == 0
+        fsdp = self.size("fsdp")
+        self.data_parallel_size = self.size("data") * fsdp
+        """Number of parts the sequences of a batch are divided into."""
+        self.data_parallel_rank = self.local_rank("data") * fsdp + self.local_rank("fsdp")
+        """Which of these parts this process has."""
 
     def size(self, axis: str) -> int:
         """Number of processes along `axis`."""
@@ -98,25 +94,14 @@ class ProcessMesh:
         dist.broadcast(tensor, src=0)
         return int(tensor.item())
 
-    def batch_shard(self, first: int, rows: int) -> "BatchShard":
-        """This process's part of sequences first .. first + rows - 1, whose number is a multiple of
-        `data_parallel_size`.
+    def batch_shard(self, first: int, rows: int) -> tuple[int, int]:
+        """First sequence and number of sequences of this process's part of `rows` sequences from
+        `first`; `rows` is a multiple of `data_parallel_size`.
         """
         count = rows // self.data_parallel_size
-        return BatchShard(first=first + self.data_parallel_rank * count, rows=count)
-
-    @property
-    def data_parallel_size(self) -> int:
-        """Number of parts the sequences of a batch are divided into."""
-        return self.size("data") * self.size("fsdp")
-
-    @property
-    def data_parallel_rank(self) -> int:
-        """Which of these parts this process has."""
-        return self.local_rank("data") * self.size("fsdp") + self.local_rank("fsdp")
+        return first + self.data_parallel_rank * count, count
 
     def barrier(self) -> None:
-        """Wait for all processes."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -136,14 +121,6 @@ class ProcessMesh:
             if set(axes) <= set(mesh.mesh_dim_names or ()):
                 return mesh
         raise AssertionError(f"no device mesh has the axes {axes}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchShard:
-    """Sequences of a global batch that belong to one process."""
-
-    first: int
-    rows: int
 
 
 def view_sizes(parallel: ParallelConfig) -> list[dict[str, int]]:

@@ -7,7 +7,7 @@ On a mesh of one process nothing changes and every shard is the parameter itself
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import final, overload
+from typing import final
 
 import torch
 import torch.distributed as dist
@@ -66,18 +66,6 @@ class ShardedParameters:
         self.copies = copies
         self._by_name = {param.name: param for param in parameters}
 
-    @classmethod
-    def unsharded(cls, model: nn.Module) -> "ShardedParameters":
-        """All parameters of any module, in one process."""
-        mesh = ProcessMesh()
-        return cls(
-            mesh,
-            [
-                _sharded(name, parameter, Sharding(mesh, parameter.shape), False, False)
-                for name, parameter in model.named_parameters()
-            ],
-        )
-
     def sharding(self, name: str) -> Sharding:
         """How the parameter `name` is sharded."""
         return self._by_name[name].sharding
@@ -85,8 +73,9 @@ class ShardedParameters:
     def reduce_gradients(self) -> None:
         """All-reduce the gradients of the backward passes, and set the gradient of every shard."""
         for param in self.parameters:
+            gradient = param.parameter.grad
             if param.local is not param.parameter:
-                param.local.grad = _local(param.parameter.grad)
+                param.local.grad = None if gradient is None else _local(gradient)
         with_gradients = [param for param in self.parameters if param.local.grad is not None]
         by_axes = sorted(with_gradients, key=lambda param: param.reduce_axes)
         for axes, group in groupby(by_axes, key=lambda param: param.reduce_axes):
@@ -113,26 +102,25 @@ class ShardedParameters:
         return self.mesh.sum(norm.square(), (PIPELINE,)).sqrt()
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
         for param in self.parameters:
             param.parameter.grad = param.local.grad = None
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every full parameter of the model, one at a time; collective."""
-        yield from gather_along_pipeline(self.mesh, self._own_full())
-
-    def _own_full(self) -> Iterator[tuple[str, Tensor]]:
-        for param in self.parameters:
-            if param.name not in self.copies:
-                yield param.name, param.sharding.full(param.local.detach())
+        own = (
+            (param.name, param.sharding.full(param.local.detach()))
+            for param in self.parameters
+            if param.name not in self.copies
+        )
+        return gather_along_pipeline(self.mesh, own)
 
 
 def parallelize(
     model: Transformer,
-    mesh: ProcessMesh | None = None,
+    mesh: ProcessMesh,
     *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str,
+    dtype: torch.dtype,
     roots: Sequence[nn.Module] = (),
     copies: Collection[str] = frozenset(),
 ) -> ShardedParameters:
@@ -143,7 +131,6 @@ def parallelize(
     passes are called, if not the model's; copies: see `ShardedParameters`. The config must be
     divisible (`tensor.check_divisible`).
     """
-    mesh = mesh or ProcessMesh()
     shards = _shards(model, mesh)
     partial_gradients = _names_of_partial_gradients(model)
     shardings = {
@@ -255,11 +242,7 @@ def _layers(model: nn.Module) -> list[DecoderLayer]:
     return [module for module in model.modules() if isinstance(module, DecoderLayer)]
 
 
-@overload
-def _local(tensor: Tensor) -> Tensor: ...
-@overload
-def _local(tensor: None) -> None: ...
-def _local(tensor: Tensor | None) -> Tensor | None:
+def _local(tensor: Tensor) -> Tensor:
     """This process's shard of a tensor that FSDP2 divides."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

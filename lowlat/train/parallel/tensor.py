@@ -22,7 +22,6 @@ from lowlat.model.gqa import GQA
 from lowlat.model.linear import Linear
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MoE
-from lowlat.ops.layout import EntryLayout
 from lowlat.ops.routing import Routing
 from lowlat.train.parallel.collectives import copy_to_group, reduce_from_group
 from lowlat.train.parallel.sharding import Shard
@@ -39,22 +38,20 @@ INNER_OF_DOWN = Shard(axis=AXIS, dim=2)
 
 def check_divisible(config: ModelConfig, size: int, origin: str) -> None:
     """Raises UserError if `size` processes cannot divide a model of `config`."""
-    attention, moe = config.attention, config.moe
     where = f"{origin}: parallel.tensor {size}"
-    for layer in distinct(attention):
-        if not isinstance(layer, MLAConfig | GQAConfig):
-            raise UserError(f"{where}: only MLA and GQA support it; leave it at 1")
-        if layer.o_bias or (isinstance(layer, MLAConfig) and layer.attention_bias):
-            raise UserError(f"{where}: o_proj with a bias does not support it; leave it at 1")
     sizes = [
         ("num_attention_heads", config.num_attention_heads),
         ("intermediate_size", config.intermediate_size),
     ]
-    for layer in distinct(attention):
+    for layer in distinct(config.attention):
+        if not isinstance(layer, MLAConfig | GQAConfig):
+            raise UserError(f"{where}: only MLA and GQA support it; leave it at 1")
+        if layer.o_bias or (isinstance(layer, MLAConfig) and layer.attention_bias):
+            raise UserError(f"{where}: o_proj with a bias does not support it; leave it at 1")
         if isinstance(layer, GQAConfig):
             sizes.append(("num_key_value_heads", layer.num_key_value_heads))
-    if moe is not None:
-        sizes.append(("moe_intermediate_size", moe.moe_intermediate_size))
+    if config.moe is not None:
+        sizes.append(("moe_intermediate_size", config.moe.moe_intermediate_size))
     for field, count in sizes:
         if count % size:
             raise UserError(f"{where} does not divide {field} {count}; choose one that does")
@@ -136,25 +133,10 @@ class TensorParallelAttention(AttentionBackend):
         entries = copy_to_group(entries, self._group)
         return self._inner.mla(layer, q_nope, q_rope, entries, w_uk, w_uv, scale)
 
-    def gqa(
-        self,
-        layer: int,
-        q: Float[Tensor, "tokens heads head_dim"],
-        k: Float[Tensor, "tokens kv_heads head_dim"],
-        v: Float[Tensor, "tokens kv_heads head_dim"],
-        scale: float,
-        window: int | None,
-    ) -> Float[Tensor, "tokens heads head_dim"]:
-        return self._inner.gqa(layer, q, k, v, scale, window)
+    def gqa(self, *arguments: Any, **named: Any) -> Tensor:
+        return self._inner.gqa(*arguments, **named)
 
-    def attend(
-        self,
-        layer: int,
-        q: Float[Tensor, "tokens heads head_dim"],
-        entries: Float[Tensor, "tokens entry_dim"],
-        layout: EntryLayout,
-        scale: float,
-    ) -> Float[Tensor, "tokens heads head_dim"]:
+    def attend(self, *arguments: Any, **named: Any) -> Tensor:
         raise AssertionError("tensor parallelism supports MLA and GQA only")
 
 

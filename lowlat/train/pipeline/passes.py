@@ -1,7 +1,4 @@
-"""Pipeline parallelism: forward and backward passes of micro-batches through the stages of a model.
-
-The counterpart of `step.passes.PlainPasses`: micro-batches in, loss sums and gradients out.
-"""
+"""Pipeline parallelism: forward and backward passes of micro-batches through a model's stages."""
 
 import logging
 from collections.abc import Iterator, Sequence

@@ -54,14 +54,17 @@ def new_schedule(
 ) -> AnySchedule:
     """The schedule of this process's stages for batches of `shape`."""
     defers = schedule in ZERO_BUBBLE
+    ids = torch.empty(shape.tokens, dtype=torch.int64, device="meta")
+    hidden = torch.empty(shape.tokens, hidden_size, dtype=dtype, device="meta", requires_grad=True)
+    loss = torch.empty((), device="meta")
     stages = [
         PipelineStage(
             module,
             module.stage.index,
             num_stages,
             device,
-            input_args=_input_shape(module, shape.tokens, hidden_size, dtype),
-            output_args=_output_shape(module, shape.tokens, hidden_size, dtype),
+            input_args=ids if module.stage.is_first else hidden,
+            output_args=loss if module.stage.is_last else hidden,
             group=group,
             dw_builder=module.deferred_work if defers else None,
         )
@@ -83,19 +86,3 @@ def new_schedule(
 def _loss(output: Tensor, _target: Tensor) -> Tensor:
     """The output of the last stage is its loss."""
     return output
-
-
-def _input_shape(module: StageModule, tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
-    if module.stage.is_first:
-        return torch.empty(tokens, dtype=torch.int64, device="meta")
-    return _hidden(tokens, hidden_size, dtype)
-
-
-def _output_shape(module: StageModule, tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
-    if module.stage.is_last:
-        return torch.empty((), device="meta")
-    return _hidden(tokens, hidden_size, dtype)
-
-
-def _hidden(tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(tokens, hidden_size, dtype=dtype, device="meta", requires_grad=True)

@@ -1,7 +1,4 @@
-"""Pipeline stages: the division of a model's layers among processes, and one stage as a module.
-
-The order of micro-batches is in `schedule`.
-"""
+"""Pipeline stages: the division of a model's layers among processes, and one stage as a module."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +14,10 @@ from lowlat.model.transformer import Transformer
 from lowlat.plan.flops import head_flops, layer_work, mtp_work
 from lowlat.plan.job import ParallelLayout
 from lowlat.plan.stages import PipelineStage, cut, held
+from lowlat.train.cost.dry_run import layout_of
 from lowlat.train.layers.deferred import defer_weight_gradients
 from lowlat.train.parallel.local_batch import LocalBatch
+from lowlat.train.recipe.schema import ParallelConfig
 from lowlat.train.step.loss import head_losses
 
 Schedule = Literal["1f1b", "interleaved", "zb", "zbv", "dualpipev"]
@@ -28,15 +27,6 @@ pipeline instead of one of each of two).
 """
 FOLDED: tuple[Schedule, ...] = ("zbv", "dualpipev")
 """Schedules whose first and last stage are in the same process."""
-_PLANNED = {
-    "1f1b": "1f1b",
-    "interleaved": "interleaved",
-    "zb": "zb1p",
-    "zbv": "dualpipev",
-    "dualpipev": "dualpipev",
-}
-"""Schedules of `plan` with the same stages."""
-
 ZERO_BUBBLE: tuple[Schedule, ...] = ("zb", "zbv", "dualpipev")
 """Schedules that compute weight gradients apart from activation gradients."""
 
@@ -45,7 +35,7 @@ EMBEDDING = "embed_tokens.weight"
 
 def planned(schedule: Schedule, size: int) -> ParallelLayout:
     """The pipeline layout of `size` processes in the terms of `plan`."""
-    return ParallelLayout(pipeline=size, schedule=_PLANNED[schedule])  # pyright: ignore[reportArgumentType]
+    return layout_of(ParallelConfig(pipeline=size, pipeline_schedule=schedule))
 
 
 def divide(
@@ -145,22 +135,17 @@ class StageModule(nn.Module):
         self._head_losses = partial(head_losses, model)
         self._deferred: list[Callable[[], None]] = []
         if defers:
-            self._defer_weight_gradients()
+            # Linear layers and experts only: the backward pass still computes the gradients of
+            # norms, gates and the embedding, which are small, and the fused cross entropy that of
+            # the head in the forward pass.
+            for part in (self.layers, self.mtp):
+                if part is not None:
+                    defer_weight_gradients(part, self._deferred.append)
 
     def begin(self, inputs: StageInputs) -> None:
         """Start a step: forward passes compute micro-batches of `inputs`."""
         self.inputs = inputs
         self.sums = torch.zeros(len(inputs.targets) + 1, dtype=torch.float64)
-
-    def _defer_weight_gradients(self) -> None:
-        """Defer the weight gradients of linear layers and experts to `deferred_work`.
-
-        The backward pass still computes those of norms, gates and the embedding, which are small.
-        The fused cross entropy computes that of the head in the forward pass.
-        """
-        for part in (self.layers, self.mtp):
-            if part is not None:
-                defer_weight_gradients(part, self._deferred.append)
 
     def deferred_work(self) -> Callable[[], None]:
         """A function that computes the weight gradients deferred since the last call."""

@@ -1,7 +1,4 @@
-"""Validation errors of recipes as one line: the key, its value, and a valid value.
-
-The schema is in `recipe.schema`.
-"""
+"""Validation errors of recipes as one line: the key, its value, and a valid value."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +6,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-UNKNOWN, MISSING = "extra_forbidden", "missing"
+UNKNOWN = "extra_forbidden"
+NUMBER, SEGMENTS = "number", "segments"
+"""Kinds of schedules, which pydantic adds to the path of a key."""
 SCHEDULE = "must be a number, or segments such as [{ to = 1e-3, steps = 100 }]"
 LISTS = {"betas": "a list of two numbers", "target_modules": "a list of names"}
 NAME = "must be letters, digits, '.', '_' and '-', a letter or digit first"
@@ -17,20 +16,21 @@ LONGEST_VALUE = 40
 """Longest value, in characters, that an error quotes."""
 
 
-def explain(error: ValidationError, table: type[BaseModel], raw: Any) -> str:
-    """The first error of validating `raw` as `table`, and the number of further errors.
+def explain(error: ValidationError, table: type[BaseModel]) -> str:
+    """The first error of validating a recipe as `table`, and the number of further errors.
 
     Unknown keys precede missing keys: an unknown key may be a misspelling of a missing one.
     """
-    errors = [found for found in error.errors() if _is_meant(found["loc"], raw)]
+    errors = error.errors()
     first = min(errors, key=lambda found: found["type"] != UNKNOWN)
-    path = [part for part in first["loc"] if not _is_variant(part)]
+    path = [part for part in first["loc"] if part not in (NUMBER, SEGMENTS)]
     key = ".".join(map(str, path))
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     match first["type"]:
         case "extra_forbidden":
-            near = _similar(str(path[-1]), _keys(table, path[:-1]))
-            return f"{key} is not a key of recipes{near}{more}"
+            near = difflib.get_close_matches(str(path[-1]), _keys(table, path[:-1]), 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            return f"{key} is not a key of recipes{meant}{more}"
         case "missing":
             return f"{key} is missing{more}"
     return f"{key}{': ' if key else ''}{_reason(first)}{more}"
@@ -46,7 +46,7 @@ def _reason(found: Any) -> str:
         return f"must be {LISTS.get(str(found['loc'][-1]), 'a list')}{_not(found)}"
     if found["type"] == "too_short":
         return f"must have {found['ctx']['min_length']} entries or more"
-    if any(map(_is_variant, found["loc"][-1:])) and found["type"].endswith("_type"):
+    if found["loc"][-1:] == (NUMBER,) and found["type"].endswith("_type"):
         return f"{SCHEDULE}{_not(found)}"
     for words in ("Input should be ", "Field "):
         if found["msg"].startswith(words):
@@ -59,31 +59,7 @@ def _not(found: Any) -> str:
     return f", not {value}" if len(value) <= LONGEST_VALUE else ""
 
 
-def _is_variant(part: int | str) -> bool:
-    """Whether `part` is pydantic's name for an alternative of a union."""
-    return isinstance(part, str) and (
-        part in ("float", "int", "constrained-float", "constrained-int") or "[" in part
-    )
-
-
-def _is_meant(location: tuple[int | str, ...], raw: Any) -> bool:
-    """Whether an error concerns the alternative that matches the value: segments for a list."""
-    for part in location:
-        if _is_variant(part):
-            return isinstance(raw, list) == ("[" in str(part))
-        try:
-            raw = raw[part]
-        except (LookupError, TypeError):
-            return True
-    return True
-
-
-def _similar(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _keys(table: type[BaseModel], path: list[int | str]) -> Iterable[str]:
+def _keys(table: type[BaseModel], path: list[int | str]) -> list[str]:
     """The keys of the table at `path`."""
     for part in path:
         if isinstance(part, int):
@@ -92,7 +68,7 @@ def _keys(table: type[BaseModel], path: list[int | str]) -> Iterable[str]:
         if not inner:
             return []
         table = inner[0]
-    return table.model_fields
+    return list(table.model_fields)
 
 
 def _tables(annotation: Any) -> Iterable[type[BaseModel]]:

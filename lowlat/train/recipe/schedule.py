@@ -6,6 +6,7 @@ All values are pure functions of recipe and step, so checkpoints store no schedu
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from lowlat.train.recipe.schema import DataConfig, Phase, Recipe, Schedule, Segment
 
@@ -109,21 +110,15 @@ class TrainingSchedule:
             [batch_size(phase, step, phase.micro_batch_size * ranks) for step in range(phase.steps)]
             for phase in recipe.phase
         ]
-        self._before = [_running(rows) for rows in self._rows]
+        self._before = [list(accumulate(rows, initial=0)) for rows in self._rows]
         totals = [before[-1] for before in self._before]
         self._first = [
             sum(totals[data_begins(recipe, index) : index]) for index in range(len(totals))
         ]
-
-    @property
-    def steps(self) -> int:
+        self.steps = sum(phase.steps for phase in recipe.phase)
         """Optimizer steps of all phases."""
-        return sum(phase.steps for phase in self._phases)
-
-    @property
-    def tokens(self) -> int:
+        self.tokens = self.tokens_before(self.steps)
         """Input tokens of all phases."""
-        return self.tokens_before(self.steps)
 
     def tokens_before(self, step: int) -> int:
         """Input tokens of the steps before `step`."""
@@ -152,11 +147,3 @@ class TrainingSchedule:
             bias_update_speed=value_at(phase.bias_update_speed, within, phase.steps),
             ends_phase=within == phase.steps - 1,
         )
-
-
-def _running(rows: Sequence[int]) -> list[int]:
-    """Prefix sums, starting with 0."""
-    sums = [0]
-    for count in rows:
-        sums.append(sums[-1] + count)
-    return sums

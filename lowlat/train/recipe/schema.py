@@ -1,7 +1,4 @@
-"""Schema of training recipes: TOML tables as frozen, validated pydantic models.
-
-`recipe.schedule` evaluates schedules. This module reads no file except the recipe.
-"""
+"""Schema of training recipes: TOML tables as frozen, validated pydantic models."""
 
 import json
 import tomllib
@@ -13,12 +10,14 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     model_validator,
 )
 
-from lowlat.train.recipe.errors import explain
+from lowlat.train.recipe.errors import NUMBER, SEGMENTS, explain
 from lowlat.utils.errors import UserError
 
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -38,8 +37,8 @@ def _check_plain(table: dict[str, Any]) -> dict[str, Any]:
 
 
 ConfigTable = Annotated[dict[str, Any], AfterValidator(_check_plain)]
-
-
+FromList = Field(strict=False)
+"""Of a tuple: TOML and JSON have lists only, which a strict tuple refuses."""
 MOST_ROWS = 10**9
 """Largest global batch in rows; the dry run checks memory."""
 
@@ -61,7 +60,10 @@ class Segment(_Table):
     """Interpolation to the end value; `constant` applies the end value from the first step."""
 
 
-Schedule = Amount | Annotated[list[Segment], Field(min_length=1)]
+Schedule = Annotated[
+    Annotated[Amount, Tag(NUMBER)] | Annotated[list[Segment], Field(min_length=1), Tag(SEGMENTS)],
+    Discriminator(lambda value: SEGMENTS if isinstance(value, list) else NUMBER),
+]
 """A constant, or segments that start from 0."""
 
 
@@ -81,7 +83,7 @@ class OptimizerConfig(_Table):
 
     name: Literal["adamw", "muon"] = "adamw"
     """`muon` trains hidden matrices with Newton-Schulz steps and the other weights with AdamW."""
-    betas: tuple[Rate, Rate] = (0.9, 0.95)
+    betas: Annotated[tuple[Rate, Rate], FromList] = (0.9, 0.95)
     """Decay rates of AdamW's first and second moment."""
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """AdamW's epsilon."""
@@ -159,7 +161,7 @@ class LoraConfig(_Table):
     """Rank of the updates."""
     alpha: Amount
     """Updates are scaled by alpha / rank."""
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = (
+    target_modules: Annotated[tuple[str, ...], FromList, Field(min_length=1)] = (
         "q_proj",
         "q_a_proj",
         "q_b_proj",
@@ -218,30 +220,29 @@ class Phase(_Table):
     """
 
     @model_validator(mode="after")
+    def _rows_fit(self) -> "Phase":
+        rows = self.batch_size
+        most = max(segment.to for segment in rows) if isinstance(rows, list) else rows
+        if most > MOST_ROWS:
+            raise ValueError(f"batch_size: must be at most {MOST_ROWS:,}, not {most:g}")
+        if not isinstance(rows, list) and (rows < 1 or rows % self.micro_batch_size):
+            raise ValueError(
+                f"batch_size: must be a multiple of micro_batch_size {self.micro_batch_size}, not "
+                f"{rows:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _segments_fit(self) -> "Phase":
         for field in ("batch_size", "learning_rate", "mtp_weight", "bias_update_speed"):
             schedule = getattr(self, field)
-            if field == "batch_size":
-                _check_rows(schedule)
             if not isinstance(schedule, list):
-                if field == "batch_size" and (schedule < 1 or schedule % self.micro_batch_size):
-                    raise ValueError(
-                        f"{field}: must be a multiple of micro_batch_size "
-                        f"{self.micro_batch_size}, not {schedule:g}"
-                    )
                 continue
             if any(segment.steps is None for segment in schedule[:-1]):
                 raise ValueError(f"{field}: only the last segment may go without steps")
             if sum(segment.steps or 0 for segment in schedule) > self.steps:
                 raise ValueError(f"{field}: its segments last longer than steps {self.steps}")
         return self
-
-
-def _check_rows(schedule: float | list[Segment]) -> None:
-    """Raises ValueError for batches above MOST_ROWS."""
-    most = max(segment.to for segment in schedule) if isinstance(schedule, list) else schedule
-    if most > MOST_ROWS:
-        raise ValueError(f"batch_size: must be at most {MOST_ROWS:,}, not {most:g}")
 
 
 class Recipe(_Table):
@@ -343,25 +344,10 @@ def parse_recipe(raw: dict[str, Any], *, origin: str) -> Recipe:
     if "source" in raw and "phase" not in raw:
         what = "is a recipe for text, not for a training"
         raise UserError(f"{origin}: {what}; lowlat-lab collect {origin} FOLDER")
-    raw = _tuples(raw)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{origin}: {explain(error, Recipe, raw)}") from error
-
-
-TUPLES = ("betas", "target_modules")
-"""Keys whose values are tuples."""
-
-
-def _tuples(value: Any) -> Any:
-    """Lists as tuples where the schema wants tuples: TOML has none and validation is strict."""
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: tuple(item) if key in TUPLES and isinstance(item, list) else _tuples(item)
-        for key, item in value.items()
-    }
+        raise UserError(f"{origin}: {explain(error, Recipe)}") from error
 
 
 def _apply(raw: dict[str, Any], change: str) -> None:
@@ -376,18 +362,16 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
-        node = _step_into(node, part, change)
-    if isinstance(node, list) and last.isdecimal() and int(last) < len(node):
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"--set {change}: the recipe has no such place")
+        if isinstance(node, dict):
+            node.setdefault(part, {})
+        node = node[_place(node, part, change)]
+    node[_place(node, last, change)] = value
 
 
-def _step_into(node: Any, part: str, change: str) -> Any:
+def _place(node: Any, part: str, change: str) -> str | int:
+    """Key or index of `part` in a table or list."""
     if isinstance(node, dict):
-        return node.setdefault(part, {})
+        return part
     if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
-        return node[int(part)]
+        return int(part)
     raise UserError(f"--set {change}: the recipe has no such place")

@@ -1,7 +1,5 @@
 """LoRA adapter export: write updates in peft's layout (adapter_config.json,
 adapter_model.safetensors).
-
-The updates themselves are in `step.lora`.
 """
 
 import json
@@ -9,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowlat.checkpoint.mapping import file_name
 from lowlat.checkpoint.padded_latent import pad_columns, pad_rows
+from lowlat.checkpoint.safetensors.writer import PYTORCH, file_pieces
 from lowlat.config.hf.families import LOWLAT, MLA_FAMILIES
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.train.recipe.schema import LoraConfig
@@ -44,7 +42,8 @@ def write_adapter(
     text = json.dumps(_settings(table, modules, base_model), indent=2) + "\n"
     try:
         dst.mkdir()
-        save_file(tensors, dst / "adapter_model.safetensors", metadata={"format": "pt"})
+        with (dst / "adapter_model.safetensors").open("wb") as file:
+            file.writelines(file_pieces(list(tensors.items()), PYTORCH))
         (dst / "adapter_config.json").write_text(text, encoding="utf-8")
     except FileExistsError as error:
         raise UserError(f"{dst}: exists already; choose another destination") from error
@@ -71,7 +70,7 @@ def _in_file(config: ModelConfig, owner: str, part: str, tensor: Tensor) -> Tens
     attention = config.attention
     is_padded = config.model_type != LOWLAT
     if not isinstance(attention, MLAConfig) or attention.kv_a_layernorm or not is_padded:
-        return tensor.contiguous()
+        return tensor
     rank = attention.kv_lora_rank
     match owner.rpartition(".")[2], part:
         case "q_proj", _ if attention.q_bias:
@@ -83,7 +82,7 @@ def _in_file(config: ModelConfig, owner: str, part: str, tensor: Tensor) -> Tens
             return pad_rows(tensor, rank)
         case "kv_b_proj", "lora_A":
             return pad_columns(tensor, rank)
-    return tensor.contiguous()
+    return tensor
 
 
 def _settings(table: LoraConfig, modules: list[str], base_model: Path) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """Construction of model, parallelism and optimizer for a recipe: new, from a base model, or from a
 training checkpoint.
-
-`inputs` opens the files that the recipe names.
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +19,6 @@ from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.parallel.parallelize import ShardedParameters, parallelize
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.step.lora import add_lora, base_dtype
-from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import Passes, PlainPasses
 from lowlat.train.step.teacher import Teacher
 from lowlat.train.step.trainable import cast_frozen, freeze_all_but_attention
@@ -47,7 +44,7 @@ def new_model(
     if recipe.lora is not None:
         assert base_model is not None
         model = load_base_model(base_model, config, base_dtype(recipe))
-        add_lora(model, recipe.lora, seed=recipe.seed, origin=recipe.name)
+        add_lora(model, recipe.lora, seed=recipe.seed)
         model.load_state_dict(weights or {}, strict=False, assign=True)
     elif weights is not None:
         with torch.device("meta"):
@@ -111,19 +108,6 @@ def new_teacher(path: Path, recipe: Recipe) -> Teacher:
         DTYPES[recipe.precision],
         cross_entropy=recipe.distillation.cross_entropy_weight,
     )
-
-
-def new_optimizer(
-    model: Transformer,
-    recipe: Recipe,
-    tensors: MutableMapping[str, Tensor],
-    sharded: ShardedParameters,
-) -> Optimizer:
-    """The optimizer; loads its full state, if `tensors` has one, and pops it from `tensors`."""
-    optimizer = Optimizer(model, recipe.optimizer, sharded)
-    if tensors:
-        optimizer.load(tensors)
-    return optimizer
 
 
 def load_base_model(base_model: Path, config: ModelConfig, dtype: str) -> Transformer:

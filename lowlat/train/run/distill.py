@@ -29,16 +29,9 @@ from lowlat.utils.progress import Progress
 SEQUENCE_LENGTH = 1024
 """Tokens of a sequence: the error of reduced rotary channels grows with distance."""
 BATCH_TOKENS = 1024
-"""Tokens per step. For a given budget, more steps help most: on 100K tokens, SmolLM2-135M with a
-third of its cache improves from a held-out divergence of 0.545 to 0.352, and to 0.384 in half as
-many steps of twice the tokens.
-"""
+"""Tokens per step. For a given budget, more steps help most (docs/results/conversion.md)."""
 LEARNING_RATE = 2e-4
-"""Peak for models of a few hundred million parameters; Muon's updates are as large as AdamW's.
-
-SmolLM2-135M with half its cache starts at a held-out divergence of 0.220. After 16 steps of 2,048
-tokens it has 0.190 at 1e-4 and 0.226 at 3e-4; after 64 steps at 1.5e-4, 0.158.
-"""
+"""Peak for models of a few hundred million parameters; Muon's updates are as large as AdamW's."""
 FULL_STEPS = 100
 """Runs of fewer steps have a proportionally lower peak: AdamW's first steps change every weight by
 the full learning rate, which a short run cannot correct.
@@ -47,16 +40,12 @@ WARM_UP, WARM_UP_STEPS = 0.05, 10
 """Share of warm-up steps, and their largest number."""
 DECAY, END = 0.9, 0.02
 """Share of decay steps, and the final learning rate over its peak. Small batches are noisy, so a
-long decay beats a long peak: 200K tokens end at a divergence of 0.131, versus 0.134 with a decay
-over the last 0.3 of the steps.
+long decay beats a long peak.
 """
 LAYER_SHARE, LAYER_STEPS = 0.2, 20
 """Share and largest number of the first steps, which match attention outputs layer by layer; the
-other steps match next-token distributions.
-
-A layer-wise step computes neither MLPs nor the head, takes 0.6 of the time, and helps as much: with
-a third of the cache, 100K tokens end at a divergence of 0.3189 with 20 such steps and of 0.3195
-without.
+other steps match next-token distributions. A layer-wise step computes neither MLPs nor the head: it
+takes 0.6 of the time and helps as much.
 """
 EVALUATIONS, EVALUATED_TOKENS = 2, 16_384
 """Number of evaluations after the initial one, and held-out tokens of each."""
@@ -170,12 +159,7 @@ def distill(
     raw = distillation_recipe(student, teacher, tokens, options)
     recipe = parse_recipe(raw, origin="distillation")
     with RunFolder(out) as run:
-        log = FolderMetricsLog(
-            log=run.log,
-            tensorboard_folder=run.tensorboard,
-            view=make_view(quiet=quiet),
-            tensorboard_wanted=False,
-        )
+        log = FolderMetricsLog(run, view=make_view(quiet=quiet), tensorboard_wanted=False)
         with closing(log):
             trainer = Trainer(
                 recipe,

@@ -1,21 +1,23 @@
 """Export of a training checkpoint as a model folder in the Hugging Face layout, or as a LoRA
 adapter.
-
-`lowlat.checkpoint` writes the files.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.mapping import ROUTER_BIAS
+from lowlat.checkpoint.mapping import ROUTER_BIAS, SCALE_SUFFIX
 from lowlat.checkpoint.save import file_tensors, text_files, write_checkpoint
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.hf.writer import config_to_hf
-from lowlat.config.model import ModelConfig
+from lowlat.config.model import ModelConfig, QuantConfig
+from lowlat.model.transformer import Transformer
+from lowlat.ops.fp8 import quantize_blocks
+from lowlat.ops.fp8_training import ScaleFormat
 from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint, folder_name
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.store import CheckpointStore
@@ -25,7 +27,6 @@ from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.run.adapter import write_adapter
 from lowlat.train.run.build import load_base_model
-from lowlat.train.run.fp8_export import save_fp8
 from lowlat.train.run.state import MODEL, part
 from lowlat.train.step.lora import base_dtype, merged
 from lowlat.utils.atomic_files import atomic_folder, write_new_files
@@ -80,15 +81,71 @@ def export(
         return
     stored = parse_dtype(dtype)
     raw = config_to_hf(config) | {"dtype": str(stored).removeprefix("torch.")}
-    tensors = _cast(file_tensors(config, parameters), stored)
+    tensors = (
+        (name, tensor if name.endswith(ROUTER_BIAS) else tensor.to(stored))
+        for name, tensor in file_tensors(config, parameters)
+    )
     write_checkpoint(dst, raw, tensors, extra_files=text_files(text))
 
 
-def _cast(
-    tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        yield name, tensor if name.endswith(ROUTER_BIAS) else tensor.to(dtype)
+def save_fp8(
+    config: ModelConfig,
+    parameters: Mapping[str, Tensor],
+    dst: Path,
+    *,
+    source: Path | None,
+    scale_fmt: ScaleFormat = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> ModelConfig:
+    """Write `parameters` (names of a model without stacked experts) as the folder `dst` in the
+    layout of released FP8 checkpoints; returns the written config.
+
+    Weights that FP8 training quantizes are stored as fp8 with weight_scale_inv per 128x128 block,
+    bit-identical to the training's. Other weights are rounded to `dtype`; router biases stay fp32.
+    Tokenizer files come from `source` (folder, .gguf, None). One quantized tensor is in memory at a
+    time. Raises UserError as `write_checkpoint`, and naming a weight that is not finite.
+    """
+    quantized = replace(config, quantization=QuantConfig(scale_fmt=scale_fmt))
+    raw = config_to_hf(quantized)
+    raw["dtype"] = str(dtype).removeprefix("torch.")
+    stored = _Fp8Parameters(quantized, parameters, dtype)
+    with_text = text_files(source) if source is not None else {}
+    write_checkpoint(dst, raw, file_tensors(quantized, stored), extra_files=with_text)
+    return quantized
+
+
+class _Fp8Parameters(Mapping[str, Tensor]):
+    """Parameters of an FP8 checkpoint, quantized lazily from the master weights."""
+
+    def __init__(
+        self, config: ModelConfig, masters: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        assert config.quantization is not None
+        self._quant = config.quantization
+        self._masters = masters
+        self._dtype = dtype
+        with torch.device("meta"):
+            self._stored = Transformer(config, dtype=dtype).state_dict()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name.endswith(SCALE_SUFFIX):
+            return self._blocks(name.removesuffix(SCALE_SUFFIX))[1]
+        if self._stored[name].dtype == torch.float8_e4m3fn:
+            return self._blocks(name)[0]
+        dtype = torch.float32 if name.endswith(ROUTER_BIAS) else self._dtype
+        return self._masters[name].detach().to(dtype)
+
+    def _blocks(self, name: str) -> tuple[Tensor, Tensor]:
+        weight = self._masters[name].detach()
+        if not bool(weight.isfinite().all()):
+            raise UserError(f"{name} has values that are not finite; export an earlier state")
+        return quantize_blocks(weight, self._quant.weight_block_size, self._quant.scale_fmt)
 
 
 def export_save(

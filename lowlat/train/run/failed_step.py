@@ -1,9 +1,8 @@
 """Diagnosis of a step that failed with NaN or infinity: recomputes the step and finds the first
-module and gradient that are not finite.
-
-The batch is from `replay`, the weights are from the checkpoint before the step.
+module and gradient that are not finite. Also the file of its batch.
 """
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,16 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowlat.checkpoint.safetensors.reader import SafetensorsFile
+from lowlat.checkpoint.safetensors.writer import file_pieces
+from lowlat.data.batch import Batch
 from lowlat.train.inputs.configs import phase_configs
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.parallel.parallelize import ShardedParameters
 from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
 from lowlat.train.run.export import base_model_of, contents, open_save, teacher_of
-from lowlat.train.run.replay import BATCH_FILES, read_batch, step_of
 from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.loss import count_targets
 from lowlat.utils.errors import UserError
+
+BATCH_FILES = "failed-step-*.safetensors"
+"""Pattern of batch files in a run folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,13 +93,14 @@ def diagnose_failed_step(run: Path) -> FailedStep:
     ):
         sums = passes.backward(batch.to(recipe.device), plan, targets).tolist()
     sharded.reduce_gradients()
+    with_gradients = [param.name for param in sharded.parameters if param.local.grad is not None]
     losses = tuple(total / max(1, count) for total, count in zip(sums, targets, strict=False))
     return FailedStep(
         step=step + 1,
         losses=losses if plan.phase.match == "logits" else (),
         matched=None if teacher is None else sums[num_ahead + 1] / max(1, targets[0]),
         sequence_loss=balancer.sequence_loss,
-        grad_norm=_norm(sharded),
+        grad_norm=sharded.gradient_norm(with_gradients).item() if with_gradients else math.nan,
         activation=next(iter(found), None),
         gradient=_nearest_gradient(sharded),
     )
@@ -136,11 +141,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _norm(sharded: ShardedParameters) -> float:
-    names = [param.name for param in sharded.parameters if param.local.grad is not None]
-    return sharded.gradient_norm(names).item() if names else math.nan
-
-
 def _nearest_gradient(sharded: ShardedParameters) -> str | None:
     """The last parameter in the model's order whose gradient is not finite: the backward pass
     reached it first.
@@ -150,3 +150,44 @@ def _nearest_gradient(sharded: ShardedParameters) -> str | None:
         if gradient is not None and not torch.isfinite(gradient).all():
             return param.name
     return None
+
+
+def batch_file(folder: Path, step: int) -> Path:
+    """Path of the batch of `step` (from 0) in a run folder."""
+    return folder / f"failed-step-{step + 1:08}.safetensors"
+
+
+def step_of(path: Path) -> int:
+    """The step (from 0) in the name of a batch file."""
+    return int(path.stem.rpartition("-")[2]) - 1
+
+
+def keep_batch(path: Path, step: int, batch: Batch) -> str:
+    """Write `batch` of `step` (from 0) to `path`, replacing an existing file.
+
+    Returns the path, or the reason why writing failed, as a phrase for the error of the step: a
+    write error must not hide the step's error.
+    """
+    metadata = {"documents": json.dumps(batch.documents), "step": str(step)}
+    tensors = [("tokens", batch.tokens), ("loss_mask", batch.loss_mask)]
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            file.writelines(file_pieces(tensors, metadata))
+        partial.rename(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        return f"not saved ({error})"
+    return f"in {path}"
+
+
+def read_batch(path: Path) -> Batch:
+    """Read a file of `keep_batch`. Raises UserError."""
+    try:
+        file = SafetensorsFile(path)
+        tokens, loss_mask = file.read("tokens"), file.read("loss_mask")
+        documents = json.loads(file.metadata["documents"])
+    except (UserError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: is not the batch file of a failed step ({error})") from error
+    rows = None if documents is None else tuple(tuple(row) for row in documents)
+    return Batch(tokens=tokens, loss_mask=loss_mask.to(torch.bool), documents=rows)

@@ -1,7 +1,7 @@
 """Complete state of a training run, as named tensors and JSON metadata, and validation on resume.
 
 The state is the weights with routing biases, the optimizer state, the random state, the position
-in the data, and the recipe. It does not depend on the parallelism. `checkpoints` stores it.
+in the data, and the recipe. It does not depend on the parallelism.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +15,7 @@ from torch import Tensor
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig
+from lowlat.train.inputs.run_inputs import RunInputs
 from lowlat.train.parallel.parallelize import ShardedParameters
 from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import Recipe, parse_recipe
@@ -22,7 +23,6 @@ from lowlat.train.step.lora import is_lora_parameter
 from lowlat.train.step.optim import Optimizer
 from lowlat.utils.errors import UserError
 
-Snapshot = list[tuple[str, Tensor]]
 MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random.torch"
 FREE_KEYS = (
     "name",
@@ -60,7 +60,9 @@ def state_tensors(sharded: ShardedParameters, optimizer: Optimizer) -> Iterator[
     yield RANDOM, torch.get_rng_state()
 
 
-def snapshot(sharded: ShardedParameters, optimizer: Optimizer, *, keep: bool = True) -> Snapshot:
+def snapshot(
+    sharded: ShardedParameters, optimizer: Optimizer, *, keep: bool = True
+) -> list[tuple[str, Tensor]]:
     """Copy of `state_tensors` in CPU memory. Collective: with `keep` false, this process takes part
     but stores nothing.
     """
@@ -80,18 +82,11 @@ def facts(
     recipe: Recipe,
     config: ModelConfig,
     position: Position,
-    fingerprints: list[str],
+    inputs: RunInputs,
     schedule: TrainingSchedule,
-    base_model: Path | None = None,
-    teacher: Path | None = None,
-    taught_by: str | None = None,
 ) -> dict[str, Any]:
-    """JSON metadata of the state.
-
-    `fingerprints` identify the data of each phase and, with LoRA, the frozen base model.
-    `base_model` and `teacher` are the files that the recipe names; `taught_by` is the teacher's
-    fingerprint. The numbers of sequences and tokens follow from step and recipe and are recorded
-    for information.
+    """JSON metadata of the state. Numbers of sequences and tokens follow from step and recipe and
+    are recorded for information.
     """
     done = position.step >= schedule.steps
     plan = schedule.at(min(position.step, schedule.steps - 1))
@@ -101,23 +96,26 @@ def facts(
         "phase": plan.phase_index,
         "rows_of_data": plan.first_row + (plan.rows if done else 0),
         "tokens": schedule.tokens_before(position.step),
-        "data": fingerprints,
+        "data": inputs.fingerprints,
         "config": config_to_hf(config),
         "recipe": recipe.model_dump(mode="json"),
-        "base_model": None if base_model is None else str(base_model.absolute()),
-        "teacher": taught_by,
-        "teacher_files": None if teacher is None else str(teacher.absolute()),
+        "base_model": _absolute(inputs.base_model),
+        "teacher": inputs.teacher_fingerprint,
+        "teacher_files": _absolute(inputs.teacher),
         "torch": torch.__version__,
     }
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
 
 
 def check_resumable(
     saved: Mapping[str, Any],
     recipe: Recipe,
-    fingerprints: list[str],
+    inputs: RunInputs,
     schedule: TrainingSchedule,
     folder: str,
-    teacher: str | None = None,
 ) -> Position:
     """Position at which a run resumes. Raises UserError naming the differences if recipe, data or
     teacher differ from those of the checkpoint.
@@ -127,11 +125,11 @@ def check_resumable(
     differences = list(_differences(before, recipe.model_dump(mode="json")))
     differences = [text for key, text in differences if key.split(".")[0] not in FREE_KEYS]
     phases = len(recipe.phase)
-    if saved["data"][:phases] != fingerprints[:phases]:
+    if saved["data"][:phases] != inputs.fingerprints[:phases]:
         differences.append("the tokenized dataset has changed")
-    if saved["data"][phases:] != fingerprints[phases:]:
+    if saved["data"][phases:] != inputs.fingerprints[phases:]:
         differences.append("base_model has other weights")
-    if saved.get("teacher") != teacher:
+    if saved.get("teacher") != inputs.teacher_fingerprint:
         differences.append("distillation.teacher is another model")
     if differences:
         raise UserError(

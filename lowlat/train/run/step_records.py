@@ -8,10 +8,9 @@ import torch
 
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.inputs.phase_data import PhaseData
-from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StepRecord
+from lowlat.train.metrics.record import EvalRecord, StepRecord
 from lowlat.train.recipe.schedule import StepPlan
 from lowlat.train.run.state import Position
-from lowlat.train.step.balance import ExpertLoad
 from lowlat.train.step.step import StepResult
 
 
@@ -46,7 +45,7 @@ class StepRecorder:
             tokens_per_second=rate,
             mfu=rate * self.flops_per_token / self.gemm_rate,
             memory_bytes=_memory(self.device),
-            experts=tuple(_expert_record(load) for load in result.loads),
+            experts=result.loads,
             divergence=result.matched if result.losses else None,
             layer_error=None if result.losses else result.matched,
         )
@@ -89,17 +88,6 @@ def targets_per_byte(folder: TokenizedDataset, *, document_masks: bool) -> float
             return None
         targets -= folder.num_documents("held_out")
     return targets / size
-
-
-def _expert_record(load: ExpertLoad) -> ExpertRecord:
-    return ExpertRecord(
-        layer=load.layer,
-        load=tuple(load.load.tolist()),
-        max_violation=load.max_violation,
-        entropy=load.entropy,
-        bias_min=load.bias_range[0],
-        bias_max=load.bias_range[1],
-    )
 
 
 def _memory(device: torch.device) -> int:

@@ -1,14 +1,11 @@
-"""Training loop: resume, optimizer steps, evaluation, checkpoints, phase changes and final export.
-
-`inputs` opens files, `build` constructs the model, `step` computes a step, `checkpoints` and
-`metrics` write files.
-"""
+"""Training loop: resume, optimizer steps, evaluation, checkpoints, phase changes, final export."""
 
 import gc
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -26,18 +23,13 @@ from lowlat.train.cost.frozen_weights import training_flops
 from lowlat.train.inputs.phase_data import PhaseData, data_notes
 from lowlat.train.inputs.run_inputs import open_run_inputs
 from lowlat.train.metrics.metrics_log import MetricsLog
+from lowlat.train.metrics.record import StartRecord
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import Recipe
-from lowlat.train.run.build import (
-    DTYPES,
-    new_model,
-    new_optimizer,
-    new_passes,
-    new_teacher,
-)
+from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
 from lowlat.train.run.export import TOKENIZER, export, keep_tokenizer, refuse_older_model
-from lowlat.train.run.replay import batch_file, keep_batch
+from lowlat.train.run.failed_step import batch_file, keep_batch
 from lowlat.train.run.signals import StopSignals
 from lowlat.train.run.state import (
     MODEL,
@@ -129,7 +121,7 @@ class Trainer:
         self.position = Position(step=0, seconds=0.0) if save is None else self._resumed(save)
         self._phase = self._plan().phase_index
         self._teacher: Teacher | None = None if teacher is None else new_teacher(teacher, recipe)
-        self._build(_tensors(save))
+        self._build({} if save is None else {name: save.tensor(name) for name in save.names()})
         if mesh.is_main_process:
             keep_tokenizer(run.path, self._inputs.tokenizer_source)
 
@@ -140,13 +132,7 @@ class Trainer:
         Raises UserError if a loss or gradient is not finite.
         """
         self._meter = self._new_meter()
-        self.log.start(
-            name=self.recipe.name,
-            step=self.position.step,
-            total_steps=self.schedule.steps,
-            tokens_total=self.schedule.tokens,
-            facts=self._run_facts(),
-        )
+        self.log.start(self._start_record())
         for note in data_notes(self.recipe, self._inputs.data):
             self.log.note(note)
         losses: tuple[float, ...] = ()
@@ -192,14 +178,7 @@ class Trainer:
     def _resumed(self, save: TrainingCheckpoint) -> Position:
         """Position of `save`. Raises UserError if its recipe or inputs differ from this run's."""
         folder = str(self.run_folder.path)
-        position = check_resumable(
-            save.metadata,
-            self.recipe,
-            self._inputs.fingerprints,
-            self.schedule,
-            folder,
-            self._inputs.teacher_fingerprint,
-        )
+        position = check_resumable(save.metadata, self.recipe, self._inputs, self.schedule, folder)
         check_config(save.metadata, self._inputs.configs, self.schedule, folder)
         return position
 
@@ -225,7 +204,8 @@ class Trainer:
             sequence_length=self.recipe.phase[self._phase].sequence_length,
             teacher=self._teacher,
         )
-        self.optimizer: Optimizer = new_optimizer(self.model, self.recipe, moments, self.sharded)
+        self.optimizer = Optimizer(self.model, self.recipe.optimizer, self.sharded)
+        self.optimizer.load(moments)
         if random is not None:
             torch.set_rng_state(random)
         self._balancer = LoadBalancer(
@@ -249,8 +229,8 @@ class Trainer:
 
     def _step(self, plan: StepPlan) -> StepResult:
         began = time.monotonic()
-        share = self._mesh.batch_shard(plan.first_row, plan.rows)
-        batch = self._present.train.batch(share.first, share.rows).to(self.recipe.device)
+        first, rows = self._mesh.batch_shard(plan.first_row, plan.rows)
+        batch = self._present.train.batch(first, rows).to(self.recipe.device)
         result = train_step(
             self._passes,
             self.optimizer,
@@ -288,7 +268,7 @@ class Trainer:
         self._saves.wait()
         self._mesh.barrier()
         losses = (*result.losses, result.matched or 0.0)
-        what = "gradient" if all(map(_is_finite, losses)) else "loss"
+        what = "gradient" if all(map(math.isfinite, losses)) else "loss"
         raise UserError(
             f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the checkpoint "
             f"before it in {self._saves.folder}; to continue, run lowlat train export "
@@ -333,17 +313,8 @@ class Trainer:
         if self._mesh.is_main_process:
             self._saves.write_async(
                 self.position.step,
-                {"state": tensors},
-                facts(
-                    self.recipe,
-                    self.config,
-                    self.position,
-                    self._inputs.fingerprints,
-                    self.schedule,
-                    self._inputs.base_model,
-                    self._inputs.teacher,
-                    self._inputs.teacher_fingerprint,
-                ),
+                tensors,
+                facts(self.recipe, self.config, self.position, self._inputs, self.schedule),
             )
         self._advance(0, time.monotonic() - began)
 
@@ -378,9 +349,9 @@ class Trainer:
             device=torch.device(self.recipe.device),
         )
 
-    def _run_facts(self) -> dict[str, str | int | float | bool | None]:
+    def _start_record(self) -> StartRecord:
         count = count_parameters(self.config)
-        return {
+        facts = {
             "parameters": count.total,
             "active parameters": count.active,
             "MTP parameters": count.mtp,
@@ -390,11 +361,11 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "GEMM GFLOP/s": round(self._meter.gemm_rate / 1e9),
         }
-
-
-def _tensors(save: TrainingCheckpoint | None) -> dict[str, Tensor]:
-    return {} if save is None else {name: save.tensor(name) for name in save.names()}
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0
+        return StartRecord(
+            step=self.position.step,
+            name=self.recipe.name,
+            total_steps=self.schedule.steps,
+            tokens_total=self.schedule.tokens,
+            facts=facts,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+        )

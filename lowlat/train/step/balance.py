@@ -7,7 +7,6 @@ A hook on every gate observes its routing; the model itself has no code for it.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,27 +17,11 @@ from lowlat.model.block import DecoderLayer
 from lowlat.model.moe import Gate, MoE
 from lowlat.model.transformer import Transformer
 from lowlat.ops.routing import Routing
+from lowlat.train.metrics.record import ExpertRecord
+from lowlat.train.parallel.collectives import applied
 from lowlat.train.parallel.mesh import TOKEN_AXES, ProcessMesh
 from lowlat.train.parallel.pipeline_gather import AXIS as PIPELINE
 from lowlat.train.parallel.pipeline_gather import gather_along_pipeline
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertLoad:
-    """Expert load of one gate over a global batch."""
-
-    layer: int
-    """Decoder layer from 0; MTP modules follow the last."""
-    load: Float[Tensor, "experts"]
-    """Fraction of the routed tokens per expert; sums to 1."""
-    max_violation: float
-    """Largest load over the mean, minus 1 (MaxVio of arXiv 2408.15664)."""
-    entropy: float
-    """Entropy of the load over ln(experts): 1 is perfect balance."""
-    token_entropy: float
-    """Mean entropy of a token's normalised scores, nats."""
-    bias_range: tuple[float, float]
-    """Smallest and largest selection bias; zeros without a bias."""
 
 
 class _Observed:
@@ -47,9 +30,9 @@ class _Observed:
     def __init__(self, layer: int, gate: Gate) -> None:
         self.layer = layer
         self.gate = gate
-        # choices per expert, then the sum of entropies and the number of tokens
+        # choices per expert
         experts = gate.moe.n_routed_experts
-        self.counters = torch.zeros(experts + 2, dtype=torch.float64, device=gate.weight.device)
+        self.counters = torch.zeros(experts, dtype=torch.float64, device=gate.weight.device)
 
 
 class LoadBalancer:
@@ -115,15 +98,14 @@ class LoadBalancer:
         for observed in self._gates:
             bias = observed.gate.e_score_correction_bias
             if bias is not None and speed > 0:
-                load = observed.counters[:-2]
+                load = observed.counters
                 bias += speed * (load.mean() - load).sign().to(bias.dtype)
 
-    def loads(self) -> list[ExpertLoad]:
+    def loads(self) -> list[ExpertRecord]:
         """The load of every gate of the model over the batch; collective."""
-        own = ((str(observed.layer), _facts(observed)) for observed in self._gates)
-        loads = [
-            _gate_load(int(layer), facts) for layer, facts in gather_along_pipeline(self._mesh, own)
-        ]
+        own = ((str(observed.layer), _counters_and_bias(observed)) for observed in self._gates)
+        gathered = gather_along_pipeline(self._mesh, own)
+        loads = [_expert_record(int(layer), numbers) for layer, numbers in gathered]
         return sorted(loads, key=lambda load: load.layer)
 
     def _hook(self, observed: _Observed) -> Any:
@@ -137,19 +119,14 @@ class LoadBalancer:
             loss = self._sequence_wise(observed.gate, routing)
             if not _in_backward():
                 self._sequence_loss += loss.detach()
-            weights = _AddLoss.apply(routing.weights, loss)
-            assert isinstance(weights, Tensor)
-            return routing._replace(weights=weights)
+            return routing._replace(weights=applied(_AddLoss, routing.weights, loss))
 
         return hook
 
     @torch.no_grad()
     def _count(self, observed: _Observed, routing: Routing) -> None:
         experts = observed.gate.moe.n_routed_experts
-        observed.counters[:-2] += torch.bincount(routing.experts.flatten(), minlength=experts)
-        shares = routing.scores / routing.scores.sum(dim=-1, keepdim=True)
-        observed.counters[-2] -= torch.xlogy(shares, shares).sum()
-        observed.counters[-1] += len(shares)
+        observed.counters += torch.bincount(routing.experts.flatten(), minlength=experts)
 
     def _sequence_wise(self, gate: Gate, routing: Routing) -> Float[Tensor, ""]:
         parts = self._mesh.size("context")
@@ -157,7 +134,8 @@ class LoadBalancer:
         frequency = self._mesh.sum(
             choice_frequency(scores, gate.moe.num_experts_per_tok), ("context",)
         )
-        # Both are means over this process's part of a sequence, one of `parts` equal parts.
+        # sum_i f_i P_i (DeepSeek-V3 equations 17 to 20). Both factors are means over this process's
+        # part of a sequence, one of `parts` equal parts.
         losses = (frequency * mean_share(scores)).sum(dim=-1) / parts**2
         return self.sequence_weight / self._num_sequences * losses.sum()
 
@@ -180,13 +158,6 @@ def mean_share(
 ) -> Float[Tensor, "sequences experts"]:
     """P_i of every sequence (DeepSeek-V3 equations 19 and 20): mean normalised scores."""
     return (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)
-
-
-def sequence_balance_loss(
-    scores: Float[Tensor, "sequences length experts"], chosen: int
-) -> Float[Tensor, "sequences"]:
-    """sum_i f_i P_i of every sequence (DeepSeek-V3 equations 17 to 20), without alpha."""
-    return (choice_frequency(scores, chosen) * mean_share(scores)).sum(dim=-1)
 
 
 def gates(model: Transformer) -> Iterator[tuple[int, Gate]]:
@@ -219,8 +190,8 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _facts(observed: _Observed) -> Float[Tensor, "numbers"]:
-    """The counters of a gate, then the bounds of its bias."""
+def _counters_and_bias(observed: _Observed) -> Float[Tensor, "numbers"]:
+    """The counters of a gate, then the bounds of its bias; zeros without a bias."""
     bias = observed.gate.e_score_correction_bias
     bounds = observed.counters.new_zeros(2)
     if bias is not None:
@@ -228,14 +199,14 @@ def _facts(observed: _Observed) -> Float[Tensor, "numbers"]:
     return torch.cat([observed.counters, bounds])
 
 
-def _gate_load(layer: int, facts: Float[Tensor, "numbers"]) -> ExpertLoad:
-    counts, (entropies, tokens, lowest, highest) = facts[:-4], facts[-4:].unbind()
+def _expert_record(layer: int, numbers: Float[Tensor, "numbers"]) -> ExpertRecord:
+    counts, (lowest, highest) = numbers[:-2], numbers[-2:].tolist()
     load = counts / counts.sum().clamp(min=1)
-    return ExpertLoad(
+    return ExpertRecord(
         layer=layer,
-        load=load,
+        load=tuple(load.tolist()),
         max_violation=(load.max() * len(load) - 1).item(),
         entropy=(-torch.xlogy(load, load).sum() / math.log(max(2, len(load)))).item(),
-        token_entropy=(entropies / tokens.clamp(min=1)).item(),
-        bias_range=(lowest.item(), highest.item()),
+        bias_min=lowest,
+        bias_max=highest,
     )

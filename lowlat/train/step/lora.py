@@ -1,7 +1,5 @@
 """LoRA training (arXiv 2106.09685): which projections get a low-rank update, the trainable and
 checkpointed parameters, and merging of updates into the weights.
-
-The modules are in `layers.lora`, peft's file format in `run.adapter`.
 """
 
 import math
@@ -45,14 +43,12 @@ def base_dtype(recipe: Recipe) -> str:
     return "fp32" if recipe.precision == "fp32" else "bf16"
 
 
-def add_lora(model: Transformer, table: LoraConfig, *, seed: int, origin: str) -> None:
+def add_lora(model: Transformer, table: LoraConfig, *, seed: int) -> None:
     """Freeze `model` and add an update to the projections in `table`, initialized as in peft: A
     uniform within 1 / sqrt(in), B zero.
 
-    Routed experts, which must be stacked, have one pair per expert. Raises UserError for a name
-    that no projection has.
+    Routed experts, which must be stacked, have one pair per expert.
     """
-    _check_modules({name for name, _, _ in _projections(model)}, table, origin)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
 
@@ -73,13 +69,13 @@ def add_lora(model: Transformer, table: LoraConfig, *, seed: int, origin: str) -
             nn.init.zeros_(module.lora_B)
 
 
-def _projections(model: Transformer) -> Iterator[tuple[str, Linear | StackedExperts, Tensor]]:
-    """Every projection that may have an update: its name, its module, its weight."""
+def _projections(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Name and weight of every projection that may have an update."""
     for name, module in model.named_modules():
         if isinstance(module, StackedExperts):
-            yield from ((own, module, weight) for own, weight in _expert_weights(module).items())
+            yield from _expert_weights(module).items()
         elif isinstance(module, Linear) and module is not model.lm_head:
-            yield name.rpartition(".")[2], module, module.weight
+            yield name.rpartition(".")[2], module.weight
 
 
 def _check_modules(present: set[str], table: LoraConfig, origin: str) -> None:
@@ -101,7 +97,7 @@ def _shapes(config: ModelConfig) -> tuple[tuple[str, torch.Size], ...]:
     with torch.device("meta"):
         model = Transformer(config)
         stack_experts(model)
-    return tuple((name, weight.shape) for name, _, weight in _projections(model))
+    return tuple((name, weight.shape) for name, weight in _projections(model))
 
 
 def updated_shapes(config: ModelConfig, table: LoraConfig) -> list[torch.Size]:
@@ -179,14 +175,9 @@ def _update(weight: Tensor, table: LoraConfig) -> LowRank:
 
 
 def _of_experts(experts: StackedExperts, table: LoraConfig) -> LowRankExperts | None:
-    if not set(EXPERT_PROJECTIONS) & set(table.target_modules):
-        return None
-    return LowRankExperts(
-        **{
-            name: _update(weight, table) if name in table.target_modules else None
-            for name, weight in _expert_weights(experts).items()
-        }
-    )
+    weights = _expert_weights(experts).items()
+    updates = {name: _update(w, table) for name, w in weights if name in table.target_modules}
+    return LowRankExperts(updates) if updates else None
 
 
 def _expert_weights(experts: StackedExperts) -> dict[str, Tensor]:

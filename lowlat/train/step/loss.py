@@ -1,7 +1,5 @@
 """Training losses: next-token cross entropy, MTP loss (DeepSeek-V3 section 2.2), z-loss and
 distillation, with the target mask of each head.
-
-The sequence-wise balance loss is added in the gates, by `balance`.
 """
 
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
 from lowlat.ops.cross_entropy import linear_cross_entropy
-from lowlat.ops.divergence import Divergence, linear_divergence
+from lowlat.ops.divergence import linear_divergence
 from lowlat.train.step.teacher import Teacher, TeacherHead
 
 
@@ -116,33 +114,21 @@ def head_losses(
         if depth:
             ahead = tokens[:, depth : length + depth].flatten()
             hidden = model.mtp_hidden(depth - 1, hidden, ahead, positions, attention)
-        head = (
-            hidden,
-            model.head_weight(depth),
-            tokens[:, depth + 1 : length + depth + 1].flatten(),
-            counted(batch, num_ahead, depth).flatten(),
-        )
+        head = model.head_weight(depth)
+        following = tokens[:, depth + 1 : length + depth + 1].flatten()
+        counts = counted(batch, num_ahead, depth).flatten()
         weight = mtp_weight / (num_ahead - 1) if depth else 1.0
         if taught is not None and not depth:
-            found = _divergence(taught, *head)
+            teacher = taught.hidden, taught.weight
+            found = linear_divergence(
+                hidden, head, *teacher, following, counts, nll_weight=taught.cross_entropy
+            )
             matched = found.kl.detach()
         else:
-            found = linear_cross_entropy(*head, z_weight=0.0 if depth else z_weight)
+            found = linear_cross_entropy(
+                hidden, head, following, counts, z_weight=0.0 if depth else z_weight
+            )
             z = z if depth else found.z.detach()
         total = total + found.total * (weight / max(1, targets[depth]))
         sums.append(found.nll.detach())
     return LossSums(total=total, heads=torch.stack(sums), z=z, matched=matched)
-
-
-def _divergence(
-    taught: TeacherHead, hidden: Tensor, weight: Tensor, targets: Tensor, counts: Tensor
-) -> Divergence:
-    return linear_divergence(
-        hidden,
-        weight,
-        taught.hidden,
-        taught.weight,
-        targets,
-        counts,
-        nll_weight=taught.cross_entropy,
-    )

@@ -2,7 +2,7 @@
 state by parameter name.
 """
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,10 @@ class Optimizer:
     """One or two torch optimizers over all trainable parameters."""
 
     def __init__(
-        self, model: nn.Module, table: OptimizerConfig, sharded: ShardedParameters | None = None
+        self, model: nn.Module, table: OptimizerConfig, sharded: ShardedParameters
     ) -> None:
-        """`sharded` holds the shards of the parameters of `model`; by default they are full."""
-        self._sharded = sharded or ShardedParameters.unsharded(model)
+        """`sharded` holds the shards of the parameters of `model`."""
+        self._sharded = sharded
         hidden, outer, plain = _groups(model, self._sharded)
         self.max_grad_norm = table.max_grad_norm
         self._named = [*hidden, *outer, *plain]
@@ -37,22 +37,21 @@ class Optimizer:
             {"params": [p for _, p in plain], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        self._adamw = (
-            torch.optim.AdamW(groups, lr=0.0, betas=table.betas, eps=table.eps, fused=True)
-            if groups
-            else None
-        )
-        self._muon = (
-            Muon(
-                [p for _, p in muon],
-                [self._sharded.sharding(name) for name, _ in muon],
-                [2 if name.endswith(GATE_UP) else 1 for name, _ in muon],
-                momentum=table.momentum,
-                weight_decay=table.weight_decay,
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if groups:
+            self._optimizers.append(
+                torch.optim.AdamW(groups, lr=0.0, betas=table.betas, eps=table.eps, fused=True)
             )
-            if muon
-            else None
-        )
+        if muon:
+            self._optimizers.append(
+                Muon(
+                    [p for _, p in muon],
+                    [self._sharded.sharding(name) for name, _ in muon],
+                    [2 if name.endswith(GATE_UP) else 1 for name, _ in muon],
+                    momentum=table.momentum,
+                    weight_decay=table.weight_decay,
+                )
+            )
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, zero the gradients; returns the gradient norm before clipping.
@@ -65,7 +64,7 @@ class Optimizer:
             parameters = [p for _, p in self._named]
             if 0 < self.max_grad_norm < norm:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
-            for optimizer in self._optimizers():
+            for optimizer in self._optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 optimizer.step()
@@ -73,7 +72,6 @@ class Optimizer:
         return norm.item()
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
         self._sharded.zero_grad()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -83,7 +81,7 @@ class Optimizer:
         yield from gather_along_pipeline(self._sharded.mesh, self._own_tensors())
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for optimizer in self._optimizers():
+        for optimizer in self._optimizers:
             for name, parameter in self._named:
                 if name in self._sharded.copies:
                     continue
@@ -93,8 +91,8 @@ class Optimizer:
 
     def load(self, tensors: MutableMapping[str, Tensor]) -> None:
         """Load the state that `tensors` gave, popping one tensor at a time from the mapping."""
-        for optimizer in self._optimizers():
-            keys = ("momentum",) if optimizer is self._muon else ADAMW_STATE
+        for optimizer in self._optimizers:
+            keys = ("momentum",) if isinstance(optimizer, Muon) else ADAMW_STATE
             own = {id(p) for group in optimizer.param_groups for p in group["params"]}
             for name, parameter in self._named:
                 # Parameters without any gradient so far have no state.
@@ -105,9 +103,6 @@ class Optimizer:
                         value = tensors.pop(f"{key}.{name}")
                         local = value if value.ndim == 0 else sharding.local(value)
                         own_state[key] = local.to(parameter.device, copy=True)
-
-    def _optimizers(self) -> Iterable[torch.optim.Optimizer]:
-        return [one for one in (self._adamw, self._muon) if one is not None]
 
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowlat.data.batch import Batch
+from lowlat.train.metrics.record import ExpertRecord
 from lowlat.train.parallel.mesh import BATCH_AXES, TOKEN_AXES, ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan
-from lowlat.train.step.balance import ExpertLoad, LoadBalancer
+from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.loss import count_targets
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import Passes
@@ -32,7 +33,7 @@ class StepResult:
     """Sequence-wise balance loss, alpha included, summed over layers."""
     grad_norm: float
     """Global norm before clipping; NaN if a loss is not finite."""
-    loads: tuple[ExpertLoad, ...]
+    loads: tuple[ExpertRecord, ...]
     """Load of every gate, with its bias after the step; empty if only attention runs."""
     matched: float | None = None
     """With a teacher, mean divergence from it in nats per token, or in layer-wise distillation the

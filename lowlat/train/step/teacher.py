@@ -1,7 +1,4 @@
-"""Teacher of a distillation: a frozen model, its next-token distributions and its layer outputs.
-
-The losses are in `loss` and `layerwise`.
-"""
+"""Teacher of a distillation: a frozen model, its next-token distributions and its layer outputs."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, final

@@ -15,12 +15,6 @@ __all__ = ["make_folder"]  # the fixture
 Invoke = Callable[..., Result]
 
 
-@pytest.fixture(autouse=True)
-def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run measures the machine for a second otherwise."""
-    monkeypatch.setattr("lowlat.train.run.trainer.measure_gemm_rate", lambda *_arguments: 1e9)
-
-
 @pytest.fixture
 def tokens(make_folder: Make) -> str:
     return str(make_folder(texts(90), held_out=texts(20)).path)

@@ -16,12 +16,6 @@ __all__ = ["make_folder"]  # the fixture
 MakePlan = Callable[..., StudyPlan]
 
 
-@pytest.fixture(autouse=True)
-def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run measures the machine for a second otherwise."""
-    monkeypatch.setattr("lowlat.train.run.trainer.measure_gemm_rate", lambda *_arguments: 1e9)
-
-
 @pytest.fixture
 def data(make_folder: Make) -> TokenizedDataset:
     return make_folder(texts(40), held_out=texts(9))

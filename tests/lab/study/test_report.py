@@ -60,6 +60,7 @@ def test_a_study_becomes_a_page(
     assert all(variant["label"] in printed for variant in report["variants"])
 
 
+@pytest.mark.slow
 def test_failed_arms_are_reported(size: StudySize, data: TokenizedDataset, tmp_path: Path) -> None:
     """Regression: a report that breaks, or keeps quiet, where an variant has no run."""
     pytest.importorskip("matplotlib")
@@ -82,6 +83,7 @@ def test_pages_that_cannot_be_written(tmp_path: Path) -> None:
         write_page({"variants": [], "study": "mtp"}, tmp_path / "file" / "page.md")
 
 
+@pytest.mark.slow
 def test_text_around_the_generated_part_stays(
     size: StudySize, data: TokenizedDataset, tmp_path: Path
 ) -> None:

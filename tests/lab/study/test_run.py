@@ -40,6 +40,7 @@ def test_a_study_is_run_once(
         run_all(make_plan(steps=5), data, out, SilentProgress())
 
 
+@pytest.mark.slow
 def test_losses_are_those_the_trainer_finds(
     make_plan: MakePlan, data: TokenizedDataset, tmp_path: Path
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_failure_leaves_the_others_alone(
     assert [run.failure for run in again] == [None, None] and again[1] == second
 
 
+@pytest.mark.slow
 def test_decoding_takes_turns_and_goes_through_the_engine(
     make_plan: MakePlan, data: TokenizedDataset, tmp_path: Path
 ) -> None:

@@ -14,10 +14,11 @@ from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
 from lowlat.attention.int8_entry import pack_entries, unpack_entries
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
-from lowlat.attention.packed import PackedAttention
 from lowlat.attention.path import AttentionPath, choose_path
 from lowlat.config.attention import expansion_break_even
 from lowlat.config.model import GQAConfig, MLAConfig
+from tests.configs import V3_MLA
+from tests.packed_attention import PackedAttention
 
 from .draw import GQA, MLA, config_of
 
@@ -182,18 +183,10 @@ def test_mla_caches_the_entries_it_is_given() -> None:
 
 def test_break_even_of_deepseek_v3_is_about_170() -> None:
     """512 (128 + 128) / (2 512 + 64 - 128 - 64 - 128) = 170.67 queries per key."""
-    v3 = MLA(
-        num_attention_heads=128,
-        kv_lora_rank=512,
-        q_lora_rank=1536,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-    )
-    assert expansion_break_even([v3.latent_sizes]) == pytest.approx(512 * 256 / 768)
+    assert expansion_break_even([V3_MLA]) == pytest.approx(512 * 256 / 768)
     # With a latent no wider than the heads the absorbed path never costs more.
     no_gain = MLA(kv_lora_rank=4, qk_nope_head_dim=5, v_head_dim=7)
-    assert expansion_break_even([no_gain.latent_sizes]) == math.inf
+    assert expansion_break_even([no_gain]) == math.inf
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.attention.flash import FlashAttention
-from lowlat.attention.packed import PackedAttention
 from lowlat.model.transformer import Transformer
 from tests.lowlat_configs import EVERY, random_model
+from tests.packed_attention import PackedAttention
 
 LENGTHS = {"ragged": [1, 7, 7, 3, 1, 7], "equal": [11, 11], "one": [13], "ones": [1, 1, 1]}
 Attend = Callable[[AttentionBackend, list[Tensor]], Tensor]

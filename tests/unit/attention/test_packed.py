@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
+from tests.packed_attention import PackedAttention
 
 LENGTHS = [1, 7, 3]
 

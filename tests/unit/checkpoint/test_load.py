@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.ops.fp8 import dequantize_blocks
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import RESERVE
+from tests.packed_attention import PackedAttention
 
 from .builders import FAMILIES, FP8, assert_same_bits, edit_config, rewrite, write_model
 

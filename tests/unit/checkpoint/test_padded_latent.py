@@ -78,7 +78,7 @@ def test_reverse(biased: bool, o_bias: bool, dtype: torch.dtype) -> None:
     tensors = layer(config, dtype)
     padded = pad_latent(tensors, config)
     assert all(tensor.dtype == dtype for tensor in padded.values())
-    back = unpad_latent(padded, config)
+    back = unpad_latent(padded.__getitem__, config)
     assert set(back) == set(tensors)
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
@@ -124,4 +124,4 @@ def test_damage(name: str) -> None:
     tensors = pad_latent(layer(config), config)
     DAMAGE[name](tensors)
     with pytest.raises(UserError, match=f"tensor 'x.{name}': it"):
-        unpad_latent(tensors, config, "x.")
+        unpad_latent(tensors.__getitem__, config, "x.")

@@ -11,6 +11,7 @@ import torch
 
 from lowlat.checkpoint.load import load_model
 from lowlat.utils.errors import UserError
+from tests.parameters import slow_except
 
 from .builders import FAMILIES, FP8, assert_same_bits, rewrite, write_model
 from .test_load import UP, Tensors, at, cast
@@ -39,7 +40,10 @@ def test_scales_are_checked_alike_whether_dequantized_or_packed(
     assert f"tensor '{UP}_scale_inv' " in str(caught.value) and message in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float8_e8m0fnu])
+@pytest.mark.parametrize(
+    "kind",
+    slow_except([torch.float8_e8m0fnu], [torch.bfloat16, torch.float16, torch.float8_e8m0fnu]),
+)
 def test_scales_of_fewer_bits(tmp_path: Path, kind: torch.dtype) -> None:
     """Powers of two, which all of these hold: the same model as from fp32."""
     quant = replace(FP8, scale_fmt="ue8m0")

@@ -55,7 +55,7 @@ def test_once_prints_answer_and_report(lowlat: Invoke) -> None:
 
 def test_turns_are_remembered_and_forgotten(alphabet_model: Model) -> None:
     talk = Conversation(
-        LocalChatBackend(alphabet_model), {"temperature": 0.0}, max_tokens=2, system="S"
+        LocalChatBackend(alphabet_model), {"temperature": 0.0, "max_tokens": 2}, system="S"
     )
     assert ask(talk, "one") == "ab"
     assert ask(talk, "two") == "ab"
@@ -65,7 +65,7 @@ def test_turns_are_remembered_and_forgotten(alphabet_model: Model) -> None:
 
 
 def test_interruption_keeps_the_part_that_came(alphabet_model: Model) -> None:
-    talk = Conversation(LocalChatBackend(alphabet_model), {"temperature": 0.0}, max_tokens=50)
+    talk = Conversation(LocalChatBackend(alphabet_model), {"temperature": 0.0, "max_tokens": 50})
     interrupted = threading.Event()
     seen: list[str] = []
 
@@ -82,7 +82,9 @@ def test_interruption_keeps_the_part_that_came(alphabet_model: Model) -> None:
 
 def test_an_answer_ends_where_the_context_does(alphabet_model: Model) -> None:
     """Regression: a limit of tokens that no longer fits made the last turns fail."""
-    talk = Conversation(LocalChatBackend(alphabet_model), {"temperature": 0.0}, max_tokens=10_000)
+    talk = Conversation(
+        LocalChatBackend(alphabet_model), {"temperature": 0.0, "max_tokens": 10_000}
+    )
     completion = talk.ask("one", lambda piece: None, threading.Event())
     assert completion.finish_reason == "length"
     usage = completion.usage
@@ -92,7 +94,7 @@ def test_an_answer_ends_where_the_context_does(alphabet_model: Model) -> None:
 def test_a_question_beyond_the_context_leaves_the_conversation_as_it_was(
     alphabet_model: Model,
 ) -> None:
-    talk = Conversation(LocalChatBackend(alphabet_model), {"temperature": 0.0}, max_tokens=2)
+    talk = Conversation(LocalChatBackend(alphabet_model), {"temperature": 0.0, "max_tokens": 2})
     ask(talk, "one")
     with pytest.raises(UserError, match="context"):
         ask(talk, "x" * 500)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
-from lowlat.cli.eval_report import Evaluation, as_dict
+from lowlat.cli.eval import as_dict
 from lowlat.engine.scoring import Score
 from lowlat.utils.errors import UserError
 
@@ -52,7 +52,7 @@ def test_a_loss_beyond_what_a_perplexity_can_say() -> None:
 def test_numbers_that_are_not_finite_are_null() -> None:
     for nll in (math.nan, 1e6, math.inf):
         score = Score(window=8, tokens=7, bytes=7, nll=nll)
-        told = as_dict(Evaluation(model="m", text="t", score=score, seconds=1.0))
+        told = as_dict(score)
         assert told["perplexity"] is None
         assert (told["bits_per_byte"] is None) == (nll != 1e6)
 

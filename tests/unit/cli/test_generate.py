@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from typer.testing import Result
 
-from lowlat.cli.generate_output import as_prompt
+from lowlat.cli.generate import as_prompt
 from lowlat.cli.options import parse_logit_bias
 from lowlat.generate.model import Model
 from lowlat.text.tokenizer import Tokenizer

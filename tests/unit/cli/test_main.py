@@ -118,7 +118,15 @@ def test_interrupt_while_modules_are_read_is_exit_code_130() -> None:
     assert (result.returncode, result.stderr) == (130, "")
 
 
-@pytest.mark.parametrize("words", ["--help", "--version", "info deepseek-v3", "info minnow --json"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "--version",
+        "info deepseek-v3",
+        pytest.param("info minnow --json", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("output", [">/dev/full", ">&-"])
 def test_an_output_that_takes_nothing_is_one_line_and_exit_code_2(words: str, output: str) -> None:
     result = shell(f"{words} {output}")
@@ -132,6 +140,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
     assert (result.returncode, result.stderr) == (1, "")
 
 
+@pytest.mark.slow
 def test_figures_stand_on_a_line_of_their_own() -> None:
     """However output is buffered: in containers it mostly is not."""
     for buffering in ("", "PYTHONUNBUFFERED=1 "):
@@ -142,6 +151,7 @@ def test_figures_stand_on_a_line_of_their_own() -> None:
         assert re.search(r"\n\d tokens", done.stdout), done.stdout
 
 
+@pytest.mark.slow
 def test_closed_input_is_empty_and_closed_error_takes_everything() -> None:
     result = shell("generate minnow -p - --max-tokens 2 <&-")
     assert result.returncode == 0 and "Traceback" not in result.stderr

@@ -142,6 +142,7 @@ CHANGES = {
 """Rows of the table in docs/planning.md by another name than `neighbours` gives; others are PP8."""
 
 
+@pytest.mark.slow
 def test_the_documented_changes_are_those_of_today():
     """Every figure of the table of single changes."""
     config = find("deepseek-v3").config

@@ -3,6 +3,7 @@ which names file and key and says what to do, and with exit code 2.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import pytest
 from lowlat.cli import main
 from lowlat.data.build import build
 from lowlat.data.selection import BuildOptions
-from lowlat.plan import rate
 from lowlat.train.cost import dry_run as dryrun
 from tests.fakes import byte_tokenizer
 
@@ -42,6 +42,7 @@ rope_theta = 10000.0
 tie_word_embeddings = true
 """
 NO_MODEL = RECIPE[: RECIPE.index("[model]")]
+Fails = Callable[..., str]
 
 
 @pytest.fixture
@@ -56,30 +57,42 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> str:
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The exit code of `lowlat train ARGUMENTS`."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["lowlat", "train", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code
+
+    return run
+
+
+@pytest.fixture
+def fails(train: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Fails:
     """What `lowlat train ARGUMENTS` says as it ends with exit code 2, in one line."""
-    monkeypatch.setattr(sys, "argv", ["lowlat", "train", *arguments])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    assert ended.value.code == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("lowlat: error: ")
-    return line.removeprefix("lowlat: error: ")
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        assert train(*arguments) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("lowlat: error: ")
+        return line.removeprefix("lowlat: error: ")
+
+    return run
 
 
-def test_no_recipe(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = fails(monkeypatch, capsys, "absent.toml")
+def test_no_recipe(folder: Path, fails: Fails) -> None:
+    said = fails("absent.toml")
     assert said == (
         "absent.toml: cannot be read (No such file or directory); name a recipe in TOML, such as "
         "recipes/tiny.toml"
     )
     (folder / "r.toml").write_text("name = ")
-    assert fails(monkeypatch, capsys, "r.toml").startswith("r.toml: is not TOML (")
+    assert fails("r.toml").startswith("r.toml: is not TOML (")
 
 
 @pytest.mark.parametrize(
@@ -171,18 +184,11 @@ def test_no_recipe(
         ),
     ],
 )
-def test_recipe(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    old: str,
-    new: str,
-    said: str,
-) -> None:
+def test_recipe(folder: Path, fails: Fails, old: str, new: str, said: str) -> None:
     old, new = old.replace("'", '"'), new.replace("'", '"')
     assert old in RECIPE
     (folder / "r.toml").write_text(RECIPE.replace(old, new, 1))
-    assert fails(monkeypatch, capsys, "r.toml").startswith(f"r.toml: {said}")
+    assert fails("r.toml").startswith(f"r.toml: {said}")
     assert not (folder / "runs" / "small" / "saves" / "step-00000001").exists()
 
 
@@ -203,17 +209,10 @@ def test_recipe(
         ),
     ],
 )
-def test_data(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    old: str,
-    new: str,
-    said: str,
-) -> None:
+def test_data(folder: Path, fails: Fails, old: str, new: str, said: str) -> None:
     text = RECIPE.replace("embeddings = 32", "embeddings = 999")
     (folder / "r.toml").write_text(text.replace(old.replace("'", '"'), new.replace("'", '"'), 1))
-    assert fails(monkeypatch, capsys, "r.toml").startswith(said)
+    assert fails("r.toml").startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -224,15 +223,9 @@ def test_data(
         ("deepseek-v3", "r.toml: base_model: 'deepseek-v3' is known by its config only"),
     ],
 )
-def test_start(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    base_model: str,
-    said: str,
-) -> None:
+def test_start(folder: Path, fails: Fails, base_model: str, said: str) -> None:
     (folder / "r.toml").write_text(f'base_model = "{base_model}"\n{NO_MODEL}')
-    assert fails(monkeypatch, capsys, "r.toml").startswith(said)
+    assert fails("r.toml").startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -249,15 +242,9 @@ def test_start(
         (["--out", "r.toml"], "{folder}/r.toml: cannot be used"),
     ],
 )
-def test_arguments(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    said: str,
-) -> None:
+def test_arguments(folder: Path, fails: Fails, arguments: list[str], said: str) -> None:
     (folder / "r.toml").write_text(RECIPE)
-    found = fails(monkeypatch, capsys, "r.toml", *arguments)
+    found = fails("r.toml", *arguments)
     assert found.startswith(said.format(folder=folder))
 
 
@@ -287,61 +274,46 @@ def test_arguments(
     ],
 )
 def test_a_dry_run_refuses_what_a_run_does(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    changes: list[str],
-    said: str,
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails, changes: list[str], said: str
 ) -> None:
     """Regression: a recipe that is found good and then refused. The machine is a small one."""
     monkeypatch.setattr(dryrun, "memory_limit", lambda: 2**33)
-    monkeypatch.setitem(rate.SIDES, "cpu", 64)
     (folder / "r.toml").write_text(RECIPE)
     arguments = ["r.toml", *(word for change in changes for word in ("--set", change))]
-    dry = fails(monkeypatch, capsys, *arguments, "--dry-run")
+    dry = fails(*arguments, "--dry-run")
     assert dry.startswith(said)
     if "'none'" not in str(changes) and "parallel" not in str(changes):
-        assert fails(monkeypatch, capsys, *arguments) == dry
+        assert fails(*arguments) == dry
 
 
 def test_a_dry_run_that_does_not_fit(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Ends as the run would, after its table."""
     monkeypatch.setattr(dryrun, "memory_limit", lambda: 2**27)
-    monkeypatch.setitem(rate.SIDES, "cpu", 64)
     (folder / "r.toml").write_text(RECIPE)
-    monkeypatch.setattr(sys, "argv", ["lowlat", "train", "r.toml", "--dry-run"])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    assert ended.value.code == 2
+    assert train("r.toml", "--dry-run") == 2
     printed = capsys.readouterr()
     assert "Memory per" in printed.out
     assert "r.toml: phase 'first' needs about 420 MB of memory" in printed.err
 
 
 def test_a_dry_run_before_there_is_data(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, train: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(rate.SIDES, "cpu", 64)
     (folder / "r.toml").write_text(RECIPE)
     changes = ["--set", "model.vocab_size=300", "--set", "data.folder='none'"]
-    monkeypatch.setattr(sys, "argv", ["lowlat", "train", "r.toml", "--dry-run", *changes])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    assert ended.value.code == 0
+    assert train("r.toml", "--dry-run", *changes) == 0
     assert "none: does not exist yet; the data was not checked" in capsys.readouterr().err
 
 
-def test_what_is_there(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_there(folder: Path, train: Callable[..., int], fails: Fails) -> None:
     """A changed recipe on a run, and exports and reports of what is no run or has no such save."""
     (folder / "r.toml").write_text(RECIPE)
-    monkeypatch.setattr(sys, "argv", ["lowlat", "train", "r.toml", "--quiet"])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    assert ended.value.code == 0
+    assert train("r.toml", "--quiet") == 0
     run = "runs/small"
     assert (folder / run / "model").is_dir()
     for arguments, said in (
@@ -362,5 +334,5 @@ def test_what_is_there(
         (["report", "r.toml"], "r.toml: line 1: not valid JSON"),
         (["report", "absent"], "absent: no such log; name the folder of a training run"),
     ):
-        assert fails(monkeypatch, capsys, *arguments).startswith(said), arguments
+        assert fails(*arguments).startswith(said), arguments
     assert not (folder / "dst").exists()

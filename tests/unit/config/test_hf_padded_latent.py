@@ -10,6 +10,7 @@ from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.utils.errors import UserError
+from tests.configs import MLA
 
 from .files import LLAMA, V3, refusal
 
@@ -17,12 +18,11 @@ from .files import LLAMA, V3, refusal
 def converted(q_bias: bool = False, o_bias: bool = False, rank: int = 130) -> ModelConfig:
     """A dense model with a latent of `rank` channels and no norm on it."""
     plain = config_from_hf(V3 | {"first_k_dense_replace": 5, "rope_interleave": False})
-    attention = MLAConfig(
-        num_attention_heads=3,
+    attention = replace(
+        MLA,
         kv_lora_rank=rank,
         q_lora_rank=None,
         qk_nope_head_dim=0,
-        qk_rope_head_dim=6,
         v_head_dim=11,
         attention_bias=q_bias,
         q_bias=q_bias,

@@ -12,6 +12,7 @@ from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig, QuantConfig, RopeConfig
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.utils.errors import UserError
+from tests.configs import LLAMA3
 from tests.lowlat_configs import (
     DIFFERING,
     EVERY,
@@ -29,14 +30,7 @@ from tests.lowlat_configs import (
 FACTORS = tuple(1.0 + i for i in range(5))
 ROPES = {
     "linear": RopeConfig(rope_theta=100.0, rope_type="linear", factor=3.0),
-    "llama3": RopeConfig(
-        rope_theta=100.0,
-        rope_type="llama3",
-        factor=8.0,
-        original_max_position_embeddings=19,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-    ),
+    "llama3": replace(LLAMA3, rope_theta=100.0, original_max_position_embeddings=19),
     "longrope": RopeConfig(
         rope_theta=100.0,
         rope_type="longrope",

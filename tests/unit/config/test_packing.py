@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lowlat.config.hf.packing import GROUP_SIZE, TILE_ROWS
+from lowlat.config.hf.quantization import GROUP_SIZE, TILE_ROWS
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.hf.writer import config_to_hf
 from lowlat.config.model import ModelConfig, QuantConfig

@@ -187,7 +187,7 @@ def test_int8_cache():
 
 def test_numbers_stay_fast_for_absurd_sizes():
     """A hostile file may claim 2**31 experts: counting must not make a list of them."""
-    config = config_from_hf(V3 | {"n_routed_experts": 3 * 2**29, "num_hidden_layers": 100_000})
+    config = config_from_hf(V3 | {"n_routed_experts": 3 * 2**29, "num_hidden_layers": 10_000})
     quantized = replace(config, quantization=QuantConfig())
     assert weight_bytes(quantized) > 2**50
 

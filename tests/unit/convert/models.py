@@ -1,11 +1,18 @@
 """Small GQA models to compress: weights in memory, text of random tokens."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from lowlat.config.model import GQAConfig, ModelConfig, RopeConfig
+from lowlat.config.model import ModelConfig, RopeConfig
+from lowlat.convert.compression.calibration import Calibration
+from lowlat.convert.compression.compress import CompressionReport, compress
 from lowlat.convert.parameters.weights import Weights
 from lowlat.model.transformer import Transformer
+from lowlat.utils.progress import SilentProgress
+from tests.configs import GQA
 from tests.fakes import gqa_config, tiny_model
 
 LENGTH = 37
@@ -15,7 +22,6 @@ YARN = RopeConfig(
     factor=4.0,
     original_max_position_embeddings=24,
     beta_fast=4.0,
-    beta_slow=1.0,
 )
 INTERLEAVED = RopeConfig(rope_theta=100.0, rope_interleave=True)
 
@@ -23,9 +29,7 @@ INTERLEAVED = RopeConfig(rope_theta=100.0, rope_interleave=True)
 def model_config(
     *, bias: bool = False, groups: int = 3, rope: RopeConfig | None = None
 ) -> ModelConfig:
-    attention = GQAConfig(
-        num_attention_heads=6, num_key_value_heads=groups, head_dim=16, qkv_bias=bias
-    )
+    attention = replace(GQA, num_key_value_heads=groups, head_dim=16, qkv_bias=bias)
     return gqa_config(
         model_type="qwen2" if bias else "llama",
         hidden_size=61,
@@ -39,11 +43,7 @@ class ModelWeights(Weights):
     """The parameters of a model in memory."""
 
     def __init__(self, model: Transformer) -> None:
-        self._config, self._state = model.config, model.state_dict()
-
-    @property
-    def config(self) -> ModelConfig:
-        return self._config
+        self.config, self._state = model.config, model.state_dict()
 
     def dtype(self, name: str) -> torch.dtype:
         return self._state[name].dtype
@@ -82,3 +82,26 @@ def weights_of(config: ModelConfig) -> ModelWeights:
 def windows(count: int = 6) -> Tensor:
     generator = torch.Generator().manual_seed(5)
     return torch.randint(263, (count, LENGTH), generator=generator)
+
+
+def compressed_model(
+    weights: Weights,
+    folder: Path,
+    layout: str,
+    method: str = "weighted",
+    share: float = 0.5,
+    calibration: Calibration | None = None,
+    precision: torch.dtype = torch.float32,
+) -> tuple[Weights, CompressionReport]:
+    """Compressed in `folder` to half of its cache."""
+    return compress(
+        weights,
+        calibration or Calibration(windows=windows(8), held_out=windows(4), origin="test"),
+        share=share,
+        method=method,
+        layout=layout,  # pyright: ignore[reportArgumentType]
+        scratch=folder,
+        dtype=torch.float32,
+        progress=SilentProgress(),
+        precision=precision,
+    )

@@ -9,12 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.compression.budget import STEP, EntryWidths
-from lowlat.convert.compression.calibration import Calibration
 from lowlat.convert.compression.components import components, decouple
-from lowlat.convert.compression.compress import CompressionReport, compress
 from lowlat.convert.compression.low_rank import (
     attention_tensors,
     factorize,
@@ -32,8 +29,9 @@ from lowlat.model.transformer import Transformer
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from lowlat.utils.progress import SilentProgress
 from tests.fakes import tiny_model
+from tests.packed_attention import PackedAttention
 
-from .models import CASES, IDS, LENGTH, model_config, weights_of, windows
+from .models import CASES, IDS, LENGTH, compressed_model, model_config, weights_of, windows
 
 
 def statistics_of(weights: Weights) -> list[LayerStatistics]:
@@ -64,7 +62,7 @@ def compressed(
     own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
     parts = method.components(own, statistics)
     rope = parts.priority.flatten().argsort(descending=True)[: rotary // 2]
-    keys = decouple(parts, own, statistics, rope, uses_mean_rotation=method.uses_mean_rotation)
+    keys = decouple(parts, own, statistics, rope)
     rank = len(keys.nope) + own.v.shape[0] * own.v.shape[1]
     factors = factorize(method.target(own, statistics, keys), rank)
     source = weights.config.attention
@@ -267,7 +265,7 @@ def test_factors_are_the_best_and_cost_what_they_say() -> None:
     own, statistics = read_attention(weights, 0), statistics_of(weights)[0]
     method = METHODS["weighted"]
     parts = components(own, statistics, method.basis, method.priority, uses_mean_rotation=True)
-    keys = decouple(parts, own, statistics, torch.tensor([1, 7, 20]), uses_mean_rotation=True)
+    keys = decouple(parts, own, statistics, torch.tensor([1, 7, 20]))
     target = weighted_target(own, statistics, keys)
 
     def cost(approximation: Tensor) -> float:
@@ -305,27 +303,6 @@ def test_components_that_keep_their_mean_cost_less() -> None:
     )
     assert (with_mean <= without + 1e-12).all()
     assert (with_mean[-1] < 1e-6 * without[-1]).all()
-
-
-def compressed_model(
-    weights: Weights,
-    folder: Path,
-    layout: str,
-    method: str = "weighted",
-    share: float = 0.5,
-    calibration: Calibration | None = None,
-) -> tuple[Weights, CompressionReport]:
-    return compress(
-        weights,
-        calibration or Calibration(windows=windows(8), held_out=windows(4), origin="test"),
-        share=share,
-        method=method,
-        layout=layout,  # pyright: ignore[reportArgumentType]
-        scratch=folder,
-        dtype=torch.float32,
-        progress=SilentProgress(),
-        precision=torch.float32,
-    )
 
 
 @pytest.mark.slow
@@ -381,6 +358,7 @@ def _names(config: ModelConfig) -> list[str]:
         return list(Transformer(config).state_dict())
 
 
+@pytest.mark.slow
 def test_weighted_loses_least(tmp_path: Path) -> None:
     """On inputs of low rank, as those of trained models are."""
     weights = weights_of(model_config())

@@ -11,15 +11,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint import resumable_writer as restart
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
+from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.convert.compression.scratch import scratch_folder
 from lowlat.convert.options import CompressionOptions, compression_options
 from lowlat.convert.report import REPORT_FILE
@@ -27,24 +25,21 @@ from lowlat.convert.run import convert
 from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
+from tests import configs
+from tests.configs import GQA, ROPE
 from tests.fakes import byte_tokenizer, gqa_config
 from tests.lowlat_configs import EVERY, random_model
+from tests.packed_attention import PackedAttention
+from tests.parameters import slow_except
 from tests.unit.convert.test_run import edit_tensors
 
 LENGTH = 40
-LLAMA3 = RopeConfig(
-    rope_theta=10000.0,
-    rope_type="llama3",
-    factor=8.0,
-    original_max_position_embeddings=24,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-)
+LLAMA3 = replace(configs.LLAMA3, original_max_position_embeddings=24)
 
 
 def source_model(folder: Path, *, bias: bool = False, **changes: Any) -> Path:
     """A GQA model with a tokenizer; its text is bytes."""
-    attention = GQAConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=16, qkv_bias=bias)
+    attention = replace(GQA, head_dim=16, qkv_bias=bias)
     fields = {"hidden_size": 64, "attention": attention, "max_position_embeddings": LENGTH}
     config = gqa_config(model_type="qwen2" if bias else "llama", **(fields | changes))
     model = Transformer(config, dtype=torch.float32)
@@ -71,10 +66,10 @@ def logits(config: ModelConfig, model: Transformer, ids: torch.Tensor) -> torch.
 
 
 @pytest.mark.parametrize("method", ["weighted", "transmla", "mha2mla"])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", slow_except([True], [False, True]))
 def test_other_programs_compute_the_same(tmp_path: Path, bias: bool, method: str) -> None:
     """The standard layout in transformers' DeepseekV3ForCausalLM, fp32."""
-    rope = RopeConfig(rope_theta=10000.0) if bias else LLAMA3
+    rope = ROPE if bias else LLAMA3
     source = source_model(tmp_path / "source", bias=bias, rope=rope)
     convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path, method=method))
     loaded = load_model(tmp_path / "mla")
@@ -124,6 +119,7 @@ def test_the_same_bytes_again(tmp_path: Path) -> None:
     assert first == second
 
 
+@pytest.mark.slow
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
     """Of attention whose values are small and whose output makes them large again.
 
@@ -188,7 +184,7 @@ def test_refused_before_anything_is_written(
 @pytest.mark.parametrize("layout", ["standard", "free"])
 def test_a_recipe_keeps_within_the_budget_or_says_so(tmp_path: Path, layout: Any) -> None:
     """Regression: one key head whose rotation alone is more than was requested."""
-    one = GQAConfig(num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+    one = replace(GQA, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
     source = source_model(tmp_path / "source", attention=one)
     asked = wanted(tmp_path, share=0.25, method="transmla", layout=layout)
     words = (
@@ -202,8 +198,7 @@ def test_a_recipe_keeps_within_the_budget_or_says_so(tmp_path: Path, layout: Any
 
 
 def test_heads_whose_pairs_no_fold_divides(tmp_path: Path) -> None:
-    narrow = GQAConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=10)
-    source = source_model(tmp_path / "source", attention=narrow)
+    source = source_model(tmp_path / "source", attention=GQA)
     asked = wanted(tmp_path, method="transmla")
     report = convert(source, tmp_path / "mla", to="mla", compression=asked)
     assert report.compression is not None and report.compression.fold == 1
@@ -239,6 +234,7 @@ def test_models_that_cannot_be_calibrated_are_said_before(tmp_path: Path) -> Non
         convert(tmp_path / "mtp", tmp_path / "mla", to="mla", compression=wanted(tmp_path))
 
 
+@pytest.mark.slow
 def test_another_text_of_equal_length_is_not_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,12 +341,10 @@ def test_a_disk_too_small_is_said_before_calibration(
 
 
 def test_a_full_disk_while_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library of the scratch files has an exception of its own for it."""
-
     def full(*arguments: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lowlat.convert.compression.scratch.save_file", full)
+    monkeypatch.setattr("lowlat.convert.compression.scratch.file_pieces", full)
     source = source_model(tmp_path / "source")
     with pytest.raises(UserError, match=r"cannot be written .*No space left.*free some space"):
         convert(source, tmp_path / "mla", to="mla", compression=wanted(tmp_path))

@@ -10,6 +10,7 @@ from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.convert.parameters.exact_mla import check_exact, mla_attention, mla_config
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from lowlat.utils.errors import UserError
+from tests.configs import model_config
 
 HEADS, GROUPS, HEAD_DIM, HIDDEN = 15, 5, 22, 13
 
@@ -18,15 +19,11 @@ def gqa_model(**changes: object) -> ModelConfig:
     attention = GQAConfig(
         num_attention_heads=HEADS, num_key_value_heads=GROUPS, head_dim=HEAD_DIM, qkv_bias=True
     )
-    model = ModelConfig(
-        model_type="qwen2",
+    model = model_config(
+        "qwen2",
+        attention,
         hidden_size=HIDDEN,
-        intermediate_size=17,
-        num_hidden_layers=2,
-        vocab_size=29,
         max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        attention=attention,
         rope=RopeConfig(rope_theta=1e5),
         tie_word_embeddings=True,
         eos_token_ids=(7,),

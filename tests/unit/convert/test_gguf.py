@@ -15,33 +15,18 @@ from gguf.quants import dequantize
 from lowlat.checkpoint.gguf.file import GGUFFile
 from lowlat.checkpoint.load import load_model
 from lowlat.config.hf.families import ARCHITECTURES
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig
+from lowlat.config.model import GQAConfig, ModelConfig, RopeConfig
 from lowlat.convert.run import convert
 from lowlat.model.linear import Linear
 from lowlat.ops.quantized import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
+from tests.configs import GQA, LLAMA3, MLA, YARN
+from tests.parameters import slow_except
 from tests.unit.checkpoint.builders import FAMILIES, assert_same_bits, gqa, mla, write_model
 
 from .texts import TEMPLATE, write_tokenizer
 
-YARN = RopeConfig(
-    rope_theta=10000.0,
-    rope_type="yarn",
-    rope_interleave=True,
-    factor=4.0,
-    original_max_position_embeddings=128,
-    mscale=0.7,
-    mscale_all_dim=0.7,
-)
-LLAMA3 = RopeConfig(
-    rope_theta=10000.0,
-    rope_type="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=64,
-)
 MODELS = {name: config for name, config in FAMILIES.items() if "fp8" not in name} | {
     "yarn": mla("deepseek_v3", rope=YARN, num_nextn_predict_layers=1),
     "groups": mla("deepseek_v3", moe=replace(mla("deepseek_v3").moe, n_group=3, topk_group=2)),
@@ -49,12 +34,7 @@ MODELS = {name: config for name, config in FAMILIES.items() if "fp8" not in name
     "no query latent": mla(
         "deepseek_v3", attention=replace(mla("deepseek_v3").attention, q_lora_rank=None)
     ),
-    "biases": replace(
-        gqa("llama"),
-        attention=GQAConfig(
-            num_attention_heads=6, num_key_value_heads=2, head_dim=10, qkv_bias=True, o_bias=True
-        ),
-    ),
+    "biases": replace(gqa("llama"), attention=replace(GQA, qkv_bias=True, o_bias=True)),
     "linear": gqa("llama", rope=RopeConfig(rope_theta=1e4, rope_type="linear", factor=2.0)),
 }
 EXPRESSIBLE = [name for name in MODELS if "converted" not in name]
@@ -94,9 +74,10 @@ def wide(family: str) -> ModelConfig:
     config = MODELS[family]
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 320}
     if isinstance(config.attention, GQAConfig):
-        attention: Any = GQAConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+        attention: Any = replace(GQA, num_attention_heads=4, head_dim=16)
         return replace(config, attention=attention, **sizes)
-    attention = MLAConfig(
+    attention = replace(
+        MLA,
         num_attention_heads=4,
         kv_lora_rank=32,
         q_lora_rank=32,
@@ -279,7 +260,7 @@ def test_windows_that_llama_cpp_does_not_read_are_said(
     assert ("llama.cpp reads no sliding_window of mistral" in caplog.text) == is_said
 
 
-@pytest.mark.parametrize("family", EXPRESSIBLE)
+@pytest.mark.parametrize("family", slow_except(ARCHITECTURES, EXPRESSIBLE))
 def test_folders_made_of_files_name_their_class(tmp_path: Path, family: str) -> None:
     """`architectures`, which programs choose the model's code by."""
     write_model(tmp_path / "m", MODELS[family])

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.convert.parameters.exact_mla import check_exact
@@ -14,6 +13,7 @@ from lowlat.convert.report import describe_attention
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
 from tests.lowlat_configs import EVERY, random_model
+from tests.packed_attention import PackedAttention
 
 
 @pytest.mark.parametrize("interleave", [False, True])

@@ -12,15 +12,13 @@ from torch import Tensor
 from lowlat.attention.flash import FlashAttention
 from lowlat.config.model import ModelConfig
 from lowlat.convert.compression.calibration import Calibration
-from lowlat.convert.compression.compress import compress
 from lowlat.convert.compression.layer_runner import LayerRunner, layer_weights
 from lowlat.convert.compression.methods import METHODS
 from lowlat.convert.compression.paired_run import RIDGE, OutputRegression
 from lowlat.model.block import DecoderLayer
 from lowlat.ops.rope import RotaryEmbedding
-from lowlat.utils.progress import SilentProgress
 
-from .models import CASES, IDS, LENGTH, model_config, weights_of, windows
+from .models import CASES, IDS, LENGTH, compressed_model, model_config, weights_of, windows
 
 
 def random_case(bias: bool) -> tuple[Tensor, Tensor | None, list[Tensor]]:
@@ -89,16 +87,9 @@ def test_it_brings_a_model_nearer(
         way = replace(METHODS["weighted"], fits_output=refits)
         monkeypatch.setitem(METHODS, "weighted", way)
         (tmp_path / str(refits)).mkdir()
-        new, report = compress(
-            weights,
-            Calibration(windows=text, held_out=text, origin="test"),
-            share=0.5,
-            method="weighted",
-            layout=layout,  # pyright: ignore[reportArgumentType]
-            scratch=tmp_path / str(refits),
-            dtype=torch.float32,
-            progress=SilentProgress(),
-            precision=torch.float32,
+        calibration = Calibration(windows=text, held_out=text, origin="test")
+        new, report = compressed_model(
+            weights, tmp_path / str(refits), layout, calibration=calibration
         )
         found[refits] = [layer.measured_deviation for layer in report.layers]
         name = "layers.1.self_attn.o_proj.weight"
@@ -112,16 +103,7 @@ def test_products_in_bf16_measure_much_the_same(tmp_path: Path) -> None:
     found: list[list[float]] = []
     for precision in (torch.float32, torch.bfloat16):
         (tmp_path / str(precision)).mkdir()
-        _, report = compress(
-            weights,
-            Calibration(windows=windows(8), held_out=windows(4), origin="test"),
-            share=0.5,
-            method="weighted",
-            layout="standard",
-            scratch=tmp_path / str(precision),
-            dtype=torch.float32,
-            progress=SilentProgress(),
-            precision=precision,
-        )
+        folder = tmp_path / str(precision)
+        _, report = compressed_model(weights, folder, "standard", precision=precision)
         found.append([layer.measured_deviation for layer in report.layers])
     assert found[1] == pytest.approx(found[0], rel=0.02)

@@ -12,8 +12,7 @@ from lowlat.convert.compression.statistics import read_attention, run_layers
 from lowlat.ops.rope import inverse_frequencies
 from lowlat.utils.progress import SilentProgress
 
-from .models import model_config, weights_of, windows
-from .test_compress import compressed_model
+from .models import compressed_model, model_config, weights_of, windows
 
 
 def test_mha2mla_picks_layer_by_layer(tmp_path: Path) -> None:

@@ -2,14 +2,15 @@
 
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from lowlat.config.model import MLAConfig
 from lowlat.convert import report_plot
 from lowlat.convert.compression.compress import CompressionReport, LayerReport
 from lowlat.convert.report import compression_object, report_files
+from tests.configs import MLA
 from tests.fakes import gqa_config
 
 COST = CompressionReport(
@@ -42,12 +43,12 @@ EVALUATIONS = [{"tokens": 0, "divergence": 0.4}, {"tokens": 4096, "divergence": 
 
 def told() -> dict[str, Any]:
     config = gqa_config()
-    attention = MLAConfig(
+    attention = replace(
+        MLA,
         num_attention_heads=6,
         kv_lora_rank=24,
         q_lora_rank=None,
         qk_nope_head_dim=10,
-        qk_rope_head_dim=6,
         v_head_dim=10,
         kv_a_layernorm=False,
     )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
-from lowlat.config.model import (
-    GQAConfig,
-    MLAConfig,
-    ModelConfig,
-    MoEConfig,
-    QuantConfig,
-    RopeConfig,
-)
+from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.convert.parameters.exact_mla import mla_config
 from lowlat.convert.report import describe_attention
 from lowlat.convert.run import convert
-from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
+from tests.configs import PLAIN_MOE
+from tests.unit.checkpoint.builders import gqa, mla, random_model
 
 from .texts import write_tokenizer
 
@@ -31,68 +26,23 @@ HEADS, GROUPS, HEAD_DIM = 6, 2, 10
 
 
 def gqa_model(family: str = "llama", groups: int = GROUPS, **changes: Any) -> ModelConfig:
-    attention = GQAConfig(
-        num_attention_heads=HEADS,
-        num_key_value_heads=groups,
-        head_dim=HEAD_DIM,
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-    )
-    return model(family, attention, RopeConfig(rope_theta=10000.0), **changes)
+    config = gqa(family, **changes)
+    return replace(config, attention=replace(config.attention, num_key_value_heads=groups))
 
 
 def fp8_model() -> ModelConfig:
     """DeepSeek-V3 with experts, a router bias, an MTP module and fp8 blocks with ragged edges."""
-    attention = MLAConfig(
-        num_attention_heads=3,
-        kv_lora_rank=13,
-        q_lora_rank=11,
-        qk_nope_head_dim=5,
-        qk_rope_head_dim=6,
-        v_head_dim=7,
-    )
-    moe = MoEConfig(
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        moe_intermediate_size=5,
-        first_k_dense_replace=1,
-    )
-    return model(
+    return mla(
         "deepseek_v3",
-        attention,
-        RopeConfig(rope_theta=10000.0, rope_interleave=True),
-        moe=moe,
+        moe=replace(PLAIN_MOE, n_routed_experts=4, moe_intermediate_size=5),
         num_nextn_predict_layers=1,
         quantization=QuantConfig(weight_block_size=(8, 5)),
     )
 
 
-def model(
-    family: str, attention: GQAConfig | MLAConfig, rope: RopeConfig, **more: Any
-) -> ModelConfig:
-    return ModelConfig(
-        model_type=family,
-        hidden_size=23,
-        intermediate_size=19,
-        num_hidden_layers=2,
-        vocab_size=41,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        attention=attention,
-        rope=rope,
-        eos_token_ids=(2,),
-        **more,
-    )
-
-
 def write(folder: Path, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Path:
     """A checkpoint of `config`, every number random."""
-    source = Transformer(config, dtype=dtype).requires_grad_(False)
-    for name, value in source.state_dict().items():
-        drawn = torch.randn(value.shape)
-        value.copy_(drawn.abs() if name.endswith("_scale_inv") else drawn)
-    save_model(source, config, folder, source=None)
+    save_model(random_model(config, dtype), config, folder, source=None)
     return folder
 
 

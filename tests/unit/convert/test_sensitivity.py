@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import ModelConfig
 from lowlat.convert.compression import compress as compress_module
 from lowlat.convert.compression.budget import EntryWidths, PredictedError, Sensitivity
-from lowlat.convert.compression.calibration import Calibration
-from lowlat.convert.compression.compress import SENSITIVITY_ROUNDS, compress
+from lowlat.convert.compression.compress import SENSITIVITY_ROUNDS
 from lowlat.convert.compression.sensitivity import (
     EVERY,
     LEAST_LATENT,
@@ -28,22 +26,13 @@ from lowlat.model.block import DecoderLayer
 from lowlat.model.transformer import Transformer
 from lowlat.utils.progress import SilentProgress
 from tests.fakes import tiny_model
+from tests.packed_attention import PackedAttention
 
-from .models import CASES, IDS, ModelWeights, model_config, weights_of, windows
+from .models import CASES, IDS, ModelWeights, compressed_model, model_config, weights_of, windows
 
 
 def compressed_folder(weights: ModelWeights, folder: Path) -> Transformer:
-    new, _ = compress(
-        weights,
-        Calibration(windows=windows(8), held_out=windows(4), origin="test"),
-        share=0.5,
-        method="weighted",
-        layout="free",
-        scratch=folder,
-        dtype=torch.float32,
-        progress=SilentProgress(),
-        precision=torch.float32,
-    )
+    new, _ = compressed_model(weights, folder, "free")
     model = Transformer(new.config, dtype=torch.float32)
     model.load_state_dict({name: new.read(name).float() for name in model.state_dict()})
     return model

@@ -1,24 +1,19 @@
 """Frequencies, softmax scale and channel order of a converted model."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowlat.config.model import MLAConfig, ModelConfig, RopeConfig
+from lowlat.config.model import MLAConfig, RopeConfig
 from lowlat.convert.parameters.shared_rope import channel_order, divisors, scale_exponent, wide_rope
 from lowlat.ops.rope import inverse_frequencies
+from tests import configs
 
-LLAMA3 = RopeConfig(
-    rope_theta=5e5,
-    rope_type="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
-)
+LLAMA3 = replace(configs.LLAMA3, rope_theta=5e5, original_max_position_embeddings=8192)
 YARN = RopeConfig(
     rope_theta=1e4, rope_type="yarn", factor=16.0, original_max_position_embeddings=4096
 )
@@ -64,24 +59,15 @@ def test_divisor_is_the_best_of_its_neighbours() -> None:
 def test_softmax_scale_is_that_of_the_narrow_head(groups: int, head_dim: int) -> None:
     """Regression: scaling q by sqrt(groups) instead, which bf16 and 4-bit weights cannot hold."""
     rope = wide_rope(torch.ones(head_dim // 2), 1.0, groups, 64)
-    config = ModelConfig(
-        model_type="deepseek_v3",
-        hidden_size=1,
-        intermediate_size=1,
-        num_hidden_layers=1,
-        vocab_size=1,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-6,
-        attention=MLAConfig(
-            num_attention_heads=groups,
-            kv_lora_rank=groups * head_dim,
-            q_lora_rank=None,
-            qk_nope_head_dim=0,
-            qk_rope_head_dim=groups * head_dim,
-            v_head_dim=head_dim,
-        ),
-        rope=rope,
+    attention = MLAConfig(
+        num_attention_heads=groups,
+        kv_lora_rank=groups * head_dim,
+        q_lora_rank=None,
+        qk_nope_head_dim=0,
+        qk_rope_head_dim=groups * head_dim,
+        v_head_dim=head_dim,
     )
+    config = configs.model_config("deepseek_v3", attention, rope=rope)
     assert config.softmax_scale_of(0) == pytest.approx(head_dim**-0.5, rel=3e-16)
 
 

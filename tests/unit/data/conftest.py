@@ -1,15 +1,12 @@
 """Token folders of known documents, over a byte tokenizer with marks for infilling."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from lowlat.data.chat_packing import PackedChats
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.manifest import (
     SPLITS,
@@ -17,13 +14,12 @@ from lowlat.data.manifest import (
     Split,
     id_type,
 )
-from lowlat.data.packing import PackedSequences
+from lowlat.data.packing import PackedChats, PackedSequences
 from lowlat.data.vocabulary import CHAT_TEMPLATE, FIM, end_of_text, fim_tokens
 from lowlat.data.writer import SplitWriter, write_manifest, write_tokenizer
-from lowlat.text.parts import TokenizerParts
-from lowlat.text.token_bytes import byte_alphabet
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.atomic_files import atomic_folder
+from tests.fakes import byte_backend, wrapped
 
 END = 256
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *FIM)
@@ -33,19 +29,39 @@ Make = Callable[..., TokenizedDataset]
 
 def byte_level(template: str | None = CHAT_TEMPLATE, special: Sequence[str] = SPECIAL) -> Tokenizer:
     """Ids 0 to 255 are bytes, then the special tokens; nothing is put around a text."""
-    backend = tokenizers.Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
-    return Tokenizer(
-        TokenizerParts(
-            backend=backend,
-            special_tokens={"eos_token": special[0], "bos_token": special[0]},
-            eos_ids=frozenset({END}),
-            chat_template=template,
-            origin="fake",
+    return wrapped(byte_backend(special), bos=special[0], eos=special[:1], chat_template=template)
+
+
+def write_tokens(
+    path: Path,
+    tokenizer: Tokenizer,
+    documents: Mapping[Split, Iterable[tuple[Sequence[int], Sequence[bool] | None]]],
+    *,
+    shard_tokens: int = 1 << 20,
+    begin_of_text: int | None = None,
+) -> None:
+    """A token folder of documents: ids with their end token, and their masks."""
+    with atomic_folder(path) as folder:
+        dtype = id_type(tokenizer.vocab_size)
+        writers: dict[Split, SplitWriter] = {
+            split: SplitWriter(folder, split, dtype, shard_tokens) for split in SPLITS
+        }
+        for split in SPLITS:
+            for ids, mask in documents[split]:
+                writers[split].add(np.array(ids), None if mask is None else np.array(mask))
+                writers[split].end_document(len(ids) - 1 - (begin_of_text is not None))
+        manifest = DatasetManifest(
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=end_of_text(tokenizer),
+            begin_of_text=begin_of_text,
+            fim=fim_tokens(tokenizer),
+            tokenizer=write_tokenizer(folder, tokenizer),
+            shard_tokens=shard_tokens,
+            splits={split: writer.finish() for split, writer in writers.items()},
+            sources=("made",),
+            dropped={},
         )
-    )
+        write_manifest(folder, manifest)
 
 
 def texts(count: int, longest: int = 90) -> list[list[int]]:
@@ -71,33 +87,27 @@ def make_folder(tmp_path: Path) -> Make:
         special: Sequence[str] = SPECIAL,
         head: Sequence[int] = (),
     ) -> TokenizedDataset:
-        tokenizer = byte_level(special=special)
-        documents: dict[Split, Sequence[Sequence[int]]] = {"train": train, "held_out": held_out}
-        with atomic_folder(tmp_path / name) as folder:
-            dtype = id_type(tokenizer.vocab_size)
-            writers: dict[Split, SplitWriter] = {
-                split: SplitWriter(folder, split, dtype, shard_tokens) for split in SPLITS
-            }
-            for split in SPLITS:
-                for index, ids in enumerate(documents[split]):
-                    mask = None if masks is None else np.array([*masks[index], False])
-                    writers[split].add(np.array([*head, *ids, END]), mask)
-                    writers[split].end_document(len(ids))
-            manifest = DatasetManifest(
-                vocab_size=tokenizer.vocab_size,
-                end_of_text=end_of_text(tokenizer),
-                begin_of_text=head[0] if head else None,
-                fim=fim_tokens(tokenizer),
-                tokenizer=write_tokenizer(folder, tokenizer),
-                shard_tokens=shard_tokens,
-                splits={split: writer.finish() for split, writer in writers.items()},
-                sources=("made",),
-                dropped={},
-            )
-            write_manifest(folder, manifest)
+        documents: dict[Split, list[tuple[Sequence[int], Sequence[bool] | None]]] = {
+            split: [
+                ([*head, *ids, END], None if masks is None else [*masks[index], False])
+                for index, ids in enumerate(texts)
+            ]
+            for split, texts in (("train", train), ("held_out", held_out))
+        }
+        write_tokens(
+            tmp_path / name,
+            byte_level(special=special),
+            documents,
+            shard_tokens=shard_tokens,
+            begin_of_text=head[0] if head else None,
+        )
         return TokenizedDataset.open(tmp_path / name)
 
     return make
+
+
+PACKING = {"split": "train", "seed": 11, "fim_rate": 0.0}
+"""Options of packed rows that tests do not change."""
 
 
 def assert_found_by_number(

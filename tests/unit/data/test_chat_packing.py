@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowlat.data.chat_packing import PackedChats, TruncatedChats, packed
 from lowlat.data.dataset import TokenizedDataset
+from lowlat.data.packing import PackedChats, TruncatedChats, packed
 from lowlat.utils.errors import UserError
 
-from .conftest import END, Make, assert_found_by_number, texts
+from .conftest import END, PACKING, Make, assert_found_by_number, texts
 
 T, AHEAD = 61, 3
 QUESTION = 5
@@ -17,14 +17,7 @@ QUESTION = 5
 
 
 def rows(folder: TokenizedDataset, **changes: object) -> PackedChats:
-    options = {
-        "split": "train",
-        "sequence_length": T,
-        "num_ahead": AHEAD,
-        "seed": 11,
-        "document_masks": True,
-        "fim_rate": 0.0,
-    }
+    options = PACKING | {"sequence_length": T, "num_ahead": AHEAD, "document_masks": True}
     return PackedChats(folder, **(options | changes))  # pyright: ignore[reportArgumentType]
 
 

@@ -10,20 +10,13 @@ from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.packing import PackedSequences
 from lowlat.utils.errors import UserError
 
-from .conftest import END, Make, assert_found_by_number, texts
+from .conftest import END, PACKING, Make, assert_found_by_number, texts
 
 T, AHEAD = 37, 3
 
 
 def windows(folder: TokenizedDataset, **changes: object) -> PackedSequences:
-    options = {
-        "split": "train",
-        "sequence_length": T,
-        "num_ahead": AHEAD,
-        "seed": 11,
-        "document_masks": False,
-        "fim_rate": 0.0,
-    }
+    options = PACKING | {"sequence_length": T, "num_ahead": AHEAD, "document_masks": False}
     return PackedSequences(folder, **(options | changes))  # pyright: ignore[reportArgumentType]
 
 

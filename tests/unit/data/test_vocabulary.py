@@ -40,6 +40,7 @@ def trained() -> Tokenizer:
     return train_bpe([TEXT * 5, TEXT.upper() * 3], 340)
 
 
+@pytest.mark.slow
 def test_training_is_repeatable(tmp_path: Path) -> None:
     """Regression: a vocabulary that depends on hash seeds or threads."""
     source, digests = Path(__file__), set()

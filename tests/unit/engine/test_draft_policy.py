@@ -92,19 +92,15 @@ def test_each_draft_costs_its_part_of_a_round() -> None:
 
 def test_one_slow_round_does_not_end_drafts() -> None:
     """Regression: no drafts any more after the machine was busy once."""
-    choice, one = DraftPolicy(), sequence()
+    choice, first, one = DraftPolicy(), DraftPolicy(), sequence()
     for _ in range(20):
-        choice.stepped(1, 1.0)
-        choice.stepped(5, 1.1)
-        choice.verified(one, 4, 4)
+        for policy in (choice, first):
+            policy.stepped(1, 1.0)
+            policy.stepped(5, 1.1)
+            policy.verified(one, 4, 4)
         choice.drafted(4, 0.2)
     choice.drafted(4, 1000.0)
     assert choice.choose({one: 50}) == {one: MAX_DRAFT_TOKENS}
-    first = DraftPolicy()
-    for _ in range(20):
-        first.stepped(1, 1.0)
-        first.stepped(5, 1.1)
-        first.verified(one, 4, 4)
     first.drafted(4, 1000.0)
     depths = [first.choose({one: 50})[one] for _ in range(RETRY + 2)]
     assert depths[0] == 0 and depths[-1] == MAX_DRAFT_TOKENS

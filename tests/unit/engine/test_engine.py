@@ -355,4 +355,4 @@ def test_a_preempted_prompt_does_not_count_its_own_pages_as_hits() -> None:
     run(engine)
     assert engine.scheduler.num_preemptions > 0 and old[0].sequences[0].num_outputs == 28
     assert late.num_matched == 0
-    assert engine.recorder._cached_prompt_tokens == 0
+    assert engine.recorder.snapshot().cached_prompt_tokens == 0

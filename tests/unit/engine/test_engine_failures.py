@@ -51,7 +51,7 @@ def test_a_prompt_that_fails_ends_all_its_completions(
         assert (event.token, event.finish_reason) == (None, "error")
         assert event.error == "the model failed: the model broke"
     assert [len(events[request.id, 0]) for request in good] == [3] * others
-    assert engine.recorder._finished.get("error") == 3
+    assert engine.recorder.snapshot().finished.get("error") == 3
 
 
 def test_a_deadline_missed_in_the_queue_ends_all_completions() -> None:

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import ModelConfig
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.runner import ModelRunner
 from lowlat.model.transformer import Transformer
 from tests.lowlat_configs import EVERY, random_model
+from tests.packed_attention import PackedAttention
 
 PROMPTS = [[7, 11, 13], [2] * 40, [5, 3, 5, 3, 5, 3, 5]]
 

@@ -2,19 +2,11 @@
 
 import pytest
 
-from lowlat.config.model import MLAConfig
-from lowlat.engine.prefill_planner import PrefillChunk, PrefillPlanner
+from lowlat.engine.prefill_planner import PrefillPlanner
+from tests.configs import V3_MLA
 from tests.fakes import gqa_config
 
-V3 = MLAConfig(
-    num_attention_heads=128,
-    kv_lora_rank=512,
-    q_lora_rank=1536,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-)
-READER = PrefillPlanner(V3, chunk=1024, page_size=64)
+READER = PrefillPlanner(V3_MLA, chunk=1024, page_size=64)
 
 
 @pytest.mark.parametrize(
@@ -44,16 +36,15 @@ def test_prefill_chunks_cover_a_sequence_without_crossing_the_grid() -> None:
     for limit in (1, 7, 100, 1000, 5000):
         start, prompt, length = 0, 2500, 2600
         while start < length:
-            chunk = READER.next_chunk(start, prompt, length, limit)
-            assert 1 <= chunk.length <= limit
-            paths = {READER.path(start + i, prompt) for i in range(chunk.length)}
-            assert paths == {chunk.path}
-            start += chunk.length
+            size, path = READER.next_chunk(start, prompt, length, limit)
+            assert 1 <= size <= limit
+            assert {READER.path(start + i, prompt) for i in range(size)} == {path}
+            start += size
         assert start == length
 
 
 def test_a_whole_grid_chunk_is_one_prefill_chunk() -> None:
-    assert READER.next_chunk(1024, 2500, 2500, 4096) == PrefillChunk(1024, "expanded")
+    assert READER.next_chunk(1024, 2500, 2500, 4096) == (1024, "expanded")
 
 
 def test_names_of_pages_that_mix_paths_include_the_position() -> None:

@@ -64,7 +64,7 @@ def step(scheduler: Scheduler) -> dict[Sequence, int]:
     for item in work:
         known = len(item.sequence.tokens) - item.sequence.num_cached
         assert len(item.sequence.pages) * PAGE >= item.start + item.length
-        scheduler.advance(item.sequence, min(item.length, known))
+        scheduler.kv_cache.advance(item.sequence, min(item.length, known))
         if item.sequence.num_pending == 0:
             item.sequence.tokens.append(1)
     holders = [s.pages for s in [*scheduler.running, *scheduler.waiting]]
@@ -312,7 +312,7 @@ def test_drafts_are_dropped_rather_than_a_sequence_preempted() -> None:
     one.draft_tokens = [1, 2, 3]
     assert step(scheduler) == {one: 4}, "there is a page for them"
     one.tokens += [1, 2, 3][: 12 - len(one.tokens)]
-    scheduler.advance(one, len(one.tokens) - 1 - one.num_cached)
+    scheduler.kv_cache.advance(one, len(one.tokens) - 1 - one.num_cached)
     one.draft_tokens = [7, 8, 9]
     assert step(scheduler) == {one: 1} and one.draft_tokens == []
 

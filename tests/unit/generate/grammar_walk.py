@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import tokenizers
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models
 
 from lowlat.generate.grammar import CompiledGrammar, GrammarState
-from lowlat.text.parts import TokenizerParts
 from lowlat.text.token_bytes import byte_alphabet
 from lowlat.text.tokenizer import Tokenizer
+from tests.fakes import byte_backend, wrapped
 
 PIECES = (b'{"', b'":', b"ab", b"\xc3\xa9", b"\xa9\xc3", b"\xa9x", b"\xf0\x9f\x98", b"\n  ")
 """Tokens beside the single bytes: some end or begin in the middle of a character."""
@@ -22,12 +22,8 @@ def uneven_tokenizer(eos: tuple[str, ...] = ("</s>", "<end>")) -> Tokenizer:
     visible = {byte: char for char, byte in alphabet.items()}
     pieces = ["".join(visible[byte] for byte in piece) for piece in PIECES]
     vocab = alphabet | {piece: 256 + index for index, piece in enumerate(pieces)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<end>", "<tool>"]
-    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
-    return _wrap(backend, eos)
+    return wrapped(byte_backend(special, models.BPE(vocab=vocab, merges=[])), eos=eos)
 
 
 def stripping_tokenizer() -> Tokenizer:
@@ -48,19 +44,7 @@ def stripping_tokenizer() -> Tokenizer:
     )
     special = ["<unk>", "<s>", "</s>"]
     backend.add_special_tokens([AddedToken(token, special=True) for token in special])
-    return _wrap(backend, ("</s>",))
-
-
-def _wrap(backend: tokenizers.Tokenizer, eos: tuple[str, ...]) -> Tokenizer:
-    return Tokenizer(
-        TokenizerParts(
-            backend=backend,
-            special_tokens={"bos_token": "<s>", "eos_token": eos[0]} if eos else {},
-            eos_ids=frozenset(backend.token_to_id(token) for token in eos),
-            chat_template=None,
-            origin="fake",
-        )
-    )
+    return wrapped(backend)
 
 
 def allowed(state: GrammarState) -> list[int]:

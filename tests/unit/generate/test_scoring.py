@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import ModelConfig
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
 from tests.fakes import gqa_config, mla_config
+from tests.packed_attention import PackedAttention
 
 from .test_model import LONG, check_idle, counting, real
 

@@ -2,78 +2,41 @@
 too.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from lowlat.config.model import AttentionConfig, ModelConfig, RopeConfig
 from lowlat.model.transformer import Transformer
+from lowlat.ops.rope import RotaryEmbedding, RotaryTable
+from tests import configs, lowlat_configs
+from tests.configs import MLA, model_config
+from tests.packed_attention import PackedAttention
 
-YARN = RopeConfig(
-    rope_theta=10000.0,
-    rope_type="yarn",
-    rope_interleave=True,
-    factor=8.0,
-    original_max_position_embeddings=64,
-    mscale=0.7,
-    mscale_all_dim=1.1,
-)
+YARN = replace(configs.YARN, factor=8.0, original_max_position_embeddings=64, mscale_all_dim=1.1)
+MOE = replace(configs.MOE, n_routed_experts=10, n_group=5, topk_group=2)
+GQA = replace(configs.GQA, qkv_bias=True, o_bias=True, qk_norm=True)
 
 
 def mla_config(**changes: Any) -> ModelConfig:
     """MLA with a query latent and YaRN; a dense layer, then a grouped mixture of experts."""
-    attention = MLAConfig(
-        num_attention_heads=3,
-        kv_lora_rank=13,
-        q_lora_rank=11,
-        qk_nope_head_dim=5,
-        qk_rope_head_dim=6,
-        v_head_dim=7,
-    )
-    moe = MoEConfig(
-        n_routed_experts=10,
-        num_experts_per_tok=3,
-        n_shared_experts=2,
-        moe_intermediate_size=5,
-        first_k_dense_replace=1,
-        n_group=5,
-        topk_group=2,
-        routed_scaling_factor=2.5,
-    )
-    return _config("deepseek_v3", {"attention": attention, "rope": YARN, "moe": moe} | changes)
+    fields = {"attention": MLA, "rope": YARN, "moe": MOE, "max_position_embeddings": 4096}
+    return model_config("deepseek_v3", **(fields | changes))
 
 
 def gqa_config(**changes: Any) -> ModelConfig:
     """GQA with biases and QK-norm; a sliding window on the second layer only."""
-    attention = GQAConfig(
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=10,
-        qkv_bias=True,
-        o_bias=True,
-        qk_norm=True,
-    )
     fields = {
-        "attention": attention,
+        "attention": GQA,
         "rope": RopeConfig(rope_theta=1000.0),
         "sliding_window": 4,
         "sliding_window_layers": (1,),
         "tie_word_embeddings": True,
-    }
-    return _config("qwen3", fields | changes)
-
-
-def _config(model_type: str, fields: dict[str, Any]) -> ModelConfig:
-    common = {
-        "model_type": model_type,
-        "hidden_size": 23,
-        "intermediate_size": 19,
-        "num_hidden_layers": 2,
-        "vocab_size": 41,
         "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
     }
-    return ModelConfig(**(common | fields))
+    return model_config("qwen3", **(fields | changes))
 
 
 def random_model(config: ModelConfig, *, dtype: torch.dtype = torch.float64) -> Transformer:
@@ -90,3 +53,16 @@ def fill(module: torch.nn.Module) -> None:
             0.5 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
         )
         parameter.copy_(1 + drawn if "norm" in name else drawn)
+
+
+def attention_case(
+    attention: AttentionConfig, *, interleave: bool
+) -> tuple[torch.nn.Module, Tensor, PackedAttention, RotaryTable]:
+    """The attention of a layer in fp64, 17 tokens to attend, and what they attend with."""
+    rope = RopeConfig(rope_theta=50.0, rope_interleave=interleave)
+    config = lowlat_configs.lowlat_config(attention, rope=rope)
+    module = lowlat_configs.random_model(config, torch.float64).layers[0].self_attn
+    x = torch.randn(17, 23, dtype=torch.float64)
+    packed = PackedAttention([17])
+    table = RotaryEmbedding(rope, attention.rope_dim)(packed.positions())
+    return module, x, packed, table

@@ -2,10 +2,10 @@
 
 import torch
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.model.block import DecoderLayer
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.rope import RotaryEmbedding
+from tests.packed_attention import PackedAttention
 
 from .draw import fill, gqa_config, mla_config
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
+from lowlat.config.attention import expansion_break_even
 from lowlat.config.model import GLAConfig, MLAConfig
 from lowlat.engine import scoring
 from lowlat.engine.runner import ModelRunner
@@ -15,6 +15,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from tests.lowlat_configs import GLA, YARN, lowlat_config, random_model
+from tests.packed_attention import PackedAttention
 
 
 def as_mla(attention: GLAConfig) -> MLAConfig:
@@ -89,4 +90,4 @@ def test_every_head_reads_the_latent_of_its_group(groups: int) -> None:
 def test_the_cache_is_mlas() -> None:
     assert GLA.entry_dim == as_mla(GLA).entry_dim == 32
     assert GLA.quantized_dim == 26
-    assert GLA.latent_sizes == as_mla(GLA).latent_sizes
+    assert expansion_break_even([GLA]) == expansion_break_even([as_mla(GLA)])

@@ -1,13 +1,16 @@
 """GQA's projections: biases, QK-norm before the rotation, and its ends MHA and MQA."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
-from lowlat.config.model import GQAConfig, RopeConfig
+from lowlat.config.model import RopeConfig
 from lowlat.model.gqa import GQA
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
+from tests import configs
+from tests.packed_attention import PackedAttention
 
 from .draw import fill, gqa_config
 
@@ -15,8 +18,7 @@ ROPE = RopeConfig(rope_theta=1000.0)
 
 
 def gqa(**changes: object) -> GQA:
-    fields = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10}
-    attention = GQAConfig(**(fields | changes))
+    attention = replace(configs.GQA, **changes)
     module = GQA(gqa_config(attention=attention), attention, 0, dtype=torch.float64)
     fill(module)
     return module.requires_grad_(False)

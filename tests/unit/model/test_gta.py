@@ -5,23 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
-from lowlat.config.model import RopeConfig
 from lowlat.model.gta import GTA as Module
-from lowlat.ops.rope import RotaryEmbedding, apply_rope
-from tests.lowlat_configs import GTA, lowlat_config, random_model
+from lowlat.ops.rope import apply_rope
+from tests.lowlat_configs import GTA
+
+from .draw import attention_case
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 @pytest.mark.parametrize("interleave", [True, False])
 def test_naive(groups: int, interleave: bool) -> None:
     attention = replace(GTA, num_key_value_heads=groups)
-    config = lowlat_config(attention, rope=RopeConfig(rope_theta=50.0, rope_interleave=interleave))
-    module = random_model(config, torch.float64).layers[0].self_attn
+    module, x, packed, rope = attention_case(attention, interleave=interleave)
     assert isinstance(module, Module)
-    x = torch.randn(17, 23, dtype=torch.float64)
-    packed = PackedAttention([17])
-    rope = RotaryEmbedding(config.rope, 4)(packed.positions())
     q = (x @ module.q_proj.weight.T).view(17, 6, 10)
     states = (x @ module.kv_proj_with_mqa.weight.T)[:, : 10 * groups].view(17, groups, 10)
     shared = (x @ module.kv_proj_with_mqa.weight.T)[:, None, 10 * groups :]

@@ -7,10 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.attention.path import choose_path
-from lowlat.config.attention import expansion_break_even
-from lowlat.config.attention_summary import short_name
+from lowlat.config.attention import expansion_break_even, short_name
 from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import MLAConfig, ModelConfig, RopeConfig
 from lowlat.engine import scoring
@@ -24,6 +22,7 @@ from tests.lowlat_configs import (
     lowlat_config,
 )
 from tests.lowlat_configs import random_model as model_of
+from tests.packed_attention import PackedAttention
 
 CONFIG = lowlat_config(
     DIFFERING,
@@ -180,7 +179,7 @@ def test_the_path_is_the_cheaper_one_of_all_layers_together() -> None:
     narrow, wide = sizes(24), sizes(224)
     assert choose_path(narrow, 4000) == "absorbed"
     assert [choose_path(wide, length) for length in (89, 90)] == ["absorbed", "expanded"]
-    both = expansion_break_even([narrow.latent_sizes, wide.latent_sizes])
+    both = expansion_break_even([narrow, wide])
     assert both == pytest.approx((24 * 128 + 224 * 128) / (320 - 80))
     assert [choose_path((narrow, wide), n) for n in (132, 133)] == ["absorbed", "expanded"]
     assert choose_path((narrow, wide), 32) == "decode"

@@ -40,7 +40,7 @@ def packed_linear(storage: str, weight: torch.Tensor) -> Linear:
     assert linear.bias is not None
     with torch.no_grad():
         linear.bias.normal_()
-    getattr(linear, f"store_{storage}")()
+    linear.store_packed(storage)
     shapes = {name: (value.shape, value.dtype) for name, value in linear.state_dict().items()}
     parts = linear.pack(weight)
     for name, value in parts.items():
@@ -77,7 +77,7 @@ def test_packing_is_the_same_with_and_without_kernels(storage: str, dtype: torch
     """Also of matrices the kernels do not take: other types, and columns that lie apart."""
     weight = torch.randn(77, 77).to(dtype)
     linear = Linear(77, 77, dtype=torch.bfloat16)
-    getattr(linear, f"store_{storage}")()
+    linear.store_packed(storage)
     define = {"int4": quantize_int4, "int8": quantize_int8}[storage]
     assert not has_native_kernel(weight.T)
     for dense in (weight, weight.T):
@@ -90,7 +90,7 @@ def test_packing_is_the_same_with_and_without_kernels(storage: str, dtype: torch
 def test_packed_on_meta_stays_on_meta() -> None:
     with torch.device("meta"):
         linear = Linear(5, 3, dtype=torch.bfloat16)
-    linear.store_int4()
+    linear.store_packed("int4")
     assert all(parameter.is_meta for parameter in linear.parameters())
     assert not any(parameter.requires_grad for parameter in linear.parameters())
 

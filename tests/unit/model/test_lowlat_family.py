@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lowlat.attention.flash import FlashAttention
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.config.parameter_count import count_parameters
@@ -17,6 +16,7 @@ from lowlat.model.init import init_weights
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
 from tests.lowlat_configs import EVERY, FORMS, LAYERS, random_model
+from tests.packed_attention import PackedAttention
 
 every_config = pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
 IDS = torch.randint(0, 263, (61,), generator=torch.Generator().manual_seed(5))

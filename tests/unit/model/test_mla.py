@@ -1,24 +1,24 @@
 """MLA's projections: what is cached, and which rows of kv_b_proj are which."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
-from lowlat.config.model import MLAConfig, RopeConfig
+from lowlat.config.model import RopeConfig
 from lowlat.model.linear import RMSNorm
 from lowlat.model.mla import MLA
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
+from tests import configs
+from tests.packed_attention import PackedAttention
 
 from .draw import YARN, fill, mla_config
 
 
 def mla(rope: RopeConfig = YARN, **changes: object) -> MLA:
-    base = mla_config().attention
-    assert isinstance(base, MLAConfig)
-    fields = {name: getattr(base, name) for name in base.__slots__}
-    attention = MLAConfig(**(fields | changes))
+    attention = replace(configs.MLA, **changes)
     module = MLA(mla_config(attention=attention, rope=rope), attention, 0, dtype=torch.float64)
     fill(module)
     return module.requires_grad_(False)

@@ -1,5 +1,7 @@
 """The mixture as a module: shared experts, gate parameters, which layers have one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,14 +10,11 @@ from lowlat.model.moe import MLP, Gate, MoE
 from lowlat.ops.experts import swiglu
 from lowlat.ops.routing import route
 
-from .draw import fill, mla_config, random_model
+from .draw import MOE, fill, mla_config, random_model
 
 
 def moe_of(**changes: object) -> tuple[MoE, MoEConfig]:
-    base = mla_config().moe
-    assert base is not None
-    fields = {name: getattr(base, name) for name in base.__slots__}
-    rule = MoEConfig(**(fields | changes))
+    rule = replace(MOE, **changes)
     module = MoE(mla_config(moe=rule), rule, dtype=torch.float64)
     fill(module)
     return module.requires_grad_(False), rule

@@ -7,12 +7,12 @@ from torch import Tensor
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
-from lowlat.attention.packed import PackedAttention
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MoE
 from lowlat.model.mtp import MTPModule
 from lowlat.model.transformer import Transformer
 from lowlat.ops.norm import rms_norm
+from tests.packed_attention import PackedAttention
 
 from .draw import mla_config, random_model
 

@@ -5,13 +5,13 @@ exact weight.
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import QuantConfig
 from lowlat.model.linear import Linear, block_grid
 from lowlat.model.mla import MLA
 from lowlat.model.quant import packed_type, store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.ops.fp8 import dequantize_blocks, quantize_blocks
+from tests.packed_attention import PackedAttention
 
 from .draw import mla_config, random_model
 

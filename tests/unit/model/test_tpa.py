@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import RopeConfig, TPAConfig
 from lowlat.model.init import init_weights
 from lowlat.model.tpa import TPA as Module
@@ -14,17 +13,15 @@ from lowlat.model.transformer import Transformer
 from lowlat.ops.rope import RotaryEmbedding, apply_rope
 from tests.lowlat_configs import TPA, lowlat_config, random_model
 
+from .draw import attention_case
+
 
 @pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize("attention", [TPA, replace(TPA, q_rank=None, k_rank=3)])
 def test_naive(attention: TPAConfig, interleave: bool) -> None:
     """Queries, keys and values are built in full and rotated head by head, after the sum."""
-    config = lowlat_config(attention, rope=RopeConfig(rope_theta=50.0, rope_interleave=interleave))
-    module = random_model(config, torch.float64).layers[0].self_attn
+    module, x, packed, rope = attention_case(attention, interleave=interleave)
     assert isinstance(module, Module)
-    x = torch.randn(17, 23, dtype=torch.float64)
-    packed = PackedAttention([17])
-    rope = RotaryEmbedding(config.rope, 14)(packed.positions())
 
     def build(a: torch.Tensor, b: torch.Tensor, rank: int) -> torch.Tensor:
         heads = (x @ a.T).view(17, rank, 5)

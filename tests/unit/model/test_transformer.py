@@ -12,11 +12,11 @@ from torch import Tensor
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.cached import CachedAttention
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
-from lowlat.attention.packed import PackedAttention
 from lowlat.config.model import ModelConfig
 from lowlat.model.moe import Gate
 from lowlat.model.transformer import Transformer
 from lowlat.ops.routing import Routing
+from tests.packed_attention import PackedAttention
 
 from .draw import gqa_config, mla_config, random_model
 

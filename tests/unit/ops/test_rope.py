@@ -3,11 +3,13 @@ by hand.
 """
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, RopeConfig, yarn_mscale
+from lowlat.config.model import ModelConfig, RopeConfig, yarn_mscale
 from lowlat.ops import native_training_kernels
 from lowlat.ops.rope import (
     RotaryEmbedding,
@@ -16,63 +18,21 @@ from lowlat.ops.rope import (
     inverse_frequencies,
     rotation_magnitude,
 )
+from tests.configs import GQA, LLAMA3, V3_MLA, YARN, model_config
 
-V3_ROPE = RopeConfig(
-    rope_theta=10000.0,
-    rope_type="yarn",
-    rope_interleave=True,
-    factor=40.0,
-    original_max_position_embeddings=4096,
-    mscale=1.0,
-    mscale_all_dim=1.0,
+V3_ROPE = replace(
+    YARN, factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0
 )
-V2_LITE_ROPE = RopeConfig(
-    rope_theta=10000.0,
-    rope_type="yarn",
-    rope_interleave=True,
-    factor=40.0,
-    original_max_position_embeddings=4096,
-    mscale=0.707,
-    mscale_all_dim=0.707,
-)
+V2_LITE_ROPE = replace(V3_ROPE, mscale=0.707, mscale_all_dim=0.707)
 
 
 def yarn(mscale: float | None, mscale_all_dim: float | None, **changes: float) -> RopeConfig:
-    return RopeConfig(
-        rope_theta=10000.0,
-        rope_type="yarn",
-        factor=40.0,
-        original_max_position_embeddings=4096,
-        mscale=mscale,
-        mscale_all_dim=mscale_all_dim,
-        **changes,
-    )
+    scales: dict[str, Any] = {"mscale": mscale, "mscale_all_dim": mscale_all_dim}
+    return replace(V3_ROPE, rope_interleave=False, **(scales | changes))
 
 
 def mla_model(rope: RopeConfig) -> ModelConfig:
-    attention = MLAConfig(
-        num_attention_heads=128,
-        kv_lora_rank=512,
-        q_lora_rank=1536,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-    )
-    return model_with(attention, rope)
-
-
-def model_with(attention: MLAConfig | GQAConfig, rope: RopeConfig) -> ModelConfig:
-    return ModelConfig(
-        model_type="deepseek_v3",
-        hidden_size=7168,
-        intermediate_size=18432,
-        num_hidden_layers=61,
-        vocab_size=129280,
-        max_position_embeddings=163840,
-        rms_norm_eps=1e-6,
-        attention=attention,
-        rope=rope,
-    )
+    return model_config("deepseek_v3", V3_MLA, rope=rope)
 
 
 @pytest.mark.parametrize(("rope", "factor"), [(V3_ROPE, 1.874), (V2_LITE_ROPE, 1.590)])
@@ -87,8 +47,8 @@ def test_yarn_softmax_factor_only_with_yarn() -> None:
     assert mla_model(RopeConfig(rope_theta=1e4)).softmax_scale_of(0) == pytest.approx(192**-0.5)
     # mscale alone belongs to cos and sin
     assert mla_model(yarn(1.0, None)).softmax_scale_of(0) == pytest.approx(192**-0.5)
-    gqa = GQAConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=16)
-    assert model_with(gqa, V3_ROPE).softmax_scale_of(0) == pytest.approx(0.25)
+    gqa = model_config("deepseek_v3", replace(GQA, head_dim=16), rope=V3_ROPE)
+    assert gqa.softmax_scale_of(0) == pytest.approx(0.25)
 
 
 def test_yarn_cos_and_sin_factor() -> None:
@@ -169,14 +129,7 @@ def test_yarn_without_truncation_keeps_fractional_borders() -> None:
 
 def test_llama3_frequencies() -> None:
     """Wavelengths tau * 10^i against borders 100 / 4 = 25 and 100 / 1 = 100."""
-    rope = RopeConfig(
-        rope_theta=1e4,
-        rope_type="llama3",
-        factor=8.0,
-        original_max_position_embeddings=100,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-    )
+    rope = replace(LLAMA3, original_max_position_embeddings=100)
     smooth = (100 / (math.tau * 10) - 1) / (4 - 1)
     blended = 0.1 * ((1 - smooth) / 8 + smooth)
     expected = torch.tensor([1.0, blended, 0.01 / 8, 0.001 / 8])

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from lowlat.config.model import MLAConfig, MoEConfig
+from lowlat.config.model import MLAConfig
 from lowlat.config.presets import load_preset
 from lowlat.plan.flops import average_keys, token_flops, up_projections
+from tests.configs import PLAIN_MOE
 from tests.fakes import gqa_config, mla_config
 
 
@@ -57,13 +58,7 @@ def test_a_window_limits_the_keys():
 
 
 def test_experts_that_are_not_chosen_cost_nothing():
-    moe = MoEConfig(
-        n_routed_experts=7,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        moe_intermediate_size=11,
-        first_k_dense_replace=1,
-    )
+    moe = replace(PLAIN_MOE, n_routed_experts=7)
     few = token_flops(mla_config(moe=moe), 5)
     many = token_flops(mla_config(moe=replace(moe, n_routed_experts=14)), 5)
     assert many.parts["routed"] == few.parts["routed"] == 2 * 2 * 3 * 23 * 11

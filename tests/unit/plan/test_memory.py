@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowlat.attention.flash import FlashAttention
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
+from lowlat.config.model import ModelConfig
 from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native_training_kernels
@@ -20,31 +20,24 @@ from lowlat.train.layers.fused import use_fused_layers
 from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.step.lora import EXPERT_PROJECTIONS, add_lora, is_lora_parameter
+from tests.configs import GQA, MLA, PLAIN_MOE
 from tests.fakes import gqa_config, mla_config
 
 JOB = TrainingJob(
     sequence_length=128, batch_size=8, precision="fp32", layout=ParallelLayout(zero=0)
 )
-LATENT = MLAConfig(
-    num_attention_heads=3,
+LATENT = replace(
+    MLA,
     kv_lora_rank=37,
     q_lora_rank=53,
     qk_nope_head_dim=24,
     qk_rope_head_dim=8,
     v_head_dim=24,
 )
-MIXTURE = MoEConfig(
-    n_routed_experts=5,
-    num_experts_per_tok=2,
-    n_shared_experts=1,
-    moe_intermediate_size=41,
-    first_k_dense_replace=1,
-)
+MIXTURE = replace(PLAIN_MOE, moe_intermediate_size=41)
 WIDE = {"hidden_size": 96, "intermediate_size": 131, "num_hidden_layers": 3, "vocab_size": 263}
 SPARSE = mla_config(attention=LATENT, moe=MIXTURE, num_nextn_predict_layers=0, **WIDE)
-DENSE = gqa_config(
-    attention=GQAConfig(num_attention_heads=6, num_key_value_heads=2, head_dim=16), **WIDE
-)
+DENSE = gqa_config(attention=replace(GQA, head_dim=16), **WIDE)
 LAYERS = replace(
     SPARSE,
     moe=None,
@@ -139,7 +132,7 @@ def test_what_updates_keep(
         origin="r",
     )
     assert recipe.lora is not None
-    add_lora(model, recipe.lora, seed=3, origin="r")
+    add_lora(model, recipe.lora, seed=3)
     use_fused_layers(model)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     for name, parameter in model.named_parameters():
@@ -170,15 +163,9 @@ def test_embedding_and_head_are_whole_where_they_are_not_divided():
 
 def test_every_layers_activations_are_its_own():
     """Of layers that differ, in whatever order. Regression: all taken for the last one."""
-    attention = MLAConfig(
-        num_attention_heads=6,
-        kv_lora_rank=64,
-        q_lora_rank=None,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-    )
-    wide, narrow = attention, replace(attention, kv_lora_rank=16)
+    heads = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    wide = replace(MLA, num_attention_heads=6, kv_lora_rank=64, q_lora_rank=None, **heads)
+    narrow = replace(wide, kv_lora_rank=16)
     kept = [
         memory(JOB, replace(SPARSE, attention=each, num_hidden_layers=3)).activations
         for each in ((wide, wide, narrow), (narrow, wide, wide), (wide, wide, wide))

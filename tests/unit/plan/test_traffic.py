@@ -6,18 +6,18 @@ from itertools import combinations
 
 import pytest
 
-from lowlat.config.model import ModelConfig, MoEConfig
+from lowlat.config.model import ModelConfig
 from lowlat.plan.job import ParallelLayout, TrainingJob
 from lowlat.plan.machine import H800
 from lowlat.plan.stages import ROUTED, cut, device_parameters, held
 from lowlat.plan.traffic import Transfer, places, transfers
+from tests.configs import PLAIN_MOE
 from tests.fakes import mla_config
 
-MOE = MoEConfig(
+MOE = replace(
+    PLAIN_MOE,
     n_routed_experts=16,
     num_experts_per_tok=3,
-    n_shared_experts=1,
-    moe_intermediate_size=11,
     first_k_dense_replace=0,
     n_group=4,
     topk_group=2,

@@ -11,14 +11,13 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from safetensors import SafetensorError
 
 from lowlat.recovery import inputs as recovery_inputs
 from lowlat.recovery import run as recovery_run
 from lowlat.recovery import work_folder as work
 from lowlat.recovery.work_folder import WorkFolder, work_folder_path
-from lowlat.train.run.trainer import Trainer
 from lowlat.utils.errors import UserError
+from tests.unit.train.runs import stopped_after
 
 from . import tiny
 
@@ -116,21 +115,10 @@ def test_ctrl_c_around_the_last_renaming(
     assert [path.name for path in tmp_path.iterdir()] == ["mla"]
 
 
-def test_a_stopped_training_resumes(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_training_resumes(made: Path, tmp_path: Path) -> None:
     """SIGINT in the middle of it: the step is finished and saved."""
-    save = Trainer._save
-
-    def stopping(trainer: Trainer) -> None:
-        save(trainer)
-        if trainer.position.step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            tiny.call(made, tmp_path / "mla")
+    with stopped_after(2, signal.SIGINT):
+        tiny.call(made, tmp_path / "mla")
     log = work_folder_path(tmp_path / "mla") / "run" / "log.jsonl"
     assert '"step":2' in log.read_text().replace(" ", "")
     tiny.call(made, tmp_path / "mla")
@@ -198,8 +186,8 @@ def test_a_disk_that_fills_while_attention_is_measured(
 ) -> None:
     """Tokens stay, and are not made again."""
     with monkeypatch.context() as patch:
-        fault = SafetensorError("I/O error: No space left on device (os error 28)")
-        patch.setattr("lowlat.convert.compression.scratch.save_file", Mock(side_effect=fault))
+        fault = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        patch.setattr("lowlat.convert.compression.scratch.file_pieces", Mock(side_effect=fault))
         with pytest.raises(UserError, match=r"No space left.*repeat the command"):
             tiny.call(made, tmp_path / "mla")
     assert (work_folder_path(tmp_path / "mla") / "tokens").is_dir()

@@ -63,6 +63,7 @@ def test_perplexities_are_those_of_eval(made: Path) -> None:
     assert told["compressed"]["perplexity"] != told["recovered"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_the_same_bytes_again(made: Path) -> None:
     tiny.call(made, made / "again")
     assert tiny.contents(made / "again") == tiny.contents(made / "whole")
@@ -290,6 +291,7 @@ def test_an_existing_destination_is_left_alone(made: Path, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["mla"]
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_healed(made: Path, tmp_path: Path) -> None:
     """And is the teacher; its blocks of four bits become fp32."""
     folder = tmp_path / "m"
@@ -308,6 +310,7 @@ def test_a_gguf_file_is_healed(made: Path, tmp_path: Path) -> None:
     assert torch.equal(source.model.get_parameter(name), healed.model.get_parameter(name))
 
 
+@pytest.mark.slow
 def test_calibration_is_on_the_text_to_heal_on(made: Path, tmp_path: Path) -> None:
     """Unless another is given; and it is the same every time."""
     changes = {"calibrate": (), "evaluate": None}
@@ -318,6 +321,7 @@ def test_calibration_is_on_the_text_to_heal_on(made: Path, tmp_path: Path) -> No
     assert tiny.report(made / "whole")["calibration"] == "calibrate.txt"
 
 
+@pytest.mark.slow
 def test_experts_are_made_of_what_was_healed(made: Path, tmp_path: Path) -> None:
     report = tiny.call(made, tmp_path / "experts", experts=4)
     assert report.experts == "4 routed, 2 active per token, 1 shared"
@@ -363,6 +367,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(made: Path, tmp_path: Path) ->
         )
 
 
+@pytest.mark.slow
 def test_evaluating_leaves_pytorch_its_threads(made: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

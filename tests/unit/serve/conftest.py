@@ -1,6 +1,7 @@
 """Fixtures: an application over the fake engine, and a client that calls it in this process."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -39,6 +40,16 @@ def make_client(engine: FakeEngine) -> Iterator[MakeClient]:
     yield make
     for made in state:
         made.close()
+
+
+def assert_refused(
+    client: TestClient, engine: FakeEngine, path: str, body: dict[str, Any], param: str
+) -> None:
+    """A request is answered 400, naming the field `param`, before the engine has it."""
+    response = client.post(path, json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    assert engine.asked == []
 
 
 @pytest.fixture

@@ -16,6 +16,17 @@ def counting_model(**options: Any) -> Model:
     return Model(model, byte_tokenizer(), name="counting", **options)
 
 
+def before_each_step(model: Model, action: Callable[[], object]) -> None:
+    """From now on the engine's thread calls `action` before every step."""
+    step = model.engine.step
+
+    def acting() -> list[Any]:
+        action()
+        return step()
+
+    model.engine.step = acting
+
+
 def with_engine(
     use: Callable[[AsyncEngine], Awaitable[None]], model: Model | None = None, **options: Any
 ) -> Model:

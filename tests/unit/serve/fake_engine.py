@@ -133,7 +133,6 @@ class FakeEngine(AsyncEngine):
         priority: int = 0,
         deadline: float | None = None,
         keep_special: frozenset[int] = frozenset(),
-        stop_token_ids: frozenset[int] = frozenset(),
         begins_text: bool = True,
     ) -> Generation:
         if self.refusal is not None:
@@ -165,7 +164,7 @@ class FakeEngine(AsyncEngine):
 
     @property
     def stats(self) -> EngineStats:
-        histogram = Histogram((0.1, 1.0), (2, 1, 1), 3.5)
+        histogram = Histogram((0.1, 1.0), [2, 1, 1], 3.5)
         return EngineStats(
             queued=2,
             running=3,

@@ -5,18 +5,20 @@ They are short, and use the same markers and conditions as those models' own tem
 
 from functools import cache
 
-import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken
 
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser, DeepSeekV31ToolParser
-from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.kimi import KimiK2ToolParser
-from lowlat.serve.tool_parsers.llama import Llama3ToolParser
-from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
+from lowlat.serve.tool_parsers.formats import (
+    DeepSeekV3ToolParser,
+    DeepSeekV31ToolParser,
+    HermesToolParser,
+    KimiK2ToolParser,
+    Llama3ToolParser,
+    MistralListToolParser,
+    MistralToolParser,
+)
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
-from lowlat.text.parts import TokenizerParts
-from lowlat.text.token_bytes import byte_alphabet
 from lowlat.text.tokenizer import Tokenizer
+from tests.fakes import byte_backend, wrapped
 
 DEEPSEEK = (
     "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>",  # noqa: RUF001
@@ -147,20 +149,9 @@ def tokenizer_of(family: str) -> Tokenizer:
 
 def tokenizer_with(template: str | None) -> Tokenizer:
     """The same with another template."""
-    backend = tokenizers.Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+    backend = byte_backend(SPECIAL)
     backend.add_tokens([AddedToken(text, normalized=False) for text in PLAIN])
-    return Tokenizer(
-        TokenizerParts(
-            backend=backend,
-            special_tokens={"bos_token": "<s>", "eos_token": "</s>"},
-            eos_ids=frozenset({256 + SPECIAL.index("</s>")}),
-            chat_template=template,
-            origin="fake",
-        )
-    )
+    return wrapped(backend, chat_template=template)
 
 
 FORMATS = (

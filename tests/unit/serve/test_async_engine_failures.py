@@ -27,7 +27,14 @@ from lowlat.serve.generation import EngineDead, Generation
 from lowlat.serve.run import open_socket, run
 from lowlat.utils.errors import UserError
 
-from .engine_use import assert_nothing_is_left, collect, counting_model, until, with_engine
+from .engine_use import (
+    assert_nothing_is_left,
+    before_each_step,
+    collect,
+    counting_model,
+    until,
+    with_engine,
+)
 
 POISON = 13
 """A byte whose request is made to fail."""
@@ -135,15 +142,10 @@ def test_an_engine_that_stands_still_is_not_healthy(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(async_engine, "STALL_SECONDS", 0.05)
     released = threading.Event()
     model = counting_model()
-    step = model.engine.step
-
-    def held() -> list[Any]:
-        released.wait()
-        return step()
 
     async def use(engine: AsyncEngine) -> None:
         assert engine.is_healthy
-        model.engine.step = held
+        before_each_step(model, released.wait)
         generation = await engine.submit(b"abc", SamplingParams(max_tokens=3))
         await until(lambda: not engine.is_healthy)
         released.set()
@@ -196,6 +198,7 @@ def test_a_thread_that_hangs_anywhere_is_not_healthy(
     with_engine(use)
 
 
+@pytest.mark.slow
 def test_a_long_step_that_computes_is_healthy_until_it_hangs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -204,18 +207,17 @@ def test_a_long_step_that_computes_is_healthy_until_it_hangs(
     monkeypatch.setattr(async_engine, "STALL_SECONDS", 1.5)
     monkeypatch.setattr(async_engine, "CHECK_SECONDS", 0.1)
     model = counting_model()
-    step, hanging, released = model.engine.step, threading.Event(), threading.Event()
+    hanging, released = threading.Event(), threading.Event()
 
-    def slow() -> list[Any]:
+    def compute_and_hang() -> None:
         end = time.monotonic() + 4.0
         while time.monotonic() < end:
             torch.ones(100, 100) @ torch.ones(100, 100)
         hanging.set()
         released.wait(60.0)
-        return step()
 
     async def use(engine: AsyncEngine) -> None:
-        model.engine.step = slow
+        before_each_step(model, compute_and_hang)
         generation = await engine.submit(b"abc", SamplingParams(max_tokens=1))
         while not hanging.is_set():
             assert engine.is_healthy
@@ -232,15 +234,14 @@ def test_a_step_that_computes_without_end_is_not_healthy(monkeypatch: pytest.Mon
     monkeypatch.setattr(async_engine, "CHECK_SECONDS", 0.1)
     monkeypatch.setattr(watchdog, "LONGEST_STEP_SECONDS", 0.5)
     model = counting_model()
-    step, released = model.engine.step, threading.Event()
+    released = threading.Event()
 
-    def endless() -> list[Any]:
+    def compute_until_released() -> None:
         while not released.is_set():
             pass
-        return step()
 
     async def use(engine: AsyncEngine) -> None:
-        model.engine.step = endless
+        before_each_step(model, compute_until_released)
         generation = await engine.submit(b"abc", SamplingParams(max_tokens=1))
         await until(lambda: not engine.is_healthy)
         released.set()

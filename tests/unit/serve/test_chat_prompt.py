@@ -14,7 +14,7 @@ from lowlat.serve.chat.template_features import TemplateFeatures
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.messages import UserMessage
-from lowlat.serve.tool_parsers.parts import ContentPart, ReasoningPart, ToolCallStart
+from lowlat.serve.tool_parsers.state import ContentPart, ReasoningPart, ToolCallStart
 from tests.fakes import byte_tokenizer, gqa_config, tiny_model
 from tests.unit.serve.templates import CHATML, tokenizer_of, tokenizer_with
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.protocol.chat_response import ChatCompletion, ChatCompletionChunk
+from lowlat.serve.routes.chat import ChatCompletion, ChatCompletionChunk
 
 from .fake_engine import NAME, Answer, FakeEngine
 

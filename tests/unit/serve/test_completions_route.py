@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.protocol.completions import CompletionResponse
 from lowlat.serve.protocol.limits import MAX_PROMPTS
+from lowlat.serve.routes.completions import CompletionResponse
 
+from .conftest import assert_refused
 from .fake_engine import NAME, Answer, FakeEngine
 from .test_chat_route import chunks_of
 
@@ -166,10 +167,7 @@ def test_invalid_structured_outputs_are_rejected(
 def test_refusals_name_the_field(
     client: TestClient, engine: FakeEngine, change: dict[str, Any], param: str
 ) -> None:
-    response = client.post(PATH, json={**BODY, **change})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == param
-    assert engine.asked == []
+    assert_refused(client, engine, PATH, {**BODY, **change}, param)
 
 
 def test_a_long_list_of_wrong_ids_costs_one_error(client: TestClient) -> None:

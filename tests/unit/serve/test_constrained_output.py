@@ -15,28 +15,29 @@ from lowlat.generate.structured import (
     Regex,
     StructuredOutput,
 )
-from lowlat.serve.chat.constraints import ReasoningPrefix, ToolCallConstraint, constrained_output
+from lowlat.serve.chat.constraints import ToolCallConstraint, constrained_output
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser
-from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.llama import Llama3ToolParser
-from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
-from lowlat.serve.tool_parsers.parts import (
+from lowlat.serve.tool_parsers.formats import (
+    DeepSeekV3ToolParser,
+    HermesToolParser,
+    Llama3ToolParser,
+    MistralListToolParser,
+    MistralToolParser,
+)
+from lowlat.serve.tool_parsers.state import (
     ContentPart,
     Part,
     ToolCallArguments,
     ToolCallStart,
-    append_part,
 )
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from lowlat.utils.errors import UserError
+from tests.unit.serve.parsing import joined_parts
 from tests.unit.serve.templates import DEEPSEEK, FORMATS, IDS, KIMI, tokenizer_of
 
 TOKENIZER = tokenizer_of("chatml")
 MARKS = ReasoningTags("<think>", "</think>")
-BEGUN = ReasoningPrefix(open="<think>", close="</think>", is_begun=True)
-MAYBE = ReasoningPrefix(open="<think>", close="</think>", is_begun=False)
 WEATHER = {
     "type": "object",
     "properties": {
@@ -85,12 +86,14 @@ def compiler() -> GrammarCompiler:
 
 def forced(
     tools: ToolParser, *, parallel: bool = True, required: bool = True, output: Any = None,
-    reasoning: ReasoningPrefix | None = None,
+    thinking: ReasoningMode = "never",
 ) -> StructuredOutput:  # fmt: skip
     calls = ToolCallConstraint(
         format=tools, functions=FUNCTIONS, parallel=parallel, required=required
     )
-    output = constrained_output(TOKENIZER, output=output, calls=calls, reasoning=reasoning)
+    output = constrained_output(
+        TOKENIZER, output=output, calls=calls, marks=MARKS, thinking=thinking
+    )
     assert output is not None
     return output
 
@@ -129,10 +132,7 @@ def walk(grammar: CompiledGrammar, seed: int) -> str:
 
 def parse(text: str, tools: ToolParser | None, thinking: ReasoningMode = "never") -> list[Part]:
     parser = OutputParser(marks=MARKS, thinking=thinking, tools=tools, schemas=SCHEMAS)
-    parts: list[Part] = []
-    for part in [*parser.push(text), *parser.finish()]:
-        append_part(parts, part)
-    return parts
+    return joined_parts(parser, [text])
 
 
 @pytest.mark.parametrize("tools", FORMATS, ids=IDS)
@@ -242,27 +242,29 @@ def test_structured_output_or_calls(compiler: GrammarCompiler) -> None:
         (Regex(pattern=r"a/b\/[c\n]+"), "a/b/c\nc", "a/b/"),
     ],
 )
-@pytest.mark.parametrize("reasoning", [BEGUN, MAYBE])
+@pytest.mark.parametrize("thinking", ["begun", "maybe"])
 def test_structured_output_after_reasoning(
     output: StructuredOutput,
     good: str,
     bad: str,
-    reasoning: ReasoningPrefix,
+    thinking: ReasoningMode,
     compiler: GrammarCompiler,
 ) -> None:
     """Regression: a schema that the reasoning has to match, or that holds for nothing after it."""
-    output = constrained_output(TOKENIZER, output=output, calls=None, reasoning=reasoning)
+    output = constrained_output(
+        TOKENIZER, output=output, calls=None, marks=MARKS, thinking=thinking
+    )
     assert output is not None
     grammar = compiler.compile(output)
-    thought = "Let <b> me.\n</think>\n\n" if reasoning.is_begun else "<think>\nLet.\n</think>\n\n"
+    thought = "Let <b> me.\n</think>\n\n" if thinking == "begun" else "<think>\nLet.\n</think>\n\n"
     assert accepts(grammar, thought + good)
     assert not accepts(grammar, thought + bad)
     assert not accepts(grammar, thought)
-    assert accepts(grammar, good) == (not reasoning.is_begun)
+    assert accepts(grammar, good) == (thinking == "maybe")
 
 
 def test_calls_after_reasoning(compiler: GrammarCompiler) -> None:
-    grammar = compiler.compile(forced(HermesToolParser(), reasoning=MAYBE))
+    grammar = compiler.compile(forced(HermesToolParser(), thinking="maybe"))
     text = f"<think>\nI <tool_call> it.\n</think>\n\n{WRITTEN['HermesToolParser']}"
     assert accepts(grammar, text)
     assert check_calls(parse(text, HermesToolParser(), "maybe")) == 1
@@ -271,14 +273,17 @@ def test_calls_after_reasoning(compiler: GrammarCompiler) -> None:
 
 def test_nothing_is_forced_without_need() -> None:
     output = JsonObject()
-    assert constrained_output(TOKENIZER, output=output, calls=None, reasoning=None) is output
-    assert constrained_output(TOKENIZER, output=None, calls=None, reasoning=BEGUN) is None
+    assert constrained_output(TOKENIZER, output=output, calls=None) is output
+    assert (
+        constrained_output(TOKENIZER, output=None, calls=None, marks=MARKS, thinking="begun")
+        is None
+    )
 
 
 def test_a_grammar_is_no_part_of_another() -> None:
     with pytest.raises(UserError, match="grammar cannot be combined"):
         constrained_output(
-            TOKENIZER, output=Grammar(lark="start: /a/"), calls=None, reasoning=BEGUN
+            TOKENIZER, output=Grammar(lark="start: /a/"), calls=None, marks=MARKS, thinking="begun"
         )
 
 
@@ -293,7 +298,7 @@ def test_texts_of_a_schema_are_no_control_tokens(compiler: GrammarCompiler) -> N
         parallel=True,
         required=True,
     )
-    output = constrained_output(TOKENIZER, output=None, calls=calls, reasoning=None)
+    output = constrained_output(TOKENIZER, output=None, calls=calls)
     assert isinstance(output, Grammar)
     eos = next(iter(TOKENIZER.eos_ids))
     assert f"<[{eos}]>" not in output.lark

@@ -10,20 +10,22 @@ from hypothesis import strategies as st
 
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.tool_parsers.base import ToolParser
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser
-from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.llama import Llama3ToolParser
-from lowlat.serve.tool_parsers.mistral import MistralToolParser
-from lowlat.serve.tool_parsers.parts import (
+from lowlat.serve.tool_parsers.formats import (
+    DeepSeekV3ToolParser,
+    HermesToolParser,
+    Llama3ToolParser,
+    MistralToolParser,
+)
+from lowlat.serve.tool_parsers.state import (
     ContentPart,
+    ParserState,
     Part,
     ReasoningPart,
     ToolCallArguments,
     ToolCallStart,
-    append_part,
 )
-from lowlat.serve.tool_parsers.state import ParserState
 from lowlat.serve.tool_parsers.xml import GlmToolParser
+from tests.unit.serve.parsing import joined_parts
 from tests.unit.serve.templates import FORMATS, IDS
 
 MARKS = ReasoningTags("<think>", "</think>")
@@ -41,12 +43,7 @@ def parse(
     counter = itertools.count()
     calls = ParserState(SCHEMAS, lambda: str(next(counter)))
     parser = OutputParser(marks=MARKS, thinking=thinking, tools=tools, calls=calls)
-    parts: list[Part] = []
-    for piece in pieces:
-        for part in parser.push(piece):
-            append_part(parts, part)
-    for part in parser.finish():
-        append_part(parts, part)
+    parts = joined_parts(parser, pieces)
     assert parser.has_tool_calls == any(isinstance(part, ToolCallStart) for part in parts)
     return parts
 

@@ -8,9 +8,8 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 
-from lowlat.serve.http.login import COOKIE, MAX_FORM_BYTES, cookie_value, login_page
-from lowlat.serve.routes import pages
-from lowlat.serve.routes.pages import page_routes
+from lowlat.serve.http import pages
+from lowlat.serve.http.pages import COOKIE, MAX_FORM_BYTES, cookie_value, login_page, page_routes
 
 KEY = "a-key-of-this-test-0123456789"
 OTHER = "another-key-of-this-test-9876"

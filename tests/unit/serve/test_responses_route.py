@@ -11,19 +11,18 @@ from starlette.testclient import TestClient
 from lowlat.generate.completion import CompletionDelta
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, ReasoningTags
 from lowlat.serve.protocol.messages import AssistantMessage
-from lowlat.serve.protocol.responses import ResponsesRequest
-from lowlat.serve.protocol.responses_output import ResponseObject
 from lowlat.serve.routes.context import RequestContext
-from lowlat.serve.routes.responses import ResponsesBuilder
-from lowlat.serve.routes.responses_input import as_chat
-from lowlat.serve.routes.responses_output import Output
-from lowlat.serve.tool_parsers.parts import (
+from lowlat.serve.routes.reply import respond
+from lowlat.serve.routes.responses import Output, ResponseObject, ResponsesReply
+from lowlat.serve.routes.responses_request import ResponsesRequest, as_chat
+from lowlat.serve.tool_parsers.state import (
     ContentPart,
     ReasoningPart,
     ToolCallArguments,
     ToolCallStart,
 )
 
+from .conftest import assert_refused
 from .fake_engine import NAME, Answer, FakeEngine
 
 PATH = "/v1/responses"
@@ -104,8 +103,10 @@ def test_tokens_of_reasoning(
     """Marks and line ends that are held back are counted with it."""
     parser = OutputParser(marks=ReasoningTags("<think>", "</think>"), thinking=thinking)
     request = ResponsesRequest.model_validate(BODY)
-    reply = ResponsesBuilder(ScriptedContext(steps), request, parser)
-    answer = asyncio.run(reply.complete())
+    context = ScriptedContext(steps)
+    reply = ResponsesReply(context, request, parser)
+    response = asyncio.run(respond(context, reply, stream=False))
+    answer = ResponseObject.model_validate_json(bytes(response.body))
     assert answer.usage is not None
     assert answer.usage.output_tokens_details.reasoning_tokens == count
 
@@ -266,7 +267,4 @@ def test_harmless_fields_are_accepted(client: TestClient, change: dict[str, Any]
 def test_refusals_name_the_field(
     client: TestClient, engine: FakeEngine, change: dict[str, Any], param: str
 ) -> None:
-    response = client.post(PATH, json={**BODY, **change})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == param
-    assert engine.asked == []
+    assert_refused(client, engine, PATH, {**BODY, **change}, param)

@@ -1,13 +1,16 @@
 """Access control: every route of the app with keys, hosts and origins."""
 
+from collections.abc import Iterator
+
 import pytest
+from httpx import Response
 from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.http.login import COOKIE, cookie_value
+from lowlat.serve.http.pages import COOKIE, cookie_value
 
 from .conftest import URL, MakeClient
 from .fake_engine import NAME, FakeEngine
@@ -145,6 +148,18 @@ def test_each_key_has_a_salt_of_its_own(make_client: MakeClient, engine: FakeEng
     assert KEY.encode() not in first
 
 
+def refused_by_every_route(
+    engine: FakeEngine, headers: dict[str, str]
+) -> Iterator[tuple[str, Response]]:
+    """Method and answer of every route, all of them 403."""
+    app = build_app(make_state(engine, ServeConfig()))
+    client = TestClient(app, base_url=URL)
+    for method, path in routes_of(app):
+        response = client.request(method, path, headers=headers)
+        assert response.status_code == 403, (method, path)
+        yield method, response
+
+
 HOSTS_REFUSED = [
     "evil.example",
     "127.0.0.1.evil.example",
@@ -164,11 +179,7 @@ HOSTS_REFUSED = [
 @pytest.mark.parametrize("host", HOSTS_REFUSED)
 def test_foreign_hosts_are_refused(engine: FakeEngine, host: str) -> None:
     """Regression: DNS rebinding, by which a foreign name leads to this server."""
-    app = build_app(make_state(engine, ServeConfig()))
-    client = TestClient(app, base_url=URL)
-    for method, path in routes_of(app):
-        response = client.request(method, path, headers={"Host": host})
-        assert response.status_code == 403, (method, path)
+    for method, response in refused_by_every_route(engine, {"Host": host}):
         assert method == "HEAD" or response.json()["error"]["code"] == "host_not_allowed"
 
 
@@ -210,11 +221,7 @@ ORIGINS_REFUSED = [
 @pytest.mark.parametrize("origin", ORIGINS_REFUSED)
 def test_foreign_origins_are_refused(engine: FakeEngine, origin: str) -> None:
     """Regression: pages of other sites that use the server behind the user's back."""
-    app = build_app(make_state(engine, ServeConfig()))
-    client = TestClient(app, base_url=URL)
-    for method, path in routes_of(app):
-        response = client.request(method, path, headers={"Origin": origin})
-        assert response.status_code == 403, (method, path)
+    for _, response in refused_by_every_route(engine, {"Origin": origin}):
         assert not any("access-control" in name for name in response.headers)
 
 

@@ -16,9 +16,9 @@ from lowlat.serve.config import ServeConfig
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.chat import ChatRequest
-from lowlat.serve.protocol.completions import CompletionRequest
-from lowlat.serve.protocol.responses import ResponsesRequest
+from lowlat.serve.routes.completions import CompletionRequest
 from lowlat.serve.routes.operations import GETS, POSTS
+from lowlat.serve.routes.responses_request import ResponsesRequest
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/serving.md").read_text()

@@ -4,11 +4,15 @@ import pytest
 
 from lowlat.serve.chat.output_parser import ReasoningTags
 from lowlat.serve.chat.template_features import TemplateFeatures, find_tool_parser
-from lowlat.serve.tool_parsers.deepseek import DeepSeekV3ToolParser, DeepSeekV31ToolParser
-from lowlat.serve.tool_parsers.hermes import HermesToolParser
-from lowlat.serve.tool_parsers.kimi import KimiK2ToolParser
-from lowlat.serve.tool_parsers.llama import Llama3ToolParser
-from lowlat.serve.tool_parsers.mistral import MistralListToolParser, MistralToolParser
+from lowlat.serve.tool_parsers.formats import (
+    DeepSeekV3ToolParser,
+    DeepSeekV31ToolParser,
+    HermesToolParser,
+    KimiK2ToolParser,
+    Llama3ToolParser,
+    MistralListToolParser,
+    MistralToolParser,
+)
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from tests.fakes import byte_tokenizer
 from tests.unit.serve.templates import CHATML, HERMES, TEMPLATES, tokenizer_of, tokenizer_with
@@ -32,7 +36,6 @@ FORMATS = {
 def test_tool_call_formats(family: str) -> None:
     features = TemplateFeatures.of(tokenizer_of(family))
     assert type(features.tools) is FORMATS[family]
-    assert features.supports_tools == (features.tools is not None)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,7 @@ def test_a_template_that_shows_no_tools_supports_none() -> None:
     """Regression: tools the model never hears of, as where only past calls are rendered."""
     source = HERMES.replace("if tools", "if false")
     assert find_tool_parser(source) is not None
-    assert not TemplateFeatures.of(tokenizer_with(source)).supports_tools
+    assert TemplateFeatures.of(tokenizer_with(source)).tools is None
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,6 @@ def test_special_token_markers_are_kept_in_the_text() -> None:
 
 def test_without_a_template_nothing_is_supported() -> None:
     features = TemplateFeatures.of(tokenizer_with(None))
-    assert not features.supports_tools
+    assert features.tools is None
     assert not features.supports_system
     assert features.reasoning is None

@@ -12,9 +12,9 @@ from lowlat.serve.chat.output_parser import OutputParser, ReasoningTags
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.tool_parsers.base import ToolFunction, ToolParser
 from lowlat.serve.tool_parsers.parameters import json_types
-from lowlat.serve.tool_parsers.parts import ToolCallArguments, append_part
-from lowlat.serve.tool_parsers.state import ParserState
+from lowlat.serve.tool_parsers.state import ParserState, ToolCallArguments
 from lowlat.serve.tool_parsers.xml import MAX_VALUE, GlmToolParser, Qwen3CoderToolParser
+from tests.unit.serve.parsing import joined_parts
 from tests.unit.serve.templates import tokenizer_of
 from tests.unit.serve.test_constrained_output import accepts
 
@@ -35,7 +35,7 @@ def compiler() -> GrammarCompiler:
 def grammar_of(tools: ToolParser, schema: dict[str, Any], compiler: GrammarCompiler) -> Any:
     function = ToolFunction(name="f", schema={"type": "object", **schema}, path=PLACE)
     calls = ToolCallConstraint(format=tools, functions=[function], parallel=True, required=True)
-    output = constrained_output(TOKENIZER, output=None, calls=calls, reasoning=None)
+    output = constrained_output(TOKENIZER, output=None, calls=calls)
     assert output is not None
     return compiler.compile(output)
 
@@ -63,13 +63,7 @@ def cuts(text: str, size: int) -> tuple[list[str], list[str]]:
 def parts_of(tools: ToolParser, schema: dict[str, Any], pieces: Iterable[str]) -> list[Any]:
     """The joined parts of an answer that arrives as `pieces`."""
     parser = OutputParser(tools=tools, calls=ParserState({"f": schema}, lambda: "id"))
-    parts: list[Any] = []
-    for piece in pieces:
-        for part in parser.push(piece):
-            append_part(parts, part)
-    for part in parser.finish():
-        append_part(parts, part)
-    return parts
+    return joined_parts(parser, pieces)
 
 
 def assert_read(tools: ToolParser, schema: dict[str, Any], text: str, value: object) -> None:

@@ -8,7 +8,8 @@ from pydantic import Field
 from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.validation import MAX_MESSAGE, MAX_PARAM, validate
-from lowlat.serve.routes.operations import POSTS, Post
+from lowlat.serve.routes.endpoint import Post
+from lowlat.serve.routes.operations import POSTS
 
 
 class Leaf(StrictModel):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import tokenizers
 from gguf import GGUFWriter, TokenType
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from lowlat.text.tokenizer import Tokenizer
+from tests.fakes import trained_backend
 
 CORPUS = [
     "the cat sat on the mat and the dog sat on the log",
@@ -27,18 +27,7 @@ CHATML = (
 
 def trained() -> tokenizers.Tokenizer:
     """Byte-level BPE: 3 control tokens (ids 0..2) and one plain added token, <think>, the last."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=331,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    backend.add_tokens([AddedToken("<think>", normalized=False)])
-    return backend
+    return trained_backend(CORPUS, 331, SPECIAL)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,8 @@
-"""What the trainer's tests share: a token folder, and no time spent on measuring the machine."""
+"""What the trainer's tests share: a token folder, a teacher and its students."""
 
 from pathlib import Path
 
 import pytest
-
-from lowlat.plan import rate
 
 from . import recovering, runs
 
@@ -15,9 +13,8 @@ def made_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def base(made_tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def base(made_tokens: Path, tmp_path: Path) -> Path:
     """A folder with the tokens in it, to be named `tokens` in recipes."""
-    monkeypatch.setitem(rate.SIDES, "cpu", 64)
     (tmp_path / "tokens").symlink_to(made_tokens)
     return tmp_path
 

@@ -4,7 +4,7 @@ states and of exports make them.
 
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
@@ -14,18 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.data.manifest import SPLITS, DatasetManifest, id_type
-from lowlat.data.vocabulary import end_of_text, fim_tokens
-from lowlat.data.writer import SplitWriter, write_manifest, write_tokenizer
+from lowlat.data.manifest import Split
 from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.store import CheckpointStore
-from lowlat.train.metrics.metrics_log import Fact, MetricsLog
-from lowlat.train.metrics.record import EvalRecord, StepRecord
+from lowlat.train.metrics.metrics_log import MetricsLog
+from lowlat.train.metrics.record import EvalRecord, StartRecord, StepRecord
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.run.trainer import Trainer, TrainingResult
-from lowlat.utils.atomic_files import atomic_folder
-from tests.unit.data.conftest import END, byte_level
+from tests.unit.data.conftest import END, byte_level, write_tokens
 
 MODEL = {
     "model_type": "deepseek_v3",
@@ -85,26 +82,13 @@ def make_tokens(path: Path, special: tuple[str, ...] = (), held_out: int = 5) ->
     """80 documents of letters, and `held_out` more to evaluate on."""
     tokenizer = byte_level(special=("<|endoftext|>", "<|im_start|>", *FIM_MARKS, *special))
     chance = np.random.default_rng(2)
-    with atomic_folder(path) as folder:
-        dtype = id_type(tokenizer.vocab_size)
-        writers = {split: SplitWriter(folder, split, dtype, 1 << 20) for split in SPLITS}
-        for split, count in (("train", 80), ("held_out", held_out)):
-            for _ in range(count):
-                ids = [*chance.integers(97, 105, chance.integers(3, 40)), END]
-                writers[split].add(np.array(ids), None)
-                writers[split].end_document(len(ids) - 1)
-        facts = DatasetManifest(
-            vocab_size=tokenizer.vocab_size,
-            end_of_text=end_of_text(tokenizer),
-            begin_of_text=None,
-            fim=fim_tokens(tokenizer),
-            tokenizer=write_tokenizer(folder, tokenizer),
-            shard_tokens=1 << 20,
-            splits={split: writer.finish() for split, writer in writers.items()},
-            sources=("made",),
-            dropped={},
-        )
-        write_manifest(folder, facts)
+    documents: dict[Split, list[tuple[list[int], None]]] = {
+        split: [
+            ([*chance.integers(97, 105, chance.integers(3, 40)), END], None) for _ in range(count)
+        ]
+        for split, count in (("train", 80), ("held_out", held_out))
+    }
+    write_tokens(path, tokenizer, documents)
     return path
 
 
@@ -141,16 +125,8 @@ class Notes(MetricsLog):
         self.evaluations: list[EvalRecord] = []
         self.notes: list[str] = []
 
-    def start(
-        self,
-        *,
-        name: str,
-        step: int,
-        total_steps: int,
-        tokens_total: int,
-        facts: Mapping[str, Fact],
-    ) -> None:
-        self.begun_at = step
+    def start(self, record: StartRecord) -> None:
+        self.begun_at = record.step
 
     def step(self, record: StepRecord) -> None:
         self.steps.append(record)
@@ -186,6 +162,22 @@ def train(
     log = Notes(last)
     with opened(folder, wanted, log, **options) as trainer:
         return trainer.run(), log
+
+
+@contextmanager
+def stopped_after(step: int, signal_number: int) -> Iterator[None]:
+    """Trainers get the signal once they have saved `step`, which ends in KeyboardInterrupt."""
+    save = Trainer._save
+
+    def stopping(trainer: Trainer) -> None:
+        save(trainer)
+        if trainer.position.step == step:
+            os.kill(os.getpid(), signal_number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_save", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def saved(folder: Path, step: int | None = None) -> TrainingCheckpoint:

@@ -16,7 +16,6 @@ from lowlat.train.step.balance import (
     choice_frequency,
     gates,
     mean_share,
-    sequence_balance_loss,
 )
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import PlainPasses
@@ -59,9 +58,9 @@ def test_loads_of_the_whole_batch(rows: int, recompute: bool) -> None:
     loads = balancer.loads()
     assert [load.layer for load in loads] == [1, 2, 3]
     for one, load, choices in zip(balancer._gates, loads, wanted.loads, strict=True):
-        assert torch.equal(one.counters[:-2], choices)
+        assert torch.equal(one.counters, choices)
         assert choices.sum() == 2 * tiny.ROWS * tiny.LENGTH
-        torch.testing.assert_close(load.load, choices / choices.sum())
+        assert load.load == pytest.approx((choices / choices.sum()).tolist())
         assert load.max_violation == pytest.approx((choices.max() / choices.mean() - 1).item())
     assert balancer.sequence_loss == pytest.approx(wanted.sequence.item(), rel=1e-9)
 
@@ -73,7 +72,7 @@ def test_bias_moves_against_the_load() -> None:
     before = biases(model)
     counts = torch.tensor([0.0, 5.0, 2.0, 2.0, 2.0, 1.0])
     for one in balancer._gates:
-        one.counters[:-2] = counts
+        one.counters[:] = counts
     balancer.update_biases(0.125)
     for old, new in zip(before, biases(model), strict=True):
         moved = torch.tensor([0.125, -0.125, 0.0, 0.0, 0.0, 0.125])
@@ -101,10 +100,10 @@ def test_only_observed_passes_count() -> None:
     before = [load.load for load in balancer.loads()]
     loss = balancer.sequence_loss
     evaluate(PlainPasses(model, torch.float64), [tiny.batch(rows=2)], num_ahead=3)
-    assert all(map(torch.equal, before, (load.load for load in balancer.loads())))
+    assert before == [load.load for load in balancer.loads()]
     assert balancer.sequence_loss == loss
     again = observed(model, batch, alpha=1.0)
-    assert all(map(torch.equal, before, (load.load for load in again.loads())))
+    assert before == [load.load for load in again.loads()]
 
 
 def test_the_load_balancer_drops_the_previous_batch() -> None:
@@ -117,6 +116,10 @@ def test_the_load_balancer_drops_the_previous_batch() -> None:
         seen.append((balancer.sequence_loss, [one.counters.clone() for one in balancer._gates]))
     assert seen[0][0] == seen[1][0]
     assert all(map(torch.equal, seen[0][1], seen[1][1]))
+
+
+def sequence_balance_loss(scores: Tensor, chosen: int) -> Tensor:
+    return (choice_frequency(scores, chosen) * mean_share(scores)).sum(dim=-1)
 
 
 def test_sequence_loss_by_hand() -> None:
@@ -167,6 +170,7 @@ def test_sequence_loss_ignores_the_bias() -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_an_unbalanced_router_becomes_balanced() -> None:
     """The bias alone: nothing learns, and MaxVio falls while it moves; groups stay respected."""
     config = tiny.config(num_nextn_predict_layers=0, vocab_size=211)
@@ -180,7 +184,7 @@ def test_an_unbalanced_router_becomes_balanced() -> None:
             # A direction that all tokens share makes experts 1 and 2 everyone's.
             gate.weight.mul_(0.3)
             gate.weight[1:3] += direction
-    optimizer = Optimizer(model, OptimizerConfig(weight_decay=0.0))
+    optimizer = Optimizer(model, OptimizerConfig(weight_decay=0.0), tiny.unsharded(model))
     balancer = LoadBalancer(model, sequence_weight=0.0)
     tokens = torch.randint(211, (13, 24))
     batch = Batch(tokens=tokens, loss_mask=torch.ones_like(tokens, dtype=torch.bool))
@@ -205,7 +209,7 @@ def test_an_unbalanced_router_becomes_balanced() -> None:
 def test_the_bias_is_no_parameter_of_the_optimiser() -> None:
     model = tiny.model(tiny.config())
     before = biases(model)
-    optimizer = Optimizer(model, OptimizerConfig())
+    optimizer = Optimizer(model, OptimizerConfig(), tiny.unsharded(model))
     balancer = LoadBalancer(model, sequence_weight=1e-4)
     plan = tiny.plan(bias_update_speed=0.0)
     train_step(
@@ -225,7 +229,8 @@ def test_gates_without_a_bias_and_models_without_gates() -> None:
     model = tiny.model(tiny.config(moe=softmax))
     balancer = observed(model, tiny.batch(), alpha=0.1)
     balancer.update_biases(0.1)
-    assert balancer.loads()[0].bias_range == (0.0, 0.0)
+    load = balancer.loads()[0]
+    assert (load.bias_min, load.bias_max) == (0.0, 0.0)
     dense = tiny.model(tiny.config(moe=None))
     balancer = observed(dense, tiny.batch(), alpha=0.1)
     balancer.update_biases(0.1)
@@ -237,8 +242,7 @@ def test_entropies() -> None:
     model, batch = tiny.model(tiny.config()), tiny.batch()
     balancer = observed(model, batch)
     for one, load in zip(balancer._gates, balancer.loads(), strict=True):
-        shares = load.load[load.load > 0]
+        counts = one.counters[one.counters > 0]
+        shares = counts / counts.sum()
         entropy = -(shares * shares.log()).sum() / torch.tensor(6.0).log()
         assert load.entropy == pytest.approx(entropy.item(), rel=1e-6)
-        assert 0 < load.token_entropy < torch.tensor(6.0).log()
-        assert one.counters[-1] == tiny.ROWS * tiny.LENGTH

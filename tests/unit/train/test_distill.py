@@ -1,6 +1,5 @@
 """Distillation in one call: recipe, result, resuming, errors."""
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ from lowlat.train.run.distill import (
     distill,
     distillation_recipe,
 )
-from lowlat.train.run.trainer import Trainer
 from lowlat.utils.errors import UserError
 from tests.fakes import byte_tokenizer
 
-from . import recovering, tuning
+from . import recovering, runs, tuning
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +59,12 @@ def test_a_healed_model_and_what_it_was_before(made: Path, tmp_path: Path) -> No
         call(made, tmp_path / "run", learning_rate=2e-3)
 
 
-def test_a_stopped_healing_resumes(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_a_stopped_healing_resumes(made: Path, tmp_path: Path) -> None:
     """To the same bits as one that was not stopped."""
     whole = call(made, tmp_path / "whole", layer_share=0.4)
-    save = Trainer._save
-
-    def stopping(trainer: Trainer) -> None:
-        save(trainer)
-        if trainer.position.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            call(made, tmp_path / "parts", layer_share=0.4)
+    with runs.stopped_after(6, signal.SIGTERM):
+        call(made, tmp_path / "parts", layer_share=0.4)
     assert not (tmp_path / "parts" / "model").exists()
     parts = call(made, tmp_path / "parts", layer_share=0.4)
     tuning.assert_same(tuning.loaded(parts.model), tuning.loaded(whole.model))

@@ -14,17 +14,17 @@ from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.data.batch import Batch
-from lowlat.data.chat_packing import PackedChats
 from lowlat.data.dataset import TokenizedDataset
-from lowlat.data.packing import PackedSequences
+from lowlat.data.packing import PackedChats, PackedSequences
 from lowlat.model.transformer import Transformer
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.run.failed_step import diagnose_failed_step
 from lowlat.train.step.loss import batch_loss, count_targets
 from lowlat.train.step.teacher import Teacher
 from lowlat.utils.errors import UserError
+from tests.parameters import slow_except
 
-from . import recovering, tuning
+from . import recovering, tiny, tuning
 
 
 @pytest.fixture
@@ -181,8 +181,8 @@ def test_biases_of_attention_move_and_its_norms_do_not(tmp_path: Path) -> None:
     assert all(".self_attn." in name and "norm" not in name for name in moved)
 
 
-@pytest.mark.parametrize("stopped", [3, 5])
-@pytest.mark.parametrize("match", ["logits", "attention", "layers"])
+@pytest.mark.parametrize("stopped", slow_except([3], [3, 5]))
+@pytest.mark.parametrize("match", slow_except(["layers"], ["logits", "attention", "layers"]))
 def test_a_stopped_run_resumes_exactly(folder: Path, match: str, stopped: int) -> None:
     """Bit for bit, within a phase that matches layers and between that and the next."""
     phases = ({"steps": 5, "match": match}, {"name": "more", "steps": 4, "learning_rate": 1e-3})
@@ -197,7 +197,7 @@ def test_a_stopped_run_resumes_exactly(folder: Path, match: str, stopped: int) -
     assert whole.records("step")[-1]["divergence"] == parts.records("step")[-1]["divergence"]
 
 
-@pytest.mark.parametrize("match", ["attention", "layers"])
+@pytest.mark.parametrize("match", slow_except(["layers"], ["attention", "layers"]))
 def test_layers_learn_from_the_teachers_own_inputs(folder: Path, match: str) -> None:
     """The error falls, as does the divergence of a model that had no gradient from it; steps know
     no loss.
@@ -325,7 +325,8 @@ def test_a_save_from_before_there_were_teachers_resumes(folder: Path) -> None:
     written = recipe.model_dump(mode="json")
     del written["distillation"], written["trainable"], written["phase"][0]["match"]
     saved = {"recipe": written, "data": ["f"], "step": 0, "tokens": 0, "seconds": 0.0}
-    assert check_resumable(saved, recipe, ["f"], TrainingSchedule(recipe), "runs/x").step == 0
+    schedule, inputs = TrainingSchedule(recipe), tiny.inputs("f")
+    assert check_resumable(saved, recipe, inputs, schedule, "runs/x").step == 0
 
 
 def test_a_teacher_of_another_size_teaches_distributions(folder: Path) -> None:

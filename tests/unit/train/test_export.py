@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.model.transformer import Transformer
 from lowlat.text.tokenizer import Tokenizer
@@ -14,6 +13,7 @@ from lowlat.train.layers.stacked_experts import unstacked
 from lowlat.train.run.export import TOKENIZER, export_save, keep_tokenizer
 from lowlat.train.run.state import MODEL, part
 from lowlat.utils.errors import UserError
+from tests.packed_attention import PackedAttention
 
 from . import runs
 

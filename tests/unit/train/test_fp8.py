@@ -11,10 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lowlat.attention.flash import FlashAttention
-from lowlat.attention.packed import PackedAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
-from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig, MoEConfig, QuantConfig
+from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig, QuantConfig
 from lowlat.model.linear import Linear
 from lowlat.model.mla import MLA
 from lowlat.model.quant import store_packed
@@ -24,19 +23,13 @@ from lowlat.ops.fp8_training import ScaleFormat
 from lowlat.train.layers.fp8 import Fp8Experts, Fp8Linear, Fp8MLA, use_fp8
 from lowlat.train.layers.replace import replace_modules
 from lowlat.train.layers.stacked_experts import stack_experts, unstacked
-from lowlat.train.run.fp8_export import save_fp8
+from lowlat.train.run.export import save_fp8
 from lowlat.utils.errors import UserError
+from tests.configs import PLAIN_MOE
 from tests.fakes import gqa_config, mla_config, tiny_model
+from tests.packed_attention import PackedAttention
 
-MOE = MoEConfig(
-    n_routed_experts=5,
-    num_experts_per_tok=2,
-    n_shared_experts=1,
-    moe_intermediate_size=131,
-    first_k_dense_replace=1,
-    scoring_func="sigmoid",
-    topk_method="noaux_tc",
-)
+MOE = replace(PLAIN_MOE, moe_intermediate_size=131)
 
 
 def config(**changes: object) -> ModelConfig:

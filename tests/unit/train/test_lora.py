@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.hf_folder import open_checkpoint
-from lowlat.config.model import GQAConfig
 from lowlat.convert.run import convert
 from lowlat.model.transformer import Transformer
 from lowlat.train.cost.dry_run import require_fit
@@ -23,6 +22,7 @@ from lowlat.train.run.export import export_adapter, export_save
 from lowlat.train.step.lora import add_lora, check_lora, count_updates, is_lora_parameter, merged
 from lowlat.train.step.loss import batch_loss
 from lowlat.utils.errors import UserError
+from tests.configs import GQA
 from tests.fakes import gqa_config
 from tests.lowlat_configs import random_model
 
@@ -38,7 +38,7 @@ TABLE = LoraConfig(rank=3, alpha=7.0, target_modules=EVERY)
 def adapted(table: LoraConfig = TABLE) -> Transformer:
     """A model in fp64 whose updates are not zero."""
     model = tiny.model(tiny.config())
-    add_lora(model, table, seed=3, origin="r.toml")
+    add_lora(model, table, seed=3)
     model.double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -123,7 +123,7 @@ def test_untrained_updates_change_nothing() -> None:
     model, same, other = (tiny.model(tiny.config(), torch.bfloat16) for _ in range(3))
     before = loss(tiny.model(tiny.config(), torch.bfloat16))
     for one, seed in ((model, 3), (same, 3), (other, 4)):
-        add_lora(one, TABLE, seed=seed, origin="r.toml")
+        add_lora(one, TABLE, seed=seed)
     assert loss(model) == before
     drawn, again, differing = (
         {n: p for n, p in m.named_parameters() if n.endswith("lora_A")}
@@ -176,7 +176,7 @@ def test_adapter(tmp_path: Path) -> None:
     """peft's layout: every file's weight plus alpha / r B A is that of the merged model; an exactly
     converted one, whose files are padded, shows that shapes follow the files.
     """
-    gqa = GQAConfig(num_attention_heads=3, num_key_value_heads=1, head_dim=8)
+    gqa = replace(GQA, num_attention_heads=3, num_key_value_heads=1, head_dim=8)
     source = gqa_config(attention=gqa, hidden_size=24, max_position_embeddings=64)
     convert(tuning.checkpoint(tmp_path / "gqa", source), tmp_path / "base", to="mla")
     tuning.chats(tmp_path / "tokens")
@@ -215,6 +215,7 @@ def test_adapter_refusals(tmp_path: Path) -> None:
         export_adapter(run.path, tmp_path / "dst", step=None)
 
 
+@pytest.mark.slow
 def test_base_that_is_gone(tmp_path: Path) -> None:
     """Updates are never put on other weights: not by an export, not by a resumed run."""
     base = tuning.checkpoint(tmp_path / "base", tuning.config())
@@ -309,7 +310,7 @@ def test_memory_of_updates_by_hand(optimizer: str, moments: int) -> None:
     assert recipe.lora is not None
     model = random_model(config, torch.float32)
     stack_experts(model)
-    add_lora(model, recipe.lora, seed=0, origin="r.toml")
+    add_lora(model, recipe.lora, seed=0)
     count = sum(p.numel() for name, p in model.named_parameters() if is_lora_parameter(name))
     assert count_updates(config, recipe.lora) == count > 0
     parts = require_fit(config, recipe, memory_bytes=2**40).parts
@@ -338,6 +339,6 @@ def test_modules_that_are_not_there_are_refused_with_the_file() -> None:
 def test_default_modules_are_those_the_model_has() -> None:
     """The default names projections of MLA and of GQA, of which a model has its own."""
     model = tiny.model(replace(tiny.config(), num_nextn_predict_layers=0))
-    add_lora(model, LoraConfig(rank=2, alpha=4.0), seed=0, origin="r.toml")
+    add_lora(model, LoraConfig(rank=2, alpha=4.0), seed=0)
     names = {name.split(".")[-3] for name, _ in model.named_parameters() if is_lora_parameter(name)}
     assert names == {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}

@@ -32,7 +32,7 @@ def test_adamw_by_hand() -> None:
     """
     model = tiny.model(tiny.config(mtp_copies=True))
     table = OptimizerConfig(betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1, max_grad_norm=1.0)
-    optimizer = Optimizer(model, table)
+    optimizer = Optimizer(model, table, tiny.unsharded(model))
     expected = copies(model)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     first = {name: torch.zeros_like(expected[name]) for name in trained}
@@ -64,7 +64,9 @@ def test_small_gradients_are_not_clipped(name: str) -> None:
     found = []
     for clip in (0.0, 1.0, 1e-9):
         model = tiny.model(tiny.config())
-        optimizer = Optimizer(model, OptimizerConfig(name=name, max_grad_norm=clip, eps=1.0))
+        optimizer = Optimizer(
+            model, OptimizerConfig(name=name, max_grad_norm=clip, eps=1.0), tiny.unsharded(model)
+        )
         set_gradients(model, 1, scale=1e-3)
         assert optimizer.step(RATE) < 1.0
         found.append(copies(model))
@@ -78,7 +80,7 @@ def test_small_gradients_are_not_clipped(name: str) -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_gradients_that_are_not_finite_move_nothing(name: str, value: float) -> None:
     model = tiny.model(tiny.config())
-    optimizer = Optimizer(model, OptimizerConfig(name=name))
+    optimizer = Optimizer(model, OptimizerConfig(name=name), tiny.unsharded(model))
     set_gradients(model, 1)
     optimizer.step(RATE)
     weights = copies(model)
@@ -97,7 +99,7 @@ def test_gradients_that_are_not_finite_move_nothing(name: str, value: float) -> 
 def test_who_gets_muon() -> None:
     """Hidden matrices and experts; AdamW keeps what faces tokens or experts, and all vectors."""
     model = tiny.model(tiny.config(num_nextn_predict_layers=1, mtp_copies=True))
-    optimizer = Optimizer(model, OptimizerConfig(name="muon"))
+    optimizer = Optimizer(model, OptimizerConfig(name="muon"), tiny.unsharded(model))
     set_gradients(model, 1)
     optimizer.step(RATE)
     keys = [key for key, _ in optimizer.tensors()]
@@ -117,14 +119,14 @@ def test_state_is_restored(name: str, dtype: torch.dtype) -> None:
     changes = {"tie_word_embeddings": True, "num_nextn_predict_layers": 1}
     one, other = (tiny.model(tiny.config(**changes), dtype) for _ in range(2))
     table = OptimizerConfig(name=name)
-    whole = Optimizer(one, table)
+    whole = Optimizer(one, table, tiny.unsharded(one))
     assert list(whole.tensors()) == []
     for seed in (1, 2):
         set_gradients(one, seed)
         whole.step(RATE)
     saved = {key: tensor.clone() for key, tensor in whole.tensors()}
     other.load_state_dict(one.state_dict())
-    resumed = Optimizer(other, table)
+    resumed = Optimizer(other, table, tiny.unsharded(other))
     resumed.load(dict(saved))
     for model, optimizer in ((one, whole), (other, resumed)):
         for seed in (3, 4):
@@ -144,7 +146,9 @@ def test_muon_knows_gate_from_up() -> None:
     found = []
     for scale in (1.0, 5.0):
         model = tiny.model(tiny.config())
-        optimizer = Optimizer(model, OptimizerConfig(name="muon", max_grad_norm=0.0))
+        optimizer = Optimizer(
+            model, OptimizerConfig(name="muon", max_grad_norm=0.0), tiny.unsharded(model)
+        )
         set_gradients(model, 1)
         stack = model.layers[1].mlp.experts.gate_up_proj
         inner = stack.shape[1] // 2

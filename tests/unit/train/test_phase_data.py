@@ -7,12 +7,13 @@ import torch
 
 from lowlat.data.batch import Batch
 from lowlat.data.packing import PackedSequences
+from tests.parameters import slow_except
 
 from . import runs
 from .runs import opened, train
 
 
-@pytest.mark.parametrize("last", [None, 1, 2, 3])
+@pytest.mark.parametrize("last", slow_except([None, 1], [None, 1, 2, 3]))
 def test_a_phase_continues_in_the_same_data(
     base: Path, last: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

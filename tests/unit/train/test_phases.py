@@ -16,35 +16,19 @@ from lowlat.train.inputs.configs import base_config, phase_configs
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.utils.errors import UserError
 
-from . import tuning
+from . import runs, tuning
 
-MODEL = {
-    "model_type": "deepseek_v3",
+MODEL = runs.MODEL | {
     "hidden_size": 24,
     "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-    "q_lora_rank": 11,
-    "kv_lora_rank": 13,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 6,
     "v_head_dim": 8,
     "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
     "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1,
     "n_group": 1,
-    "topk_group": 1,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "max_position_embeddings": 32,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "initializer_range": 0.1,
+    "num_nextn_predict_layers": 0,
+    "tie_word_embeddings": False,
 }
 YARN = {"type": "yarn", "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0}
 YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}

@@ -1,4 +1,4 @@
-"""The recipes that come with the project, and their reference in docs/recipe-reference.md."""
+"""The recipes that come with the project."""
 
 import shutil
 from dataclasses import replace
@@ -13,7 +13,6 @@ from lowlat.plan.machine import H100
 from lowlat.train.cost.dry_run import job_of
 from lowlat.train.inputs.configs import base_config, phase_configs, recipe_config
 from lowlat.train.inputs.parallel_check import check_parallel
-from lowlat.train.recipe.reference import reference
 from lowlat.train.recipe.schedule import TrainingSchedule, batch_size
 from lowlat.train.recipe.schema import Recipe, parse_recipe, read_recipe
 from lowlat.train.run.distill import DistillationOptions, distillation_recipe
@@ -123,17 +122,6 @@ def test_large_recipe_fits_its_machine() -> None:
     assert all(found.mfu > 0.3 for found in later)
     quick = estimate(config, replace(first.job, activation_checkpointing="none"), H100)
     assert quick.fits and quick.mfu == pytest.approx(0.44, abs=0.01)
-
-
-def test_reference_is_in_the_document() -> None:
-    """Every key with its docstring, as docs/recipe-reference.md has it: paste `reference()` there
-    after a change.
-    """
-    text = reference()
-    assert text.strip() in (ROOT / "docs" / "recipe-reference.md").read_text()
-    for key in (*Recipe.model_fields, "to", "shape", "fim_rate", "keep_last", "z_weight", "alpha"):
-        assert f"| `{key}` |" in text
-    assert "|  |" not in text, "a key has no docstring"
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowlat.train.run.replay import batch_file, keep_batch, read_batch
+from lowlat.train.run.failed_step import batch_file, keep_batch, read_batch
 from lowlat.utils.errors import UserError
 
 from . import tiny

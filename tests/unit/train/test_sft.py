@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lowlat.checkpoint.load import load_model
-from lowlat.config.model import GQAConfig, ModelConfig, QuantConfig
+from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.convert.run import convert
 from lowlat.data.batch import Batch
 from lowlat.data.build import build
@@ -22,6 +22,7 @@ from lowlat.text.token_bytes import byte_alphabet
 from lowlat.train.inputs.phase_data import data_notes, phase_data, phase_dataset
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.utils.errors import UserError
+from tests.configs import GQA
 from tests.fakes import ASSISTANT, EOS, TEMPLATE, byte_tokenizer, gqa_config
 from tests.unit.checkpoint.gguf_files import write_gguf
 
@@ -186,7 +187,7 @@ def gguf(path: Path) -> Path:
     return write_gguf(path / "base.gguf", config, weights, keys=keys)
 
 
-ATTENTION = GQAConfig(num_attention_heads=3, num_key_value_heads=1, head_dim=8)
+ATTENTION = replace(GQA, num_attention_heads=3, num_key_value_heads=1, head_dim=8)
 FP8 = QuantConfig(weight_block_size=(8, 5))
 STARTS = {
     "mla with experts and mtp": folder_of(tuning.config()),

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.train.parallel.parallelize import ShardedParameters
 from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.run.state import (
@@ -32,10 +31,10 @@ from .test_optim import set_gradients
 def test_every_tensor_of_a_state() -> None:
     """Weights, routing biases, moments of every trained parameter, random numbers."""
     model = tiny.model(tiny.config())
-    optimizer = Optimizer(model, OptimizerConfig())
+    optimizer = Optimizer(model, OptimizerConfig(), tiny.unsharded(model))
     set_gradients(model, 1)
     optimizer.step(0.1)
-    state = dict(state_tensors(ShardedParameters.unsharded(model), optimizer))
+    state = dict(state_tensors(tiny.unsharded(model), optimizer))
     names = [name for name, _ in model.named_parameters()]
     assert list(part(state, MODEL)) == names
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -51,29 +50,29 @@ def test_every_tensor_of_a_state() -> None:
 def test_a_snapshot_does_not_change() -> None:
     """Training continues while it is written."""
     model = tiny.model(tiny.config())
-    optimizer = Optimizer(model, OptimizerConfig())
+    optimizer = Optimizer(model, OptimizerConfig(), tiny.unsharded(model))
     set_gradients(model, 1)
     optimizer.step(0.1)
-    taken = snapshot(ShardedParameters.unsharded(model), optimizer)
+    taken = snapshot(tiny.unsharded(model), optimizer)
     before = {name: tensor.clone() for name, tensor in taken}
     set_gradients(model, 2)
     optimizer.step(0.1)
     torch.rand(3)
     assert all(torch.equal(before[name], tensor) for name, tensor in taken)
-    after = dict(state_tensors(ShardedParameters.unsharded(model), optimizer))
+    after = dict(state_tensors(tiny.unsharded(model), optimizer))
     assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
-    assert snapshot(ShardedParameters.unsharded(model), optimizer, keep=False) == []
+    assert snapshot(tiny.unsharded(model), optimizer, keep=False) == []
 
 
 def resume(saved: dict[str, Any], **changes: Any) -> Position:
     recipe = runs.recipe(**changes)
-    return check_resumable(saved, recipe, ["a", "b"], TrainingSchedule(recipe), "runs/x")
+    return check_resumable(saved, recipe, tiny.inputs("a", "b"), TrainingSchedule(recipe), "runs/x")
 
 
 def saved(step: int) -> dict[str, Any]:
     recipe = runs.recipe()
     position = Position(step=step, seconds=2.5)
-    return facts(recipe, tiny.config(), position, ["a", "b"], TrainingSchedule(recipe))
+    return facts(recipe, tiny.config(), position, tiny.inputs("a", "b"), TrainingSchedule(recipe))
 
 
 @pytest.mark.parametrize(
@@ -131,5 +130,5 @@ def test_facts_survive_json(tmp_path: Path) -> None:
     """What a save holds after it was written compares as before."""
     with runs.RunFolder(tmp_path / "run") as run:
         saves = runs.CheckpointStore(run, report=pytest.fail)
-        saves.write(3, {"state": [("a", torch.zeros(1))]}, saved(3))
+        saves.write(3, [("a", torch.zeros(1))], saved(3))
     assert resume(dict(runs.saved(tmp_path / "run").metadata)).step == 3

@@ -11,26 +11,25 @@ import pytest
 import torch
 
 from lowlat.train.recipe.schema import Recipe
-from lowlat.train.run.failed_step import diagnose_failed_step
-from lowlat.train.run.replay import read_batch
+from lowlat.train.run.failed_step import diagnose_failed_step, read_batch
 from lowlat.train.run.trainer import Trainer
 from lowlat.train.step.step import evaluate
 from lowlat.utils.errors import UserError
+from tests.parameters import slow_except
 
 from . import runs
 from .runs import STEPS, opened, train
 
+RESUMED = [
+    ("fp32", "adamw", "none"),
+    pytest.param("fp32", "muon", "full", marks=pytest.mark.slow),
+    ("bf16", "muon", "none"),
+    pytest.param("bf16", "adamw", "full", marks=pytest.mark.slow),
+    pytest.param("fp8", "adamw", "none", marks=pytest.mark.slow),
+]
 
-@pytest.mark.parametrize(
-    ("precision", "optimizer", "activation_checkpointing"),
-    [
-        ("fp32", "adamw", "none"),
-        ("fp32", "muon", "full"),
-        ("bf16", "muon", "none"),
-        ("bf16", "adamw", "full"),
-        ("fp8", "adamw", "none"),
-    ],
-)
+
+@pytest.mark.parametrize(("precision", "optimizer", "activation_checkpointing"), RESUMED)
 def test_a_stopped_run_resumes_exactly(
     base: Path, precision: str, optimizer: str, activation_checkpointing: str
 ) -> None:
@@ -127,6 +126,7 @@ def test_a_model_whose_saves_are_gone_is_not_taken_for_a_new_one(base: Path) -> 
         pass
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_cannot_be_written(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: a full disk told by a traceback, and half a tokenizer taken for a whole one."""
     full = OSError(errno.ENOSPC, "No space left on device")
@@ -152,7 +152,7 @@ def test_a_stop_before_the_first_step(base: Path) -> None:
 BOOM = {"learning_rate": [{"to": 0.01, "steps": 2}, {"to": 1e30, "shape": "constant"}]}
 
 
-@pytest.mark.parametrize("every", [1, 2, 50])
+@pytest.mark.parametrize("every", slow_except([2], [1, 2, 50]))
 def test_a_loss_that_is_not_finite(base: Path, every: int) -> None:
     """The run ends with the batch of the step and the state before it, whenever the last save was;
     started again it ends at the same step.
@@ -227,6 +227,7 @@ def test_another_recipe_is_not_resumed(base: Path, changes: dict[str, Any], said
     assert "restore it, or choose another --out" in message
 
 
+@pytest.mark.slow
 def test_what_may_change_between_parts_of_a_run(base: Path) -> None:
     """Names, saves, logs, evaluations and recomputation decide nothing about the numbers."""
     train(base / "whole", runs.recipe())

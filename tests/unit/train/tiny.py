@@ -4,15 +4,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowlat.config.model import ModelConfig, MoEConfig
+from lowlat.config.model import ModelConfig
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
+from lowlat.train.inputs.run_inputs import RunInputs
 from lowlat.train.layers.fused import use_fused_layers
 from lowlat.train.layers.stacked_experts import stack_experts
+from lowlat.train.parallel.mesh import ProcessMesh
+from lowlat.train.parallel.parallelize import ShardedParameter, ShardedParameters
+from lowlat.train.parallel.sharding import Sharding
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import Recipe, parse_recipe
+from tests.configs import MOE
 from tests.fakes import mla_config
 from tests.lowlat_configs import random_model
 
@@ -21,18 +26,38 @@ ROWS = 5
 VOCAB = 29
 
 
+def inputs(*fingerprints: str) -> RunInputs:
+    """Inputs of a run that are known by their fingerprints alone."""
+    return RunInputs(
+        configs=[],
+        data=[],
+        base_model=None,
+        teacher=None,
+        teacher_config=None,
+        fingerprints=list(fingerprints),
+        teacher_fingerprint=None,
+    )
+
+
+def unsharded(model: nn.Module) -> ShardedParameters:
+    """All parameters of a model in one process, as they are."""
+    mesh = ProcessMesh()
+    parameters = [
+        ShardedParameter(
+            name=name,
+            parameter=parameter,
+            local=parameter,
+            sharding=Sharding(mesh, parameter.shape),
+            reduce_axes=(),
+        )
+        for name, parameter in model.named_parameters()
+    ]
+    return ShardedParameters(mesh, parameters)
+
+
 def config(**changes: Any) -> ModelConfig:
     """A dense layer and one of experts in two groups, and two MTP modules."""
-    moe = MoEConfig(
-        n_routed_experts=6,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        moe_intermediate_size=5,
-        first_k_dense_replace=1,
-        n_group=2,
-        topk_group=1,
-        routed_scaling_factor=2.5,
-    )
+    moe = replace(MOE, n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=1, n_group=2)
     base = replace(mla_config(), hidden_size=11, intermediate_size=13, vocab_size=VOCAB, moe=moe)
     return replace(base, **changes)
 

@@ -140,12 +140,7 @@ def train(
     """Run `raw`, whose data lies in `folder`, to its end, in `folder`/`name`."""
     recipe = parse_recipe(raw, origin="r.toml")
     with RunFolder(folder / name) as run:
-        log = FolderMetricsLog(
-            log=run.log,
-            tensorboard_folder=run.tensorboard,
-            view=make_view(quiet=True),
-            tensorboard_wanted=False,
-        )
+        log = FolderMetricsLog(run, view=make_view(quiet=True), tensorboard_wanted=False)
         with closing(log):
             files = {"base_model": base_model, "teacher": teacher}
             trainer = kind(recipe, run, log, base=folder, origin="r.toml", **files)

@@ -21,42 +21,32 @@ def test_without_groups_it_is_the_machines(tmp_path: Path) -> None:
     assert memory_limit(tmp_path) == memory_limit(tmp_path / "absent") > 2**28
 
 
-def test_a_limit_of_the_own_group_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("groups", "limits", "smallest"),
+    [
+        (
+            "4:memory:/a/b\n3:cpu,cpuacct:/a\n0::/\n",
+            {
+                "memory/a/b/memory.limit_in_bytes": 1000,
+                "memory/memory.limit_in_bytes": 2**63 - 4096,
+            },
+            1000,
+        ),
+        ("0::/a\n", {"a/memory.max": 2000}, 2000),
+        ("0::/a/b/c\n", {"a/b/c/memory.max": "max", "a/memory.max": 4000}, 4000),
+        ("4:memory:/a/b\n", {"memory/a/memory.limit_in_bytes": 5000}, 5000),
+    ],
+    ids=["own, v1", "own, v2", "above, v2", "above, v1"],
+)
+def test_limits_of_the_own_group_and_those_above_count(
+    tmp_path: Path, groups: str, limits: dict[str, int | str], smallest: int
+) -> None:
     """Regression: reading the topmost group's limit only, which a process outside a container does
-    not live in."""
-    first = written(
-        tmp_path / "one",
-        {
-            "proc/self/cgroup": "4:memory:/a/b\n3:cpu,cpuacct:/a\n0::/\n",
-            "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": "1000\n",
-            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-        },
-    )
-    second = written(
-        tmp_path / "two",
-        {"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.max": "2000\n"},
-    )
-    assert (memory_limit(first), memory_limit(second)) == (1000, 2000)
-
-
-def test_limits_of_the_groups_above_count(tmp_path: Path) -> None:
-    """Regression: a service whose limit is its slice's, neither its own nor the topmost group's."""
-    first = written(
-        tmp_path / "one",
-        {
-            "proc/self/cgroup": "0::/a/b/c\n",
-            "sys/fs/cgroup/a/b/c/memory.max": "max\n",
-            "sys/fs/cgroup/a/memory.max": "4000\n",
-        },
-    )
-    second = written(
-        tmp_path / "two",
-        {
-            "proc/self/cgroup": "4:memory:/a/b\n",
-            "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "5000\n",
-        },
-    )
-    assert (memory_limit(first), memory_limit(second)) == (4000, 5000)
+    not live in, or missing a service's limit that is its slice's.
+    """
+    files = {f"sys/fs/cgroup/{name}": f"{limit}\n" for name, limit in limits.items()}
+    root = written(tmp_path, files | {"proc/self/cgroup": groups})
+    assert memory_limit(root) == smallest
 
 
 def test_a_containers_limit_counts_and_max_is_none(tmp_path: Path) -> None:

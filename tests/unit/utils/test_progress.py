@@ -17,22 +17,7 @@ from lowlat.utils.progress import (
     amount,
     make_progress,
 )
-
-
-class FakeTerminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def attach_terminal(monkeypatch: pytest.MonkeyPatch) -> FakeTerminal:
-    """A terminal as stderr; called inside the test, since pytest sets stderr between its phases."""
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "140")
-    fake = FakeTerminal()
-    monkeypatch.setattr(sys, "stderr", fake)
-    return fake
+from tests.terminal import attach_terminal
 
 
 @pytest.mark.parametrize(
@@ -51,7 +36,7 @@ def test_amounts_read_well(n: float, unit: Unit, text: str) -> None:
 
 
 def test_kind_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    attach_terminal(monkeypatch)
+    attach_terminal(monkeypatch, columns=140)
     assert isinstance(make_progress(), RichProgress)
     assert isinstance(make_progress(quiet=True), SilentProgress)
     monkeypatch.setenv("TERM", "dumb")
@@ -93,7 +78,7 @@ def test_bars_draw_on_stderr_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """stdout carries the model's answer: a bar, or print() while one is shown, must not mix in."""
-    terminal = attach_terminal(monkeypatch)
+    terminal = attach_terminal(monkeypatch, columns=140)
     with make_progress().task("fetching [bold]x", 98_362_432, "bytes") as task:
         task.advance(98_362_432)
         print("the answer")
@@ -105,7 +90,7 @@ def test_bars_draw_on_stderr_only(
 
 
 def test_bars_of_unknown_length_end_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = attach_terminal(monkeypatch)
+    terminal = attach_terminal(monkeypatch, columns=140)
     with make_progress().task("reading", unit="tokens") as task:
         task.advance(1009)
     assert "1,009 tokens / 1,009 tokens" in terminal.getvalue()
@@ -113,7 +98,7 @@ def test_bars_of_unknown_length_end_full(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_bars_nest_and_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal takes one live area: a second one inside the first would raise."""
-    terminal = attach_terminal(monkeypatch)
+    terminal = attach_terminal(monkeypatch, columns=140)
     progress = make_progress()
     with progress.task("outer", 2), progress.task("inner", 3) as inner:
         inner.advance(3)
@@ -131,7 +116,7 @@ def test_bars_nest_and_restart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_lose_no_count(
     make: Callable[[], Progress], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    terminal = attach_terminal(monkeypatch)
+    terminal = attach_terminal(monkeypatch, columns=140)
     progress = make()
     assert isinstance(progress, Progress)
 

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from lowlat.train.checkpoints.retention import steps_to_keep
+from lowlat.train.checkpoints.store import steps_to_keep
 
 HOUR = 3600.0
 

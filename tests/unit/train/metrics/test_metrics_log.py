@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.train.metrics import tensorboard
+from lowlat.train.checkpoints.run_folder import RunFolder
+from lowlat.train.metrics import metrics_log, tensorboard
 from lowlat.train.metrics.jsonl import read_log
 from lowlat.train.metrics.lines import encode
-from lowlat.train.metrics.metrics_log import FolderMetricsLog, MetricsLog, SilentMetricsLog
+from lowlat.train.metrics.metrics_log import FolderMetricsLog, MetricsLog
 from lowlat.train.metrics.progress_view import PlainView
 from lowlat.utils.errors import UserError
 from tests.unit.train.metrics.records import evaluation, layer, start, step
@@ -16,18 +17,14 @@ from tests.unit.train.metrics.records import evaluation, layer, start, step
 
 def open_log(folder: Path, *, tensorboard_wanted: bool | None = False) -> FolderMetricsLog:
     return FolderMetricsLog(
-        log=folder / "log.jsonl",
-        tensorboard_folder=folder / "tensorboard",
+        RunFolder(folder),
         view=PlainView(),
         tensorboard_wanted=tensorboard_wanted,
-        loads_every=3,
     )
 
 
 def begin(log: MetricsLog, number: int = 0) -> None:
-    log.start(
-        name="tiny", step=number, total_steps=13, tokens_total=1300, facts={"parameters": 12_345}
-    )
+    log.start(start(number, facts={"parameters": 12_345}))
 
 
 def test_records_reach_log_and_view(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +38,6 @@ def test_records_reach_log_and_view(tmp_path: Path, capsys: pytest.CaptureFixtur
     log.close()
     history = read_log(tmp_path / "log.jsonl")
     assert history.start.facts == {"parameters": 12_345}
-    assert history.start.time.endswith("+00:00")
     assert [record.step for record in history.steps] == [1]
     assert history.evaluations == [evaluation(1)]
     assert [(note.step, note.text) for note in history.notes] == [(1, "two lines")]
@@ -54,10 +50,11 @@ def test_records_reach_log_and_view(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_loads_are_kept_now_and_then(tmp_path: Path) -> None:
+def test_loads_are_kept_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: records of every second step that never meet a multiple of the interval, and
     resumed runs without a load for long.
     """
+    monkeypatch.setattr(metrics_log, "LOADS_EVERY", 3)
     log = open_log(tmp_path)
     begin(log)
     for number in (2, 4, 6, 8):
@@ -101,17 +98,6 @@ def test_without_tensorboard_it_is_said_once(
     assert capsys.readouterr().err.count("tensorboard is not installed") == 1
     with pytest.raises(UserError, match=r"pip install lowlat\[train\]"):
         open_log(tmp_path, tensorboard_wanted=True)
-
-
-def test_silent_log_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = SilentMetricsLog()
-    begin(log)
-    log.step(step(1))
-    log.evaluation(evaluation(1))
-    log.note("a")
-    log.status("b")
-    log.close()
-    assert capsys.readouterr() == ("", "") and list(tmp_path.iterdir()) == []
 
 
 def test_log_is_plain_json_for_others(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from lowlat.train.metrics import plot, series
 from lowlat.train.metrics.jsonl import LogWriter, RunHistory
 from lowlat.train.metrics.record import Record, StepRecord
-from lowlat.train.metrics.report_files import pictures, read_runs, write_report
+from lowlat.train.metrics.training_report import pictures, read_runs, write_report
 from lowlat.utils.errors import UserError
 from tests.unit.train.metrics.records import evaluation, experts, layer, start, step
 
@@ -98,6 +98,7 @@ def test_odd_runs_are_compared(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_same_run_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg"):
         plot.draw({"tiny": history(*steps(5, experts=experts(1)))}, [tmp_path / name])

@@ -3,32 +3,15 @@
 import io
 import re
 import sys
-import warnings
-from collections.abc import Callable
 
 import pytest
 from rich.console import Console
 
 from lowlat.train.metrics.live_view import LiveView, make_view
-from lowlat.train.metrics.progress_view import PlainView, ProgressView, SilentView
+from lowlat.train.metrics.metrics_log import SilentMetricsLog
+from lowlat.train.metrics.progress_view import PlainView
+from tests.terminal import attach_terminal
 from tests.unit.train.metrics.records import evaluation, experts, start, step
-
-
-class FakeTerminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def attach_terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 100) -> FakeTerminal:
-    """A terminal as stderr; called inside the test, since pytest sets stderr between its phases."""
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("LINES", "24")
-    fake = FakeTerminal()
-    monkeypatch.setattr(sys, "stderr", fake)
-    return fake
 
 
 def drawn(view: LiveView, columns: int = 100) -> list[str]:
@@ -41,13 +24,13 @@ def drawn(view: LiveView, columns: int = 100) -> list[str]:
 def test_kind_follows_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     attach_terminal(monkeypatch)
     assert isinstance(make_view(), LiveView)
-    assert isinstance(make_view(quiet=True), SilentView)
+    assert isinstance(make_view(quiet=True), SilentMetricsLog)
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(make_view(), PlainView)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert isinstance(make_view(), PlainView)
     monkeypatch.setattr(sys, "stderr", None)
-    assert isinstance(make_view(), SilentView)
+    assert isinstance(make_view(), SilentMetricsLog)
 
 
 def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,17 +126,8 @@ def test_live_view_leaves_stdout_alone_and_the_terminal_in_order(
     assert sys.stderr is fake
 
 
-@pytest.mark.parametrize("make", [PlainView, LiveView])
-def test_step_before_the_start_is_a_fault_of_the_program(
-    make: Callable[[], ProgressView], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    attach_terminal(monkeypatch)
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="before the start"):
-        make().step(step(1))
-
-
 def test_silent_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    view = SilentView()
+    view = SilentMetricsLog()
     view.start(start())
     view.step(step(1))
     view.evaluation(evaluation(1))

@@ -11,8 +11,8 @@ from rich.console import Console
 from lowlat.train.metrics.jsonl import RunHistory
 from lowlat.train.metrics.lines import plain
 from lowlat.train.metrics.record import Record
-from lowlat.train.metrics.report_table import table
 from lowlat.train.metrics.summary import summarise
+from lowlat.train.metrics.training_report import table
 from lowlat.utils.errors import UserError
 from tests.unit.train.metrics.records import evaluation, layer, start, step
 
@@ -54,7 +54,7 @@ def test_figures_of_a_run() -> None:
         "step": 40,
         "loss": 2.0,
         "bits_per_byte": 1.0,
-        "mtp_losses": [3.5],
+        "mtp_losses": (3.5,),
         "divergence": None,
         "targets": None,
     }

@@ -10,7 +10,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from lowlat.train.metrics import tensorboard
 from lowlat.train.metrics.tensorboard import TensorBoardFiles, load_picture
 from lowlat.utils.errors import UserError
 from tests.unit.train.metrics.records import evaluation, layer, start, step
@@ -102,11 +101,3 @@ def test_a_full_disk_is_reported_once(tmp_path: Path) -> None:
     finally:
         threading.excepthook = before
     assert told == [fault]
-
-
-def test_missing_tensorboard_names_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tensorboard, "available", lambda: False)
-    with pytest.raises(UserError, match=r"pip install lowlat\[train\]"):
-        TensorBoardFiles(tmp_path, start())

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.train.inputs.parallel_check import check_parallel
-from lowlat.train.pipeline.check import check_micro_batches
+from lowlat.train.inputs.parallel_check import check_micro_batches, check_parallel
 from lowlat.train.pipeline.stages import Schedule
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.utils.errors import UserError

@@ -1,5 +1,5 @@
-"""Packed-sequence attention without a KV cache in PyTorch. Differentiable; defines what
-`attention.flash` computes.
+"""Packed-sequence attention without a KV cache in plain PyTorch: the reference of
+`lowlat.attention.flash`, differentiable and in any dtype.
 """
 
 from collections.abc import Sequence

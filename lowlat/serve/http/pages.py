@@ -1,4 +1,4 @@
-"""Login with an API key: the form, the cookie of a logged-in browser, and the page headers.
+"""The chat page: static files with their headers, and login with an API key by form and cookie.
 
 Decides nothing about access: `http.security` does, and answers a refused GET of `/` with
 `login_page()`.
@@ -10,7 +10,7 @@ import hmac
 import html
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from urllib.parse import parse_qs
 
 from starlette.requests import Request
@@ -27,7 +27,7 @@ browser."""
 COOKIE_SECONDS = 30 * 24 * 3600
 MAX_FORM_BYTES = 4096
 LOGIN_PATH = "/login"
-LOGIN_FILE = Path(__file__).parents[1] / "static" / "login.html"
+FOLDER = Path(__file__).parents[1] / "static"
 
 HTML = "text/html; charset=utf-8"
 _POLICY = (
@@ -46,17 +46,53 @@ PAGE_HEADERS = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
 _NO_STORE = {"Cache-Control": "no-store"}
+_TYPES = {
+    ".html": HTML,
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+_CACHED = {"Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def login_routes(keys: Sequence[str], *, body_seconds: int | float) -> list[Route]:
-    """POST `/login` and `/logout`; the login form must arrive within `body_seconds`."""
-    login = _login_endpoint(tuple(keys), body_seconds)
-    return [
-        Route(LOGIN_PATH, login, methods=["POST"]),
-        Route("/logout", _logout, methods=["POST"]),
-    ]
+def page_routes(keys: Sequence[str] = (), *, body_seconds: int | float = 30.0) -> list[Route]:
+    """GET `/` and `/static/NAME`, one route per file; with `keys` also POST `/login` and
+    `/logout`. The login form must arrive within `body_seconds`.
+
+    Files are read once, here. A request's path is compared with their names and never reaches the
+    file system.
+    """
+    files = _read_files()
+    routes = [Route("/", _file_endpoint("index.html", files["index.html"]), methods=["GET"])]
+    for name, body in files.items():
+        if not name.endswith(".html"):
+            routes.append(Route(f"/static/{name}", _file_endpoint(name, body), methods=["GET"]))
+    if keys:
+        login = _login_endpoint(tuple(keys), body_seconds)
+        routes.append(Route(LOGIN_PATH, login, methods=["POST"]))
+        routes.append(Route("/logout", _logout, methods=["POST"]))
+    return routes
+
+
+def _read_files() -> dict[str, bytes]:
+    found = sorted(FOLDER.iterdir())
+    return {path.name: path.read_bytes() for path in found if path.suffix in _TYPES}
+
+
+def _file_endpoint(name: str, body: bytes) -> Endpoint:
+    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    headers = PAGE_HEADERS | _CACHED | {"ETag": etag}
+    media_type = _TYPES[PurePath(name).suffix]
+
+    async def endpoint(request: Request) -> Response:
+        known = request.headers.get("If-None-Match", "")
+        if etag in (tag.strip().removeprefix("W/") for tag in known.split(",")):
+            return Response(status_code=304, headers=headers)
+        return Response(body, media_type=media_type, headers=headers)
+
+    return endpoint
 
 
 def cookie_value(key: str) -> str:
@@ -134,7 +170,7 @@ async def _key_from_form(request: Request, seconds: int | float) -> str | None:
 
 # Without a key the browser may fetch no other file, so the form embeds its style sheet, which the
 # Content-Security-Policy allows by its hash.
-_LOGIN_TEXT = LOGIN_FILE.read_text(encoding="utf-8")
+_LOGIN_TEXT = (FOLDER / "login.html").read_text(encoding="utf-8")
 _LOGIN_STYLE = "".join(re.findall(r"<style>(.*?)</style>", _LOGIN_TEXT, re.DOTALL))
 _LOGIN_HASH = base64.b64encode(hashlib.sha256(_LOGIN_STYLE.encode()).digest()).decode()
 _LOGIN_POLICY = _POLICY.format(style=f"'sha256-{_LOGIN_HASH}'")

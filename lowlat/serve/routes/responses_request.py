@@ -1,9 +1,10 @@
-"""ResponsesRequest: the body of POST /v1/responses, the text subset of OpenAI's Responses API.
+"""ResponsesRequest: the body of POST /v1/responses, and its conversion to a chat request.
 
-Nothing is stored, so fields that refer to an earlier response are rejected by name.
+The text subset of OpenAI's Responses API. Nothing is stored, so fields that refer to an earlier
+response are rejected by name.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -11,15 +12,17 @@ from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import (
     Description,
     FunctionName,
+    GenerationRequest,
     Id,
     JsonSchemaObject,
     OnlyFalse,
     StrictModel,
 )
+from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.sampling import MaxTokens, Metadata
 from lowlat.serve.protocol.structured_outputs import JsonObjectFormat, TextFormat
-from lowlat.serve.protocol.validation import UNKNOWN_KIND
+from lowlat.serve.protocol.validation import UNKNOWN_KIND, validate
 
 Nothing = Annotated[list[str], Field(max_length=0)]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -150,7 +153,7 @@ class TextOptions(StrictModel):
     verbosity: None = None
 
 
-class ResponsesRequest(StrictModel):
+class ResponsesRequest(GenerationRequest):
     """A response to generate. Null means the default."""
 
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
@@ -158,8 +161,6 @@ class ResponsesRequest(StrictModel):
         " top_logprobs".split()
     )
 
-    model: Id
-    """A name that /v1/models lists."""
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
     """The user's message, or the conversation so far."""
     instructions: str | None = None
@@ -168,7 +169,6 @@ class ResponsesRequest(StrictModel):
     """Maximum number of generated tokens, reasoning included; default: the rest of the context."""
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    stream: bool | None = None
     text: TextOptions | None = None
     """The output format."""
     tools: Annotated[list[FlatFunction], Field(max_length=limits.MAX_TOOLS)] | None = None
@@ -189,13 +189,86 @@ class ResponsesRequest(StrictModel):
     include: Nothing | None = None
     previous_response_id: None = None
     conversation: None = None
-    priority: Annotated[int, Field(ge=-limits.MAX_PRIORITY, le=limits.MAX_PRIORITY)] | None = None
-    """Lower values first: each unit counts as one second of waiting. Default 0."""
-    deadline_seconds: Annotated[float, Field(gt=0.0, le=limits.MAX_DEADLINE_SECONDS)] | None = None
-    """Time limit from arrival; then status 408."""
 
     @model_validator(mode="after")
     def _check(self) -> "ResponsesRequest":
         if isinstance(self.input, list) and isinstance(self.input[-1], Reasoning):
             raise RequestError("input must not end with reasoning", param="input")
         return self
+
+
+def as_chat(request: ResponsesRequest) -> ChatRequest:
+    """`request` as a chat. Raises RequestError if it exceeds a limit of chats."""
+    messages: list[dict[str, Any]] = []
+    if request.instructions is not None:
+        messages.append({"role": "system", "content": request.instructions})
+    if isinstance(request.input, str):
+        messages.append({"role": "user", "content": request.input})
+    else:
+        for item in request.input:
+            _add(messages, item)
+    if len(messages) > limits.MAX_MESSAGES:
+        raise RequestError(
+            f"input: more than {limits.MAX_MESSAGES} messages, instructions included",
+            param="input",
+        )
+    format, choice = request.text and request.text.format, request.tool_choice
+    if isinstance(choice, FlatNamedTool):
+        choice = _nested(choice, "function")
+    elif choice == "auto" and not request.tools:
+        choice = None  # Clients send "auto" even without tools.
+    chat = {
+        "model": request.model,
+        "messages": messages,
+        "max_completion_tokens": request.max_output_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "tools": [_nested(tool, "function") for tool in request.tools or ()] or None,
+        "tool_choice": choice,
+        "parallel_tool_calls": request.parallel_tool_calls if request.tools else None,
+        "response_format": (
+            _nested(format, "json_schema") if isinstance(format, FlatSchemaFormat) else format
+        ),
+    }
+    return validate(ChatRequest, chat)
+
+
+def _nested(flat: FlatFunction | FlatNamedTool | FlatSchemaFormat, name: str) -> dict[str, Any]:
+    """An object of this API as chats have it: all fields but the type inside the field `name`."""
+    return {"type": flat.type, name: flat.model_dump(by_alias=True, exclude={"type"})}
+
+
+def _add(messages: list[dict[str, Any]], item: InputItem) -> None:
+    """Append an item; reasoning, text and calls in a row form one assistant message."""
+    match item:
+        case FunctionCallOutput():
+            messages.append({"role": "tool", "content": item.output, "tool_call_id": item.call_id})
+        case FunctionCall():
+            function = {"name": item.name, "arguments": item.arguments}
+            call = {"id": item.call_id, "type": "function", "function": function}
+            calls = _assistant(messages).setdefault("tool_calls", [])
+            calls.append(call)
+            if len(calls) > limits.MAX_TOOLS:
+                raise RequestError(
+                    f"input: more than {limits.MAX_TOOLS} function calls in a row", param="input"
+                )
+        case Reasoning():
+            thought = "".join(part.text for part in item.content)
+            messages.append({"role": "assistant", "reasoning_content": thought})
+        case InputMessage():
+            content = item.content
+            if not isinstance(content, str):
+                content = "".join(part.text for part in content)
+            if item.role != "assistant":
+                messages.append({"role": item.role, "content": content})
+            elif {"content", "tool_calls"} & _assistant(messages).keys():
+                messages.append({"role": "assistant", "content": content})
+            else:
+                messages[-1]["content"] = content
+
+
+def _assistant(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last message, an assistant's; appends one if another role has spoken last."""
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant"})
+    return messages[-1]

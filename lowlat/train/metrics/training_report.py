@@ -1,14 +1,75 @@
-"""Table of run summaries, side by side, for `lowlat train report`."""
+"""Reports of training runs: the table of summaries, plots and report.json."""
 
+import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from lowlat.train.metrics.formatting import clock, count, memory, rate, utilisation
-from lowlat.train.metrics.summary import Summary
+from lowlat.train.metrics.jsonl import LOG_NAME, RunHistory, read_log
+from lowlat.train.metrics.lines import plain
+from lowlat.train.metrics.plot import FORMATS, draw
+from lowlat.train.metrics.summary import Summary, summarise
+from lowlat.utils.errors import UserError
+
+REPORT_STEM = "report"
+"""Name of report files, next to the log of their run."""
+
+
+def read_runs(runs: list[Path]) -> dict[str, RunHistory]:
+    """The history of each run, given by its folder or its log, by a unique label. Raises UserError
+    for a run that is named twice or has no readable log.
+    """
+    names = [run.resolve().name if run.is_dir() else run.resolve().parent.name for run in runs]
+    labels = [
+        name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)
+    ]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"{label}: named twice; name every run once")
+    logs = [run / LOG_NAME if run.is_dir() else run for run in runs]
+    return {label: read_log(log) for label, log in zip(labels, logs, strict=True)}
+
+
+def pictures(out: Path) -> list[Path]:
+    """Plot files of `--out`: the file itself, or a .png and an .svg without a suffix.
+
+    Raises UserError for another suffix.
+    """
+    if not out.suffix:
+        return [out.with_suffix(".png"), out.with_suffix(".svg")]
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out {out}: must end in {', '.join(FORMATS)}, or have no suffix")
+    return [out]
+
+
+def write_report(history: RunHistory) -> list[Path]:
+    """Write report.png, report.svg and report.json of one run next to its log.
+
+    Returns the files. Raises UserError without matplotlib, without a completed step, or if a file
+    cannot be written.
+    """
+    folder = history.path.parent
+    summary = summarise(history)
+    files = pictures(folder / REPORT_STEM)
+    draw({history.start.name: history}, files)
+    return [*files, write_json(summary, folder / f"{REPORT_STEM}.json")]
+
+
+def write_json(summary: Summary | dict[str, Summary], path: Path) -> Path:
+    """Write `summary`, or several by label, as strict JSON to `path`; returns `path`. Raises
+    UserError if writing fails.
+    """
+    text = json.dumps(plain(summary), allow_nan=False, indent=1)
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: the report cannot be written ({error.strerror})") from error
+    return path
 
 
 def table(summaries: dict[str, Summary]) -> Table:
@@ -38,19 +99,12 @@ def _course(runs: list[Summary]) -> list[Row]:
 
 def _losses(runs: list[Summary]) -> list[Row]:
     """Losses in nats per target; evaluations are those with the lowest main loss."""
-    rows = [("loss at the end", [_figure(run, "loss", ".4f") for run in runs])]
-    for name, key in (
-        ("  KL from the teacher", "divergence"),
-        ("  error of layers", "layer_error"),
-    ):
-        rows.append((name, [_figure(run, key, ".4f") for run in runs]))
-    for depth in range(max(len(run["mtp_losses"]) for run in runs)):
-        rows.append(
-            (
-                f"  MTP module {depth + 1}",
-                [_at(run["mtp_losses"], depth) for run in runs],
-            )
-        )
+    rows = [
+        ("loss at the end", [_figure(run, "loss", ".4f") for run in runs]),
+        ("  KL from the teacher", [_figure(run, "divergence", ".4f") for run in runs]),
+        ("  error of layers", [_figure(run, "layer_error", ".4f") for run in runs]),
+        *_mtp_losses(runs),
+    ]
     for split in dict.fromkeys(split for run in runs for split in run["evaluations"]):
         best = [run["evaluations"].get(split, {"best": None})["best"] for run in runs]
         rows += [
@@ -59,11 +113,21 @@ def _losses(runs: list[Summary]) -> list[Row]:
             ("  bits per byte", [_figure(e, "bits_per_byte", ".4f") for e in best]),
             ("  KL from the teacher", [_figure(e, "divergence", ".4f") for e in best]),
             ("  at step", [_figure(e, "step", ",") for e in best]),
+            *_mtp_losses(best),
         ]
-        for depth in range(max(len(e["mtp_losses"]) if e else 0 for e in best)):
-            cells = [_at(e["mtp_losses"], depth) if e else "" for e in best]
-            rows.append((f"  MTP module {depth + 1}", cells))
     return rows
+
+
+def _mtp_losses(figures: Sequence[dict[str, Any] | None]) -> list[Row]:
+    """One row per MTP module."""
+    losses = [() if each is None else each["mtp_losses"] for each in figures]
+    return [
+        (
+            f"  MTP module {depth + 1}",
+            [f"{each[depth]:.4f}" if depth < len(each) else "" for each in losses],
+        )
+        for depth in range(max(map(len, losses)))
+    ]
 
 
 def _speed(runs: list[Summary]) -> list[Row]:
@@ -83,10 +147,6 @@ def _experts(runs: list[Summary]) -> list[Row]:
         ("  worst layer", [_violation(run, max) for run in runs]),
         ("  highest in between", [_highest(run) for run in runs]),
     ]
-
-
-def _at(losses: list[float], depth: int) -> str:
-    return f"{losses[depth]:.4f}" if depth < len(losses) else ""
 
 
 def _figure(figures: dict[str, Any] | None, name: str, form: str) -> str:

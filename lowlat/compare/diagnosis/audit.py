@@ -2,14 +2,22 @@
 
 Every step is recomputed from its recorded inputs. The implementation computes the variant that
 reproduces the recorded output; the size of a difference is not used. Steps: RoPE of queries and
-keys, softmax scale (this module), router (`gate_audit`), MTP input (`mtp_audit`).
+keys, softmax scale, MTP input (this module), router (`gate_audit`).
 """
 
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
 from lowlat.compare.diagnosis.gate_audit import gate
-from lowlat.compare.diagnosis.mistakes import UNEXPLAINED, Mistake, MistakeKind, StepAudit, limit_of
-from lowlat.compare.diagnosis.mtp_audit import join
+from lowlat.compare.diagnosis.mistakes import (
+    UNEXPLAINED,
+    Mistake,
+    StepAudit,
+    limit_of,
+    relative_difference,
+)
 from lowlat.compare.diagnosis.rope_reference import (
     RotationFit,
     best_fit,
@@ -17,7 +25,7 @@ from lowlat.compare.diagnosis.rope_reference import (
     cos_sin_scale,
     cos_sin_scales,
 )
-from lowlat.compare.trace import Block, Place, Trace, Window, layer_number
+from lowlat.compare.trace import OUTPUT, Block, Place, Trace, Window, layer_number
 from lowlat.config.model import MLAConfig, ModelConfig, RopeConfig, yarn_mscale
 
 SAME_SCALE = 1e-5
@@ -40,7 +48,7 @@ def audit(trace: Trace, config: ModelConfig, window: Window) -> dict[Place, Step
         if block.stage not in ("layer", "mtp"):
             continue
         steps = {
-            "joined": join(trace, config, block),
+            "joined": _join(trace, config, block),
             "q_rotated": _rotation(trace, config, block, window, "q"),
             "k_rotated": _rotation(trace, config, block, window, "k"),
             "scores": _scale(trace, config, block),
@@ -119,7 +127,7 @@ def _scale(trace: Trace, config: ModelConfig, block: Block) -> StepAudit | None:
     if not known and not is_yarn:
         return UNEXPLAINED
     reason = f": {known[0]}" if known else ""
-    kind: MistakeKind = "yarn_softmax_scale" if is_yarn else "softmax_scale"
+    kind = "yarn_softmax_scale" if is_yarn else "softmax_scale"
     return StepAudit(
         mistakes=(Mistake(kind, f"scales scores by {found:.6f}, not {should:.6f}{reason}"),)
     )
@@ -143,3 +151,54 @@ def _wrong_scales(config: ModelConfig, layer: int) -> list[tuple[float, str]]:
         nope = attention.qk_nope_head_dim**-0.5
         wrong += [(scale, "the RoPE channels are not counted") for scale in (nope, nope * every**2)]
     return wrong
+
+
+# MTP input: order of embedding and hidden state, and which hidden state
+
+
+def _join(trace: Trace, config: ModelConfig, block: Block) -> StepAudit | None:
+    if block.stage != "mtp":
+        return None
+    names = ("embedded", "carried", "enorm", "hnorm", "eh_proj", "joined")
+    seen = [trace.get(block, name) for name in names]
+    if any(value is None for value in seen):
+        return None
+    embedded, carried, enorm, hnorm, weight, joined = (v for v in seen if v is not None)
+    e = _normed(embedded, enorm, config.rms_norm_eps)
+    h = _normed(carried, hnorm, config.rms_norm_eps)
+    in_order = relative_difference(joined, torch.cat([e, h], dim=-1) @ weight.T)
+    swapped = relative_difference(joined, torch.cat([h, e], dim=-1) @ weight.T)
+    limit = limit_of(trace.dtype)
+    mistakes = []
+    if swapped < in_order and swapped <= limit:
+        detail = "concatenates the hidden state before the embedding, not after it"
+        mistakes.append(Mistake("mtp_order", detail))
+    elif in_order > limit:
+        return UNEXPLAINED
+    mistakes += _hidden_mistakes(trace, config, block, carried, limit)
+    if float(embedded[0].abs().max()) == 0.0 and float(embedded.abs().max()) > 0.0:
+        mistakes.append(Mistake("mtp_zeroed", "zeroes the embedding of the first position"))
+    return StepAudit(mistakes=tuple(mistakes))
+
+
+def _hidden_mistakes(
+    trace: Trace, config: ModelConfig, block: Block, carried: Tensor, limit: float
+) -> list[Mistake]:
+    """Check the hidden state that the module gets: before or after the previous norm."""
+    depth = block.number
+    before = OUTPUT if depth == 0 else Block("mtp", depth - 1)
+    last = Block("layer", config.num_hidden_layers - 1) if depth == 0 else before
+    normed, raw = trace.get(before, "norm"), trace.get(last, "residual")
+    if normed is None or raw is None:
+        return []
+    count = len(carried)
+    as_normed = relative_difference(carried, normed[:count])
+    as_raw = relative_difference(carried, raw[:count])
+    if as_raw < as_normed and as_raw <= limit:
+        detail = "takes the hidden state before the final norm, not after it"
+        return [Mistake("mtp_hidden", detail)]
+    return []
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
