@@ -308,4 +308,27 @@ struct Loader<GgufType::TQ2_0> {
   }
 };
 
+// --- weights --------------------------------------------------------------------------------------------------------------
+
+// Calls body(column, weights) for each 16 columns of a row. Scale times code and the minimum are exact in fp32, and so
+// is their difference in types without minima: the weights are those of each_sixteen() where scales are finite.
+template <GgufType type, class Body>
+inline void each_finite_sixteen(const Matrix& w, std::int64_t row, Body&& body) {
+  const std::uint8_t* at = block_row(w, row);
+  for (std::int64_t first = 0; first < w.columns; first += kSpan, at += span_bytes<type>()) {
+    alignas(64) std::uint8_t code[kSpan];
+    alignas(64) float scale[kScales], minimum[kScales];
+    const std::int64_t columns = least(kSpan, w.columns - first);
+    const Codes codes = Loader<type>::load(at, columns);
+    for (int k = 0; k < 4; ++k) _mm512_store_si512(code + 64 * k, codes.code[k]);
+    store(scale, codes.scale);
+    store(minimum, codes.minimum);
+    for (int g = 0; 16 * g < columns; ++g) {
+      const int place = g % 4 * 4 + g / 4;
+      const F values = floats_of_bytes(_mm_load_si128(reinterpret_cast<const __m128i*>(code + 16 * g)));
+      body(first + 16 * g, F{_mm512_fmsub_ps(values.v, _mm512_set1_ps(scale[place]), _mm512_set1_ps(minimum[place]))});
+    }
+  }
+}
+
 }  // namespace lowlat::LOWLAT_ISA::gguf

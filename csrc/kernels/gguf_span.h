@@ -53,6 +53,16 @@ inline void each_sixteen(const Matrix& w, std::int64_t row, Body&& body) {
   }
 }
 
+#if !defined(LOWLAT_AVX512)
+
+// The same where weights are finite; see gguf_codes_iq.h.
+template <GgufType type, class Body>
+inline void each_finite_sixteen(const Matrix& w, std::int64_t row, Body&& body) {
+  each_sixteen<type>(w, row, body);
+}
+
+#endif
+
 // A row of weights in fp32.
 inline void dequantize_row(const Matrix& w, std::int64_t row, float* out) {
   with_gguf_type(w.type, [&]<GgufType type>() {

@@ -5,7 +5,11 @@
 
 #include "../matrix.h"
 #include "common.h"
+#if defined(LOWLAT_AVX512)
+#include "gguf_codes_iq.h"
+#else
 #include "gguf_span.h"
+#endif
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -181,7 +185,7 @@ inline void load_gguf_panels(const Matrix& w, std::int64_t tile, Panel* panels) 
       continue;
     }
     F first = zero();
-    gguf::each_sixteen<type>(w, tile * kTile + r, [&](std::int64_t column, F weights) {
+    gguf::each_finite_sixteen<type>(w, tile * kTile + r, [&](std::int64_t column, F weights) {
       if (column % kColumns == 0) {
         first = weights;
       } else {

@@ -1,5 +1,6 @@
 """Models in GGUF blocks: a step over kept blocks against one over their values in bf16."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.checkpoint.load import load_model
+from lowlat.cli.info import info
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.model.linear import Embedding, Linear
 from lowlat.model.native import NativeModel, supports_native, weight_bytes
@@ -166,3 +168,15 @@ def test_batch_invariance(tmp_path: Path, level: str, family: str, split: bool) 
                 own = model.step(ids, batch, caches[s], list(range(length)))[1]
                 assert_same_bits(own, together[first : first + length])
                 first += length
+
+
+@pytest.mark.parametrize("dtype", [None, "auto", "bf16"])
+def test_info_counts_the_bytes_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str | None
+) -> None:
+    path = gguf_of(tmp_path, "mla", Kind.Q8_0)
+    info(str(path), json_output=True, dtype=dtype)
+    machine = json.loads(capsys.readouterr().out)["machine"]
+    kept = load_model(path, dtype="auto", keeps_blocks=True).model
+    assert machine["read_in_place"]
+    assert 0.9 * weight_bytes(kept) < machine["weights_bytes"] < path.stat().st_size
