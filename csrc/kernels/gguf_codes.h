@@ -186,12 +186,23 @@ struct Loader<GgufType::Q6_K> {
 
 // --- blocks of 32 columns: eight blocks ---------------------------------------------------------------------------------
 
-// The 32 bits at the start of eight blocks.
+// Eight blocks of a span, or the last ones of a row: the last of them stands for those beyond it, whose activations are
+// zeros.
 template <int bytes>
-inline __m256i starts(const std::uint8_t* at) {
-  const __m256i index = _mm256_setr_epi32(0, bytes, 2 * bytes, 3 * bytes, 4 * bytes, 5 * bytes, 6 * bytes, 7 * bytes);
-  return _mm256_i32gather_epi32(reinterpret_cast<const int*>(at), index, 1);
-}
+struct EightBlocks {
+  const std::uint8_t* at;
+  int last;
+
+  EightBlocks(const std::uint8_t* at, std::int64_t columns) : at(at), last(static_cast<int>(columns / 32) - 1) {}
+  const std::uint8_t* block(int i) const { return at + (i < last ? i : last) * bytes; }
+
+  // The 32 bits at the start of each.
+  __m256i starts() const {
+    const __m256i number = _mm256_min_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(last));
+    const __m256i index = _mm256_mullo_epi32(number, _mm256_set1_epi32(bytes));
+    return _mm256_i32gather_epi32(reinterpret_cast<const int*>(at), index, 1);
+  }
+};
 
 inline F halves_to_lanes(__m256i words) { return wide_to_lanes(_mm256_cvtph_ps(_mm256_cvtepi32_epi16(words))); }
 
@@ -209,33 +220,36 @@ inline __m512i add_fifth(__m512i nibbles, const std::uint8_t* first, const std::
   return _mm512_mask_add_epi8(nibbles, set, nibbles, all_bytes(16));
 }
 
+// Only inlined is the number of blocks of a whole span a constant.
+#define LOWLAT_INLINE __attribute__((always_inline))
+
+// Calls body(blocks) for the blocks of a span, with a constant number of them if it is whole.
+template <int bytes, class Body>
+inline Codes with_blocks(const std::uint8_t* at, std::int64_t columns, Body&& body) {
+  return columns == kSpan ? body(EightBlocks<bytes>(at, kSpan)) : body(EightBlocks<bytes>(at, columns));
+}
+
 // Types of 32 columns: `data` and `fifth` are places in a block (fifth 0: none), `zero` is the code of 0.
 template <GgufType type, int bytes, int data, int fifth, int middle>
 struct SmallLoader {
   static Codes load(const std::uint8_t* at, std::int64_t columns) {
-    if (columns < kSpan) return part(at, columns);
-    Codes codes;
-    LOWLAT_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      const std::uint8_t *first = at + 2 * k * bytes, *last = first + bytes;
-      codes.code[k] = block_nibbles(first + data, last + data);
-      if constexpr (fifth > 0) codes.code[k] = add_fifth(codes.code[k], first + fifth, last + fifth);
-    }
-    const __m256i words = starts<bytes>(at);
-    codes.scale = halves_to_lanes(words);
-    if constexpr (Decoder<type>::kHasMinimum) {
-      codes.minimum = sub(zero(), halves_to_lanes(_mm256_srli_epi32(words, 16)));
-    } else {
-      codes.minimum = mul(codes.scale, set1(middle));
-    }
-    return codes;
-  }
-
-  // The last blocks of a row, in the codes of whole spans.
-  static Codes part(const std::uint8_t* at, std::int64_t columns) {
-    alignas(64) std::uint8_t blocks[8 * bytes] = {};
-    std::memcpy(blocks, at, columns / 32 * bytes);
-    return load(blocks, kSpan);
+    return with_blocks<bytes>(at, columns, [](const EightBlocks<bytes>& blocks) LOWLAT_INLINE {
+      Codes codes;
+      LOWLAT_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const std::uint8_t *first = blocks.block(2 * k), *last = blocks.block(2 * k + 1);
+        codes.code[k] = block_nibbles(first + data, last + data);
+        if constexpr (fifth > 0) codes.code[k] = add_fifth(codes.code[k], first + fifth, last + fifth);
+      }
+      const __m256i words = blocks.starts();
+      codes.scale = halves_to_lanes(words);
+      if constexpr (Decoder<type>::kHasMinimum) {
+        codes.minimum = sub(zero(), halves_to_lanes(_mm256_srli_epi32(words, 16)));
+      } else {
+        codes.minimum = mul(codes.scale, set1(middle));
+      }
+      return codes;
+    });
   }
 };
 
@@ -289,23 +303,18 @@ struct Loader<GgufType::IQ4_XS> {
 template <>
 struct Loader<GgufType::Q8_0> {
   static Codes load(const std::uint8_t* at, std::int64_t columns) {
-    constexpr int kBytes = 34;
-    if (columns < kSpan) {
-      alignas(64) std::uint8_t blocks[8 * kBytes] = {};
-      std::memcpy(blocks, at, columns / 32 * kBytes);
-      return load(blocks, kSpan);
-    }
-    Codes codes;
-    LOWLAT_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      const std::uint8_t* first = at + 2 * k * kBytes + 2;
-      const __m512i both = _mm512_mask_broadcast_i64x4(
-          twice(first), 0xf0, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + kBytes)));
-      codes.code[k] = plus_128({both}).v;
-    }
-    codes.scale = halves_to_lanes(starts<kBytes>(at));
-    codes.minimum = mul(codes.scale, set1(128.0f));
-    return codes;
+    return with_blocks<34>(at, columns, [](const EightBlocks<34>& blocks) LOWLAT_INLINE {
+      Codes codes;
+      LOWLAT_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const auto* last = reinterpret_cast<const __m256i*>(blocks.block(2 * k + 1) + 2);
+        const __m512i both = _mm512_mask_broadcast_i64x4(twice(blocks.block(2 * k) + 2), 0xf0, _mm256_loadu_si256(last));
+        codes.code[k] = plus_128({both}).v;
+      }
+      codes.scale = halves_to_lanes(blocks.starts());
+      codes.minimum = mul(codes.scale, set1(128.0f));
+      return codes;
+    });
   }
 };
 

@@ -241,27 +241,23 @@ constexpr int kFp4Middle = 12;
 
 template <>
 struct Loader<GgufType::MXFP4> {
-  static constexpr int kBytes = 17;
   static Codes load(const std::uint8_t* at, std::int64_t columns) {
-    if (columns < kSpan) {
-      alignas(64) std::uint8_t blocks[8 * kBytes] = {};
-      std::memcpy(blocks, at, columns / 32 * kBytes);
-      return load(blocks, kSpan);
-    }
-    Codes codes;
-    const __m512i levels = level_codes(kFp4Levels, kFp4Middle);
-    LOWLAT_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      const std::uint8_t* first = at + 2 * k * kBytes + 1;
-      codes.code[k] = _mm512_shuffle_epi8(levels, block_nibbles(first, first + kBytes));
-    }
-    const __m256i exponents = _mm256_and_si256(starts<kBytes>(at), _mm256_set1_epi32(255));
-    const __m256i usual = _mm256_slli_epi32(_mm256_sub_epi32(exponents, _mm256_set1_epi32(1)), 23);
-    const __m256i tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), exponents);
-    const __mmask8 is_tiny = _mm256_cmplt_epi32_mask(exponents, _mm256_set1_epi32(2));
-    codes.scale = wide_to_lanes(_mm256_castsi256_ps(_mm256_mask_mov_epi32(usual, is_tiny, tiny)));
-    codes.minimum = mul(codes.scale, set1(kFp4Middle));
-    return codes;
+    return with_blocks<17>(at, columns, [](const EightBlocks<17>& blocks) LOWLAT_INLINE {
+      Codes codes;
+      const __m512i levels = level_codes(kFp4Levels, kFp4Middle);
+      LOWLAT_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const __m512i nibbles = block_nibbles(blocks.block(2 * k) + 1, blocks.block(2 * k + 1) + 1);
+        codes.code[k] = _mm512_shuffle_epi8(levels, nibbles);
+      }
+      const __m256i exponents = _mm256_and_si256(blocks.starts(), _mm256_set1_epi32(255));
+      const __m256i usual = _mm256_slli_epi32(_mm256_sub_epi32(exponents, _mm256_set1_epi32(1)), 23);
+      const __m256i tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), exponents);
+      const __mmask8 is_tiny = _mm256_cmplt_epi32_mask(exponents, _mm256_set1_epi32(2));
+      codes.scale = wide_to_lanes(_mm256_castsi256_ps(_mm256_mask_mov_epi32(usual, is_tiny, tiny)));
+      codes.minimum = mul(codes.scale, set1(kFp4Middle));
+      return codes;
+    });
   }
 };
 
