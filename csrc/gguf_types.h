@@ -44,7 +44,8 @@ struct GgufTypeInfo {
   std::int64_t columns, bytes;  // of a block
 };
 
-inline constexpr GgufTypeInfo kGgufTypes[] = {
+// Not inline: levels are linked apart (cmake/levels.cmake), and a table with names would be defined twice.
+constexpr GgufTypeInfo kGgufTypes[] = {
 #define LOWLAT_INFO(name, number, columns, bytes) {GgufType::name, #name, columns, bytes},
     LOWLAT_GGUF_TYPES(LOWLAT_INFO)
 #undef LOWLAT_INFO
@@ -56,6 +57,37 @@ constexpr const GgufTypeInfo* find_gguf_type(std::int64_t number) {
     if (static_cast<std::int64_t>(info.type) == number) return &info;
   }
   return nullptr;
+}
+
+// The order of a block's elements: fp16 numbers, words of 4 bytes.
+struct GgufElements {
+  int halves, words;
+};
+
+// Elements of the types that are faster interleaved (matrix.h); none for the others.
+constexpr GgufElements gguf_elements(GgufType type) {
+  switch (type) {
+    case GgufType::Q4_0:
+    case GgufType::IQ4_NL: return {1, 4};
+    case GgufType::Q4_1: return {2, 4};
+    case GgufType::Q5_0: return {1, 5};
+    case GgufType::Q5_1: return {2, 5};
+    case GgufType::Q8_0: return {1, 8};
+    case GgufType::Q4_K: return {2, 35};
+    case GgufType::IQ4_XS: return {2, 33};
+    default: return {0, 0};
+  }
+}
+
+constexpr bool can_interleave(GgufType type) { return gguf_elements(type).words > 0; }
+
+// Calls body(offset, size) for every element of a block.
+template <class Body>
+inline void each_gguf_element(GgufType type, Body&& body) {
+  const GgufElements elements = gguf_elements(type);
+  std::int64_t offset = 0;
+  for (int i = 0; i < elements.halves; ++i, offset += 2) body(offset, 2);
+  for (int i = 0; i < elements.words; ++i, offset += 4) body(offset, 4);
 }
 
 // Calls body.operator()<type>() for the run-time value of `type`.

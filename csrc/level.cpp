@@ -55,6 +55,10 @@ void dequantize(Team& team, const Matrix& w, Number* out) {
   });
 }
 
+void interleave(Team& team, const Matrix& rows, std::uint8_t* out) {
+  team.for_chunks(rows.tiles(), 1, [&](std::int64_t tile, std::int64_t) { gguf::interleave_tile(rows, tile, out); });
+}
+
 void norm(Team& team, const Norm& norm, const bf16* x, std::int64_t rows, bf16* out) {
   team.for_chunks(rows, 1, [&](std::int64_t row, std::int64_t) {
     rms_norm(norm, x + row * norm.size, out + row * norm.size);
@@ -142,6 +146,7 @@ const lowlat::Ops LOWLAT_NAME(lowlat_ops_, LOWLAT_ISA) = {
     .pack = lowlat::LOWLAT_ISA::single::pack,
     .dequantize = lowlat::LOWLAT_ISA::single::dequantize<float>,
     .dequantize_to_bf16 = lowlat::LOWLAT_ISA::single::dequantize<lowlat::bf16>,
+    .interleave = lowlat::LOWLAT_ISA::single::interleave,
     .rms_norm = lowlat::LOWLAT_ISA::single::norm,
     .rotate = lowlat::LOWLAT_ISA::single::rotate_heads,
     .swiglu = lowlat::LOWLAT_ISA::single::gated,

@@ -22,7 +22,9 @@ enum class Storage { bf16, fp8, int8_rows, int8, int4, gguf };
 // file:
 //   fp8        e4m3, scale fp32 [ceil(rows / 128), ceil(columns / 128)]: a weight is bf16(value * scale of its block)
 //   int8_rows  scale fp32 [rows], on the sum of the row
-// gguf is row-major, too: `stride` bytes between rows, which are blocks of `type`, as in a GGUF file.
+// gguf is row-major, too: `stride` bytes between rows, which are blocks of `type`, as in a GGUF file. If interleaved,
+// blocks of 16 rows form one, in which each element of a block (gguf_types.h) is followed by those of the other rows;
+// rows beyond the matrix are bytes of 0.
 // int8 and int4 are stored in tiles of 16 rows, cut into groups of 32 columns, with an fp16 scale per row and group
 // [tiles, groups, 16]. A group consists of steps of 64 bytes: 4 bytes per row, 2 for its even columns, 2 for its odd
 // ones:
@@ -33,6 +35,7 @@ enum class Storage { bf16, fp8, int8_rows, int8, int4, gguf };
 struct Matrix {
   Storage storage = Storage::bf16;
   GgufType type{};  // of storage gguf
+  bool is_interleaved = false;
   std::int64_t rows = 0;
   std::int64_t columns = 0;
   std::int64_t stride = 0;

@@ -79,6 +79,17 @@ void dequantize(const BoundMatrix& bound, const Array& out, const std::string& l
   run([&](Team& team) { table.dequantize(team, w, to); });
 }
 
+void interleave(const BoundMatrix& bound, const Array& out) {
+  const Matrix& w = bound.matrix;
+  if (w.storage != Storage::gguf || w.is_interleaved || !can_interleave(w.type)) {
+    throw std::invalid_argument("only some GGUF types are interleaved");
+  }
+  const GgufTypeInfo* info = find_gguf_type(static_cast<std::int64_t>(w.type));
+  auto* to = elements<std::uint8_t>(out, "out", Type::uint8, {w.tiles() * kTile, w.columns / info->columns * info->bytes});
+  const Ops& table = ops();
+  run([&](Team& team) { table.interleave(team, w, to); });
+}
+
 void rms_norm(const Array& x, const Array& weight, float eps, const Array& out, const std::string& level) {
   const Ops& table = ops(level);
   const std::int64_t rows = size(x, 0);
@@ -255,11 +266,12 @@ std::int64_t draw(const Array& logits, double number, double temperature, std::i
   return token;
 }
 
-// Number, name, columns and bytes of a block of every GGUF type that matrices can have.
+// Number, name, columns and bytes of a block of every GGUF type that matrices can have, and whether it interleaves.
 nb::list gguf_types() {
   nb::list types;
   for (const GgufTypeInfo& info : kGgufTypes) {
-    types.append(nb::make_tuple(static_cast<int>(info.type), info.name, info.columns, info.bytes));
+    types.append(nb::make_tuple(static_cast<int>(info.type), info.name, info.columns, info.bytes,
+                                can_interleave(info.type)));
   }
   return types;
 }
@@ -268,6 +280,7 @@ void bind_ops(nb::module_& module) {
   module.def("linear", linear, "matrix"_a, "x"_a, "out"_a, "is_decode"_a = false, "level"_a = "");
   module.def("pack", pack, "weights"_a, "to"_a, "level"_a = "");
   module.def("dequantize", dequantize, "matrix"_a, "out"_a, "level"_a = "");
+  module.def("interleave", interleave, "rows"_a, "out"_a);
   module.def("rms_norm", rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a, "level"_a = "");
   module.def("rotate", rotate, "x"_a, "cos"_a, "sin"_a, "interleave"_a, "level"_a = "");
   module.def("swiglu", swiglu, "gate"_a, "up"_a, "out"_a, "level"_a = "");

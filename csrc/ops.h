@@ -49,6 +49,9 @@ struct Ops {
   void (*dequantize)(Team&, const Matrix& w, float* out);
   void (*dequantize_to_bf16)(Team&, const Matrix& w, bf16* out);
 
+  // rows in GGUF blocks, interleaved (matrix.h); out [rows rounded up to tiles, bytes of a row]
+  void (*interleave)(Team&, const Matrix& rows, std::uint8_t* out);
+
   // x, out [rows, norm.size]
   void (*rms_norm)(Team&, const Norm& norm, const bf16* x, std::int64_t rows, bf16* out);
 

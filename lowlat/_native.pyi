@@ -20,8 +20,9 @@ def set_threads(threads: int) -> None:
     """Size of the process-wide thread pool; a pool of another size ends when its jobs are done."""
 
 def threads() -> int: ...
-def gguf_types() -> list[tuple[int, str, int, int]]:
-    """Number, name, columns and bytes of a block of every GGUF type that a Matrix can have."""
+def gguf_types() -> list[tuple[int, str, int, int, bool]]:
+    """Number, name, columns and bytes of a block of every GGUF type that a Matrix can have, and
+    whether it can be interleaved."""
 
 class Matrix:
     """A weight matrix [rows, columns] in one of the storage formats; keeps its tensors alive.
@@ -60,9 +61,15 @@ class Matrix:
         """uint8 [tiles, groups, 4, 16, 2, 2], scale and minimum fp16 [tiles, groups, 16]."""
 
     @staticmethod
-    def gguf(weight: Tensor, *, type: int, occupied: Tensor | None = None) -> Matrix:
+    def gguf(
+        weight: Tensor,
+        *,
+        type: int,
+        interleaved_rows: int | None = None,
+        occupied: Tensor | None = None,
+    ) -> Matrix:
         """uint8 [rows, bytes of whole blocks] of the GGUF type with this number; rows may have a
-        stride."""
+        stride. With interleaved_rows: [rows rounded up to 16, bytes], made by `interleave`."""
 
     @property
     def rows(self) -> int: ...
@@ -257,6 +264,9 @@ def pack(weights: Tensor, to: Matrix, level: str = "") -> None:
 
 def dequantize(matrix: Matrix, out: Tensor, level: str = "") -> None:
     """The weights of a Matrix in GGUF blocks; out fp32 or bf16 [rows, columns]."""
+
+def interleave(rows: Matrix, out: Tensor) -> None:
+    """Rows in GGUF blocks in tiles of 16; out uint8 [rows rounded up to 16, bytes of a row]."""
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, level: str = "") -> None:
     """bf16 [rows, dim], weight fp32 [dim]."""

@@ -310,12 +310,12 @@ struct Loader<GgufType::TQ2_0> {
 // is their difference in types without minima: the weights are those of each_sixteen() where scales are finite.
 template <GgufType type, class Body>
 inline void each_finite_sixteen(const Matrix& w, std::int64_t row, Body&& body) {
-  const std::uint8_t* at = block_row(w, row);
-  for (std::int64_t first = 0; first < w.columns; first += kSpan, at += span_bytes<type>()) {
+  SpanBytes<type> bytes;
+  for (std::int64_t first = 0; first < w.columns; first += kSpan) {
     alignas(64) std::uint8_t code[kSpan];
     alignas(64) float scale[kScales], minimum[kScales];
     const std::int64_t columns = least(kSpan, w.columns - first);
-    const Codes codes = Loader<type>::load(at, columns);
+    const Codes codes = Loader<type>::load(bytes.of(w, row, first / kSpan), columns);
     for (int k = 0; k < 4; ++k) _mm512_store_si512(code + 64 * k, codes.code[k]);
     store(scale, codes.scale);
     store(minimum, codes.minimum);

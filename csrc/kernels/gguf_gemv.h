@@ -8,7 +8,7 @@
 #include "gemv.h"
 #include "gguf_activations.h"
 #if defined(LOWLAT_AVX512)
-#include "gguf_codes_iq.h"
+#include "gguf_tiles.h"
 #endif
 
 namespace lowlat::LOWLAT_ISA::gguf {
@@ -82,10 +82,11 @@ template <GgufType type, bool is_one>
 inline void multiply_tile(const Matrix& w, std::int64_t tile, const SpanActivations* x, std::int64_t apart,
                           std::int64_t tokens, Lanes* lanes) {
   const std::int64_t first = tile * kTile, rows = least(kTile, w.rows - first), spans = num_spans(w.columns);
+  SpanBytes<type> bytes;
   for (std::int64_t r = 0; r < rows; ++r) {
-    const std::uint8_t* at = block_row(w, first + r);
     F sum = zero();
-    for (std::int64_t s = 0; s < spans; ++s, at += span_bytes<type>()) {
+    for (std::int64_t s = 0; s < spans; ++s) {
+      const std::uint8_t* at = bytes.of(w, first + r, s);
       // May point beyond the matrix: prefetching unmapped memory does nothing.
       for (std::int64_t line = 0; line < span_bytes<type>(); line += 64) {
         prefetch_far(at + kSpansAhead * span_bytes<type>() + line);
@@ -111,6 +112,12 @@ inline void gemv(const Matrix& w, std::int64_t first, std::int64_t last, const A
   const std::int64_t apart = num_spans(w.columns), step = even_block(x.rows, kMostTokens);
   alignas(64) Lanes lanes[kMostTokens] = {};
   for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
+#if defined(LOWLAT_AVX512)
+    if (w.is_interleaved) {
+      multiply_interleaved_rows(w, tile, all, x.rows, out, out_stride);
+      continue;
+    }
+#endif
     for (std::int64_t row = 0; row < x.rows; row += step) {
       const std::int64_t tokens = least(step, x.rows - row);
       with_gguf_type(w.type, [&]<GgufType type>() {

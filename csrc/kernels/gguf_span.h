@@ -37,18 +37,63 @@ inline F weights_of(const Span& span, int group) {
   return Decoder<type>::kHasMinimum ? sub(product, set1(span.minimum[group])) : product;
 }
 
-inline const std::uint8_t* block_row(const Matrix& w, std::int64_t row) {
-  return static_cast<const std::uint8_t*>(w.data) + row * w.stride;
+// The bytes of a span of a row: in place, or gathered from an interleaved matrix.
+template <GgufType type>
+class SpanBytes {
+ public:
+  const std::uint8_t* of(const Matrix& w, std::int64_t row, std::int64_t span) {
+    const auto* data = static_cast<const std::uint8_t*>(w.data);
+    if (!w.is_interleaved) return data + row * w.stride + span * span_bytes<type>();
+    const std::int64_t bytes = least(span_bytes<type>(), w.stride - span * span_bytes<type>());
+    const std::uint8_t* tile = data + row / kTile * kTile * w.stride + kTile * span * span_bytes<type>();
+    for (std::int64_t block = 0; block < bytes; block += kBlock, tile += kTile * kBlock) {
+      each_gguf_element(type, [&](std::int64_t offset, std::int64_t size) {
+        std::memcpy(gathered_ + block + offset, tile + kTile * offset + row % kTile * size, size);
+      });
+    }
+    return gathered_;
+  }
+
+ private:
+  static constexpr std::int64_t kBlock = find_gguf_type(static_cast<std::int64_t>(type))->bytes;
+  alignas(64) std::uint8_t gathered_[span_bytes<type>() + 64];
+};
+
+// Interleaves a tile of rows.
+template <GgufType type>
+inline void interleave_tile_of(const Matrix& rows, std::int64_t tile, std::uint8_t* to) {
+  constexpr std::int64_t kBlock = find_gguf_type(static_cast<std::int64_t>(type))->bytes;
+  constexpr std::int64_t kBlockColumns = find_gguf_type(static_cast<std::int64_t>(type))->columns;
+  const std::int64_t bytes = rows.columns / kBlockColumns * kBlock;
+  to += tile * kTile * bytes;
+  for (std::int64_t r = 0; r < kTile; ++r) {
+    const std::int64_t row = tile * kTile + r;
+    const std::uint8_t* from = static_cast<const std::uint8_t*>(rows.data) + row * rows.stride;
+    for (std::int64_t block = 0; block < bytes; block += kBlock) {
+      each_gguf_element(type, [&](std::int64_t offset, std::int64_t size) {
+        std::uint8_t* place = to + kTile * (block + offset) + r * size;
+        if (row < rows.rows) {
+          std::memcpy(place, from + block + offset, size);
+        } else {
+          std::memset(place, 0, size);
+        }
+      });
+    }
+  }
+}
+
+inline void interleave_tile(const Matrix& rows, std::int64_t tile, std::uint8_t* to) {
+  with_gguf_type(rows.type, [&]<GgufType type>() { interleave_tile_of<type>(rows, tile, to); });
 }
 
 // Calls body(column, group, weights) for each 16 columns of a row.
 template <GgufType type, class Body>
 inline void each_sixteen(const Matrix& w, std::int64_t row, Body&& body) {
-  const std::uint8_t* at = block_row(w, row);
-  for (std::int64_t first = 0; first < w.columns; first += kSpan, at += span_bytes<type>()) {
+  SpanBytes<type> bytes;
+  for (std::int64_t first = 0; first < w.columns; first += kSpan) {
     Span span;
     const std::int64_t columns = least(kSpan, w.columns - first);
-    decode_span<type>(at, columns, span);
+    decode_span<type>(bytes.of(w, row, first / kSpan), columns, span);
     for (int g = 0; 16 * g < columns; ++g) body(first + 16 * g, weights_of<type>(span, g));
   }
 }

@@ -6,7 +6,7 @@
 #include "../matrix.h"
 #include "common.h"
 #if defined(LOWLAT_AVX512)
-#include "gguf_codes_iq.h"
+#include "gguf_tile_decode.h"
 #else
 #include "gguf_span.h"
 #endif
@@ -196,10 +196,51 @@ inline void load_gguf_panels(const Matrix& w, std::int64_t tile, Panel* panels) 
   for (std::int64_t i = 0; i < count; ++i) transpose(panels[i], panels[i]);
 }
 
+#if defined(LOWLAT_AVX512)
+
+// All panels of a tile of interleaved GGUF blocks.
+template <GgufType type>
+inline void load_interleaved_panels(const Matrix& w, std::int64_t tile, Panel* panels) {
+  using Decoder = gguf::TileDecoder<type>;
+  constexpr const GgufTypeInfo& info = *find_gguf_type(static_cast<std::int64_t>(type));
+  const std::uint8_t* at = static_cast<const std::uint8_t*>(w.data) + tile * kTile * w.stride;
+  for (std::int64_t column = 0; column < w.columns; column += info.columns, at += kTile * info.bytes) {
+    Decoder decoder(at);
+    for (int g = 0; g < Decoder::kGroups; ++g) {
+      decoder.start(g);
+      const std::int64_t first = column + g * Decoder::kGroup;
+      P* panel = panels[first / kColumns] + first % kColumns / 2;
+      const auto weights = [&](F code) {
+        const F product = mul(sub(code, set1(Decoder::kZero)), decoder.scale);
+        return Decoder::kHasMinimum ? sub(product, decoder.minimum) : product;
+      };
+      LOWLAT_UNROLL
+      for (int i = 0; i < Decoder::kGroup / 4; ++i) {
+        const P code = {decoder.word(i)};
+        panel[2 * i] = pairs_of(weights(field<0, 255>(code)), weights(field<8, 255>(code)));
+        panel[2 * i + 1] = pairs_of(weights(field<16, 255>(code)), weights(field<24, 255>(code)));
+      }
+    }
+  }
+}
+
+#endif
+
+inline void load_block_panels(const Matrix& w, std::int64_t tile, Panel* panels) {
+  with_gguf_type(w.type, [&]<GgufType type>() {
+#if defined(LOWLAT_AVX512)
+    if constexpr (can_interleave(type)) {
+      if (w.is_interleaved) return load_interleaved_panels<type>(w, tile, panels);
+    }
+#endif
+    load_gguf_panels<type>(w, tile, panels);
+  });
+}
+
 // All panels of a tile; meanwhile the same tile of `ahead`, if any, is prefetched.
 inline void load_panels(const Matrix& w, std::int64_t tile, Panel* panels, const Matrix* ahead = nullptr) {
   if (w.storage == Storage::gguf) {
-    return with_gguf_type(w.type, [&]<GgufType type>() { load_gguf_panels<type>(w, tile, panels); });
+    return load_block_panels(w, tile, panels);
   }
   for (std::int64_t i = 0; i < num_panels(w.columns); ++i) {
     load_panel(w, tile, i, panels[i]);

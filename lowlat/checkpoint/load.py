@@ -113,7 +113,8 @@ def _keep_blocks(
     """Readers of the matrices that stay in GGUF blocks; none without native kernels."""
     if dtype not in ("auto", "bf16") or device.type != "cpu" or not native.available():
         return {}
-    return store_blocks(model, plan, source)
+    size = source.path.stat().st_size if source.path.is_file() else 0
+    return store_blocks(model, plan, source, in_memory=not is_larger_than_memory(size))
 
 
 def _packing_of(dtype: str) -> Packing | None:

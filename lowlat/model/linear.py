@@ -90,7 +90,8 @@ class Linear(nn.Module):
     int8       weight and weight_scale in tiles (`ops.quantized`)
     int4       weight, weight_scale and weight_minimum in tiles
     int8_rows  weight [out, in], weight_scale [out]
-    gguf       weight [out, row_bytes] in blocks of GGUF type `gguf_type`; an MLA up-projection may
+    gguf       weight [out, row_bytes] in blocks of GGUF type `gguf_type`, or `is_interleaved` in
+               tiles of 16 rows (`ops.gguf_blocks.interleave`); an MLA up-projection may
                be split instead: the values' rows of all heads in weight, the keys' rows, each head
                transposed, in weight_keys [heads * in, row_bytes] of type `keys_type`
     """
@@ -109,6 +110,7 @@ class Linear(nn.Module):
         self.weight_minimum: nn.Parameter | None = None
         self.weight_keys: nn.Parameter | None = None
         self.gguf_type: int | None = None
+        self.is_interleaved = False
         self.keys_type: int | None = None
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
 
@@ -135,11 +137,11 @@ class Linear(nn.Module):
         group_shape = INT4_SHAPE if storage == "int4" else INT8_SHAPE
         self.weight = self._unfilled((tiles, groups, *group_shape), torch.uint8)
 
-    def store_gguf(self, kind: int) -> None:
+    def store_gguf(self, kind: int, *, interleaved: bool) -> None:
         """Replace the (still unfilled) weight by rows in blocks of GGUF type number `kind`."""
-        self.storage, self.gguf_type = "gguf", kind
-        size = gguf_blocks.row_bytes(kind, self.in_features)
-        self.weight = self._unfilled((self.out_features, size), torch.uint8)
+        self.storage, self.gguf_type, self.is_interleaved = "gguf", kind, interleaved
+        shape = gguf_blocks.stored_shape(kind, self.out_features, self.in_features, interleaved)
+        self.weight = self._unfilled(shape, torch.uint8)
 
     def store_gguf_heads(self, keys: int, values: int, heads: int, nope_dim: int) -> None:
         """Replace the (still unfilled) weight of MLA's kv_b_proj by its two halves in GGUF blocks:
@@ -173,7 +175,10 @@ class Linear(nn.Module):
                 return unpack_rows(parts, self.storage, rows, self.in_features, dtype)
             case "gguf":
                 assert self.gguf_type is not None
-                own = gguf_blocks.dequantize_blocks(self.weight, self.gguf_type, dtype)
+                rows = self.out_features if self.is_interleaved else None
+                own = gguf_blocks.dequantize_blocks(
+                    self.weight, self.gguf_type, dtype, interleaved_rows=rows
+                )
                 return own if self.weight_keys is None else self._with_keys(own, dtype)
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
@@ -213,8 +218,9 @@ class Embedding(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
+        self.shape = (vocab_size, hidden_size)
         self.gguf_type: int | None = None
+        self.is_interleaved = False
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
 
     @property
@@ -222,10 +228,12 @@ class Embedding(nn.Module):
         """Dtype of the embeddings, and so of the model's activations: bf16 for GGUF blocks."""
         return self.weight.dtype if self.gguf_type is None else torch.bfloat16
 
-    def store_gguf(self, kind: int) -> None:
-        """Replace the (still unfilled) weight by rows in blocks of GGUF type number `kind`."""
-        self.gguf_type = kind
-        shape = (len(self.weight), gguf_blocks.row_bytes(kind, self.hidden_size))
+    def store_gguf(self, kind: int, *, interleaved: bool) -> None:
+        """Replace the (still unfilled) weight by rows in blocks of GGUF type number `kind`, in the
+        layouts of `Linear`.
+        """
+        self.gguf_type, self.is_interleaved = kind, interleaved
+        shape = gguf_blocks.stored_shape(kind, *self.shape, interleaved)
         empty = torch.empty(shape, dtype=torch.uint8, device=self.weight.device)
         self.weight = nn.Parameter(empty, requires_grad=False)
 
@@ -233,9 +241,14 @@ class Embedding(nn.Module):
         """The weight as a matrix of `dtype`."""
         if self.gguf_type is None:
             return self.weight.to(dtype)
-        return gguf_blocks.dequantize_blocks(self.weight, self.gguf_type, dtype)
+        rows = self.shape[0] if self.is_interleaved else None
+        return gguf_blocks.dequantize_blocks(
+            self.weight, self.gguf_type, dtype, interleaved_rows=rows
+        )
 
     def forward(self, ids: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens hidden"]:
         if self.gguf_type is None:
             return F.embedding(ids, self.weight)
+        if self.is_interleaved:
+            return self.dense_weight(self.dtype)[ids]
         return gguf_blocks.dequantize_blocks(self.weight[ids], self.gguf_type, self.dtype)

@@ -206,7 +206,10 @@ def weight_of(linear: Linear, *, sparse: bool = False):
         case "int8_rows":
             return matrix.int8_rows(weight, linear.weight_scale, occupied=occupied)
         case "gguf":
-            return matrix.gguf(weight, type=linear.gguf_type, occupied=occupied)
+            rows = linear.out_features if linear.is_interleaved else None
+            return matrix.gguf(
+                weight, type=linear.gguf_type, interleaved_rows=rows, occupied=occupied
+            )
 
 
 def embedding_of(embedding: Embedding):
@@ -214,7 +217,8 @@ def embedding_of(embedding: Embedding):
     weight = embedding.weight.detach()
     if embedding.gguf_type is None:
         return matrix_of(weight)
-    return native.module().Matrix.gguf(weight, type=embedding.gguf_type)
+    rows = embedding.shape[0] if embedding.is_interleaved else None
+    return native.module().Matrix.gguf(weight, type=embedding.gguf_type, interleaved_rows=rows)
 
 
 def matrix_of(weight: Float[Tensor, "out in"], occupied: UInt8[Tensor, "tiles"] | None = None):

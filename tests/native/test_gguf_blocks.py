@@ -86,7 +86,7 @@ def assert_same_numbers(one: Tensor, other: Tensor) -> None:
 
 
 def test_the_table_is_that_of_the_gguf_package() -> None:
-    for number, name, columns, size in native.module().gguf_types():
+    for number, name, columns, size, _ in native.module().gguf_types():
         kind = GGMLQuantizationType(number)
         assert (kind.name, (columns, size)) == (name, GGML_QUANT_SIZES[kind])
         dequantize(np.zeros(size, dtype=np.uint8), kind)
@@ -185,6 +185,48 @@ def test_nan_and_infinity_come_out(level: str, kind: GGMLQuantizationType) -> No
         assert out[[0, 2]].isfinite().all()
 
 
+INTERLEAVED = (
+    [GGMLQuantizationType(number) for number, *_, can in native.module().gguf_types() if can]
+    if native.available()
+    else []
+)
+every_interleaved = pytest.mark.parametrize("kind", INTERLEAVED, ids=lambda kind: kind.name)
+
+
+@every_level
+@every_interleaved
+@given(rows=st.integers(0, 30), blocks=st.integers(1, 9), seed=seeds)
+def test_interleaved_rows(
+    level: str, kind: GGMLQuantizationType, rows: int, blocks: int, seed: int
+) -> None:
+    """The same values, the same bits of prefill, and decode products as near as those of rows."""
+    weights = usual_blocks(kind, 37, blocks, seed)
+    packed = gguf_blocks.interleave(weights, int(kind))
+    found = gguf_blocks.dequantize_natively(packed, int(kind), interleaved_rows=37, level=level)
+    w = exact(weights, kind)
+    assert_same_numbers(found, w)
+    plain = native.module().Matrix.gguf(weights, type=int(kind))
+    matrix = native.module().Matrix.gguf(packed, type=int(kind), interleaved_rows=37)
+    x = draw((rows, w.shape[1]), "normal", seed + 1)
+    assert_same_bits(kernels.linear(x, matrix, level=level), kernels.linear(x, plain, level=level))
+    out = kernels.linear(x, matrix, is_decode=True, level=level)
+    other = kernels.linear(x, plain, is_decode=True, level=level)
+    size = x.double().abs() @ (w.double().abs() + 256 * steps_of(w.double())).T
+    assert_within(out, other.double(), (w.shape[1] / 8 + 80) * UNIT * size)
+
+
+@every_level
+@every_interleaved
+@pytest.mark.parametrize("decode", [False, True], ids=["", "decode"])
+def test_interleaved_rows_stand_alone(level: str, kind: GGMLQuantizationType, decode: bool) -> None:
+    packed = gguf_blocks.interleave(usual_blocks(kind, 50, 9, 3), int(kind))
+    matrix = native.module().Matrix.gguf(packed, type=int(kind), interleaved_rows=50)
+    x = draw((27, matrix.columns), "wide", 2)
+    assert_rows_stand_alone(
+        lambda rows: kernels.linear(rows, matrix, is_decode=decode, level=level), x
+    )
+
+
 def test_unfit_blocks_are_refused() -> None:
     module = native.module()
     with pytest.raises(ValueError, match="no GGUF type 0"):
@@ -192,6 +234,9 @@ def test_unfit_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="rows that are not whole blocks"):
         module.Matrix.gguf(torch.zeros(2, 17, dtype=torch.uint8), type=2)
     matrix = module.Matrix.bf16(torch.zeros(2, 2, dtype=torch.bfloat16))
+    packed = torch.zeros(17, 18, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="weight is not interleaved rows"):
+        module.Matrix.gguf(packed, type=2, interleaved_rows=17)
     with pytest.raises(ValueError, match="only matrices in GGUF blocks"):
         module.dequantize(matrix, torch.zeros(2, 2))
 

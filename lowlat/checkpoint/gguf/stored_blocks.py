@@ -1,20 +1,25 @@
 """Keep weights in the blocks of their GGUF file: gives the modules of a model the file's types.
 
-Matrices of whole rows stay views of the memory-mapped file. Rows of llama's q and k are permuted
-into a copy of the same size. Attention of exactly converted models is excluded: its padding lies
-inside blocks.
+Rows stay views of the memory-mapped file, with two exceptions that are copies of the same size: the
+permuted rows of llama's q and k, and on AVX-512 types that are faster interleaved, if all weights
+fit into memory. Attention of exactly converted models is excluded: its padding lies inside blocks.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowlat.checkpoint.gguf.source import GGUFBlocks, blocks_of
 from lowlat.checkpoint.mapping_operations import Operation, Rename
-from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.checkpoint.tensor_source import StoredTensor, TensorSource
 from lowlat.config.model import MLAConfig
 from lowlat.model.linear import Embedding, Linear
 from lowlat.model.mla import MLA
+from lowlat.model.transformer import Transformer
+from lowlat.ops.gguf_blocks import can_interleave, interleave
+from lowlat.ops.quantized import Empty
+from lowlat.utils.huge_pages import HugePageAllocator
 
 Readers = Mapping[str, Callable[[], Tensor]]
 """Parameter -> function that reads its blocks."""
@@ -22,11 +27,14 @@ Readers = Mapping[str, Callable[[], Tensor]]
 _WEIGHT = ".weight"
 
 
-def store_blocks(model: nn.Module, plan: Iterable[Operation], source: TensorSource) -> Readers:
+def store_blocks(
+    model: Transformer, plan: Iterable[Operation], source: TensorSource, *, in_memory: bool
+) -> Readers:
     """Give every unfilled projection and embedding of `model` that `source` has in blocks this
-    storage. Returns how its parameters are read.
+    storage. Returns how its parameters are read. `in_memory`: copies may be made.
     """
     readers: dict[str, Callable[[], Tensor]] = {}
+    empty = HugePageAllocator().empty
     for step in plan:
         if not isinstance(step, Rename) or not step.parameter.endswith(_WEIGHT):
             continue
@@ -34,13 +42,25 @@ def store_blocks(model: nn.Module, plan: Iterable[Operation], source: TensorSour
         module = model.get_submodule(path)
         match blocks_of(source.tensors[step.file]):
             case (whole,) if isinstance(module, Linear | Embedding):
-                module.store_gguf(whole.kind)
-                readers[step.parameter] = whole.rows
+                # MLA's up-projections are read by heads, untied embeddings by tokens.
+                is_product = isinstance(module, Linear) or model.lm_head is None
+                is_product = is_product and not path.endswith("kv_b_proj")
+                interleaved = in_memory and is_product and can_interleave(whole.kind)
+                module.store_gguf(whole.kind, interleaved=interleaved)
+                stored = source.tensors[step.file]
+                read = partial(_interleaved, whole, stored, empty) if interleaved else whole.rows
+                readers[step.parameter] = read
             case (keys, values) if isinstance(module, Linear):
                 attention = model.get_submodule(path.rpartition(".")[0])
                 assert isinstance(attention, MLA)
                 readers |= _store_halves(module, path, attention.dims, keys, values)
     return readers
+
+
+def _interleaved(blocks: GGUFBlocks, stored: StoredTensor, empty: Empty) -> Tensor:
+    rows = interleave(blocks.rows(), blocks.kind, empty)
+    stored.release()
+    return rows
 
 
 def _store_halves(
