@@ -1,6 +1,6 @@
 // Thread pool, one per process. A job runs on all threads at once (a thread team); inside it, phases are separated by
 // barriers and work is handed out dynamically in chunks from a shared counter, so that a core slowed down by its
-// neighbours takes fewer of them.
+// neighbours takes fewer of them. There is no pinning and no NUMA placement of threads.
 #pragma once
 
 #include <algorithm>

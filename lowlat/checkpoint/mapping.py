@@ -1,4 +1,5 @@
-"""Mapping between checkpoint tensors and model parameters: names, MTP layers, strict checks.
+"""Mapping between Hugging Face tensor names (model.layers.N.self_attn.kv_b_proj.weight) and model
+parameters: names, MTP layers, strict checks.
 
 `mapping_operations` holds the operations chosen here; `check_tensors` makes every missing,
 left-over or misshapen tensor an error.

@@ -40,7 +40,8 @@ __all__ = [
 
 RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
 Packing = Literal["int8", "int4"]
-"""Dtypes in which projections may be packed (`model.quant`)."""
+"""Quantized storage: dtypes to which projections may be packed (`model.quant`); not sequence
+packing (`data.packing`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,7 +164,7 @@ class ModelConfig:
     quantization: QuantConfig | None = None
     """Storage of the projections in fp8 blocks; None for other storage."""
     packing: Packing | None = None
-    """Dtype in which the projections are packed; None for other storage."""
+    """Quantized storage: dtype of the packed projections; None for other storage."""
     num_nextn_predict_layers: int = 0
     """MTP modules D; stored as layers num_hidden_layers, num_hidden_layers + 1, ..."""
     mtp_copies: bool = False

@@ -1,4 +1,5 @@
-"""Output constraint: the interface through which a grammar masks tokens during sampling.
+"""Output constraint of guided decoding: the interface through which a grammar gives the sampler
+a token mask (token bitmask).
 
 `generate.grammar` compiles structured outputs into it. The engine knows nothing else of grammars,
 and this module imports no torch.

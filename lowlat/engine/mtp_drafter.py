@@ -20,7 +20,7 @@ from lowlat.engine.scheduler import ScheduledChunk
 
 
 @dataclass(slots=True)
-class _Resume:
+class _DraftState:
     """State from which the modules after the first continue: module k needs its input at one
     position before the new ones."""
 
@@ -41,7 +41,7 @@ class _Draft:
     """Position after the last cached token: the step has fixed the tokens before it."""
     num_drafts: int
     """Number of draft tokens wanted."""
-    resume: _Resume
+    state: _DraftState
     draft_tokens: list[int] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     """Per module, its input."""
@@ -52,9 +52,9 @@ class _Draft:
 
     def next_input(self, module: int) -> Tensor:
         """Input of `module`: with the position before the new ones, if it is stored."""
-        if module == 0 or len(self.resume.hidden) < module:
+        if module == 0 or len(self.state.hidden) < module:
             return self.hidden
-        return torch.cat([self.resume.hidden[module - 1], self.hidden])
+        return torch.cat([self.state.hidden[module - 1], self.hidden])
 
     def following(self, module: int, count: int) -> list[int]:
         """Tokens module + 1 places after the last `count` positions before `end`, as far as they
@@ -81,7 +81,7 @@ class MTPDrafter:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self._num_modules = runner.model.config.num_nextn_predict_layers
-        self._resume: weakref.WeakKeyDictionary[Sequence, _Resume] = weakref.WeakKeyDictionary()
+        self._states: weakref.WeakKeyDictionary[Sequence, _DraftState] = weakref.WeakKeyDictionary()
 
     @torch.inference_mode()
     def propose(
@@ -93,7 +93,7 @@ class MTPDrafter:
         for module in range(self._num_modules):
             self._run_module(module, drafts)
         for draft in drafts:
-            self._resume[draft.sequence] = self._resume_state(draft)
+            self._states[draft.sequence] = self._state_after(draft)
         self._repeat_last(drafts)
         for draft in drafts:
             draft.sequence.draft_tokens = draft.draft_tokens[: draft.num_drafts]
@@ -101,9 +101,9 @@ class MTPDrafter:
     def _begin(self, item: ScheduledChunk, hidden: Tensor, wanted: int) -> _Draft:
         # Hidden states of rejected draft tokens come last.
         end = min(item.start + item.length, item.sequence.num_cached)
-        kept = self._resume.get(item.sequence, _Resume())
+        kept = self._states.get(item.sequence, _DraftState())
         if kept.end != item.start:
-            kept = _Resume()
+            kept = _DraftState()
         return _Draft(item, hidden[: end - item.start], end, wanted, kept)
 
     def _run_module(self, module: int, drafts: list[_Draft]) -> None:
@@ -130,15 +130,15 @@ class MTPDrafter:
             if draft.num_drafts > 0:
                 draft.draft_tokens.append(token)
 
-    def _resume_state(self, draft: _Draft) -> _Resume:
+    def _state_after(self, draft: _Draft) -> _DraftState:
         """Module k continues at the position k before the next new one."""
         hidden = []
         for module, given in enumerate(draft.inputs[1:], start=1):
             # A prefill chunk ended too early to have this input: the next step starts without it.
             if draft.num_drafts == 0 or len(given) < module:
-                return _Resume(end=draft.end)
+                return _DraftState(end=draft.end)
             hidden.append(given[len(given) - module : len(given) - module + 1])
-        return _Resume(end=draft.end, hidden=hidden)
+        return _DraftState(end=draft.end, hidden=hidden)
 
     def _repeat_last(self, drafts: list[_Draft]) -> None:
         """Draft tokens beyond the modules: the last module over its own output, one place ahead."""

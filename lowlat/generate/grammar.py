@@ -1,8 +1,8 @@
-"""Grammar compiler and grammar states of structured outputs: token masks by llguidance.
+"""Guided decoding (structured outputs): grammar compiler, grammar states and token bitmasks.
 
-Owns the two steps of compiling (a trial in a process that can be killed, then in this one) and each
-output's state in its grammar. `generate.structured` defines the kinds of output, `engine.sampler`
-applies masks to logits.
+llguidance computes the masks. Owns the two steps of compiling (a trial in a process that can be
+killed, then in this one) and each output's state in its grammar. `generate.structured` defines the
+kinds of output, `engine.sampler` applies masks to logits.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
 """Rotary position embedding: frequencies with their context-extension rules, tables, and the
-rotation.
+rotation in interleaved or half-split (rotate_half, NeoX) layout.
 
 Frequencies and angles are computed in fp32 with the operation order of Hugging Face transformers,
 so that both agree to the bit at any position; docs/numerics.md explains why that matters beyond

@@ -1,8 +1,8 @@
 """Async engine: runs a model's engine in its own thread for the event loop of an HTTP server.
 
-Owns the thread, the bounded queue of requests, the deltas on their way to the event loop,
-cancellation, draining, and health. `generate.session` turns requests into text; its failures end
-single requests.
+Owns the thread, the bounded queue of requests (backpressure: 429), the deltas on their way to the
+event loop, cancellation, draining, and health. `generate.session` turns requests into text; its
+failures end single requests.
 """
 
 import asyncio
@@ -274,6 +274,9 @@ class AsyncEngine:
         return []
 
     def _cancel(self, generations: list[Generation]) -> Deltas:
+        """Abort cancelled requests, such as those of disconnected clients. The engine itself ends
+        requests past their deadline.
+        """
         deltas: Deltas = []
         for generation in generations:
             self._cancelled.popleft()

@@ -1,4 +1,4 @@
-"""Read a tokenizer from GGUF metadata: byte-level BPE and SentencePiece vocabularies.
+"""Read a tokenizer from GGUF metadata: vocabulary and merges of byte-level BPE and SentencePiece.
 
 Split patterns are `text.pretokenizers`'s; tensors and the model's config are read elsewhere.
 """

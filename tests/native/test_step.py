@@ -22,6 +22,7 @@ from lowlat.model.native import NativeModel, supports_native
 from lowlat.model.quant import store_packed
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
+from tests.parameters import slow_except
 from tests.parity.draw import Case, all_cases
 
 if not native.available():
@@ -330,7 +331,7 @@ def test_packed_chunks_give_the_bits_of_bf16(case: Case, dtype: str, level: str)
 
 @every_level
 @few_cases
-@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", slow_except(["int4"], ["int8", "int4"]))
 @torch.inference_mode()
 def test_packed_logits_are_as_near_to_fp32_as_bf16(case: Case, dtype: str, level: str) -> None:
     """The GEMV path does not round the values to bf16."""

@@ -28,6 +28,7 @@ from lowlat.train.step.passes import PlainPasses
 from lowlat.train.step.step import train_step
 from tests.fakes import byte_tokenizer
 from tests.packed_attention import PackedAttention
+from tests.parameters import slow_except
 from tests.unit.train import tiny
 
 from .draw import Case, all_cases
@@ -107,7 +108,7 @@ def assert_close(found: Tensor, wanted: Tensor, name: str) -> None:
     assert (found - wanted).abs().max() <= 2e-4 * scale, name
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", slow_except(CASES[::2], CASES), ids=lambda case: case.name)
 def test_a_step(case: Case, tmp_path: Path) -> None:
     oracle = build(case)
     model = trainable(oracle, tmp_path)

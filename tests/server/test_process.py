@@ -88,6 +88,7 @@ def test_bad_connections_are_answered_and_closed(server: Server, data: bytes, st
     assert get(server, "/health").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_second_request_may_come_late_but_not_slowly(server: Server) -> None:
     """Regression: a header timeout that cuts keep-alive connections, or misses the next one."""
     get = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"

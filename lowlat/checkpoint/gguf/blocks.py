@@ -1,6 +1,7 @@
 """Encode rows as GGUF types: plain floats, and the quantized blocks Q8_0 and Q4_1.
 
-Blocks hold the numbers of `ops.quantized` without loss, in another byte order. A block is 32
+K-quants (Q4_K, Q6_K, ...) are read (`file`), not written. Blocks hold the numbers of
+`ops.quantized` without loss, in another byte order. A block is 32
 columns of a row:
 
     Q8_0  fp16 scale, 32 int8

@@ -1,4 +1,5 @@
-"""GGUF reader: checked metadata and tensor table, dequantization of block formats.
+"""GGUF reader: checked metadata and tensor table, dequantization of block formats (Q8_0, Q4_1,
+K-quants such as Q4_K and Q6_K, and the others that gguf-py decodes).
 
 Format (versions 2 and 3, little-endian): magic, version, counts, key-value pairs, tensor infos,
 then aligned data in the order of the infos. Owns bytes and block formats; `metadata_reader` and

@@ -1,7 +1,7 @@
 """JsonEndpoint: the steps every POST request goes through, from its bytes to its response.
 
 Order: admission, headers, body, JSON, validation, model, handler. A client disconnect cancels the
-handler.
+handler, which aborts its requests.
 """
 
 import asyncio
@@ -90,7 +90,9 @@ def _parse(kind: type[ApiRequest], body: bytes) -> ApiRequest:
 
 
 async def _while_connected(receive: Receive, work: Awaitable[None]) -> None:
-    """Await `work`. Cancels it and raises Disconnected when the client disconnects."""
+    """Await `work`. A client disconnect cancels it, which aborts its requests, and raises
+    Disconnected.
+    """
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnect(receive))
     try:

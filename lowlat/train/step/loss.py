@@ -22,8 +22,9 @@ class LossSums:
     """Sums over the targets of some sequences, fp32."""
 
     total: Float[Tensor, ""]
-    """The differentiable total: the weighted sum of all losses, each divided by its number of
-    targets in the global batch.
+    """The differentiable total: the weighted sum of all losses. Loss scaling: each is divided by
+    its number of targets in the global batch, so the totals of micro-batches (gradient
+    accumulation) and processes add up.
     """
     heads: Float[Tensor, "heads"]
     """Negative log-likelihoods of the main head and of each MTP module, nats."""
@@ -39,7 +40,8 @@ class LossSums:
 
 
 def counted(batch: Batch, num_ahead: int, depth: int) -> Bool[Tensor, "rows sequence_length"]:
-    """Target mask of head `depth`: 0 the main head, k + 1 MTP module k.
+    """Loss mask (in place of labels of -100, ignore_index) of head `depth`: 0 the main head, k + 1
+    MTP module k.
 
     A token is a target of an MTP module if all tokens on the way to it are targets, too, so that no
     module predicts across a document boundary.

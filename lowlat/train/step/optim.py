@@ -56,13 +56,14 @@ class Optimizer:
     def step(self, learning_rate: float) -> float:
         """Clip, update, zero the gradients; returns the gradient norm before clipping.
 
-        Nothing is updated if the norm is not finite.
+        Skips the update on a non-finite gradient norm (NaN, inf).
         """
         self._sharded.reduce_gradients()
         norm = self._sharded.gradient_norm(name for name, _ in self._named)
         if norm.isfinite():
             parameters = [p for _, p in self._named]
             if 0 < self.max_grad_norm < norm:
+                # clip_grad_norm_ with the norm of all shards, computed above
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
             for optimizer in self._optimizers:
                 for group in optimizer.param_groups:
@@ -111,7 +112,7 @@ ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 def _groups(model: nn.Module, sharded: ShardedParameters) -> tuple[Named, Named, Named]:
     """Trainable shards of this process: hidden matrices, outer matrices (embedding, head, gates),
-    vectors (norms, biases).
+    and vectors (norms, biases), which have no weight decay.
     """
     hidden: Named = []
     outer: Named = []

@@ -63,6 +63,7 @@ def test_places_that_take_nothing_are_reported_before_training(
     assert not list(tmp_path.glob("runs/*")) and not (tmp_path / "page.md").exists()
 
 
+@pytest.mark.slow
 def test_a_study_from_the_command_line(lowlat_lab: Invoke, tokens: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page = tmp_path / "docs" / "mtp.md"

@@ -60,6 +60,7 @@ def test_losses_are_those_the_trainer_finds(
         assert run.result["window_losses"] == list(whole.window_losses[:7])
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_the_others_alone(
     make_plan: MakePlan,
     data: TokenizedDataset,

@@ -18,6 +18,7 @@ from lowlat.checkpoint.resumable_writer import partial_path
 from lowlat.convert.run import convert
 from lowlat.utils.atomic_files import rename_new
 from lowlat.utils.errors import UserError
+from tests.parameters import slow_except
 from tests.unit.checkpoint.builders import FAMILIES, edit_config, rewrite, write_model
 
 FAMILY = "deepseek_v3-mtp"
@@ -118,7 +119,7 @@ def test_damage_in_what_is_there_is_made_good(place: Path, counted: Counted) -> 
     assert_whole(place)
 
 
-@pytest.mark.parametrize("change", ["options", "weights", "config"])
+@pytest.mark.parametrize("change", slow_except(["weights"], ["options", "weights", "config"]))
 def test_another_conversion_is_not_resumed(place: Path, counted: Counted, change: str) -> None:
     counted.stop_after(5, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):

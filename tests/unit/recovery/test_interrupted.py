@@ -115,6 +115,7 @@ def test_ctrl_c_around_the_last_renaming(
     assert [path.name for path in tmp_path.iterdir()] == ["mla"]
 
 
+@pytest.mark.slow
 def test_a_stopped_training_resumes(made: Path, tmp_path: Path) -> None:
     """SIGINT in the middle of it: the step is finished and saved."""
     with stopped_after(2, signal.SIGINT):

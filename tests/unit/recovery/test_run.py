@@ -93,6 +93,7 @@ def test_other_forms(made: Path, tmp_path: Path, changes: dict[str, Any], dtype:
     assert load_model(tmp_path / "mla").config.packing == ("int8" if dtype == "int8" else None)
 
 
+@pytest.mark.slow
 def test_evaluation_alone(made: Path, tmp_path: Path) -> None:
     tiny.call(made, tmp_path / "mla", tokens=None, texts=(), dtype="bf16")
     told = tiny.report(tmp_path / "mla")

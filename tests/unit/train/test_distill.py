@@ -43,6 +43,7 @@ def call(made: Path, out: Path, **changes: Any) -> distill_module.DistillationRe
     return distill(made / "damaged", made / "teacher", made / "tokens", out, wanted, quiet=True)
 
 
+@pytest.mark.slow
 def test_a_healed_model_and_what_it_was_before(made: Path, tmp_path: Path) -> None:
     found = call(made, tmp_path / "run")
     assert found.model == tmp_path / "run" / "model"
