@@ -62,7 +62,7 @@ def interleave(
 
 
 def dequantize_blocks(
-    weight: UInt8[Tensor, "rows row_bytes"],
+    weight: UInt8[Tensor, "stored_rows row_bytes"],
     kind: int,
     dtype: torch.dtype = torch.float32,
     *,
@@ -90,7 +90,7 @@ def dequantize_blocks(
 
 
 def dequantize_natively(
-    weight: UInt8[Tensor, "rows row_bytes"],
+    weight: UInt8[Tensor, "stored_rows row_bytes"],
     kind: int,
     dtype: torch.dtype = torch.float32,
     *,
