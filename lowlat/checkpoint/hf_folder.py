@@ -17,6 +17,7 @@ from lowlat.checkpoint.safetensors.reader import SafetensorsFile
 from lowlat.checkpoint.shard_layout import INDEX_FILE, SINGLE_FILE
 from lowlat.checkpoint.tensor_source import StoredTensor, TensorSource
 from lowlat.utils.errors import UserError
+from lowlat.utils.gguf_parts import existing_parts
 from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
 
 
@@ -35,12 +36,13 @@ def open_checkpoint(path: Path) -> TensorSource:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weight files of the checkpoint at `path`; other files in a folder are ignored.
+    """The weight files of the checkpoint at `path`, all parts if it is a split GGUF model; other
+    files in a folder are ignored.
 
     Raises UserError for a folder without weights and for a malformed index.
     """
     if not path.is_dir():
-        return [path]
+        return existing_parts(path)
     if (path / SINGLE_FILE).exists():
         return [path / SINGLE_FILE]
     return [path / shard for shard in sorted(set(_weight_map(path).values()))]

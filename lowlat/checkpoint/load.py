@@ -113,8 +113,7 @@ def _keep_blocks(
     """Readers of the matrices that stay in GGUF blocks; none without native kernels."""
     if dtype not in ("auto", "bf16") or device.type != "cpu" or not native.available():
         return {}
-    size = source.path.stat().st_size if source.path.is_file() else 0
-    return store_blocks(model, plan, source, in_memory=not is_larger_than_memory(size))
+    return store_blocks(model, plan, source)
 
 
 def _packing_of(dtype: str) -> Packing | None:

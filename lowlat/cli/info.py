@@ -100,7 +100,8 @@ def find(name: str) -> Subject:
 
 def open_subject(name: str, path: Path) -> Subject:
     """The checkpoint at `path` (folder or .gguf file), from its headers."""
-    from lowlat.checkpoint.gguf.file import PLAIN, GGUFFile
+    from lowlat.checkpoint.gguf.file import PLAIN
+    from lowlat.checkpoint.gguf.split import open_parts
     from lowlat.checkpoint.hf_folder import open_checkpoint
     from lowlat.checkpoint.load import read_config
     from lowlat.checkpoint.mapping import resolve_mtp_modules
@@ -108,7 +109,7 @@ def open_subject(name: str, path: Path) -> Subject:
     source = open_checkpoint(path)
     config = resolve_mtp_modules(read_config(source), source)
     if path.is_file():
-        tensors = GGUFFile(path).tensors.values()
+        tensors = open_parts(path).tensors.values()
         return Subject(
             name=name,
             config=config,

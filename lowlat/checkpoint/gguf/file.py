@@ -70,15 +70,16 @@ class GGUFTensor(NamedTuple):
 
 
 class GGUFFile:
-    """GGUF reader: a checked, memory-mapped file.
+    """GGUF reader: a checked, memory-mapped file. `split.open_parts` adds the other parts of a
+    split model.
 
     Raises UserError that names the file and the key or tensor.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = MappedFile(path)
-        cursor = _Cursor(self._file)
+        file = MappedFile(path)
+        cursor = _Cursor(file)
         tensors, keys = _read_counts(cursor)
         self.metadata: dict[str, Any] = {}
         for _ in range(keys):
@@ -87,6 +88,22 @@ class GGUFFile:
                 raise UserError(f"{path}: key {quoted(key)} appears twice")
             self.metadata[key] = cursor.value(f"key {quoted(key)}")
         self.tensors = _read_tensors(cursor, tensors, self._alignment())
+        self._files = dict.fromkeys(self.tensors, file)
+
+    def add_part(self, part: "GGUFFile") -> None:
+        """Add the tensors of another part of a split model. Raises UserError if both have one."""
+        for name in part.tensors:
+            if name in self.tensors:
+                raise UserError(
+                    f"{part.path}: tensor {quoted(name)} is also in {self.path_of(name)}; one of "
+                    "the parts is of another model, download them again"
+                )
+        self.tensors |= part.tensors
+        self._files |= part._files
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds the tensor: the part, if the model is split."""
+        return self._files[name].path
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of `read(name)`: the stored one, fp32 for block formats."""
@@ -104,9 +121,10 @@ class GGUFFile:
         start, stop = start + first * size, start + last * size
         shape = (last - first, own_shape[-1])
         if kind in PLAIN:
-            return self._file.tensor(start, PLAIN[kind], shape)
-        values = dequantize_blocks(self._file.tensor(start, torch.uint8, (shape[0], size)), kind)
-        self._file.release(start, stop)
+            return self._files[name].tensor(start, PLAIN[kind], shape)
+        stored = self._files[name].tensor(start, torch.uint8, (shape[0], size))
+        values = dequantize_blocks(stored, kind)
+        self._files[name].release(start, stop)
         return values
 
     def stored_rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
@@ -115,11 +133,11 @@ class GGUFFile:
         rows = math.prod(shape[:-1])
         size = (stop - start) // rows
         last = rows if last is None else last
-        return self._file.tensor(start + first * size, torch.uint8, (last - first, size))
+        return self._files[name].tensor(start + first * size, torch.uint8, (last - first, size))
 
     def release(self, name: str) -> None:
         """Drop the tensor's pages from memory."""
-        self._file.release(self.tensors[name].start, self.tensors[name].stop)
+        self._files[name].release(self.tensors[name].start, self.tensors[name].stop)
 
     def _alignment(self) -> int:
         alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)

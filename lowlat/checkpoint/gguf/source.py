@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowlat.checkpoint.gguf.file import PLAIN, GGUFFile
 from lowlat.checkpoint.gguf.metadata_reader import architecture, hf_config
+from lowlat.checkpoint.gguf.split import open_parts
 from lowlat.checkpoint.gguf.tensor_layout import (
     EXPERTS,
     GLOBAL_NAMES,
@@ -59,7 +60,7 @@ class _Computed(StoredTensor):
 
     @property
     def where(self) -> str:
-        return f"{self.file.path}: tensor {quoted(self.names[0])}"
+        return f"{self.file.path_of(self.names[0])}: tensor {quoted(self.names[0])}"
 
     def read(self) -> Tensor:
         return self.compute(0, self.shape[0])
@@ -78,22 +79,25 @@ def blocks_of(tensor: StoredTensor) -> tuple[GGUFBlocks, ...]:
 
 
 def open_gguf(path: Path) -> TensorSource:
-    """Open a .gguf file of architecture llama, qwen2, qwen3 or deepseek2.
+    """Open a .gguf file, or any part of a split one, of architecture llama, qwen2, qwen3 or
+    deepseek2.
 
     Tensors stored as F16, F32, F64 or BF16 keep their dtype, all block formats are read as fp32.
     Tensors without a Hugging Face counterpart keep their name, so that strict loading reports them
     as left over.
     """
-    file = GGUFFile(path)
+    file = open_parts(path)
     arch = architecture(file)
     if "token_embd.weight" not in file.tensors:
-        raise UserError(f"{path}: tensor 'token_embd.weight' is missing; the file is incomplete")
+        raise UserError(
+            f"{file.path}: tensor 'token_embd.weight' is missing; the file is incomplete"
+        )
     config = hf_config(file, file.tensors["token_embd.weight"].shape[0])
     layout = _Layout(file, arch, config)
     tensors: dict[str, StoredTensor] = {}
     for name in file.tensors:
         tensors |= layout.convert(name)
-    return TensorSource(path, config, tensors)
+    return TensorSource(file.path, config, tensors)
 
 
 @final
@@ -128,7 +132,8 @@ class _Layout:
         return {hf_name: self._plain(name)}
 
     def _error(self, name: str, problem: str) -> UserError:
-        return UserError(f"{self._gguf.path}: tensor {quoted(name)}{problem}")
+        where = self._gguf.path_of(name) if name in self._gguf.tensors else self._gguf.path
+        return UserError(f"{where}: tensor {quoted(name)}{problem}")
 
     def _computed(
         self,

@@ -5,7 +5,7 @@ permuted rows of llama's q and k, and on AVX-512 types that are faster interleav
 fit into memory. Attention of exactly converted models is excluded: its padding lies inside blocks.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -17,9 +17,10 @@ from lowlat.config.model import MLAConfig
 from lowlat.model.linear import Embedding, Linear
 from lowlat.model.mla import MLA
 from lowlat.model.transformer import Transformer
-from lowlat.ops.gguf_blocks import can_interleave, interleave
+from lowlat.ops.gguf_blocks import can_interleave, interleave, row_bytes
 from lowlat.ops.quantized import Empty
 from lowlat.utils.huge_pages import HugePageAllocator
+from lowlat.utils.memory import is_larger_than_memory
 
 Readers = Mapping[str, Callable[[], Tensor]]
 """Parameter -> function that reads its blocks."""
@@ -27,12 +28,11 @@ Readers = Mapping[str, Callable[[], Tensor]]
 _WEIGHT = ".weight"
 
 
-def store_blocks(
-    model: Transformer, plan: Iterable[Operation], source: TensorSource, *, in_memory: bool
-) -> Readers:
+def store_blocks(model: Transformer, plan: Sequence[Operation], source: TensorSource) -> Readers:
     """Give every unfilled projection and embedding of `model` that `source` has in blocks this
-    storage. Returns how its parameters are read. `in_memory`: copies may be made.
+    storage. Returns how its parameters are read.
     """
+    in_memory = not is_larger_than_memory(_block_bytes(plan, source))
     readers: dict[str, Callable[[], Tensor]] = {}
     empty = HugePageAllocator().empty
     for step in plan:
@@ -55,6 +55,16 @@ def store_blocks(
                 assert isinstance(attention, MLA)
                 readers |= _store_halves(module, path, attention.dims, keys, values)
     return readers
+
+
+def _block_bytes(plan: Sequence[Operation], source: TensorSource) -> int:
+    """Bytes of all matrices in blocks, without the halves of MLA's up-projections."""
+    total = 0
+    for step in plan:
+        if isinstance(step, Rename) and len(blocks := blocks_of(source.tensors[step.file])) == 1:
+            rows, columns = source.shape(step.file)
+            total += rows * row_bytes(blocks[0].kind, columns)
+    return total
 
 
 def _interleaved(blocks: GGUFBlocks, stored: StoredTensor, empty: Empty) -> Tensor:

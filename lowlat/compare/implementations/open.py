@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from lowlat.api import prepare
-from lowlat.checkpoint.gguf.file import PLAIN, GGUFFile
+from lowlat.checkpoint.gguf.file import PLAIN
+from lowlat.checkpoint.gguf.split import open_parts
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
 from lowlat.checkpoint.mapping import resolve_mtp_modules
@@ -80,7 +81,7 @@ def _stored_in(path: Path) -> str:
     """The coarsest number type of a GGUF file's matrices, to which llama.cpp also rounds
     activations (to int8 for block formats).
     """
-    kinds = [tensor.kind for tensor in GGUFFile(path).tensors.values() if len(tensor.shape) > 1]
+    kinds = [tensor.kind for tensor in open_parts(path).tensors.values() if len(tensor.shape) > 1]
     names = [dtype_name(PLAIN[kind]) if kind in PLAIN else "int8" for kind in kinds]
     return max(["fp32", *names], key=lambda name: TOLERANCE[name])
 

@@ -55,13 +55,16 @@ def write_gguf(
     split_kv_b: bool = False,
     keys: dict[str, Any] | None = None,
     extra: dict[str, Tensor] | None = None,
+    split: int = 0,
+    small_first: bool = False,
 ) -> Path:
     """A GGUF file of the model: matrices in `kind`, vectors in fp32.
 
-    `keys` adds or (None) leaves out metadata, `extra` adds tensors under their GGUF names.
+    `keys` adds or (None) leaves out metadata, `extra` adds tensors under their GGUF names. `split`:
+    tensors per part of a split model, whose first part has none with `small_first`.
     """
     arch = "deepseek2" if isinstance(config.attention, MLAConfig) else config.model_type
-    writer = GGUFWriter(path, arch)
+    writer = GGUFWriter(path, arch, split_max_tensors=split, small_first_shard=small_first)
     for key, value in (_metadata(config, arch, split_kv_b) | (keys or {})).items():
         _add_key(writer, key if "." in key else f"{arch}.{key}", value)
     tensors = _tensors(config, parameters, permute=arch == "llama")
