@@ -31,7 +31,7 @@ CHUNK = 1 << 20
 RECORD_SUFFIX = ".lowlat.json"
 UNUSABLE = NO_PERMISSION | {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
 UNUSABLE |= {errno.ENOLCK, errno.ENAMETOOLONG, errno.ELOOP}
-UNUSABLE |= {errno.ENOENT}  # /proc, which lets nobody create files
+UNUSABLE |= {errno.ENOENT}  # below /proc, files cannot be created
 
 
 def cache_dir() -> Path:

@@ -82,11 +82,14 @@ class GGUFFile:
         cursor = _Cursor(file)
         tensors, keys = _read_counts(cursor)
         self.metadata: dict[str, Any] = {}
+        self._keys, self._entries = file, dict[str, tuple[int, int]]()
         for _ in range(keys):
+            start = cursor.at
             key = cursor.text("a key", 2**16)
             if key in self.metadata:
                 raise UserError(f"{path}: key {quoted(key)} appears twice")
             self.metadata[key] = cursor.value(f"key {quoted(key)}")
+            self._entries[key] = start, cursor.at
         self.tensors = _read_tensors(cursor, tensors, self._alignment())
         self._files = dict.fromkeys(self.tensors, file)
 
@@ -104,6 +107,10 @@ class GGUFFile:
     def path_of(self, name: str) -> Path:
         """The file that holds the tensor: the part, if the model is split."""
         return self._files[name].path
+
+    def entry(self, key: str) -> bytes:
+        """A key with its type and value, as the file holds them."""
+        return self._keys.bytes(*self._entries[key])
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of `read(name)`: the stored one, fp32 for block formats."""
