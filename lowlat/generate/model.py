@@ -29,7 +29,7 @@ from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
 from lowlat.generate.prompt import Prompt, as_prompts, begins_text, encode_prompt
 from lowlat.generate.session import GenerationSession, TextRequest
 from lowlat.generate.structured import StructuredOutput
-from lowlat.model.quant import packed_type
+from lowlat.model.quant import weight_format
 from lowlat.model.transformer import Transformer
 from lowlat.text.pieces import encode_long
 from lowlat.text.tokenizer import Tokenizer
@@ -110,13 +110,13 @@ class Model:
         else:
             groups = attention.num_key_value_heads
             attention_text = f"GQA {attention.num_attention_heads} heads in {groups} groups"
-        plain = str(self.transformer.embed_tokens.weight.dtype).removeprefix("torch.")
+        numbers = weight_format(self.transformer, self.transformer.embed_tokens.dtype)
         return (
             f"<lowlat.Model {self.name}: {self.config.model_type}, "
             f"{self.num_parameters / 1e6:,.1f}M parameters, "
             f"{self.config.num_hidden_layers} layers, {attention_text}, "
             f"{self.cache_bytes_per_token:,} bytes of KV cache per token, "
-            f"{packed_type(self.transformer) or plain} "
+            f"{numbers} "
             f"on {self.runner.device}, context {self.context:,}>"
         )
 
