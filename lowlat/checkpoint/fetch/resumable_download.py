@@ -96,7 +96,7 @@ def _check_space(blobs: Sequence[_Blob], folder: Path) -> None:
     if needed > free:
         raise UserError(
             f"the download needs {needed / 1e9:,.1f} GB, and the disk of {folder} has "
-            f"{free / 1e9:,.1f} GB left; free some, or set LOWLAT_CACHE to a "
+            f"{free / 1e9:,.1f} GB left; free some (lowlat models rm), or set LOWLAT_CACHE to a "
             "folder on another disk"
         )
 

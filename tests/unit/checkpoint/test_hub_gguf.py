@@ -164,7 +164,7 @@ def test_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     usage = SimpleNamespace(free=5_000_000_000)
     monkeypatch.setattr(resumable_download.shutil, "disk_usage", lambda _: usage)
     blobs = [resumable_download._Blob(name, "", tmp_path / name, 3 * 10**9) for name in "ab"]
-    with pytest.raises(UserError, match=r"needs 6.0 GB.*has 5.0 GB left"):
+    with pytest.raises(UserError, match=r"needs 6.0 GB.*has 5.0 GB left.*lowlat models rm"):
         resumable_download._check_space(blobs, tmp_path)
     (tmp_path / f"a{INCOMPLETE}").write_bytes(b"")
     os.truncate(tmp_path / f"a{INCOMPLETE}", 2 * 10**9)
