@@ -86,6 +86,31 @@ BoundMatrix make_int4(const Array& weight, const Array& scale, const Array& mini
   return bound;
 }
 
+// Rows in GGUF blocks, contiguous bytes each; `type` is the number in files. With `interleaved_rows`, these are
+// interleaved.
+BoundMatrix make_gguf(const Array& weight, std::int64_t type, std::optional<std::int64_t> interleaved_rows,
+                      const Optional& occupied) {
+  const GgufTypeInfo* info = find_gguf_type(type);
+  if (info == nullptr) throw std::invalid_argument("no GGUF type " + std::to_string(type));
+  BoundMatrix bound = by_rows(Storage::gguf, weight, Type::uint8);
+  const std::int64_t bytes = bound.matrix.columns;
+  if (bytes % info->bytes != 0) throw std::invalid_argument("weight has rows that are not whole blocks");
+  bound.matrix.type = info->type;
+  bound.matrix.columns = bytes / info->bytes * info->columns;
+  if (interleaved_rows) {
+    const std::int64_t padded = bound.matrix.rows;
+    bound.matrix.is_interleaved = true;
+    bound.matrix.rows = *interleaved_rows;
+    bound.matrix.stride = bytes;
+    if (!can_interleave(info->type) || *interleaved_rows < 0 || padded != bound.matrix.tiles() * kTile ||
+        !is_contiguous(weight)) {
+      throw std::invalid_argument("weight is not interleaved rows");
+    }
+  }
+  attach_occupied(bound, occupied);
+  return bound;
+}
+
 }  // namespace
 
 void bind_matrix(nb::module_& module) {
@@ -97,6 +122,8 @@ void bind_matrix(nb::module_& module) {
       .def_static("int8", make_int8, "weight"_a, "scale"_a, nb::kw_only(), "rows"_a, "columns"_a,
                   "occupied"_a = nb::none())
       .def_static("int4", make_int4, "weight"_a, "scale"_a, "minimum"_a, nb::kw_only(), "rows"_a, "columns"_a,
+                  "occupied"_a = nb::none())
+      .def_static("gguf", make_gguf, "weight"_a, nb::kw_only(), "type"_a, "interleaved_rows"_a = nb::none(),
                   "occupied"_a = nb::none())
       .def_prop_ro("rows", [](const BoundMatrix& bound) { return bound.matrix.rows; })
       .def_prop_ro("columns", [](const BoundMatrix& bound) { return bound.matrix.columns; });

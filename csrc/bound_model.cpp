@@ -122,7 +122,8 @@ BoundMoe make_moe(const BoundRouter& router, const std::vector<BoundMlp>& expert
 BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t rope_dim, std::int64_t value_dim,
                         float scale, bool interleave, const std::optional<BoundProjection>& q_a,
                         const std::optional<BoundNorm>& q_a_norm, const BoundProjection& q, const BoundProjection& kv_a,
-                        const std::vector<BoundNorm>& kv_a_norms, const BoundMatrix& kv_b, const BoundProjection& o) {
+                        const std::vector<BoundNorm>& kv_a_norms, const BoundMatrix& kv_b,
+                        const std::optional<BoundMatrix>& k_b, const BoundProjection& o) {
   BoundAttention bound;
   Attention& a = bound.part;
   a.heads = heads;
@@ -137,11 +138,18 @@ BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t 
   a.kv_a = bound.keep(kv_a);
   for (const BoundNorm& norm : kv_a_norms) a.kv_a_norms.push_back(bound.keep(norm));
   a.kv_b = bound.keep(kv_b);
+  if (k_b) a.k_b = bound.keep(*k_b);
   a.o = bound.keep(o);
   a.latent_dim = a.kv_b.columns;
   require(a.latent_dim > 0 && rope_dim % 2 == 0, "kv_b has no columns, or rope_dim is odd");
   require(!a.kv_b.is_tiled(), "kv_b is not row-major");
-  require_shape(a.kv_b, heads * (nope_dim + value_dim), a.latent_dim, "kv_b");
+  require_shape(a.kv_b, heads * (k_b ? value_dim : nope_dim + value_dim), a.latent_dim, "kv_b");
+  if (a.k_b) {
+    require(!a.k_b->is_tiled() && a.k_b->storage != Storage::int8_rows, "k_b has an unsupported storage");
+    require_shape(*a.k_b, heads * a.latent_dim, nope_dim, "k_b");
+    // Packed activations are found by address, so heads must not share padded ones.
+    require(nope_dim % kGroup == 0, "k_b has columns that are no multiple of 32");
+  }
   require_shape(a.q.weight, heads * (nope_dim + rope_dim), a.q.weight.columns, "q");
   require_shape(a.kv_a.weight, a.latent_dim + rope_dim, a.kv_a.weight.columns, "kv_a");
   require_shape(a.o.weight, a.o.weight.rows, heads * value_dim, "o");
@@ -213,7 +221,7 @@ using SequenceArgs = std::tuple<std::vector<std::int32_t>, std::int64_t, std::in
 
 class BoundModel {
  public:
-  BoundModel(const Array& embedding, const std::optional<BoundMtpInput>& mtp_input, const std::vector<BoundLayer>& layers,
+  BoundModel(const BoundMatrix& embedding, const std::optional<BoundMtpInput>& mtp_input, const std::vector<BoundLayer>& layers,
              std::int64_t first_layer, const BoundNorm& norm, const BoundProjection& head, bool is_larger_than_memory)
       : model_(assemble(embedding, mtp_input, layers, norm, head)) {
     require(first_layer >= 0, "first_layer is negative");
@@ -255,13 +263,15 @@ class BoundModel {
   }
 
  private:
-  Model assemble(const Array& embedding, const std::optional<BoundMtpInput>& mtp_input, const std::vector<BoundLayer>& layers,
+  Model assemble(const BoundMatrix& embedding, const std::optional<BoundMtpInput>& mtp_input, const std::vector<BoundLayer>& layers,
                  const BoundNorm& norm, const BoundProjection& head) {
     Model model;
-    model.vocab = size(embedding, 0);
-    model.hidden = size(embedding, 1);
-    model.embedding = elements<bf16>(embedding, "embedding", Type::bf16, {model.vocab, model.hidden});
-    owners_.push_back(embedding);
+    model.embedding = embedding.matrix;
+    owners_.insert(owners_.end(), embedding.owners.begin(), embedding.owners.end());
+    model.vocab = model.embedding.rows;
+    model.hidden = model.embedding.columns;
+    require(model.embedding.storage == Storage::bf16 || model.embedding.storage == Storage::gguf,
+            "the embedding is neither bf16 nor in GGUF blocks");
     const auto keep = [&](const auto& bound) {
       owners_.insert(owners_.end(), bound.owners.begin(), bound.owners.end());
       return bound.part;
@@ -361,7 +371,7 @@ void bind_model(nb::module_& module) {
   nb::class_<BoundAttention>(module, "Attention")
       .def_static("mla", make_mla, nb::kw_only(), "heads"_a, "nope_dim"_a, "rope_dim"_a, "value_dim"_a, "scale"_a,
                   "interleave"_a, "q_a"_a.none(), "q_a_norm"_a.none(), "q"_a, "kv_a"_a, "kv_a_norms"_a, "kv_b"_a,
-                  "o"_a)
+                  "k_b"_a.none(), "o"_a)
       .def_static("gqa", make_gqa, nb::kw_only(), "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "interleave"_a,
                   "window"_a, "q"_a, "k"_a, "v"_a, "o"_a, "q_norm"_a.none(), "k_norm"_a.none());
   nb::class_<BoundLayer>(module, "Layer")
@@ -370,7 +380,7 @@ void bind_model(nb::module_& module) {
   nb::class_<BoundMtpInput>(module, "MtpInput")
       .def_static("make", make_mtp_input, "embedding_norm"_a, "hidden_norm"_a, "projection"_a);
   nb::class_<BoundModel>(module, "Model")
-      .def(nb::init<const Array&, const std::optional<BoundMtpInput>&, const std::vector<BoundLayer>&, std::int64_t,
+      .def(nb::init<const BoundMatrix&, const std::optional<BoundMtpInput>&, const std::vector<BoundLayer>&, std::int64_t,
                     const BoundNorm&, const BoundProjection&, bool>(),
            nb::kw_only(), "embedding"_a, "mtp_input"_a.none(), "layers"_a, "first_layer"_a, "norm"_a, "head"_a,
            "is_larger_than_memory"_a)

@@ -47,6 +47,18 @@ void pack(Team& team, const void* weights, bool is_bf16, std::int64_t stride, co
   });
 }
 
+template <class Number>
+void dequantize(Team& team, const Matrix& w, Number* out) {
+  const std::int64_t chunk = most(1, w.rows / (8 * team.threads()));
+  team.for_chunks(w.rows, chunk, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t row = first; row < last; ++row) gguf::dequantize_row(w, row, out + row * w.columns);
+  });
+}
+
+void interleave(Team& team, const Matrix& rows, std::uint8_t* out) {
+  team.for_chunks(rows.tiles(), 1, [&](std::int64_t tile, std::int64_t) { gguf::interleave_tile(rows, tile, out); });
+}
+
 void norm(Team& team, const Norm& norm, const bf16* x, std::int64_t rows, bf16* out) {
   team.for_chunks(rows, 1, [&](std::int64_t row, std::int64_t) {
     rms_norm(norm, x + row * norm.size, out + row * norm.size);
@@ -132,6 +144,9 @@ const lowlat::Ops LOWLAT_NAME(lowlat_ops_, LOWLAT_ISA) = {
     .name = LOWLAT_STRING(LOWLAT_ISA),
     .linear = lowlat::LOWLAT_ISA::single::linear,
     .pack = lowlat::LOWLAT_ISA::single::pack,
+    .dequantize = lowlat::LOWLAT_ISA::single::dequantize<float>,
+    .dequantize_to_bf16 = lowlat::LOWLAT_ISA::single::dequantize<lowlat::bf16>,
+    .interleave = lowlat::LOWLAT_ISA::single::interleave,
     .rms_norm = lowlat::LOWLAT_ISA::single::norm,
     .rotate = lowlat::LOWLAT_ISA::single::rotate_heads,
     .swiglu = lowlat::LOWLAT_ISA::single::gated,

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "gguf_types.h"
+
 namespace lowlat {
 
 using bf16 = std::uint16_t;
@@ -12,7 +14,7 @@ using fp16 = std::uint16_t;
 constexpr int kTile = 16;   // rows of a tile: one per SIMD lane
 constexpr int kGroup = 32;  // columns that share a scale in int8 and int4; activation rows are padded to a multiple
 
-enum class Storage { bf16, fp8, int8_rows, int8, int4 };
+enum class Storage { bf16, fp8, int8_rows, int8, int4, gguf };
 
 // y = x W^T for W [rows, columns].
 //
@@ -20,6 +22,9 @@ enum class Storage { bf16, fp8, int8_rows, int8, int4 };
 // file:
 //   fp8        e4m3, scale fp32 [ceil(rows / 128), ceil(columns / 128)]: a weight is bf16(value * scale of its block)
 //   int8_rows  scale fp32 [rows], on the sum of the row
+// gguf is row-major, too: `stride` bytes between rows, which are blocks of `type`, as in a GGUF file. If interleaved,
+// blocks of 16 rows form one, in which each element of a block (gguf_types.h) is followed by those of the other rows;
+// rows beyond the matrix are bytes of 0.
 // int8 and int4 are stored in tiles of 16 rows, cut into groups of 32 columns, with an fp16 scale per row and group
 // [tiles, groups, 16]. A group consists of steps of 64 bytes: 4 bytes per row, 2 for its even columns, 2 for its odd
 // ones:
@@ -29,6 +34,8 @@ enum class Storage { bf16, fp8, int8_rows, int8, int4 };
 // Rows and columns beyond the matrix are stored as value 0; such rows have a scale (and minimum) of 0.
 struct Matrix {
   Storage storage = Storage::bf16;
+  GgufType type{};  // of storage gguf
+  bool is_interleaved = false;
   std::int64_t rows = 0;
   std::int64_t columns = 0;
   std::int64_t stride = 0;

@@ -59,7 +59,8 @@ struct Attention {
   Norm q_a_norm;
   Projection kv_a;
   std::vector<Norm> kv_a_norms;  // of consecutive parts of the latent; empty: no norm
-  Matrix kv_b;  // [heads * (nope_dim + value_dim), latent_dim], row-major
+  Matrix kv_b;  // [heads * (nope_dim + value_dim), latent_dim], row-major; [heads * value_dim, latent_dim] with k_b
+  std::optional<Matrix> k_b;  // the keys' half of kv_b, each head transposed: [heads * latent_dim, nope_dim]
   // GQA
   std::int64_t kv_heads = 0;
   Projection k, v;
@@ -89,7 +90,7 @@ struct MtpInput {
 struct Model {
   std::int64_t hidden = 0;
   std::int64_t vocab = 0;
-  const bf16* embedding = nullptr;  // [vocab, hidden]
+  Matrix embedding;  // [vocab, hidden], bf16 or GGUF blocks
   std::optional<MtpInput> mtp_input;  // for an MTP module; without it the layers' input is the embedding
   std::vector<Layer> layers;
   std::int64_t first_layer = 0;  // the index of layers[0] among the cache's layers

@@ -66,6 +66,30 @@ void pack(const Array& weights, const BoundMatrix& to, const std::string& level)
   run([&](Team& team) { table.pack(team, weights.data(), is_bf16, stride, m); });
 }
 
+// The weights of a matrix in GGUF blocks, into fp32 or bf16.
+void dequantize(const BoundMatrix& bound, const Array& out, const std::string& level) {
+  const Matrix& w = bound.matrix;
+  const Ops& table = ops(level);
+  if (w.storage != Storage::gguf) throw std::invalid_argument("only matrices in GGUF blocks are dequantized");
+  if (has_type(out, Type::bf16)) {
+    auto* to = elements<bf16>(out, "out", Type::bf16, {w.rows, w.columns});
+    return run([&](Team& team) { table.dequantize_to_bf16(team, w, to); });
+  }
+  auto* to = elements<float>(out, "out", Type::fp32, {w.rows, w.columns});
+  run([&](Team& team) { table.dequantize(team, w, to); });
+}
+
+void interleave(const BoundMatrix& bound, const Array& out) {
+  const Matrix& w = bound.matrix;
+  if (w.storage != Storage::gguf || w.is_interleaved || !can_interleave(w.type)) {
+    throw std::invalid_argument("only some GGUF types are interleaved");
+  }
+  const GgufTypeInfo* info = find_gguf_type(static_cast<std::int64_t>(w.type));
+  auto* to = elements<std::uint8_t>(out, "out", Type::uint8, {w.tiles() * kTile, w.columns / info->columns * info->bytes});
+  const Ops& table = ops();
+  run([&](Team& team) { table.interleave(team, w, to); });
+}
+
 void rms_norm(const Array& x, const Array& weight, float eps, const Array& out, const std::string& level) {
   const Ops& table = ops(level);
   const std::int64_t rows = size(x, 0);
@@ -242,9 +266,21 @@ std::int64_t draw(const Array& logits, double number, double temperature, std::i
   return token;
 }
 
+// Number, name, columns and bytes of a block of every GGUF type that matrices can have, and whether it interleaves.
+nb::list gguf_types() {
+  nb::list types;
+  for (const GgufTypeInfo& info : kGgufTypes) {
+    types.append(nb::make_tuple(static_cast<int>(info.type), info.name, info.columns, info.bytes,
+                                can_interleave(info.type)));
+  }
+  return types;
+}
+
 void bind_ops(nb::module_& module) {
   module.def("linear", linear, "matrix"_a, "x"_a, "out"_a, "is_decode"_a = false, "level"_a = "");
   module.def("pack", pack, "weights"_a, "to"_a, "level"_a = "");
+  module.def("dequantize", dequantize, "matrix"_a, "out"_a, "level"_a = "");
+  module.def("interleave", interleave, "rows"_a, "out"_a);
   module.def("rms_norm", rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a, "level"_a = "");
   module.def("rotate", rotate, "x"_a, "cos"_a, "sin"_a, "interleave"_a, "level"_a = "");
   module.def("swiglu", swiglu, "gate"_a, "up"_a, "out"_a, "level"_a = "");
@@ -278,6 +314,7 @@ NB_MODULE(_native, module) {
   module.def("set_level", set_level, "level"_a);
   module.def("set_threads", set_threads, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
   module.def("threads", get_threads);
+  module.def("gguf_types", gguf_types);
   bind_matrix(module);
   bind_cache(module);
   bind_ops(module);

@@ -45,6 +45,13 @@ struct Ops {
   // quantizes fp32 or bf16 weights, `stride` elements between rows, into the int8 or int4 tiles of `to`
   void (*pack)(Team&, const void* weights, bool is_bf16, std::int64_t stride, const Matrix& to);
 
+  // out [w.rows, w.columns] = the weights of a matrix in GGUF blocks, exact in fp32, or rounded to bf16
+  void (*dequantize)(Team&, const Matrix& w, float* out);
+  void (*dequantize_to_bf16)(Team&, const Matrix& w, bf16* out);
+
+  // rows in GGUF blocks, interleaved (matrix.h); out [rows rounded up to tiles, bytes of a row]
+  void (*interleave)(Team&, const Matrix& rows, std::uint8_t* out);
+
   // x, out [rows, norm.size]
   void (*rms_norm)(Team&, const Norm& norm, const bf16* x, std::int64_t rows, bf16* out);
 

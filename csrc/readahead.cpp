@@ -46,6 +46,7 @@ void read_ahead(const Layer& layer) {
   if (a.q_a) read_ahead(a.q_a->weight);
   for (const Projection* p : {&a.q, &a.kv_a, &a.k, &a.v, &a.o}) read_ahead(p->weight);
   read_ahead(a.kv_b);
+  if (a.k_b) read_ahead(*a.k_b);
   if (layer.mlp) read_ahead(*layer.mlp);
   if (layer.moe) read_ahead(layer.moe->router.weight);
 }

@@ -20,6 +20,9 @@ def set_threads(threads: int) -> None:
     """Size of the process-wide thread pool; a pool of another size ends when its jobs are done."""
 
 def threads() -> int: ...
+def gguf_types() -> list[tuple[int, str, int, int, bool]]:
+    """Number, name, columns and bytes of a block of every GGUF type that a Matrix can have, and
+    whether it can be interleaved."""
 
 class Matrix:
     """A weight matrix [rows, columns] in one of the storage formats; keeps its tensors alive.
@@ -56,6 +59,17 @@ class Matrix:
         occupied: Tensor | None = None,
     ) -> Matrix:
         """uint8 [tiles, groups, 4, 16, 2, 2], scale and minimum fp16 [tiles, groups, 16]."""
+
+    @staticmethod
+    def gguf(
+        weight: Tensor,
+        *,
+        type: int,
+        interleaved_rows: int | None = None,
+        occupied: Tensor | None = None,
+    ) -> Matrix:
+        """uint8 [rows, bytes of whole blocks] of the GGUF type with this number; rows may have a
+        stride. With interleaved_rows: [rows rounded up to 16, bytes], made by `interleave`."""
 
     @property
     def rows(self) -> int: ...
@@ -124,6 +138,7 @@ class Attention:
         kv_a: Projection,
         kv_a_norms: Sequence[Norm],
         kv_b: Matrix,
+        k_b: Matrix | None,
         o: Projection,
     ) -> Attention: ...
     @staticmethod
@@ -176,14 +191,14 @@ class Cache:
         """
 
 class Model:
-    """Decoder layers between an embedding (bf16 [vocab, hidden]) and a head; an MTP module if
-    mtp_input is given. first_layer: the cache layer of layers[0].
+    """Decoder layers between an embedding (bf16 or gguf [vocab, hidden]) and a head; an MTP module
+    if mtp_input is given. first_layer: the cache layer of layers[0].
     """
 
     def __init__(
         self,
         *,
-        embedding: Tensor,
+        embedding: Matrix,
         mtp_input: MtpInput | None,
         layers: Sequence[Layer],
         first_layer: int,
@@ -246,6 +261,12 @@ def linear(
 
 def pack(weights: Tensor, to: Matrix, level: str = "") -> None:
     """Quantize bf16 or fp32 [rows, columns] into the tensors of an int8 or int4 matrix."""
+
+def dequantize(matrix: Matrix, out: Tensor, level: str = "") -> None:
+    """The weights of a Matrix in GGUF blocks; out fp32 or bf16 [rows, columns]."""
+
+def interleave(rows: Matrix, out: Tensor) -> None:
+    """Rows in GGUF blocks in tiles of 16; out uint8 [rows rounded up to 16, bytes of a row]."""
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, level: str = "") -> None:
     """bf16 [rows, dim], weight fp32 [dim]."""

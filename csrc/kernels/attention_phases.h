@@ -195,16 +195,6 @@ inline void rotate_queries(const Pass& pass, const Attention& a, std::int64_t he
   rotate(q, a.rope_dim, turn.cos, turn.sin, a.interleave);
 }
 
-// Rows of W_UK of a head: [nope_dim, latent_dim].
-inline Matrix key_projection(const Attention& a, std::int64_t head) {
-  return a.kv_b.part(head * (a.nope_dim + a.value_dim), a.nope_dim);
-}
-
-// Rows of W_UV of a head: [value_dim, latent_dim].
-inline Matrix value_projection(const Attention& a, std::int64_t head) {
-  return a.kv_b.part(head * (a.nope_dim + a.value_dim) + a.nope_dim, a.value_dim);
-}
-
 // NoPE queries of a head, rows `stride` apart. If W_UK is int8, its row scales are multiplied in.
 inline Activations head_queries(const Pass& pass, const Attention& a, const Matrix& w, std::int64_t head,
                                 std::int64_t first, std::int64_t tokens) {
@@ -225,9 +215,8 @@ inline Activations head_queries(const Pass& pass, const Attention& a, const Matr
 }
 
 // Weight absorption: 32 latent channels of the query of a head, W_UK^T q^C, for all tokens on the absorbed path.
-inline void absorb_query(const Pass& pass, const Attention& a, std::int64_t head, std::int64_t strip) {
+inline void absorb_query(const Pass& pass, const Attention& a, const Matrix& w, std::int64_t head, std::int64_t strip) {
   const Workspace& work = pass.work;
-  const Matrix w = key_projection(a, head);
   const std::int64_t count = num_panels(w.rows);
   Panel* panels = pass.scratch.get<Panel>(2, 2 * count);
   load_transposed_panels(w, strip * kStrip, 0, w.rows, panels, count, true);
@@ -242,16 +231,30 @@ inline void absorb_query(const Pass& pass, const Attention& a, std::int64_t head
   });
 }
 
+// The same for rows of W_UK that are latent channels.
+inline void absorb_transposed(const Pass& pass, const Attention& a, const Matrix& w, std::int64_t head, std::int64_t strip) {
+  const Workspace& work = pass.work;
+  each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
+    Activations q = rows_of_head(pass, a, head, first, tokens, w.columns, 3);
+    q.is_decode = pass.step.is_decode;
+    float* out = pass.strip_out(tokens);
+    multiply_strip(w, strip, q, pass.panels(w), out);
+    each_half(strip, a.latent_dim, [&](std::int64_t channel, int lane, std::int64_t width) {
+      bf16* to = work.absorbed_q + (first * a.heads + head) * work.absorbed_stride + channel;
+      store_lanes(out + lane, nullptr, width, tokens, to, a.heads * work.absorbed_stride);
+    });
+  });
+}
+
 // Whether the step absorbs a single token, with widths and weights that absorb_one_query() supports.
 inline bool absorbs_one(const Pass& pass, const Attention& a) {
   const Storage storage = a.kv_b.storage;
-  const bool is_plain = storage == Storage::bf16 || storage == Storage::int8_rows;
-  return kMultipliesByDots && is_plain && pass.step.tokens == 1 && a.nope_dim % 32 == 0 && a.latent_dim % 32 == 0;
+  const bool is_plain = storage == Storage::bf16 || storage == Storage::int8_rows || storage == Storage::gguf;
+  return kMultipliesByDots && is_plain && !a.k_b && pass.step.tokens == 1 && a.nope_dim % 32 == 0 && a.latent_dim % 32 == 0;
 }
 
 // The absorbed query of a head for the step's only token (GEMV).
-inline void absorb_one_query(const Pass& pass, const Attention& a, std::int64_t head) {
-  const Matrix w = key_projection(a, head);
+inline void absorb_one_query(const Pass& pass, const Attention& a, const Matrix& w, std::int64_t head) {
   const bf16* q = head_queries(pass, a, w, head, 0, 1).values;
   auto* out = pass.scratch.get<float>(2, 2 * a.latent_dim);
   if (w.storage == Storage::bf16) {
@@ -279,16 +282,21 @@ inline void finish_rotary_query(const Pass& pass, const Attention& a, std::int64
 inline void make_mla_queries(const Pass& pass, const Attention& a) {
   const bool absorbs = a.nope_dim > 0 && !pass.work.absorbed.empty(), is_one = absorbs && absorbs_one(pass, a);
   const std::int64_t strips = (a.latent_dim + kStrip - 1) / kStrip;
-  const std::int64_t blocks = 1 + (is_one ? 1 : absorbs ? strips : 0);
+  // GGUF blocks are decoded once per head.
+  const bool by_heads = is_one || a.k_b || a.kv_b.storage == Storage::gguf;
+  const std::int64_t blocks = 1 + (by_heads && absorbs ? 1 : absorbs ? strips : 0);
   pass.each(a.heads * blocks, [&](std::int64_t item) {
     const std::int64_t head = item / blocks, block = item % blocks;
-    if (block == 0) {
-      finish_rotary_query(pass, a, head);
-    } else if (is_one) {
-      absorb_one_query(pass, a, head);
-    } else {
-      absorb_query(pass, a, head, block - 1);
+    if (block == 0) return finish_rotary_query(pass, a, head);
+    Matrix w = key_projection(a, head);
+    if (a.k_b) {
+      for (std::int64_t strip = 0; strip < strips; ++strip) absorb_transposed(pass, a, w, head, strip);
+      return;
     }
+    if (w.storage == Storage::gguf) w = dense_copy(pass, w);
+    if (is_one) return absorb_one_query(pass, a, w, head);
+    const std::int64_t first = by_heads ? 0 : block - 1, last = by_heads ? strips : block;
+    for (std::int64_t strip = first; strip < last; ++strip) absorb_query(pass, a, w, head, strip);
   });
 }
 

@@ -9,18 +9,58 @@ namespace lowlat::LOWLAT_ISA {
 constexpr std::int64_t kQueryGroup = 48;  // queries whose scores with a span are computed at once
 constexpr int kBuiltBlocks = 4;          // blocks of a span
 
+// Rows of a matrix in GGUF blocks as a bf16 matrix in scratch.
+inline Matrix dense_copy(const Pass& pass, const Matrix& w) {
+  Matrix dense;
+  dense.rows = w.rows;
+  dense.columns = w.columns;
+  dense.stride = round_up(w.columns, kColumns);
+  auto* rows = pass.scratch.get<bf16>(12, w.rows * dense.stride);
+  for (std::int64_t r = 0; r < w.rows; ++r) gguf::dequantize_row(w, r, rows + r * dense.stride);
+  dense.data = rows;
+  return dense;
+}
+
+// Rows of W_UK of a head: [nope_dim, latent_dim], or [latent_dim, nope_dim] with k_b.
+inline Matrix key_projection(const Attention& a, std::int64_t head) {
+  if (a.k_b) return a.k_b->part(head * a.latent_dim, a.latent_dim);
+  return a.kv_b.part(head * (a.nope_dim + a.value_dim), a.nope_dim);
+}
+
+// Rows of W_UV of a head: [value_dim, latent_dim].
+inline Matrix value_projection(const Attention& a, std::int64_t head) {
+  if (a.k_b) return a.kv_b.part(head * a.value_dim, a.value_dim);
+  return a.kv_b.part(head * (a.nope_dim + a.value_dim) + a.nope_dim, a.value_dim);
+}
+
 // The two halves of a head's kv_b_proj as panels, and scratch for a block of keys and values.
 struct HeadProjections {
   Matrix keys, values;           // W_UK [nope_dim, latent_dim], W_UV [value_dim, latent_dim]
   Panel *key_panels, *value_panels;
 };
 
+// Panels of W_UK whose rows are latent channels: two tiles of NoPE channels at a time.
+inline void load_transposed_keys(const Matrix& w, Panel* panels) {
+  const std::int64_t width = num_panels(w.rows);
+  for (std::int64_t channel = 0; channel < w.columns; channel += 2 * kTile) {
+    load_transposed_panels(w, channel, 0, w.rows, panels + channel / kTile * width, width);
+  }
+}
+
 inline HeadProjections load_head(const Pass& pass, const Attention& a, std::int64_t head) {
-  const std::int64_t first = head * (a.nope_dim + a.value_dim), width = num_panels(a.latent_dim);
-  HeadProjections p{a.kv_b.part(first, a.nope_dim), a.kv_b.part(first + a.nope_dim, a.value_dim), nullptr, nullptr};
-  p.key_panels = pass.scratch.get<Panel>(2, (p.keys.tiles() + p.values.tiles()) * width);
-  p.value_panels = p.key_panels + p.keys.tiles() * width;
-  for (std::int64_t tile = 0; tile < p.keys.tiles(); ++tile) load_panels(p.keys, tile, p.key_panels + tile * width);
+  const std::int64_t width = num_panels(a.latent_dim), key_tiles = round_up(a.nope_dim, 2 * kTile) / kTile;
+  HeadProjections p{key_projection(a, head), value_projection(a, head), nullptr, nullptr};
+  p.key_panels = pass.scratch.get<Panel>(2, (key_tiles + p.values.tiles()) * width);
+  p.value_panels = p.key_panels + key_tiles * width;
+  if (a.k_b) {
+    const Matrix dense = p.keys.storage == Storage::gguf ? dense_copy(pass, p.keys) : p.keys;
+    load_transposed_keys(dense, p.key_panels);
+    p.keys = Matrix{};
+    p.keys.rows = a.nope_dim;
+    p.keys.columns = a.latent_dim;
+  } else {
+    for (std::int64_t tile = 0; tile < p.keys.tiles(); ++tile) load_panels(p.keys, tile, p.key_panels + tile * width);
+  }
   for (std::int64_t tile = 0; tile < p.values.tiles(); ++tile) load_panels(p.values, tile, p.value_panels + tile * width);
   return p;
 }

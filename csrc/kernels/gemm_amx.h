@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gemv.h"
+#include "gguf_activations.h"
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -96,6 +97,10 @@ inline void multiply_rows_by_tiles(const Matrix& w, std::int64_t first, std::int
                                    Panel* panels, float* out, std::int64_t out_stride) {
   const std::int64_t count = num_panels(w.columns);
   for (std::int64_t tile = first; tile < last; ++tile) {
+    if (w.storage == Storage::gguf) {
+      load_panels(w, tile, panels + (tile - first) * count);
+      continue;
+    }
     for (std::int64_t i = 0; i < count; ++i) {
       load_panel(w, tile, i, panels[(tile - first) * count + i]);
       prefetch_panel(w, tile + 1, i, true);
@@ -126,6 +131,7 @@ inline thread_local RowPanels row_panels;
 inline void discard_packed_rows() {
   row_panels.values = nullptr;
   split_store.forget();
+  gguf::activation_store.forget();
 }
 
 // Packs a block of up to 16 rows as the other operand: `width` words of 4 bytes per pair of columns, one per row.

@@ -9,6 +9,7 @@
 #else
 #include "gemv.h"
 #endif
+#include "gguf_gemv.h"
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -24,6 +25,7 @@ inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_
 
 inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                           Panel* panels, float* out, std::int64_t out_stride) {
+  if (x.is_decode && w.storage == Storage::gguf) return gguf::gemv(w, first, last, x, out, out_stride);
   if (x.is_decode && w.is_tiled()) return gemv_tiles(w, first, last, next, x, panels, out, out_stride);
   if (x.is_decode && lies_in_tiles(w, first) && lies_in_tiles(w, last - 1)) {
     return gemv_by_tiles(w, first, last, next, x, panels, out, out_stride);
@@ -46,10 +48,11 @@ inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_
 inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                           Panel* panels, float* out, std::int64_t out_stride) {
   if (x.is_decode) {
+    if (w.storage == Storage::gguf) return gguf::gemv(w, first, last, x, out, out_stride);
     if (w.is_tiled()) return gemv_tiles(w, first, last, next, x, panels, out, out_stride);
     return gemv_rows(w, first, last, next, x, out, out_stride);
   }
-  if (x.rows > kTokens) {
+  if (x.rows > kTokens || w.storage == Storage::gguf) {
     const std::int64_t count = num_panels(w.columns);
     for (std::int64_t tile = first; tile < last; ++tile) load_panels(w, tile, panels + (tile - first) * count);
     return multiply_by_dots(panels, last - first, count, count, x.values, x.stride, x.rows, out, out_stride, false);
@@ -61,6 +64,7 @@ inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last
 
 // Discards a thread's packed activations of the last strips: the activations may have changed.
 inline void discard_packed_rows() {
+  gguf::activation_store.forget();
 #if defined(LOWLAT_AVX512)
   split_store.forget();
 #endif

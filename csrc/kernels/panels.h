@@ -5,6 +5,11 @@
 
 #include "../matrix.h"
 #include "common.h"
+#if defined(LOWLAT_AVX512)
+#include "gguf_tile_decode.h"
+#else
+#include "gguf_span.h"
+#endif
 
 namespace lowlat::LOWLAT_ISA {
 
@@ -170,8 +175,73 @@ class Prefetcher {
   std::int64_t rows_ = 0, bytes_ = 0, gap_ = 0;
 };
 
+// All panels of a tile of GGUF blocks of a type.
+template <GgufType type>
+inline void load_gguf_panels(const Matrix& w, std::int64_t tile, Panel* panels) {
+  const std::int64_t count = num_panels(w.columns), rows = least(kTile, w.rows - tile * kTile);
+  for (std::int64_t r = 0; r < kTile; ++r) {
+    if (r >= rows) {
+      for (std::int64_t i = 0; i < count; ++i) panels[i][r] = zero_pairs();
+      continue;
+    }
+    F first = zero();
+    gguf::each_finite_sixteen<type>(w, tile * kTile + r, [&](std::int64_t column, F weights) {
+      if (column % kColumns == 0) {
+        first = weights;
+      } else {
+        panels[column / kColumns][r] = pairs_in_order(first, weights);
+      }
+    });
+  }
+  for (std::int64_t i = 0; i < count; ++i) transpose(panels[i], panels[i]);
+}
+
+#if defined(LOWLAT_AVX512)
+
+// All panels of a tile of interleaved GGUF blocks.
+template <GgufType type>
+inline void load_interleaved_panels(const Matrix& w, std::int64_t tile, Panel* panels) {
+  using Decoder = gguf::TileDecoder<type>;
+  constexpr const GgufTypeInfo& info = *find_gguf_type(static_cast<std::int64_t>(type));
+  const std::uint8_t* at = static_cast<const std::uint8_t*>(w.data) + tile * kTile * w.stride;
+  for (std::int64_t column = 0; column < w.columns; column += info.columns, at += kTile * info.bytes) {
+    Decoder decoder(at);
+    for (int g = 0; g < Decoder::kGroups; ++g) {
+      decoder.start(g);
+      const std::int64_t first = column + g * Decoder::kGroup;
+      P* panel = panels[first / kColumns] + first % kColumns / 2;
+      const auto weights = [&](F code) {
+        const F product = mul(sub(code, set1(Decoder::kZero)), decoder.scale);
+        return Decoder::kHasMinimum ? sub(product, decoder.minimum) : product;
+      };
+      LOWLAT_UNROLL
+      for (int i = 0; i < Decoder::kGroup / 4; ++i) {
+        const P code = {decoder.word(i)};
+        panel[2 * i] = pairs_of(weights(field<0, 255>(code)), weights(field<8, 255>(code)));
+        panel[2 * i + 1] = pairs_of(weights(field<16, 255>(code)), weights(field<24, 255>(code)));
+      }
+    }
+  }
+}
+
+#endif
+
+inline void load_block_panels(const Matrix& w, std::int64_t tile, Panel* panels) {
+  with_gguf_type(w.type, [&]<GgufType type>() {
+#if defined(LOWLAT_AVX512)
+    if constexpr (can_interleave(type)) {
+      if (w.is_interleaved) return load_interleaved_panels<type>(w, tile, panels);
+    }
+#endif
+    load_gguf_panels<type>(w, tile, panels);
+  });
+}
+
 // All panels of a tile; meanwhile the same tile of `ahead`, if any, is prefetched.
 inline void load_panels(const Matrix& w, std::int64_t tile, Panel* panels, const Matrix* ahead = nullptr) {
+  if (w.storage == Storage::gguf) {
+    return load_block_panels(w, tile, panels);
+  }
   for (std::int64_t i = 0; i < num_panels(w.columns); ++i) {
     load_panel(w, tile, i, panels[i]);
     if (ahead != nullptr) prefetch_panel(*ahead, tile, i, true);

@@ -6,13 +6,17 @@
 
 namespace lowlat::LOWLAT_ISA {
 
+// The embedding of a token of the step.
+inline void embed_token(const Pass& pass, std::int64_t token, bf16* out) {
+  const Matrix& w = pass.model.embedding;
+  const std::int64_t row = pass.step.ids[token];
+  if (w.storage == Storage::gguf) return gguf::dequantize_row(w, row, out);
+  std::memcpy(out, static_cast<const bf16*>(w.data) + row * w.stride, w.columns * sizeof(bf16));
+}
+
 inline void embed(const Pass& pass) {
   const Workspace& work = pass.work;
-  const std::int64_t hidden = pass.model.hidden;
-  pass.each_token([&](std::int64_t t) {
-    const bf16* row = pass.model.embedding + pass.step.ids[t] * hidden;
-    std::memcpy(work.x + t * work.hidden.stride, row, hidden * sizeof(bf16));
-  });
+  pass.each_token([&](std::int64_t t) { embed_token(pass, t, work.x + t * work.hidden.stride); });
 }
 
 inline void embed_mtp_input(const Pass& pass, const MtpInput& mtp_input) {
@@ -20,7 +24,8 @@ inline void embed_mtp_input(const Pass& pass, const MtpInput& mtp_input) {
   const std::int64_t hidden = pass.model.hidden;
   pass.each_token([&](std::int64_t t) {
     bf16* row = work.joined.values + t * work.joined.stride;
-    rms_norm(mtp_input.embedding_norm, pass.model.embedding + pass.step.ids[t] * hidden, row);
+    embed_token(pass, t, row);
+    rms_norm(mtp_input.embedding_norm, row, row);
     rms_norm(mtp_input.hidden_norm, pass.step.previous + t * hidden, row + hidden);
     pad_row(row, 2 * hidden);
   });

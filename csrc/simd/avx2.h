@@ -136,6 +136,17 @@ inline void store_int8(std::int8_t* p, F a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), all);
 }
 
+// Sums of two products of int8 and int16 each, of 32: lane i is that of elements 2 i and 2 i + 1.
+inline F dot_integers(const std::int8_t* a, const std::int16_t* b) {
+  const auto products = [](const std::int8_t* p, const std::int16_t* q) {
+    const __m256i bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_cvtepi32_ps(_mm256_madd_epi16(bytes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q))));
+  };
+  return {products(a, b), products(a + 16, b + 16)};
+}
+// `first` in the first 8 lanes, `last` in the others.
+inline F set1_halves(float first, float last) { return {_mm256_set1_ps(first), _mm256_set1_ps(last)}; }
+
 // 32 values as bf16, exactly.
 inline P pairs_of_int8(const std::int8_t* p) { return {to_bf16(load_int8(p)), to_bf16(load_int8(p + 16))}; }
 // bf16(value * scale) of 32 values.

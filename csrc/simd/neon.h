@@ -165,6 +165,20 @@ inline void store_int8(std::int8_t* p, F a) {
   vst1_s8(p + 8, vqmovn_s16(vcombine_s16(words(2), words(3))));
 }
 
+// Sums of two products of int8 and int16 each, of 32: lane i is that of elements 2 i and 2 i + 1.
+inline F dot_integers(const std::int8_t* a, const std::int16_t* b) {
+  return quarters<F>([&](int i) {
+    const int16x8_t x = vmovl_s8(vld1_s8(a + 8 * i)), y = vld1q_s16(b + 8 * i);
+    const int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y));
+    return vcvtq_f32_s32(vpaddq_s32(low, vmull_s16(vget_high_s16(x), vget_high_s16(y))));
+  });
+}
+// `first` in the first 8 lanes, `last` in the others.
+inline F set1_halves(float first, float last) {
+  const float32x4_t a = vdupq_n_f32(first), b = vdupq_n_f32(last);
+  return {{a, a, b, b}};
+}
+
 // 32 values rounded to bf16, in their order.
 inline P pairs_in_order(F first, F last) {
   const auto both = [](F x, int i) { return vreinterpretq_u32_u16(to_bf16(x.q[i], x.q[i + 1])); };

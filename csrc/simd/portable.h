@@ -163,6 +163,15 @@ inline void store_int8(std::int8_t* p, F a) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::int8_t>(a.v[i]);
 }
 
+// Sums of two products of int8 and int16 each, of 32: lane i is that of elements 2 i and 2 i + 1.
+inline F dot_integers(const std::int8_t* a, const std::int16_t* b) {
+  return lanes<F>([&](int i) { return static_cast<float>(a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1]); });
+}
+// `first` in the first 8 lanes, `last` in the others.
+inline F set1_halves(float first, float last) {
+  return lanes<F>([&](int i) { return i < 8 ? first : last; });
+}
+
 // 32 values as bf16, exactly.
 inline P pairs_of_int8(const std::int8_t* p) {
   return lanes<P>([&](int i) {

@@ -78,7 +78,7 @@ class Lowlat(TimedModel):
         return self.runner.run([chunk])
 
     def _dtype(self) -> torch.dtype:
-        return self.model.transformer.embed_tokens.weight.dtype
+        return self.model.transformer.embed_tokens.dtype
 
 
 if __name__ == "__main__":

@@ -12,14 +12,17 @@ import torch
 
 from lowlat.checkpoint.dequantized_source import dequantized_source
 from lowlat.checkpoint.fill_parameters import fill_parameters
+from lowlat.checkpoint.gguf.stored_blocks import Readers, store_blocks
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.mapping import check_tensors, operations, resolve_mtp_modules
+from lowlat.checkpoint.mapping_operations import Operation
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import ModelConfig, Packing
 from lowlat.config.weight_memory import weight_bytes
 from lowlat.model.quant import PACKED, store_packed
 from lowlat.model.transformer import Transformer
+from lowlat.ops import native
 from lowlat.utils.device import parse_device, parse_dtype
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import is_larger_than_memory, memory_limit
@@ -45,6 +48,7 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str = "cpu",
+    keeps_blocks: bool = False,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the model of `checkpoint`: a Hugging Face folder or a .gguf file, or one opened before.
@@ -52,7 +56,9 @@ def load_model(
     dtype: "auto" keeps every tensor as stored (fp8 blocks included; GGUF's block formats become
     fp32); fp64, fp32, bf16 and fp16 cast all of them; int8 and int4 quantize the projections
     (`model.quant`) and cast the rest to bf16. Router biases are always fp32. Packed weights stay
-    packed for auto, bf16 and their own dtype; for others they are dequantized.
+    packed for auto, bf16 and their own dtype; for others they are dequantized. With `keeps_blocks`
+    so do matrices in GGUF blocks for auto and bf16, where native kernels run; other tensors of
+    their file then become bf16.
 
     Nothing is allocated before all names and shapes match. On the CPU a tensor that needs no change
     stays a copy-on-write view of the memory-mapped file: it takes no memory until it is used, and
@@ -63,7 +69,7 @@ def load_model(
     that no weight has. Also for a router bias that is not finite, and if the weights that `dtype`
     creates do not fit into memory.
     """
-    form: Packing | None = next((packing for packing in PACKED if packing == dtype), None)
+    form = _packing_of(dtype)
     wanted = None if dtype == "auto" else parse_dtype("bf16" if form else dtype)
     place = parse_device(device)
     stored = checkpoint if isinstance(checkpoint, TensorSource) else open_checkpoint(checkpoint)
@@ -81,15 +87,38 @@ def load_model(
     plan = operations(config, parameters, pads=not is_packed)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     check_tensors(config, source, plan, shapes)
+    readers = _keep_blocks(model, plan, source, dtype, place) if keeps_blocks else {}
+    if readers:
+        wanted, parameters = torch.bfloat16, model.state_dict()
+        plan = [step for step in plan if not readers.keys() & set(step.parameters())]
     if place.type == "cpu":
         made = weight_bytes(config, form) if form and config.packing is None else None
-        _check_memory(stored, source, wanted, dtype, made)
+        names = [name for step in plan for name in step.file_shapes(shapes)]
+        _check_memory(stored, source, names, wanted, dtype, made)
     packed = store_packed(model, form) if form and config.packing is None else {}
-    filled = fill_parameters(
-        source, plan, parameters, wanted, place, progress or SilentProgress(), packed
-    )
+    shown = progress or SilentProgress()
+    filled = fill_parameters(source, plan, parameters, wanted, place, shown, packed)
+    filled |= {parameter: read().to(place) for parameter, read in readers.items()}
     model.load_state_dict(filled, strict=True, assign=True)
     return LoadedModel(model=model, config=config, path=stored.path)
+
+
+def _keep_blocks(
+    model: Transformer,
+    plan: list[Operation],
+    source: TensorSource,
+    dtype: str,
+    device: torch.device,
+) -> Readers:
+    """Readers of the matrices that stay in GGUF blocks; none without native kernels."""
+    if dtype not in ("auto", "bf16") or device.type != "cpu" or not native.available():
+        return {}
+    return store_blocks(model, plan, source)
+
+
+def _packing_of(dtype: str) -> Packing | None:
+    """The packing that `dtype` names."""
+    return next((packing for packing in PACKED if packing == dtype), None)
 
 
 def read_config(source: TensorSource) -> ModelConfig:
@@ -105,18 +134,20 @@ def config_file(source: TensorSource) -> Path:
 def _check_memory(
     stored: TensorSource,
     source: TensorSource,
+    names: list[str],
     wanted: torch.dtype | None,
     dtype: str,
     made: int | None,
 ) -> None:
     """Raise UserError if the weights that loading creates in memory do not fit: unlike views of a
     file they cannot be dropped and read again. `source` is `stored`, dequantized if requested;
+    `names` are read from it;
     `made`: bytes created, if quantize on load decides them.
     """
     if made is None:
         sizes = (
             math.prod(source.shape(name)) * (wanted or source.dtype(name)).itemsize
-            for name in source.names()
+            for name in names
             if stored.dtype(name) != (wanted or source.dtype(name))
         )
         made = sum(sizes)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lowlat.checkpoint.mapping_operations import (
     Operation,
@@ -110,6 +111,17 @@ def resolve_mtp_modules(config: ModelConfig, source: TensorSource) -> ModelConfi
             "embedding and head, or neither"
         )
     return replace(config, mtp_copies=not absent)
+
+
+def mtp_copies(config: ModelConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The MTP modules' copies of embedding and head, by parameter, as the main model has them."""
+    embedding = parameters["embed_tokens.weight"]
+    head = parameters.get("lm_head.weight", embedding)
+    return {
+        f"mtp.{depth}.{name}.weight": matrix
+        for depth in range(config.num_nextn_predict_layers)
+        for name, matrix in (("embed_tokens", embedding), ("head", head))
+    }
 
 
 def check_tensors(

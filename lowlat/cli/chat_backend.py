@@ -18,7 +18,7 @@ from lowlat.convert.report import describe_attention
 from lowlat.generate.completion import Completion
 from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingOptions
-from lowlat.model.quant import packed_type
+from lowlat.model.quant import weight_format
 from lowlat.utils.errors import UserError
 
 Message = dict[str, str]
@@ -100,8 +100,7 @@ def print_answer_report(model: Model, completion: Completion, console: Console) 
     # The config that presets are converted from.
     source = load_preset("smollm2-135m") if is_preset else None
     label = MODEL_PRESETS[model.name].label if is_preset else model.name
-    plain = str(model.transformer.embed_tokens.weight.dtype).removeprefix("torch.")
-    numbers = packed_type(model.transformer) or plain
+    numbers = weight_format(model.transformer, model.transformer.embed_tokens.dtype)
     rows = {
         "model": f"{label}, {model.num_parameters / 1e6:.1f}M parameters, {numbers}",
         "attention": _attention(source, model.config),

@@ -26,6 +26,8 @@ HELP = """\
 /exit           exit (or Ctrl-D)
 Ctrl-C          stop an answer"""
 
+MAX_LINE = 2**24
+"""Most characters of a line of piped input."""
 # Terminals would execute escape sequences in an answer.
 CONTROL = dict.fromkeys((*range(32), *range(127, 160)), "�")
 del CONTROL[ord("\n")], CONTROL[ord("\t")]
@@ -102,13 +104,27 @@ def questions(prompt: str, console: Console) -> Iterator[str]:
     """Lines of input, stripped. Ctrl-C discards a line, Ctrl-D ends the input."""
     while True:
         try:
-            yield input(prompt).strip()
+            yield (input(prompt) if prompt else _piped_line()).strip()
         except EOFError:
             if prompt:
                 print()
             return
         except KeyboardInterrupt:
             console.print("\nCtrl-D or /exit ends the chat", style="dim")
+
+
+def _piped_line() -> str:
+    """The next line of standard input. Raises EOFError at its end, UserError for a line without
+    end."""
+    line = sys.stdin.readline(MAX_LINE)
+    if len(line) == MAX_LINE and not line.endswith("\n"):
+        raise UserError(
+            f"standard input: a line has more than {MAX_LINE:,} characters, the most that is read; "
+            "shorten it"
+        )
+    if not line:
+        raise EOFError
+    return line
 
 
 def command(conversation: Conversation, line: str, console: Console) -> None:

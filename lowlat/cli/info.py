@@ -31,6 +31,8 @@ class Subject:
     config: ModelConfig
     stored_bytes: int | None = None
     """Bytes of a checkpoint's tensors as loaded; None without a checkpoint."""
+    in_blocks: bool = False
+    """Whether the weights are in GGUF blocks, which --dtype bf16 keeps as auto does."""
 
 
 def info(
@@ -98,12 +100,22 @@ def find(name: str) -> Subject:
 
 def open_subject(name: str, path: Path) -> Subject:
     """The checkpoint at `path` (folder or .gguf file), from its headers."""
+    from lowlat.checkpoint.gguf.file import PLAIN
+    from lowlat.checkpoint.gguf.split import open_parts
     from lowlat.checkpoint.hf_folder import open_checkpoint
     from lowlat.checkpoint.load import read_config
     from lowlat.checkpoint.mapping import resolve_mtp_modules
 
     source = open_checkpoint(path)
     config = resolve_mtp_modules(read_config(source), source)
+    if path.is_file():
+        tensors = open_parts(path).tensors.values()
+        return Subject(
+            name=name,
+            config=config,
+            stored_bytes=sum(tensor.stop - tensor.start for tensor in tensors),
+            in_blocks=any(tensor.kind not in PLAIN for tensor in tensors),
+        )
     sizes = (
         math.prod(source.shape(tensor)) * source.dtype(tensor).itemsize for tensor in source.names()
     )
@@ -113,7 +125,8 @@ def open_subject(name: str, path: Path) -> Subject:
 def memory_of(subject: Subject, context: int, dtype: str | None, cache: str) -> dict[str, int]:
     """weights_bytes, cache_bytes, context; without a dtype, weights as stored."""
     memory = memory_at(subject.config, context, dtype, cache)
-    if dtype is None and subject.stored_bytes is not None:
+    keeps = dtype is None or (dtype == "bf16" and subject.in_blocks)
+    if keeps and subject.stored_bytes is not None:
         memory["weights_bytes"] = subject.stored_bytes
     return memory
 
@@ -144,7 +157,7 @@ def machine_of(
 def _is_stored(subject: Subject, dtype: str | None) -> bool:
     """Whether `dtype` uses the weights as stored, without conversion."""
     config = subject.config
-    if dtype is None:
+    if dtype is None or (dtype == "bf16" and subject.in_blocks):
         return True
     if config.packing is not None or dtype in PACKED_DTYPES:
         return dtype in ("bf16", config.packing) and config.packing is not None

@@ -7,19 +7,27 @@ from typing import Unpack
 from lowlat import api
 from lowlat.generate.model import Model
 from lowlat.ops import native
+from lowlat.text.plain import MAX_TEXT_BYTES
+from lowlat.utils.bounded_read import read_bounded, read_stream
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, make_progress
+
+MAX_PROMPT_BYTES = 64 * 2**20
+"""Most bytes of a prompt from standard input, ten times what the longest contexts hold."""
 
 
 def load_model(name: str, *, threads: int | None, **loading: Unpack[api.LoadOptions]) -> Model:
     """The model `name`, downloaded and converted if necessary, with progress on stderr.
 
-    Sets the threads of PyTorch and of the native kernels if `threads` is given.
+    Sets the threads of PyTorch and of the native kernels if `threads` is given. Raises UserError
+    for a model without a tokenizer: all verbs that load one here use text.
     """
     if threads is not None:
         native.use_threads(threads)
     loading.setdefault("progress", make_progress())
-    return api.load(name, **loading)
+    model = api.load(name, **loading)
+    model.tokenizer.require()
+    return model
 
 
 def recipe_checkpoint(recipe: Path, key: str, name: str | None, progress: Progress) -> Path | None:
@@ -38,14 +46,15 @@ def recipe_checkpoint(recipe: Path, key: str, name: str | None, progress: Progre
 
 
 def read_stdin() -> str:
-    """All of standard input, without the last newline."""
-    return _decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n").removesuffix("\r")
+    """All of standard input, without the last newline. Raises UserError for endless input."""
+    data = read_stream(sys.stdin.buffer.read, MAX_PROMPT_BYTES, "standard input")
+    return _decode(data, "standard input").removesuffix("\n").removesuffix("\r")
 
 
 def read_text_file(path: Path) -> str:
-    """The text of a UTF-8 file."""
+    """The text of a UTF-8 file. Raises UserError for devices and files beyond MAX_TEXT_BYTES."""
     try:
-        return _decode(path.read_bytes(), f"'{path}'")
+        return _decode(read_bounded(path, MAX_TEXT_BYTES, f"'{path}'"), f"'{path}'")
     except OSError as error:
         raise UserError(
             f"cannot read '{path}': {error.strerror}; give the path of a text file"

@@ -1,6 +1,7 @@
 """`lowlat serve`: command-line options of the HTTP server."""
 
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -167,4 +168,5 @@ def _cache_bytes(gib: float | None, device: str) -> int | Literal["auto"]:
 
 def _served_name(model: str) -> str:
     """The model's name without its folders, which clients must not see."""
-    return Path(model).resolve().name if Path(model).exists() else model
+    name = Path(model).resolve().name if Path(model).exists() else model
+    return os.fsencode(name).decode("utf-8", "replace")  # paths need not be UTF-8, JSON must

@@ -168,6 +168,14 @@ def _check_compression(compression: CompressionOptions, to: str | None) -> None:
             f"--method '{compression.method}' is unknown; choose one of "
             f"{', '.join((*METHODS, 'exact'))}"
         )
+    for path in compression.calibrate:  # read twice, so no pipe either
+        if path.exists() and not path.is_file():
+            raise UserError(f"--calibrate {path}: is not a regular file; give a text file")
+    if not 0 < compression.share < 1:
+        raise UserError(
+            f"--cache {compression.share:g}: give the share of the cache to keep, above 0 and "
+            "below 1; without --cache the conversion is exact"
+        )
 
 
 def _check_recovery(recovery: RecoveryOptions, compression: CompressionOptions | None) -> None:

@@ -35,7 +35,7 @@ def new_runner(
     if max_cache_bytes is None:
         return ModelRunner(transformer, cache_dtype=dtype), Limits()
     config = transformer.config
-    stored = dtype or transformer.embed_tokens.weight.dtype
+    stored = dtype or transformer.embed_tokens.dtype
     layers = range(config.num_cache_layers)
     page = PAGE_SIZE * sum(entry_bytes(config.attention_of(layer), stored) for layer in layers)
     limit = check_cache_limit(max_cache_bytes, transformer.embed_tokens.weight.device)

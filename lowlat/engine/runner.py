@@ -43,13 +43,12 @@ class ModelRunner:
         self.model = model
         self._native = NativeModel(model) if supports_native(model) else None
         self.allocator = PageAllocator(num_pages)
-        weight = model.embed_tokens.weight
-        self.device = weight.device
+        self.device = model.embed_tokens.weight.device
         self.cache = PagedCache(
             model.config,
             num_pages=num_pages,
             page_size=page_size,
-            dtype=cache_dtype or weight.dtype,
+            dtype=cache_dtype or model.embed_tokens.dtype,
             device=self.device,
         )
 

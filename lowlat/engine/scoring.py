@@ -42,8 +42,8 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits the model needs per byte of text: comparable between tokenizers."""
-        return self.nll / math.log(2.0) / self.bytes
+        """Bits the model needs per byte of text: comparable between tokenizers; NaN for no text."""
+        return math.nan if self.bytes == 0 else self.nll / math.log(2.0) / self.bytes
 
 
 def logits(runner: ModelRunner, ids: Sequence[int], *, chunk: int) -> Float[Tensor, "tokens vocab"]:

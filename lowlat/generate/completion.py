@@ -56,7 +56,7 @@ class Usage:
 
 class Completion(str):
     """One completion: a str without the end-of-sequence token and the stop string that ended it,
-    with tokens, finish reason, log-probabilities and usage.
+    with tokens, finish reason, log-probabilities and usage. Empty for a model without a tokenizer.
     """
 
     token_ids: tuple[int, ...]
@@ -136,6 +136,8 @@ class CompletionBuilder:
         self._detokenizer = Detokenizer(
             tokenizer, keep_special=keep_special, begins_text=begins_text
         )
+        if stop:
+            tokenizer.require()
         self._stops = StopStrings(stop)
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []

@@ -29,7 +29,7 @@ from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
 from lowlat.generate.prompt import Prompt, as_prompts, begins_text, encode_prompt
 from lowlat.generate.session import GenerationSession, TextRequest
 from lowlat.generate.structured import StructuredOutput
-from lowlat.model.quant import packed_type
+from lowlat.model.quant import weight_format
 from lowlat.model.transformer import Transformer
 from lowlat.text.pieces import encode_long
 from lowlat.text.tokenizer import Tokenizer
@@ -109,13 +109,13 @@ class Model:
         else:
             groups = attention.num_key_value_heads
             attention_text = f"GQA {attention.num_attention_heads} heads in {groups} groups"
-        plain = str(self.transformer.embed_tokens.weight.dtype).removeprefix("torch.")
+        numbers = weight_format(self.transformer, self.transformer.embed_tokens.dtype)
         return (
             f"<lowlat.Model {self.name}: {self.config.model_type}, "
             f"{self.num_parameters / 1e6:,.1f}M parameters, "
             f"{self.config.num_hidden_layers} layers, {attention_text}, "
             f"{self.cache_bytes_per_token:,} bytes of KV cache per token, "
-            f"{packed_type(self.transformer) or plain} "
+            f"{numbers} "
             f"on {self.runner.device}, context {self.context:,}>"
         )
 
@@ -198,24 +198,29 @@ class Model:
         return scoring.nll(self.runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
 
     def perplexity(
-        self, text: str, *, window: int | None = None, progress: Progress | None = None
+        self,
+        text: str | Sequence[int],
+        *,
+        window: int | None = None,
+        progress: Progress | None = None,
     ) -> Score:
-        """Perplexity of `text` in windows of `window` tokens without overlap: 1,024 by default, or
-        the context if that is less.
+        """Perplexity of `text` or token ids in windows of `window` tokens without overlap: 1,024 by
+        default, or the context if that is less.
 
-        The first token of a window is given, not predicted. Raises UserError for a window longer
+        The first token of a window is given, not predicted. Without a tokenizer bits_per_byte is
+        NaN. Raises UserError for a window longer
         than the context and for a text of less than two tokens.
         """
         window = min(scoring.WINDOW, self.context) if window is None else window
         if not 2 <= window <= self.context:
             raise UserError(f"window must be from 2 to the context of {self.context}, got {window}")
-        ids = encode_long(self.tokenizer, text)
+        ids = encode_long(self.tokenizer, text) if isinstance(text, str) else text
         if len(ids) < 2:
             raise UserError("the text has less than two tokens; nothing can be predicted")
         tokens, num_bytes, total = 0, 0, 0.0
         with (progress or SilentProgress()).task("evaluating", len(ids), "tokens") as task:
             for start in range(0, len(ids), window):
-                part = ids[start : start + window].tolist()
+                part = [operator.index(token) for token in ids[start : start + window]]
                 if len(part) > 1:
                     total += float(self.nll(part).sum())
                     tokens += len(part) - 1
@@ -257,6 +262,7 @@ class Model:
     def _stream(self, prompt: Prompt, params: SamplingParams) -> Stream:
         if params.n > 1:
             raise UserError(f"n {params.n} cannot be streamed; set n to 1 or stream to False")
+        self.tokenizer.require()  # a stream gives text
         request = self._add(self._encode(prompt), params, is_offline=False)
         close = partial(self.session.abort, request)
         return Stream(request.builders[0], step=self._step, close=close)
@@ -280,6 +286,7 @@ class Model:
         if output is None:
             return None
         if self._compiler is None:
+            self.tokenizer.require()
             try:
                 from lowlat.generate.grammar import GrammarCompiler
             except ModuleNotFoundError as error:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from lowlat.config.model import QuantConfig
-from lowlat.ops import native, native_kernels, quantized
+from lowlat.ops import gguf_blocks, native, native_kernels, quantized
 from lowlat.ops.fp8 import dequantize_blocks
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.quantized import (
@@ -28,7 +28,7 @@ from lowlat.ops.quantized import (
     quantize_rows,
 )
 
-Storage = Literal["plain", "fp8", "int8", "int4", "int8_rows"]
+Storage = Literal["plain", "fp8", "int8", "int4", "int8_rows", "gguf"]
 """Storage formats of a weight."""
 
 
@@ -90,6 +90,10 @@ class Linear(nn.Module):
     int8       weight and weight_scale in tiles (`ops.quantized`)
     int4       weight, weight_scale and weight_minimum in tiles
     int8_rows  weight [out, in], weight_scale [out]
+    gguf       weight [out, row_bytes] in blocks of GGUF type `gguf_type`, or `is_interleaved` in
+               tiles of 16 rows (`ops.gguf_blocks.interleave`); an MLA up-projection may
+               be split instead: the values' rows of all heads in weight, the keys' rows, each head
+               transposed, in weight_keys [heads * in, row_bytes] of type `keys_type`
     """
 
     def __init__(
@@ -104,6 +108,10 @@ class Linear(nn.Module):
         self.weight_scale_inv: nn.Parameter | None = None
         self.weight_scale: nn.Parameter | None = None
         self.weight_minimum: nn.Parameter | None = None
+        self.weight_keys: nn.Parameter | None = None
+        self.gguf_type: int | None = None
+        self.is_interleaved = False
+        self.keys_type: int | None = None
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
 
     def store_fp8(self, quant: QuantConfig) -> None:
@@ -129,6 +137,24 @@ class Linear(nn.Module):
         group_shape = INT4_SHAPE if storage == "int4" else INT8_SHAPE
         self.weight = self._unfilled((tiles, groups, *group_shape), torch.uint8)
 
+    def store_gguf(self, kind: int, *, interleaved: bool) -> None:
+        """Replace the (still unfilled) weight by rows in blocks of GGUF type number `kind`."""
+        self.storage, self.gguf_type, self.is_interleaved = "gguf", kind, interleaved
+        shape = gguf_blocks.stored_shape(kind, self.out_features, self.in_features, interleaved)
+        self.weight = self._unfilled(shape, torch.uint8)
+
+    def store_gguf_heads(self, keys: int, values: int, heads: int, nope_dim: int) -> None:
+        """Replace the (still unfilled) weight of MLA's kv_b_proj by its two halves in GGUF blocks:
+        transposed keys [heads * in, nope_dim] of type `keys`, values [heads * v_dim, in] of type
+        `values`.
+        """
+        self.storage, self.keys_type, self.gguf_type = "gguf", keys, values
+        size = gguf_blocks.row_bytes(keys, nope_dim)
+        self.weight_keys = self._unfilled((heads * self.in_features, size), torch.uint8)
+        rows = self.out_features - heads * nope_dim
+        size = gguf_blocks.row_bytes(values, self.in_features)
+        self.weight = self._unfilled((rows, size), torch.uint8)
+
     def pack(
         self, dense: Float[Tensor, "out in"], empty: Empty = torch.empty
     ) -> dict[str, Shaped[Tensor, "..."]]:
@@ -147,10 +173,25 @@ class Linear(nn.Module):
                 parts = dict(self.named_parameters(recurse=False))
                 rows = slice(0, self.out_features)
                 return unpack_rows(parts, self.storage, rows, self.in_features, dtype)
+            case "gguf":
+                assert self.gguf_type is not None
+                rows = self.out_features if self.is_interleaved else None
+                own = gguf_blocks.dequantize_blocks(
+                    self.weight, self.gguf_type, dtype, interleaved_rows=rows
+                )
+                return own if self.weight_keys is None else self._with_keys(own, dtype)
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.dense_weight(x.dtype), bias)
+
+    def _with_keys(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """The matrix from its values' rows and the keys' half."""
+        assert self.weight_keys is not None and self.keys_type is not None
+        latent, heads = self.in_features, len(self.weight_keys) // self.in_features
+        keys = gguf_blocks.dequantize_blocks(self.weight_keys, self.keys_type, dtype)
+        keys, values = keys.unflatten(0, (heads, latent)), values.unflatten(0, (heads, -1))
+        return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
 
     def _unfilled(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
         """A parameter without gradient: autograd does not support these types."""
@@ -171,13 +212,43 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding, `weight` [vocab, hidden]; also the LM head of models with tied
-    embeddings.
+    """Token embedding, `weight` [vocab, hidden] or its rows in GGUF blocks; also the LM head of
+    models with tied embeddings.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype) -> None:
         super().__init__()
+        self.shape = (vocab_size, hidden_size)
+        self.gguf_type: int | None = None
+        self.is_interleaved = False
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the embeddings, and so of the model's activations: bf16 for GGUF blocks."""
+        return self.weight.dtype if self.gguf_type is None else torch.bfloat16
+
+    def store_gguf(self, kind: int, *, interleaved: bool) -> None:
+        """Replace the (still unfilled) weight by rows in blocks of GGUF type number `kind`, in the
+        layouts of `Linear`.
+        """
+        self.gguf_type, self.is_interleaved = kind, interleaved
+        shape = gguf_blocks.stored_shape(kind, *self.shape, interleaved)
+        empty = torch.empty(shape, dtype=torch.uint8, device=self.weight.device)
+        self.weight = nn.Parameter(empty, requires_grad=False)
+
+    def dense_weight(self, dtype: torch.dtype) -> Float[Tensor, "vocab hidden"]:
+        """The weight as a matrix of `dtype`."""
+        if self.gguf_type is None:
+            return self.weight.to(dtype)
+        rows = self.shape[0] if self.is_interleaved else None
+        return gguf_blocks.dequantize_blocks(
+            self.weight, self.gguf_type, dtype, interleaved_rows=rows
+        )
+
     def forward(self, ids: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens hidden"]:
-        return F.embedding(ids, self.weight)
+        if self.gguf_type is None:
+            return F.embedding(ids, self.weight)
+        if self.is_interleaved:
+            return self.dense_weight(self.dtype)[ids]
+        return gguf_blocks.dequantize_blocks(self.weight[ids], self.gguf_type, self.dtype)

@@ -16,8 +16,8 @@ from lowlat.model.linear import Linear
 from lowlat.model.moe import Gate
 from lowlat.model.mtp import MTPModule
 from lowlat.model.native_layers import (
+    embedding_of,
     layer_of,
-    matrix_of,
     mtp_input_of,
     norm_of,
     projection_of,
@@ -33,12 +33,13 @@ BLOCK = (128, 128)
 
 def supports_native(model: Transformer) -> bool:
     """Whether the native kernels are available and can run `model`: on the CPU, bf16 activations,
-    every projection bf16, int8, int4 or fp8 in blocks of 128, no LoRA, any attention but TPA.
+    every projection bf16, int8, int4, in GGUF blocks or fp8 in blocks of 128, no LoRA, any
+    attention but TPA.
     """
     if isinstance(model.config.attention, TPAConfig):  # all layers then are
         return False
-    embedding = model.embed_tokens.weight
-    if embedding.device.type != "cpu" or embedding.dtype != torch.bfloat16:
+    embedding = model.embed_tokens
+    if embedding.weight.device.type != "cpu" or embedding.dtype != torch.bfloat16:
         return False
     if not all(_is_known(module) for module in model.modules()):
         return False
@@ -70,8 +71,8 @@ class NativeModel:
         self.config = model.config
         self.rotary = model.rotary
         module = native.module()
-        embedding = model.embed_tokens.weight.detach()
-        head = matrix_of(embedding) if model.lm_head is None else weight_of(model.lm_head)
+        embedding = embedding_of(model.embed_tokens)
+        head = embedding if model.lm_head is None else weight_of(model.lm_head)
         head = module.Projection.make(head, None)
         is_larger = is_larger_than_memory(weight_bytes(model))
         self._model = module.Model(
@@ -93,7 +94,7 @@ class NativeModel:
             copy, own_head = mtp.embed_tokens, mtp.head
             self._modules.append(
                 module.Model(
-                    embedding=embedding if copy is None else copy.weight.detach(),
+                    embedding=embedding if copy is None else embedding_of(copy),
                     mtp_input=mtp_input_of(mtp),
                     layers=[layer_of(mtp.block, first_pair=self.rotary.first_pair(number))],
                     first_layer=number,

@@ -10,7 +10,7 @@ from lowlat.model.block import DecoderLayer
 from lowlat.model.gla import GLA
 from lowlat.model.gqa import GQA
 from lowlat.model.gta import GTA
-from lowlat.model.linear import Linear, RMSNorm
+from lowlat.model.linear import Embedding, Linear, RMSNorm
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MLP, Experts, MoE
 from lowlat.model.mtp import MTPModule
@@ -58,16 +58,20 @@ def _mla(attention: MLA):
     dims = attention.dims
     norms = [attention.kv_a_layernorm] if dims.kv_a_layernorm else []
     # In exactly converted models most rows of W_Q are zero: whole tiles of them are skipped.
-    kv_b = weight_of(attention.kv_b_proj)
-    return _latent(attention, norms, kv_b, sparse_queries=not dims.kv_a_layernorm)
+    linear = attention.kv_b_proj
+    kv_b, k_b = weight_of(linear), None
+    if linear.weight_keys is not None:
+        keys = linear.weight_keys.detach()
+        k_b = native.module().Matrix.gguf(keys, type=linear.keys_type)
+    return _latent(attention, norms, kv_b, k_b, sparse_queries=not dims.kv_a_layernorm)
 
 
 def _gla(attention: GLA):
     """GLA as MLA: a norm per latent; up-projections are zero outside their group's latent."""
-    return _latent(attention, attention.norms(), _spread(attention), sparse_queries=False)
+    return _latent(attention, attention.norms(), _spread(attention), None, sparse_queries=False)
 
 
-def _latent(attention: MLA | GLA, norms: list[RMSNorm], kv_b, *, sparse_queries: bool):
+def _latent(attention: MLA | GLA, norms: list[RMSNorm], kv_b, k_b, *, sparse_queries: bool):
     dims = attention.dims
     has_query_latent = dims.q_lora_rank is not None
     q = attention.q_b_proj if has_query_latent else attention.q_proj
@@ -84,6 +88,7 @@ def _latent(attention: MLA | GLA, norms: list[RMSNorm], kv_b, *, sparse_queries:
         kv_a=projection_of(attention.kv_a_proj_with_mqa),
         kv_a_norms=[norm_of(norm) for norm in norms],
         kv_b=kv_b,
+        k_b=k_b,
         o=projection_of(attention.o_proj),
     )
 
@@ -116,6 +121,7 @@ def _gta(attention: GTA):
         kv_a=projection_of(attention.kv_proj_with_mqa),
         kv_a_norms=[],
         kv_b=matrix_of(torch.cat(up, dim=1).flatten(0, 1)),
+        k_b=None,
         o=projection_of(attention.o_proj),
     )
 
@@ -199,6 +205,20 @@ def weight_of(linear: Linear, *, sparse: bool = False):
             return matrix.int4(weight, scale, minimum, **size, occupied=occupied)
         case "int8_rows":
             return matrix.int8_rows(weight, linear.weight_scale, occupied=occupied)
+        case "gguf":
+            rows = linear.out_features if linear.is_interleaved else None
+            return matrix.gguf(
+                weight, type=linear.gguf_type, interleaved_rows=rows, occupied=occupied
+            )
+
+
+def embedding_of(embedding: Embedding):
+    """The token embedding, which may also be the head."""
+    weight = embedding.weight.detach()
+    if embedding.gguf_type is None:
+        return matrix_of(weight)
+    rows = embedding.shape[0] if embedding.is_interleaved else None
+    return native.module().Matrix.gguf(weight, type=embedding.gguf_type, interleaved_rows=rows)
 
 
 def matrix_of(weight: Float[Tensor, "out in"], occupied: UInt8[Tensor, "tiles"] | None = None):

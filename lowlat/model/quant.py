@@ -1,11 +1,14 @@
-"""Storage formats of the projections of quantized models: fp8 blocks, int8 and int4."""
+"""Storage formats of the projections of quantized models: fp8 blocks, int8, int4, GGUF blocks."""
 
+from collections import Counter
 from collections.abc import Mapping
 
+import torch
+from gguf import GGMLQuantizationType
 from torch import nn
 
 from lowlat.config.model import Packing, QuantConfig
-from lowlat.model.linear import Linear, Storage
+from lowlat.model.linear import Embedding, Linear, Storage
 
 PLAIN = ("lm_head", "head", "eh_proj")
 """Projections that released fp8 checkpoints keep in bf16, as they do embedding, norms and gate."""
@@ -44,6 +47,19 @@ def packed_type(model: nn.Module) -> Packing | None:
     """The format `store_packed` gave `model`; None for a model that is not packed."""
     storages = {module.storage for module in model.modules() if isinstance(module, Linear)}
     return "int4" if "int4" in storages else "int8" if "int8" in storages else None
+
+
+def weight_format(model: nn.Module, plain: torch.dtype) -> str:
+    """How most weights of `model` are stored: int8, int4, the names of up to two GGUF types, or
+    `plain`.
+    """
+    sizes: Counter[int] = Counter()
+    for module in model.modules():
+        if isinstance(module, Linear | Embedding) and module.gguf_type is not None:
+            sizes[module.gguf_type] += module.weight.nbytes
+    if sizes:
+        return " and ".join(GGMLQuantizationType(kind).name for kind, _ in sizes.most_common(2))
+    return packed_type(model) or str(plain).removeprefix("torch.")
 
 
 def _is_plain(name: str, quant: QuantConfig, num_hidden_layers: int) -> bool:

@@ -114,7 +114,8 @@ class Transformer(nn.Module):
         return module
 
     def _head(self, hidden: Tensor, head: Linear | None) -> Tensor:
-        scores = (
-            hidden @ self.embed_tokens.weight.to(hidden.dtype).T if head is None else head(hidden)
-        )
+        if head is None:
+            scores = hidden @ self.embed_tokens.dense_weight(hidden.dtype).T
+        else:
+            scores = head(hidden)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))

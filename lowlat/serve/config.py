@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowlat.serve.protocol import limits
+from lowlat.utils.bounded_read import read_bounded
 from lowlat.utils.errors import UserError
 
 MIN_KEY_LENGTH = 16
 MAX_KEY_LENGTH = 512
 MAX_KEYS = 1024
+MAX_KEYS_BYTES = 2**20
 _KEY = re.compile(rf"[!-~]{{{MIN_KEY_LENGTH},{MAX_KEY_LENGTH}}}")
 _HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
@@ -115,7 +117,8 @@ def read_keys(path: Path) -> tuple[str, ...]:
     Raises UserError if the file cannot be read or contains no key.
     """
     try:
-        lines = path.read_text(encoding="ascii").splitlines()
+        data = read_bounded(path, MAX_KEYS_BYTES, f"--api-key-file '{path}'")
+        lines = data.decode("ascii").splitlines()
     except OSError as error:
         raise UserError(f"--api-key-file '{path}': {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -9,7 +9,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, models
 
-from lowlat.text.parts import TokenizerParts, around, set_around
+from lowlat.text.parts import NoTokenizer, TokenizerParts, around, set_around
+from lowlat.utils.bounded_read import read_bounded, read_bounded_text
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import parse_object
 
@@ -29,7 +30,7 @@ def read_folder(folder: Path) -> TokenizerParts:
     """The tokenizer in `folder`. Raises UserError naming an absent or broken file."""
     path = folder / TOKENIZER_FILE
     if not path.is_file():
-        raise UserError(f"{path}: not found; {how_to_get_tokenizer(folder)}")
+        raise NoTokenizer(f"{path}: not found; {how_to_get_tokenizer(folder)}")
     backend = _read_backend(path)
     config = _read_object(folder / "tokenizer_config.json")
     _add_missing_tokens(backend, config, folder)
@@ -94,7 +95,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bounded_text(path, MAX_TOKENIZER_BYTES, str(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text; get the file again") from error
     except OSError as error:
@@ -115,13 +116,15 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     _read_object(path)  # its errors name the line
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        # not from_file, which takes no path that is not UTF-8
+        data = read_bounded(path, MAX_TOKENIZER_BYTES, str(path))
+        backend = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises bare Exceptions
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a usable tokenizer ({reason}); get the file again") from error
     if not isinstance(backend.model, models.BPE):
         kind = type(backend.model).__name__
-        raise UserError(f"{path}: model type {kind} is not supported; BPE tokenizers are")
+        raise NoTokenizer(f"{path}: model type {kind} is not supported; BPE tokenizers are")
     # The caller bounds lengths; some files carry settings from training.
     backend.no_truncation()
     backend.no_padding()
@@ -210,20 +213,27 @@ def _end(found: list[str], adds: object, token: str | None) -> list[str]:
 def _eos_ids(
     backend: tokenizers.Tokenizer, special: dict[str, str], folder: Path
 ) -> frozenset[int]:
-    """The eos token and the ids in generation_config.json, or config.json without that file."""
-    ids = set()
-    if "eos_token" in special:
-        ids.add(backend.token_to_id(special["eos_token"]))
+    """The eos token and `declared_eos_ids`."""
+    ids = declared_eos_ids(folder)
+    if "eos_token" not in special:
+        return ids
+    return ids | {backend.token_to_id(special["eos_token"])}
+
+
+def declared_eos_ids(folder: Path) -> frozenset[int]:
+    """The end tokens in generation_config.json, or config.json without that file. Raises UserError
+    for anything but ids.
+    """
     path = folder / "generation_config.json"
     if not path.is_file():
         path = folder / "config.json"
     declared = _read_object(path).get("eos_token_id")
-    if declared is not None:
-        listed = declared if isinstance(declared, list) else [declared]
-        if not all(type(index) is int and index >= 0 for index in listed):
-            raise UserError(f"{path}: eos_token_id should be one token id or a list of them")
-        ids.update(listed)
-    return frozenset(ids)
+    if declared is None:
+        return frozenset()
+    listed = declared if isinstance(declared, list) else [declared]
+    if not all(type(index) is int and index >= 0 for index in listed):
+        raise UserError(f"{path}: eos_token_id should be one token id or a list of them")
+    return frozenset(listed)
 
 
 def _chat_templates(config: dict[str, Any], folder: Path) -> tuple[str | None, str | None]:

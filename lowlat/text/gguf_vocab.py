@@ -12,7 +12,7 @@ import tokenizers
 from gguf import GGUFReader, TokenType
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from lowlat.text.parts import TokenizerParts, set_bos_eos
+from lowlat.text.parts import NoTokenizer, TokenizerParts, set_bos_eos
 from lowlat.text.pretokenizers import splitting
 from lowlat.text.token_bytes import SPACE_MARK
 from lowlat.utils.errors import UserError
@@ -79,7 +79,7 @@ def read_gguf(source: str | os.PathLike[str] | GGUFReader) -> TokenizerParts:
 def read_metadata(meta: Metadata) -> TokenizerParts:
     """The tokenizer that the fields `meta` describe. Raises UserError naming what it cannot use."""
     if meta.get("ggml.model", str) == "none":
-        raise UserError(
+        raise NoTokenizer(
             f"{meta.origin}: holds no vocabulary; use the folder it was converted from, or convert "
             "a model whose tokenizer GGUF can express"
         )
@@ -91,7 +91,8 @@ def read_metadata(meta: Metadata) -> TokenizerParts:
     elif model == "llama":
         backend, adds_bos = _sentencepiece(meta, tokens, types), True
     else:
-        raise meta.error("ggml.model", f"'{model}' is not supported (gpt2 and llama are)")
+        error = meta.error("ggml.model", f"'{model}' is not supported (gpt2 and llama are)")
+        raise NoTokenizer(str(error))
     _add_tokens(backend, tokens, types)
     special = _special_tokens(meta, tokens)
     for name, token in special.items():

@@ -9,6 +9,12 @@ from dataclasses import dataclass
 import tokenizers
 from tokenizers import processors
 
+from lowlat.utils.errors import UserError
+
+
+class NoTokenizer(UserError):
+    """A model's files hold no tokenizer, or one of a kind that lowlat does not support."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerParts:

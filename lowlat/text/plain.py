@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+from lowlat.utils.bounded_read import read_bounded
 from lowlat.utils.errors import UserError
 
+MAX_TEXT_BYTES = 2**30
+"""Largest text file read at once; larger texts go through `lowlat data build`."""
 TABLES = (".json", ".csv", ".tsv")
 """File endings of tables, whose text is inside records."""
 RECORDS = (".jsonl", ".ndjson", ".parquet", ".gz", *TABLES)
@@ -22,7 +25,7 @@ def read_plain_text(path: Path, option: str) -> str:
             f"{where}: this is a file of records or compressed; give their text as a plain file"
         )
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_bounded(path, MAX_TEXT_BYTES, where).decode("utf-8")
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

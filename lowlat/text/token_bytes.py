@@ -9,7 +9,7 @@ import re
 
 import tokenizers
 
-from lowlat.utils.errors import UserError
+from lowlat.text.parts import NoTokenizer
 
 SPACE_MARK = "\u2581"
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -23,7 +23,7 @@ def byte_alphabet() -> dict[str, int]:
 
 
 class TokenBytes:
-    """Bytes of single tokens. Raises UserError for a decoder of another kind than the two above."""
+    """Bytes of single tokens. Raises NoTokenizer for a decoder of neither of the kinds above."""
 
     def __init__(self, backend: tokenizers.Tokenizer, origin: str) -> None:
         self._backend = backend
@@ -32,7 +32,7 @@ class TokenBytes:
         kinds = [step["type"] for step in steps]
         self._alphabet = byte_alphabet() if kinds == ["ByteLevel"] else None
         if self._alphabet is None and not _is_sentencepiece(steps):
-            raise UserError(
+            raise NoTokenizer(
                 f"{origin}: decoder {'+'.join(kinds) or 'none'} is not supported; byte-level and"
                 " sentencepiece BPE tokenizers are"
             )

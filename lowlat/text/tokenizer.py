@@ -12,6 +12,7 @@ from typing import Any
 
 import tokenizers
 from gguf import GGUFReader
+from tokenizers import decoders, models
 
 from lowlat.text.folder import read_folder, write_folder
 from lowlat.text.gguf_vocab import read_gguf
@@ -22,9 +23,14 @@ from lowlat.utils.errors import UserError
 
 
 class Tokenizer:
-    """A tokenizer with its special tokens and chat template; safe to use from several threads."""
+    """A tokenizer with its special tokens and chat template; safe to use from several threads.
 
-    def __init__(self, parts: TokenizerParts) -> None:
+    That of a model without one (`absent`) raises UserError wherever text is needed.
+    """
+
+    def __init__(self, parts: TokenizerParts, *, missing: str | None = None) -> None:
+        """missing: why text cannot be used; then `parts` have no tokens."""
+        self._missing = missing
         self._parts = parts
         self._backend = parts.backend
         self._bytes = TokenBytes(parts.backend, parts.origin)
@@ -36,7 +42,8 @@ class Tokenizer:
         """Ids of the special tokens, which decoded text leaves out."""
         self.strips_leading_space = self._bytes.strips_leading_space
         """Whether decoding drops one leading space of a text (SentencePiece)."""
-        self.vocab_size = 1 + max(parts.backend.get_vocab(with_added_tokens=True).values())
+        ids = parts.backend.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = 1 + max(ids, default=-1)
         """One more than the highest id; a model's embedding may have more rows."""
 
     @classmethod
@@ -48,6 +55,23 @@ class Tokenizer:
     def from_gguf(cls, source: str | os.PathLike[str] | GGUFReader) -> "Tokenizer":
         """The tokenizer in a GGUF file's metadata. Raises UserError naming the bad field."""
         return cls(read_gguf(source))
+
+    @classmethod
+    def absent(cls, reason: str, eos_ids: frozenset[int] = frozenset()) -> "Tokenizer":
+        """In place of a tokenizer that a model lacks. Every id has no bytes; `reason` is the error
+        of all that needs text.
+        """
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.decoder = decoders.ByteLevel()
+        parts = TokenizerParts(
+            backend=backend, special_tokens={}, eos_ids=eos_ids, chat_template=None, origin=reason
+        )
+        return cls(parts, missing=reason)
+
+    def require(self) -> None:
+        """Raise UserError if the model has no tokenizer."""
+        if self._missing is not None:
+            raise UserError(self._missing)
 
     @property
     def bos_id(self) -> int | None:
@@ -84,6 +108,7 @@ class Tokenizer:
         untrusted parts of a prompt this way, separately from the rest. Raises UserError for text
         that is no valid Unicode.
         """
+        self.require()
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -96,11 +121,13 @@ class Tokenizer:
         """The ids of each of many texts, equal to `encode(..., add_special_tokens=False,
         parse_special=False)`; multi-threaded.
         """
+        self.require()
         encodings = self._plain_backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_spans(self, text: str) -> list[tuple[int, int, int]]:
         """(id, start, end) of every token of `text`, in characters; bos and eos are not added."""
+        self.require()
         encoding = self._backend.encode(text, add_special_tokens=False)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         return [(index, start, end) for index, (start, end) in spans]
@@ -128,6 +155,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; invalid UTF-8 becomes U+FFFD."""
+        self.require()
         skipped = self.special_ids if skip_special_tokens else frozenset()
         data = b"".join(self._bytes.of(index) for index in ids if index not in skipped)
         text = data.decode("utf-8", errors="replace")
@@ -159,6 +187,7 @@ class Tokenizer:
 
     def _template(self, source: str | None) -> ChatTemplate:
         """The ChatTemplate of a source; later prompts share its process."""
+        self.require()
         if source is None:
             raise UserError(
                 f"{self._parts.origin}: the model has no chat_template; give a plain prompt,"
@@ -170,4 +199,5 @@ class Tokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files that from_folder, and transformers' AutoTokenizer, read back."""
+        self.require()
         write_folder(self._parts, Path(folder))

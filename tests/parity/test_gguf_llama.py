@@ -98,7 +98,6 @@ MODELS = {
     "v3-dense": model("deepseek_v3", latent(), INTERLEAVED, mtp=1),
     "v3-tied": model("deepseek_v3", latent(), INTERLEAVED, V3, tie_word_embeddings=True),
     "v2": model("deepseek_v2", latent(None), YARN, V2),
-    "v2-norm": model("deepseek_v2", latent(), INTERLEAVED, replace(V2, norm_topk_prob=True)),
     "llama": model("llama", grouped(), ROPE),
     "llama-bias": model("llama", grouped(qkv_bias=True, o_bias=True), ROPE),
     "llama3": model("llama", grouped(), LLAMA3, tie_word_embeddings=True),

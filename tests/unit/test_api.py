@@ -1,5 +1,7 @@
 """The offline batch API."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 import lowlat
 from lowlat import api
+from lowlat.checkpoint.fetch.model_names import BUNDLED_MODELS
 from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
 from lowlat.utils.errors import UserError
@@ -173,3 +176,12 @@ def test_a_truncated_file_is_refused_before_its_vocabulary_is_read(
     (tmp_path / "m.gguf").write_bytes(b"GGUF\x03\0\0\0")
     with pytest.raises(UserError, match="it is truncated"):
         lowlat.load(str(tmp_path / "m.gguf"))
+
+
+def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
+    """The name in results and responses is valid Unicode."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff"))
+    shutil.copytree(BUNDLED_MODELS["minnow"], folder)
+    model = lowlat.load(folder)
+    assert model.name == f"{tmp_path}/m\ufffd"
+    assert model.logits([1, 2]).shape == (2, model.config.vocab_size)

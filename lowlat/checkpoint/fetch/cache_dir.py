@@ -30,7 +30,8 @@ CONVERTED_FORMAT = 1
 CHUNK = 1 << 20
 RECORD_SUFFIX = ".lowlat.json"
 UNUSABLE = NO_PERMISSION | {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
-UNUSABLE |= {errno.ENOLCK, errno.ENAMETOOLONG}
+UNUSABLE |= {errno.ENOLCK, errno.ENAMETOOLONG, errno.ELOOP}
+UNUSABLE |= {errno.ENOENT}  # below /proc, files cannot be created
 
 
 def cache_dir() -> Path:

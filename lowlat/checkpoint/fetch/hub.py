@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lowlat.checkpoint.fetch.cache_dir import cache_dir
+from lowlat.checkpoint.fetch.cache_dir import cache_dir, cache_disk_errors
 from lowlat.checkpoint.fetch.gguf_variants import choose_variant, gguf_variants
 from lowlat.checkpoint.fetch.resumable_download import download_blobs, store_folder
-from lowlat.utils.disk_errors import NO_SPACE
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -59,12 +58,21 @@ def hub_cache() -> Path:
     return cache_dir() / "hub" if os.environ.get("LOWLAT_CACHE") else Path(HF_HUB_CACHE)
 
 
+def _usable_cache() -> Path:
+    """`hub_cache`, created where it is lowlat's own. Raises UserError if it cannot be."""
+    folder = hub_cache()
+    if os.environ.get("LOWLAT_CACHE"):
+        with cache_disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _download(repo: str, revision: str | None, files: Sequence[str], progress: Progress) -> Path:
     """The snapshot folder with the weight files `files`."""
     try:
         with _hub_errors(repo, revision):
             bars = _progress_bars(progress)
-            download_blobs(repo, revision, files, hub_cache(), progress, bars)
+            download_blobs(repo, revision, files, _usable_cache(), progress, bars)
     except HubUnreachable:
         if not set(files) <= _cached_sizes(repo, revision).keys():
             raise
@@ -81,11 +89,12 @@ def _snapshot(
     """Download the files that match, or find them in huggingface_hub's cache."""
     import huggingface_hub
 
-    with _hub_errors(repo, revision):
+    cache = _usable_cache()
+    with _hub_errors(repo, revision), cache_disk_errors(cache):
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision,
-            cache_dir=hub_cache(),
+            cache_dir=cache,
             allow_patterns=files,
             ignore_patterns=ignored,
             tqdm_class=_progress_bars(progress),
@@ -156,12 +165,7 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise _hub_unreachable(repo, error) from error
 
 
-def _hub_unreachable(repo: str, error: Exception) -> UserError:
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return UserError(
-            f"no space left on disk for hub model '{repo}'; free some, or set LOWLAT_CACHE to a "
-            "folder on another disk"
-        )
+def _hub_unreachable(repo: str, error: Exception) -> HubUnreachable:
     reason = str(error).strip().partition("\n")[0]
     return HubUnreachable(
         f"no folder '{repo}' here, and the hub cannot be reached ({reason}); connect to the "

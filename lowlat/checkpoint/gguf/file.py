@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from lowlat.checkpoint.file_layout import aligned
 from lowlat.checkpoint.mapped_file import MappedFile
+from lowlat.ops.gguf_blocks import dequantize_blocks
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import quoted
 
@@ -31,8 +31,6 @@ MAX_RANK = 4
 MAX_EXPERTS = 2**16
 """Entries of the first axis where there are three; each becomes a tensor."""
 DEFAULT_ALIGNMENT = 32
-CHUNK_ELEMENTS = 2**22
-"""Elements dequantised at a time, so that intermediates stay small."""
 
 SCALARS = {
     GGUFValueType.UINT8: "<u1",
@@ -84,11 +82,14 @@ class GGUFFile:
         cursor = _Cursor(file)
         tensors, keys = _read_counts(cursor)
         self.metadata: dict[str, Any] = {}
+        self._keys, self._entries = file, dict[str, tuple[int, int]]()
         for _ in range(keys):
+            start = cursor.at
             key = cursor.text("a key", 2**16)
             if key in self.metadata:
                 raise UserError(f"{path}: key {quoted(key)} appears twice")
             self.metadata[key] = cursor.value(f"key {quoted(key)}")
+            self._entries[key] = start, cursor.at
         self.tensors = _read_tensors(cursor, tensors, self._alignment())
         self._files = dict.fromkeys(self.tensors, file)
 
@@ -107,6 +108,10 @@ class GGUFFile:
         """The file that holds the tensor: the part, if the model is split."""
         return self._files[name].path
 
+    def entry(self, key: str) -> bytes:
+        """A key with its type and value, as the file holds them."""
+        return self._keys.bytes(*self._entries[key])
+
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of `read(name)`: the stored one, fp32 for block formats."""
         return PLAIN.get(self.tensors[name].kind, torch.float32)
@@ -124,10 +129,18 @@ class GGUFFile:
         shape = (last - first, own_shape[-1])
         if kind in PLAIN:
             return self._files[name].tensor(start, PLAIN[kind], shape)
-        stored = self._files[name].tensor(start, torch.uint8, (stop - start,))
-        values = _dequantized(stored.numpy(), kind).view(shape)
+        stored = self._files[name].tensor(start, torch.uint8, (shape[0], size))
+        values = dequantize_blocks(stored, kind)
         self._files[name].release(start, stop)
         return values
+
+    def stored_rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Bytes of rows [first, last), by default all: uint8 [rows, row_bytes], a view."""
+        _, shape, start, stop = self.tensors[name]
+        rows = math.prod(shape[:-1])
+        size = (stop - start) // rows
+        last = rows if last is None else last
+        return self._files[name].tensor(start + first * size, torch.uint8, (last - first, size))
 
     def release(self, name: str) -> None:
         """Drop the tensor's pages from memory."""
@@ -285,21 +298,7 @@ def _is_supported(kind: GGMLQuantizationType) -> bool:
     if kind in PLAIN:
         return True
     try:
-        _dequantized(np.zeros(GGML_QUANT_SIZES[kind][1], dtype=np.uint8), kind)
+        dequantize_blocks(torch.zeros(1, GGML_QUANT_SIZES[kind][1], dtype=torch.uint8), kind)
     except NotImplementedError:
         return False
     return True
-
-
-def _dequantized(stored: np.ndarray, kind: GGMLQuantizationType) -> Tensor:
-    """Dequantize GGML blocks: flat bytes to flat fp32 values."""
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    values = torch.empty(len(stored) // block_bytes * block, dtype=torch.float32)
-    step = max(CHUNK_ELEMENTS // block, 1)
-    for first in range(0, len(stored) // block_bytes, step):
-        # as one long row: the gguf package walks rows in groups of 16, which is slow for short ones
-        row = stored[first * block_bytes : (first + step) * block_bytes].reshape(1, -1)
-        with np.errstate(all="ignore"):
-            chunk = torch.from_numpy(dequantize(row, kind)).view(-1)
-        values[first * block : first * block + len(chunk)] = chunk
-    return values

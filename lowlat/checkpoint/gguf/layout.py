@@ -1,6 +1,6 @@
 """Byte layout of a GGUF file to write: header, metadata, tensor table, aligned data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -10,6 +10,12 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from lowlat.checkpoint.file_layout import FileLayout, Pieces, lay_out
 from lowlat.checkpoint.gguf.file import DEFAULT_ALIGNMENT
+
+ARCHITECTURE = "general.architecture"
+"""The key that the gguf package writes first."""
+COUNTS_OF_KEYS = 16
+"""Bytes of magic, version and number of tensors, which the number of keys follows."""
+COUNTS = COUNTS_OF_KEYS + 8
 
 
 class GGUFTensorSpec(NamedTuple):
@@ -27,20 +33,46 @@ class GGUFTensorSpec(NamedTuple):
 
 
 def plan_gguf(
-    name: str, arch: str, keys: dict[str, Any], tensors: Sequence[GGUFTensorSpec]
+    name: str,
+    arch: str,
+    keys: dict[str, Any],
+    tensors: Sequence[GGUFTensorSpec],
+    kept: Mapping[str, bytes] | None = None,
 ) -> FileLayout:
-    """A GGUF file of architecture `arch` with metadata `keys` (see `metadata_writer`)."""
-    header = _gguf_header(arch, keys, tensors)
+    """A GGUF file of architecture `arch` with metadata `keys` (see `metadata_writer`).
+
+    kept: further entries as they are in another file (`GGUFFile.entry`), by key and in order; one
+    that is also in `keys` gives only the place of that key.
+    """
+    made = {key: _entry(arch, key, value) for key, value in keys.items()}
+    made = {ARCHITECTURE: _header(arch)[COUNTS:]} | made
+    entries = dict(kept or {}) | made
+    counts = _header(arch, tensors=tensors)[:COUNTS_OF_KEYS] + len(entries).to_bytes(8, "little")
+    header = b"".join([counts, *entries.values(), _tensor_table(arch, tensors)])
     parts = [(tensor.name, tensor.size, tensor.pieces) for tensor in tensors]
     return lay_out(name, header, parts, DEFAULT_ALIGNMENT)
 
 
-def _gguf_header(arch: str, keys: dict[str, Any], tensors: Sequence[GGUFTensorSpec]) -> bytes:
-    """All bytes before the data, not yet aligned, as the gguf package writes them."""
+def _entry(arch: str, key: str, value: Any) -> bytes:
+    """One key with its type and value."""
+    return _header(arch, {key: value})[len(_header(arch)) :]
+
+
+def _tensor_table(arch: str, tensors: Sequence[GGUFTensorSpec]) -> bytes:
+    """Names, shapes, types and offsets."""
+    return _header(arch, tensors=tensors)[len(_header(arch)) :]
+
+
+def _header(
+    arch: str, keys: Mapping[str, Any] | None = None, tensors: Sequence[GGUFTensorSpec] = ()
+) -> bytes:
+    """All bytes before the data, not yet aligned, as the gguf package writes them: counts, the
+    architecture, `keys` and tensor table.
+    """
     with TemporaryDirectory() as folder:
         path = Path(folder) / "header.gguf"
         writer = GGUFWriter(path, arch)
-        for key, value in keys.items():
+        for key, value in (keys or {}).items():
             _add_key(writer, key, value)
         for tensor in tensors:
             writer.add_tensor_info(

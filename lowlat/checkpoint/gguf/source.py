@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.gguf.file import GGUFFile
+from lowlat.checkpoint.gguf.file import PLAIN, GGUFFile
 from lowlat.checkpoint.gguf.metadata_reader import architecture, hf_config
 from lowlat.checkpoint.gguf.split import open_parts
 from lowlat.checkpoint.gguf.tensor_layout import (
@@ -34,6 +34,15 @@ from lowlat.utils.strict_json import quoted
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)\.(weight|bias)")
 
 
+class GGUFBlocks(NamedTuple):
+    """A matrix in blocks of a quantized type."""
+
+    kind: int
+    """Number of the GGUF type."""
+    rows: Callable[[], Tensor]
+    """Reads it, uint8 [rows, row_bytes]: a view of the mapped file, unless rows are permuted."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class _Computed(StoredTensor):
@@ -44,6 +53,10 @@ class _Computed(StoredTensor):
     """Names in the file."""
     compute: Callable[[int, int], Tensor]
     """Computes rows [start, stop) without reading the others."""
+    blocks: tuple[GGUFBlocks, ...]
+    """The matrix in blocks of its type; of a joined kv_b_proj attn_k_b and attn_v_b. Empty if a
+    part of it is plain.
+    """
 
     @property
     def where(self) -> str:
@@ -58,6 +71,11 @@ class _Computed(StoredTensor):
     def release(self) -> None:
         for name in self.names:
             self.file.release(name)
+
+
+def blocks_of(tensor: StoredTensor) -> tuple[GGUFBlocks, ...]:
+    """See `_Computed.blocks`; empty for tensors of other formats."""
+    return tensor.blocks if isinstance(tensor, _Computed) else ()
 
 
 def open_gguf(path: Path) -> TensorSource:
@@ -122,24 +140,32 @@ class _Layout:
         names: tuple[str, ...],
         shape: tuple[int, ...],
         compute: Callable[[int, int], Tensor],
+        *readers: Callable[[], Tensor],
     ) -> StoredTensor:
+        """`readers`: how the bytes of each of `names` are read."""
         dtypes = {self._gguf.dtype(name) for name in names}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        return _Computed(shape, dtype, self._gguf, names, compute)
+        kinds = [self._gguf.tensors[name].kind for name in names]
+        blocks = tuple(map(GGUFBlocks, map(int, kinds), readers))
+        if len(shape) != 2 or any(kind in PLAIN for kind in kinds):
+            blocks = ()
+        return _Computed(shape, dtype, self._gguf, names, compute, blocks)
 
     def _plain(self, name: str) -> StoredTensor:
         shape = self._gguf.tensors[name].shape
-        return self._computed((name,), shape, partial(self._rows, name))
+        stored = partial(self._gguf.stored_rows, name)
+        return self._computed((name,), shape, partial(self._rows, name), stored)
 
     def _expert(self, name: str, expert: int) -> StoredTensor:
         shape = self._gguf.tensors[name].shape[1:]
 
         def rows(start: int, stop: int) -> Tensor:
             # the first two axes are one in the file
-            first = expert * shape[0]
             return self._gguf.rows(name, first + start, first + stop)
 
-        return self._computed((name,), shape, rows)
+        first = expert * shape[0]
+        stored = partial(self._gguf.stored_rows, name, first, first + shape[0])
+        return self._computed((name,), shape, rows, stored)
 
     def _unpermuted(self, name: str, module: str) -> StoredTensor:
         heads = self._config["num_attention_heads" if module == "attn_q" else "num_key_value_heads"]
@@ -151,7 +177,10 @@ class _Layout:
         def of_heads(first: int, last: int) -> Tensor:
             return unpermute(self._rows(name, first * width, last * width), last - first)
 
-        return self._computed((name,), shape, _by_heads(of_heads, width))
+        def stored() -> Tensor:
+            return unpermute(self._gguf.stored_rows(name), heads)
+
+        return self._computed((name,), shape, _by_heads(of_heads, width), stored)
 
     def _rows(self, name: str, first: int, last: int) -> Tensor:
         """[first, last) of the first axis."""
@@ -178,7 +207,8 @@ class _Layout:
             return join_kv_b(*halves)
 
         shape = (keys[0] * width, keys[1])
-        return self._computed(names, shape, _by_heads(of_heads, width))
+        stored = (partial(self._gguf.stored_rows, name) for name in names)
+        return self._computed(names, shape, _by_heads(of_heads, width), *stored)
 
 
 def _by_heads(of_heads: Callable[[int, int], Tensor], width: int) -> Callable[[int, int], Tensor]:

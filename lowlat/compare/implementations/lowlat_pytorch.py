@@ -66,7 +66,7 @@ class LowlatPyTorch(LowlatModel):
     @torch.no_grad()
     def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
         model = self.model
-        trace = Trace(dtype=model.embed_tokens.weight.dtype, cached=self.cache)
+        trace = Trace(dtype=model.embed_tokens.dtype, cached=self.cache)
         with Observer(trace) as observer:
             observer.embedding(model.embed_tokens)
             watch_layers(observer, model, experts or {})
@@ -89,7 +89,7 @@ def one_sequence(
 ) -> tuple[PagedCache, AttentionBatch]:
     """An empty KV cache, and the batch that prefills `window` in one step."""
     count = -(-len(window.ids) // PAGE_SIZE)
-    kind = dtype or model.embed_tokens.weight.dtype
+    kind = dtype or model.embed_tokens.dtype
     cache = PagedCache(model.config, num_pages=count, dtype=kind)
     item = SequenceSlice(pages=tuple(range(count)), start=0, length=len(window.ids), path=form)
     batch = AttentionBatch.build([item], page_size=PAGE_SIZE)

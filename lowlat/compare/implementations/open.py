@@ -89,4 +89,4 @@ def _stored_in(path: Path) -> str:
 def _precision(model: Transformer) -> str:
     if model.config.quantization is not None:
         return "fp8"
-    return packed_type(model) or dtype_name(model.embed_tokens.weight.dtype)
+    return packed_type(model) or dtype_name(model.embed_tokens.dtype)

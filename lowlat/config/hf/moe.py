@@ -52,6 +52,11 @@ def moe_from_hf(
         routed_scaling_factor=fields.positive("routed_scaling_factor", 1.0 if is_v2 else None),
         scale_after_norm=not is_v2,
     )
+    if is_v2 and moe.norm_topk_prob and moe.num_experts_per_tok > 1:
+        # DeepSeek's file divides and does not scale, transformers scales and does not divide,
+        # llama.cpp does both; no released V2 shows which is meant
+        remedy = "implementations of deepseek_v2 disagree about it; set it to false"
+        raise fields.unsupported("norm_topk_prob", remedy)
     check_routing(fields, moe)
     return moe
 

@@ -18,13 +18,17 @@ from lowlat.checkpoint.fill_parameters import fit
 from lowlat.checkpoint.gguf.blocks import QUANTIZED, encode, fits, row_bytes
 from lowlat.checkpoint.gguf.file import PLAIN
 from lowlat.checkpoint.gguf.layout import GGUFTensorSpec, plan_gguf
+from lowlat.checkpoint.gguf.metadata_reader import architecture
 from lowlat.checkpoint.gguf.metadata_writer import architecture_of, gguf_keys, rope_divisors
+from lowlat.checkpoint.gguf.source import open_gguf
+from lowlat.checkpoint.gguf.split import open_parts
 from lowlat.checkpoint.gguf.tensor_layout import (
     ROPE_FACTORS,
     GGUFTensorMapping,
     gguf_tensor_mappings,
 )
-from lowlat.config.model import ModelConfig
+from lowlat.checkpoint.load import read_config
+from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.convert.parameters.weights import Shapes, Weights, parameter_shapes
 from lowlat.convert.storage.folder import CHUNK_ELEMENTS, StorageType, row_pieces
 from lowlat.text.folder import read_folder
@@ -54,6 +58,8 @@ FILE_TYPES = {
 }
 """general.file_type by the type of most tensors."""
 QUANTIZATION_VERSION = 2
+LAYOUT_KEYS = ("general.alignment", "split.")
+"""Beginnings of keys that describe the file, not the model."""
 
 _log = logging.getLogger(__name__)
 
@@ -82,8 +88,32 @@ def stored_gguf(
         tensors.append(
             GGUFTensorSpec(ROPE_FACTORS, GGMLType.F32, shape, size, lambda: iter([divisors]))
         )
-    keys |= _general(tensors, name) | _vocabulary(config, text)
-    return plan_gguf(name, arch, keys, tensors)
+    keys |= _general(tensors, name)
+    kept = {} if text.is_dir() else _kept_entries(text, arch, keys)
+    if not kept:
+        keys |= _vocabulary(config, text)
+    return plan_gguf(name, arch, keys, tensors, kept)
+
+
+def _kept_entries(source: Path, arch: str, keys: dict[str, Any]) -> dict[str, bytes]:
+    """Metadata of the GGUF file `source` to copy as it is, and in place; takes out of `keys` what
+    that makes superfluous.
+
+    Vocabulary, description and unknown keys are kept. So are the architecture's keys, unless the
+    conversion changes the model or the layout of its attention.
+    """
+    file, config = open_parts(source), read_config(open_gguf(source))
+    own = {key for key in keys if key.startswith(f"{arch}.")}
+    is_absorbed = f"{arch}.attention.key_length_mla" in file.metadata
+    is_same_layout = is_absorbed == isinstance(config.attention, MLAConfig)
+    left_out = LAYOUT_KEYS
+    if is_same_layout and gguf_keys(config, arch) == {key: keys[key] for key in own}:
+        for key in own:
+            del keys[key]
+    else:
+        left_out = (*LAYOUT_KEYS, f"{architecture(file)}.")
+    del keys["general.name"]
+    return {key: file.entry(key) for key in file.metadata if not key.startswith(left_out)}
 
 
 def _tensor(

@@ -43,7 +43,8 @@ def base_config(
     if base_model is not None:
         source = open_checkpoint(base_model)
         config = resolve_mtp_modules(read_config(source), source)
-        config = replace(config, quantization=None, packing=None)
+        # training shares embedding and head (`train.run.build.load_base_model`)
+        config = replace(config, quantization=None, packing=None, mtp_copies=False)
     else:
         absent = dict.fromkeys(NULLABLE) if (recipe.model or {}).get("model_type") != LOWLAT else {}
         raw = {"vocab_size": vocab_size, **absent, **(recipe.model or {})}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
+from lowlat.checkpoint.mapping import resolve_mtp_modules
 from lowlat.config.model import ModelConfig
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
@@ -26,6 +27,12 @@ def weights_fingerprint(model: Path) -> str:
                 file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def has_mtp_copies(base_model: Path) -> bool:
+    """Whether the MTP modules of the checkpoint have their own copies of embedding and head."""
+    source = open_checkpoint(base_model)
+    return resolve_mtp_modules(read_config(source), source).mtp_copies
 
 
 def teacher_config(path: Path) -> ModelConfig:

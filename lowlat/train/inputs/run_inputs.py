@@ -13,6 +13,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.train.cost.dry_run import require_fit, usable_memory
 from lowlat.train.inputs.configs import base_config, check_recipe
 from lowlat.train.inputs.model_files import (
+    has_mtp_copies,
     teacher_config,
     teacher_fingerprint,
     weights_fingerprint,
@@ -46,6 +47,10 @@ class RunInputs:
     """Of the data of each phase; with LoRA also of the base model, which checkpoints leave out."""
     teacher_fingerprint: str | None
     """Of the teacher."""
+    mtp_copies: bool = False
+    """Whether exported models have copies of embedding and head in the MTP modules, as base_model
+    has. Training shares them.
+    """
 
     @property
     def tokenizer_source(self) -> Path:
@@ -82,6 +87,7 @@ def open_run_inputs(
         teacher_config=taught,
         fingerprints=fingerprints,
         teacher_fingerprint=None if teacher is None else teacher_fingerprint(teacher),
+        mtp_copies=base_model is not None and has_mtp_copies(base_model),
     )
 
 

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from lowlat.train.recipe.errors import NUMBER, SEGMENTS, explain
+from lowlat.utils.bounded_read import read_bounded_text
 from lowlat.utils.errors import UserError
 
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -39,6 +40,7 @@ def _check_plain(table: dict[str, Any]) -> dict[str, Any]:
 ConfigTable = Annotated[dict[str, Any], AfterValidator(_check_plain)]
 FromList = Field(strict=False)
 """Of a tuple: TOML and JSON have lists only, which a strict tuple refuses."""
+MAX_RECIPE_BYTES = 2**24
 MOST_ROWS = 10**9
 """Largest global batch in rows; the dry run checks memory."""
 
@@ -326,7 +328,7 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 def read_raw(path: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     """The same, not validated. Raises UserError if the file is not TOML."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(read_bounded_text(path, MAX_RECIPE_BYTES, str(path)))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); name a recipe in TOML, such as "

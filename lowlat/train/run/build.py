@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.mapping import file_name, mtp_copies
 from lowlat.config.model import ModelConfig
 from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
@@ -113,13 +114,23 @@ def new_teacher(path: Path, recipe: Recipe) -> Teacher:
 def load_base_model(base_model: Path, config: ModelConfig, dtype: str) -> Transformer:
     """Load the checkpoint `base_model` in `dtype` into a model of `config`, with stacked experts.
 
-    The RoPE scaling of `config` may differ from the checkpoint's.
+    The RoPE scaling of `config` may differ from the checkpoint's. Copies of embedding and head in
+    MTP modules are dropped, because V3 shares both with the main model. Raises UserError if one
+    differs from the main model's.
     """
-    loaded = load_model(base_model, dtype=dtype).model
-    _require_finite(loaded, f"base_model {base_model}")
+    loaded = load_model(base_model, dtype=dtype)
+    _require_finite(loaded.model, f"base_model {base_model}")
+    weights = loaded.model.state_dict()
+    if loaded.config.mtp_copies:
+        for name, shared in mtp_copies(loaded.config, weights).items():
+            if not torch.equal(weights.pop(name), shared):
+                raise UserError(
+                    f"base_model {base_model}: tensor '{file_name(config, name)}' differs from the "
+                    "main model's, which the MTP modules share in training; replace it by a copy"
+                )
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(loaded.state_dict(), assign=True)
+    model.load_state_dict(weights, assign=True)
     stack_experts(model)
     return model
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.mapping import ROUTER_BIAS, SCALE_SUFFIX
+from lowlat.checkpoint.mapping import ROUTER_BIAS, SCALE_SUFFIX, mtp_copies
 from lowlat.checkpoint.save import file_tensors, text_files, write_checkpoint
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.hf.writer import config_to_hf
@@ -72,10 +72,13 @@ def export(
     """Write `weights` (parameters of a model, with stacked experts) as the folder `dst`.
 
     dtype: fp32, bf16, fp16, or fp8 for 128x128 blocks as in released DeepSeek-V3 weights; routing
-    biases stay fp32. Tokenizer and chat template come from the folder `text`. Raises UserError as
-    `write_checkpoint`.
+    biases stay fp32. With config.mtp_copies every MTP module gets copies of embedding and head, as
+    in released weights. Tokenizer and chat template come from the folder `text`. Raises UserError
+    as `write_checkpoint`.
     """
     parameters = dict(unstacked(weights))
+    if config.mtp_copies:
+        parameters = mtp_copies(config, parameters) | parameters
     if dtype == "fp8":
         save_fp8(config, parameters, dst, source=text)
         return
@@ -168,6 +171,7 @@ def export_save(
     if recipe.lora is not None:
         base = load_base_model(base_model_of(save), config, base_dtype(recipe)).state_dict()
         weights = dict(merged(base | weights, recipe.lora))
+    config = replace(config, mtp_copies=bool(save.metadata.get("mtp_copies")))
     export(config, weights, dst, dtype=dtype, text=run / TOKENIZER)
     return save.step
 

@@ -100,6 +100,7 @@ def facts(
         "config": config_to_hf(config),
         "recipe": recipe.model_dump(mode="json"),
         "base_model": _absolute(inputs.base_model),
+        "mtp_copies": inputs.mtp_copies,
         "teacher": inputs.teacher_fingerprint,
         "teacher_files": _absolute(inputs.teacher),
         "torch": torch.__version__,

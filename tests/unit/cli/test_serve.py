@@ -149,3 +149,4 @@ def test_clients_do_not_see_folders(tmp_path: Path) -> None:
     assert _served_name(str(folder)) == "my-model"
     assert _served_name(f"{folder}/") == "my-model"
     assert _served_name("org/model") == "org/model"
+    assert _served_name(str(folder.rename(folder.with_name("m\udcff")))) == "m\ufffd"

@@ -52,14 +52,19 @@ def test_mla_attention_and_experts():
     assert [config.is_moe_layer(i) for i in range(6)] == [False, False, True, True, True, True]
 
 
-def test_v2_scales_only_unnormalised_weights():
-    """V2's code applies routed_scaling_factor only where norm_topk_prob is false; V3's always."""
-    moe = config_from_hf(V2 | {"norm_topk_prob": True}).moe
-    assert moe is not None
-    assert (moe.scoring_func, moe.topk_method) == ("softmax", "group_limited_greedy")
-    assert moe.norm_topk_prob and not moe.scale_after_norm
+def test_v2_with_normalised_weights_is_refused():
+    """transformers ignores norm_topk_prob of V2; dividing differed from it by 22 %."""
+    with pytest.raises(UserError, match=r"norm_topk_prob true is not supported; .*to false"):
+        config_from_hf(V2 | {"norm_topk_prob": True})
     v2 = config_from_hf(V2).moe
     assert v2 is not None and not v2.norm_topk_prob
+    assert (v2.scoring_func, v2.topk_method) == ("softmax", "group_limited_greedy")
+
+
+def test_v2_with_one_expert_per_token_is_never_normalised():
+    """Every implementation but inference/model.py scales the one weight and does not divide it."""
+    moe = config_from_hf(V2 | {"norm_topk_prob": True, "num_experts_per_tok": 1}).moe
+    assert moe is not None and moe.norm_topk_prob and not moe.scale_after_norm
 
 
 def test_greedy_selection_ignores_groups():

@@ -24,6 +24,7 @@ from lowlat.utils.errors import UserError
 from tests.configs import GQA, LLAMA3, MLA, YARN
 from tests.parameters import slow_except
 from tests.unit.checkpoint.builders import FAMILIES, assert_same_bits, gqa, mla, write_model
+from tests.unit.checkpoint.gguf_files import write_gguf
 
 from .texts import TEMPLATE, write_tokenizer
 
@@ -341,3 +342,48 @@ def test_the_real_file_is_made_again_byte_for_byte(smollm_gguf: Path, tmp_path: 
     assert after.encode(text) == before.encode(text)
     assert after.chat_template == before.chat_template
     assert files[1].fields["tokenizer.ggml.pre"].contents() == "smollm"
+
+
+DESCRIPTION = {
+    "general.type": "model",
+    "general.license": "apache-2.0",
+    "general.languages": ["en", "de"],
+    "quantize.imatrix.chunks_count": 7,
+    "someones.own.key": 2.5,
+    "tokenizer.ggml.model": "none",
+    "tokenizer.ggml.tokens": ["a", "b"],
+    "general.file_type": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "absorbed"),
+    [("llama", False), ("qwen2", False), ("deepseek_v3", True), ("deepseek_v2", True)],
+)
+def test_a_gguf_source_keeps_its_metadata(tmp_path: Path, name: str, absorbed: bool) -> None:
+    """Of a real file 8 keys were lost and 4 added; now only the number type changes."""
+    model = write_model(tmp_path / "m", MODELS[name])
+    parameters = model.state_dict()
+    source = write_gguf(
+        tmp_path / "a.gguf", model.config, parameters, split_kv_b=absorbed, keys=DESCRIPTION
+    )
+    convert(source, tmp_path / "b.gguf", dtype="bf16")
+    before, after = GGUFFile(source), GGUFFile(tmp_path / "b.gguf")
+    assert list(after.metadata) == list(before.metadata)
+    changed = [key for key in before.metadata if before.entry(key) != after.entry(key)]
+    assert changed == ["general.file_type"]
+    assert load_model(tmp_path / "b.gguf").config == load_model(source).config
+
+
+def test_a_changed_layout_or_model_gets_its_own_keys(tmp_path: Path) -> None:
+    """attn_kv_b becomes attn_k_b and attn_v_b; experts are added: the rest stays."""
+    model = write_model(tmp_path / "m", MODELS["dense"])
+    source = write_gguf(tmp_path / "a.gguf", model.config, model.state_dict(), keys=DESCRIPTION)
+    for target, options in {"b.gguf": {"dtype": "bf16"}, "c.gguf": {"experts": 3}}.items():
+        convert(source, tmp_path / target, **options)
+        before, after = GGUFFile(source), GGUFFile(tmp_path / target)
+        assert "deepseek2.attention.key_length_mla" in after.metadata
+        for key in DESCRIPTION.keys() - {"general.file_type"}:
+            assert before.entry(key) == after.entry(key)
+        experts = load_model(tmp_path / target).config.moe
+        assert (None if experts is None else experts.n_routed_experts) == options.get("experts")

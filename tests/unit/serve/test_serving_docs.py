@@ -93,7 +93,7 @@ def test_limits_are_those_of_the_code() -> None:
         "concurrent requests": f"{config.max_requests:,}, of which `--max-queue` wait",
         "messages; parts per message": f"{limits.MAX_MESSAGES:,}; {limits.MAX_CONTENT_PARTS}",
         "prompts times `n`; `n`": f"{limits.MAX_PROMPTS}; {params.MAX_N}",
-        "completions per request, times (`top_logprobs` + 1)": f"{limits.MAX_LOGPROBS}",
+        "completions per request x (`top_logprobs` + 1)": f"{limits.MAX_LOGPROBS}",
         "`stop`": f"{MAX_STOPS} texts of {MAX_STOP_LENGTH} characters",
         "`logit_bias`": f"{params.MAX_LOGIT_BIAS:,} tokens",
         "tools; their descriptions": f"{limits.MAX_TOOLS}; {limits.MAX_DESCRIPTION:,} characters",

@@ -1,6 +1,7 @@
 """Tokenizer files of a Hugging Face folder: which one wins, and what a broken one is called."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from lowlat.text.parts import set_around
+from lowlat.text.parts import NoTokenizer, set_around
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 
@@ -213,9 +214,16 @@ def test_text_that_is_not_utf8_is_refused(make_folder: MakeFolder) -> None:
         Tokenizer.from_folder(folder)
 
 
+def test_a_path_that_is_not_utf8(make_folder: MakeFolder) -> None:
+    """Regression: reported as a broken tokenizer."""
+    folder = make_folder()
+    moved = folder.rename(os.fsdecode(os.fsencode(folder) + b"\xff"))
+    assert Tokenizer.from_folder(moved).encode("a")
+
+
 def test_other_models_are_refused(tmp_path: Path) -> None:
     tokenizers.Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="model type WordLevel is not supported"):
+    with pytest.raises(NoTokenizer, match="model type WordLevel is not supported"):
         Tokenizer.from_folder(tmp_path)
 
 

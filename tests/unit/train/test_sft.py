@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.save import save_model
 from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.convert.run import convert
 from lowlat.data.batch import Batch
@@ -21,9 +22,12 @@ from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.token_bytes import byte_alphabet
 from lowlat.train.inputs.phase_data import data_notes, phase_data, phase_dataset
 from lowlat.train.recipe.schema import parse_recipe
+from lowlat.train.run.build import load_base_model
+from lowlat.train.run.export import export_save
 from lowlat.utils.errors import UserError
 from tests.configs import GQA
 from tests.fakes import ASSISTANT, EOS, TEMPLATE, byte_tokenizer, gqa_config
+from tests.lowlat_configs import random_model
 from tests.unit.checkpoint.gguf_files import write_gguf
 
 from . import tuning
@@ -222,6 +226,31 @@ def test_start(tmp_path: Path, kind: str) -> None:
     assert (run.outcome.model / "tokenizer.json").is_file()
     evaluations = [record["loss"] for record in run.records("evaluation")]
     assert evaluations[-1] < evaluations[0]
+
+
+def test_copies_in_mtp_modules_are_shared_in_training_and_written_again(tmp_path: Path) -> None:
+    """Trained as weights of their own they moved apart, and the head lacked their gradients."""
+    base_model = tuning.checkpoint(tmp_path / "base", tuning.config(mtp_copies=True))
+    tuning.chats(tmp_path / "tokens")
+    recipe = tuning.raw_recipe(base_model="base", phase=tuning.phases({"steps": 2}))
+    run = tuning.train(tmp_path, recipe, base_model=base_model)
+    assert not [name for name in run.saved() if ".mtp.0.head" in name or "mtp.0.embed" in name]
+    assert run.outcome.model is not None
+    export_save(run.path, tmp_path / "later", step=None, dtype="fp8")
+    for folder in (run.outcome.model, tmp_path / "later"):
+        assert load_model(folder).config.mtp_copies
+        after = tuning.loaded(folder)
+        assert after["mtp.0.head.weight"].equal(after["lm_head.weight"])
+        assert after["mtp.0.embed_tokens.weight"].equal(after["embed_tokens.weight"])
+
+
+def test_copies_that_differ_from_the_main_model_are_refused(tmp_path: Path) -> None:
+    config = tuning.config(mtp_copies=True)
+    model = random_model(config, torch.float32, seed=3)
+    save_model(model, config, tmp_path / "base", source=None)
+    message = r"model\.layers\.\d+\.embed_tokens\.weight' differs from the main model's.*copy"
+    with pytest.raises(UserError, match=message):
+        load_base_model(tmp_path / "base", replace(config, mtp_copies=False), "fp32")
 
 
 def test_masters_are_fp32(tmp_path: Path) -> None:

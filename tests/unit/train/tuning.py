@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.mapping import mtp_copies
 from lowlat.checkpoint.save import save_model
 from lowlat.config.model import ModelConfig
 from lowlat.data.build import build
@@ -75,8 +76,12 @@ def checkpoint(
     *,
     seed: int = 7,
 ) -> Path:
-    """Random weights, a tokenizer of bytes and its chat template, as a model folder."""
+    """Random weights, a tokenizer of bytes and its chat template, as a model folder. Copies of
+    embedding and head in MTP modules equal the main model's, as in released weights.
+    """
     model = random_model(model_config, dtype, seed=seed)
+    if model_config.mtp_copies:
+        model.load_state_dict(mtp_copies(model_config, model.state_dict()), strict=False)
     text = with_tokenizer(folder.with_name("tokenizer"))
     save_model(model, model_config, folder, source=text)
     return folder

@@ -1,0 +1,132 @@
+// GEMV with weights in GGUF blocks: each row is read in file order, its integers multiply 15-bit activations exactly, and
+// scales and minima are applied in fp32.
+//
+// The chain of operations of an output depends on its row of W and its row of x alone: 16 accumulators, one step per span
+// of 256 columns, summed at the end.
+#pragma once
+
+#include "gemv.h"
+#include "gguf_activations.h"
+#if defined(LOWLAT_AVX512)
+#include "gguf_tiles.h"
+#endif
+
+namespace lowlat::LOWLAT_ISA::gguf {
+
+constexpr std::int64_t kMostTokens = 8;  // activation rows per pass over a tile
+constexpr std::int64_t kSpansAhead = 8;  // distance of prefetches
+
+#if defined(LOWLAT_AVX512)
+
+template <GgufType type>
+using Weights = Codes;
+
+template <GgufType type>
+inline Codes load_weights(const std::uint8_t* at, std::int64_t columns) {
+  return Loader<type>::load(at, columns);
+}
+
+// The sums of the lanes of four vectors, four at a time: lane 4 j + k is that of quarter j of vector k.
+inline __m512i sums_of_fours(const __m512i (&v)[4]) {
+  const auto halve = [](__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  };
+  const __m512i ab = halve(v[0], v[1]), cd = halve(v[2], v[3]);
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+
+// sum + weights . x over a span.
+inline F add_products(F sum, const Codes& w, const SpanActivations& x) {
+  __m512i products[4];
+  LOWLAT_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    const __m512i high = _mm512_load_si512(x.high + 64 * k), low = _mm512_load_si512(x.low + 64 * k);
+    const __m512i above = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.code[k], high);
+    products[k] = _mm512_dpbusd_epi32(_mm512_slli_epi32(above, 7), w.code[k], low);
+  }
+  const F integers = {_mm512_cvtepi32_ps(sums_of_fours(products))};
+  sum = fma(mul(integers, load(x.scale)), w.scale, sum);
+  return {_mm512_fnmadd_ps(w.minimum.v, load(x.sum).v, sum.v)};
+}
+
+#else
+
+template <GgufType type>
+struct Weights {
+  Span span;
+};
+
+template <GgufType type>
+inline Weights<type> load_weights(const std::uint8_t* at, std::int64_t columns) {
+  Weights<type> weights;
+  decode_span<type>(at, columns, weights.span);
+  return weights;
+}
+
+template <GgufType type>
+inline F add_products(F sum, const Weights<type>& w, const SpanActivations& x) {
+  alignas(64) float scales[kScales];
+  store(scales, mul(load(w.span.scale), load(x.scale)));
+  for (int g = 0; g < kScales; g += 2) {
+    sum = fma(dot_integers(w.span.value + 16 * g, x.value + 16 * g), set1_halves(scales[g], scales[g + 1]), sum);
+  }
+  if constexpr (Decoder<type>::kHasMinimum) sum = sub(sum, mul(load(w.span.minimum), load(x.sum)));
+  return sum;
+}
+
+#endif
+
+// lanes[t][r] += rows of a tile times `tokens` rows of x, `apart` spans from each other; for a single row the sums stay
+// in a register.
+template <GgufType type, bool is_one>
+inline void multiply_tile(const Matrix& w, std::int64_t tile, const SpanActivations* x, std::int64_t apart,
+                          std::int64_t tokens, Lanes* lanes) {
+  const std::int64_t first = tile * kTile, rows = least(kTile, w.rows - first), spans = num_spans(w.columns);
+  SpanBytes<type> bytes;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    F sum = zero();
+    for (std::int64_t s = 0; s < spans; ++s) {
+      const std::uint8_t* at = bytes.of(w, first + r, s);
+      // May point beyond the matrix: prefetching unmapped memory does nothing.
+      for (std::int64_t line = 0; line < span_bytes<type>(); line += 64) {
+        prefetch_far(at + kSpansAhead * span_bytes<type>() + line);
+      }
+      const auto weights = load_weights<type>(at, least(kSpan, w.columns - s * kSpan));
+      if constexpr (is_one) {
+        sum = add_products(sum, weights, x[s]);
+      } else {
+        for (std::int64_t t = 0; t < tokens; ++t) {
+          float* own = lanes[t][r];
+          store(own, add_products(s == 0 ? zero() : load(own), weights, x[t * apart + s]));
+        }
+      }
+    }
+    if constexpr (is_one) store(lanes[0][r], sum);
+  }
+}
+
+// Tiles [first, last) of y = x W^T.
+inline void gemv(const Matrix& w, std::int64_t first, std::int64_t last, const Activations& x, float* out,
+                 std::int64_t out_stride) {
+  const SpanActivations* all = activation_store.find(x, w.columns);
+  const std::int64_t apart = num_spans(w.columns), step = even_block(x.rows, kMostTokens);
+  alignas(64) Lanes lanes[kMostTokens] = {};
+  for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
+#if defined(LOWLAT_AVX512)
+    if (w.is_interleaved) {
+      multiply_interleaved_rows(w, tile, all, x.rows, out, out_stride);
+      continue;
+    }
+#endif
+    for (std::int64_t row = 0; row < x.rows; row += step) {
+      const std::int64_t tokens = least(step, x.rows - row);
+      with_gguf_type(w.type, [&]<GgufType type>() {
+        if (tokens == 1) return multiply_tile<type, true>(w, tile, all + row * apart, apart, 1, lanes);
+        multiply_tile<type, false>(w, tile, all + row * apart, apart, tokens, lanes);
+      });
+      for (std::int64_t t = 0; t < tokens; ++t) store(out + (row + t) * out_stride, sums_of_lanes(lanes[t]));
+    }
+  }
+}
+
+}  // namespace lowlat::LOWLAT_ISA::gguf

@@ -1,0 +1,250 @@
+"""Weights in GGUF blocks: values, GEMM and GEMV of every type, against the gguf package."""
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lowlat.ops import gguf_blocks, native
+
+from . import kernels
+from .inputs import (
+    UNIT,
+    assert_rows_stand_alone,
+    assert_same_bits,
+    assert_within,
+    draw,
+    every_level,
+    kinds,
+    needs_native,
+    seeds,
+)
+
+pytestmark = needs_native
+
+TYPES = (
+    [GGMLQuantizationType(number) for number, *_ in native.module().gguf_types()]
+    if native.available()
+    else []
+)
+every_type = pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+HALVES = {
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q8_0": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "TQ1_0": (52,),
+    "TQ2_0": (64,),
+}
+"""Places of fp16 numbers in a block; 0 for types that are not listed."""
+
+
+def random_blocks(kind: GGMLQuantizationType, rows: int, blocks: int, seed: int) -> Tensor:
+    """Rows of random bytes: NaN, infinities and the smallest scales among them."""
+    generator = torch.Generator().manual_seed(seed)
+    size = GGML_QUANT_SIZES[kind][1]
+    return torch.randint(0, 256, (rows, blocks * size), generator=generator, dtype=torch.uint8)
+
+
+def usual_blocks(kind: GGMLQuantizationType, rows: int, blocks: int, seed: int) -> Tensor:
+    """Random blocks whose scales are of one size: about 2^-7."""
+    weights = random_blocks(kind, rows, blocks, seed)
+    each = weights.view(rows, blocks, -1)
+    if kind == GGMLQuantizationType.MXFP4:
+        each[..., 0] = 120 + each[..., 0] % 4
+    elif kind == GGMLQuantizationType.NVFP4:
+        each[..., :4] = 32 + each[..., :4] % 32
+    elif kind == GGMLQuantizationType.IQ1_M:
+        each[..., 55] = 0x20 | each[..., 55] & 15
+    else:
+        for at in HALVES.get(kind.name, (0,)):
+            each[..., at + 1] = 0x20 | each[..., at + 1] & 0x83
+    return weights
+
+
+def exact(weights: Tensor, kind: GGMLQuantizationType) -> Tensor:
+    with np.errstate(all="ignore"):
+        return torch.from_numpy(dequantize(weights.numpy(), kind))
+
+
+def assert_same_numbers(one: Tensor, other: Tensor) -> None:
+    """Bit for bit; any NaN equals any other."""
+    nan = other.isnan()
+    assert torch.equal(one.isnan(), nan)
+    assert_same_bits(one.masked_fill(nan, 0), other.masked_fill(nan, 0))
+
+
+def test_the_table_is_that_of_the_gguf_package() -> None:
+    for number, name, columns, size, _ in native.module().gguf_types():
+        kind = GGMLQuantizationType(number)
+        assert (kind.name, (columns, size)) == (name, GGML_QUANT_SIZES[kind])
+        dequantize(np.zeros(size, dtype=np.uint8), kind)
+
+
+@every_level
+@every_type
+@given(seed=seeds, blocks=st.integers(1, 20))
+def test_values_are_those_of_the_gguf_package(
+    level: str, kind: GGMLQuantizationType, seed: int, blocks: int
+) -> None:
+    weights = random_blocks(kind, 3, blocks, seed)
+    expected = exact(weights, kind)
+    found = gguf_blocks.dequantize_natively(weights, int(kind), level=level)
+    assert_same_numbers(found, expected)
+
+
+@every_level
+@every_type
+def test_every_byte_of_every_place(level: str, kind: GGMLQuantizationType) -> None:
+    """Scales at their extremes: each byte of a block takes all values, the others being random."""
+    size = GGML_QUANT_SIZES[kind][1]
+    weights = usual_blocks(kind, 256 * size, 1, 7)
+    for at in range(size):
+        weights[256 * at : 256 * (at + 1), at] = torch.arange(256, dtype=torch.uint8)
+    found = gguf_blocks.dequantize_natively(weights, int(kind), level=level)
+    assert_same_numbers(found, exact(weights, kind))
+
+
+@every_level
+@every_type
+@given(rows=st.integers(0, 20), blocks=st.integers(1, 10), kind_of_x=kinds, seed=seeds)
+def test_decode_products(
+    level: str, kind: GGMLQuantizationType, rows: int, blocks: int, kind_of_x: str, seed: int
+) -> None:
+    """GEMV: within the rounding of bf16 of the product of the exact weights."""
+    weights = usual_blocks(kind, 37, blocks, seed)
+    w = exact(weights, kind).double()
+    x = draw((rows, w.shape[1]), kind_of_x, seed + 1)
+    matrix = native.module().Matrix.gguf(weights, type=int(kind))
+    out = kernels.linear(x, matrix, is_decode=True, level=level)
+    # An activation's step is 1/16256 of the largest of its 32.
+    groups = x.double().abs().unflatten(1, (-1, 32))
+    off = groups.amax(dim=2, keepdim=True).expand_as(groups).flatten(1) / 32512 * 1.001
+    # Codes of the integer products are at most 255 steps from 0, however small the weight.
+    size = w.abs() + 256 * steps_of(w)
+    bound = off @ w.abs().T + (w.shape[1] / 16 + 40) * UNIT * (x.double().abs() @ size.T)
+    assert_within(out, x.double() @ w.T, bound + w.shape[1] * 2.0**-120)
+
+
+def steps_of(w: Tensor) -> Tensor:
+    """An upper bound of the scale of each 16 weights: their largest magnitude."""
+    groups = w.abs().unflatten(1, (-1, 32))
+    return groups.amax(dim=2, keepdim=True).expand_as(groups).flatten(1)
+
+
+@every_level
+@every_type
+@given(rows=st.integers(0, 40), blocks=st.integers(1, 6), seed=seeds)
+def test_prefill_products_are_those_of_bf16_weights(
+    level: str, kind: GGMLQuantizationType, rows: int, blocks: int, seed: int
+) -> None:
+    """GEMM: the bits of a bf16 matrix of the values."""
+    weights = usual_blocks(kind, 37, blocks, seed)
+    dense = exact(weights, kind).bfloat16()
+    x = draw((rows, dense.shape[1]), "normal", seed + 1)
+    packed = native.module().Matrix.gguf(weights, type=int(kind))
+    plain = native.module().Matrix.bf16(dense)
+    out = kernels.linear(x, packed, level=level)
+    assert_same_bits(out, kernels.linear(x, plain, level=level))
+
+
+@every_level
+@every_type
+@pytest.mark.parametrize("decode", [False, True], ids=["", "decode"])
+def test_rows_stand_alone(level: str, kind: GGMLQuantizationType, decode: bool) -> None:
+    """27 rows cross every size of a block of accumulators."""
+    weights = usual_blocks(kind, 50, 256 * 9 // GGML_QUANT_SIZES[kind][0] // 4, 3)
+    matrix = native.module().Matrix.gguf(weights, type=int(kind))
+    x = draw((27, matrix.columns), "wide", 2)
+    assert_rows_stand_alone(
+        lambda rows: kernels.linear(rows, matrix, is_decode=decode, level=level), x
+    )
+
+
+@every_level
+@every_type
+def test_nan_and_infinity_come_out(level: str, kind: GGMLQuantizationType) -> None:
+    weights = usual_blocks(kind, 20, 8, 1)
+    matrix = native.module().Matrix.gguf(weights, type=int(kind))
+    for bad in (torch.nan, torch.inf):
+        x = draw((3, matrix.columns), "normal", 2)
+        x[1, 40] = bad
+        out = kernels.linear(x, matrix, is_decode=True, level=level)
+        assert not out[1].isfinite().any()
+        assert out[[0, 2]].isfinite().all()
+
+
+INTERLEAVED = (
+    [GGMLQuantizationType(number) for number, *_, can in native.module().gguf_types() if can]
+    if native.available()
+    else []
+)
+every_interleaved = pytest.mark.parametrize("kind", INTERLEAVED, ids=lambda kind: kind.name)
+
+
+@every_level
+@every_interleaved
+@given(rows=st.integers(0, 30), blocks=st.integers(1, 9), seed=seeds)
+def test_interleaved_rows(
+    level: str, kind: GGMLQuantizationType, rows: int, blocks: int, seed: int
+) -> None:
+    """The same values, the same bits of prefill, and decode products as near as those of rows."""
+    weights = usual_blocks(kind, 37, blocks, seed)
+    packed = gguf_blocks.interleave(weights, int(kind))
+    found = gguf_blocks.dequantize_natively(packed, int(kind), interleaved_rows=37, level=level)
+    w = exact(weights, kind)
+    assert_same_numbers(found, w)
+    plain = native.module().Matrix.gguf(weights, type=int(kind))
+    matrix = native.module().Matrix.gguf(packed, type=int(kind), interleaved_rows=37)
+    x = draw((rows, w.shape[1]), "normal", seed + 1)
+    assert_same_bits(kernels.linear(x, matrix, level=level), kernels.linear(x, plain, level=level))
+    out = kernels.linear(x, matrix, is_decode=True, level=level)
+    other = kernels.linear(x, plain, is_decode=True, level=level)
+    size = x.double().abs() @ (w.double().abs() + 256 * steps_of(w.double())).T
+    assert_within(out, other.double(), (w.shape[1] / 8 + 80) * UNIT * size)
+
+
+@every_level
+@every_interleaved
+@pytest.mark.parametrize("decode", [False, True], ids=["", "decode"])
+def test_interleaved_rows_stand_alone(level: str, kind: GGMLQuantizationType, decode: bool) -> None:
+    packed = gguf_blocks.interleave(usual_blocks(kind, 50, 9, 3), int(kind))
+    matrix = native.module().Matrix.gguf(packed, type=int(kind), interleaved_rows=50)
+    x = draw((27, matrix.columns), "wide", 2)
+    assert_rows_stand_alone(
+        lambda rows: kernels.linear(rows, matrix, is_decode=decode, level=level), x
+    )
+
+
+def test_unfit_blocks_are_refused() -> None:
+    module = native.module()
+    with pytest.raises(ValueError, match="no GGUF type 0"):
+        module.Matrix.gguf(torch.zeros(2, 18, dtype=torch.uint8), type=0)
+    with pytest.raises(ValueError, match="rows that are not whole blocks"):
+        module.Matrix.gguf(torch.zeros(2, 17, dtype=torch.uint8), type=2)
+    matrix = module.Matrix.bf16(torch.zeros(2, 2, dtype=torch.bfloat16))
+    packed = torch.zeros(17, 18, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="weight is not interleaved rows"):
+        module.Matrix.gguf(packed, type=2, interleaved_rows=17)
+    with pytest.raises(ValueError, match="only matrices in GGUF blocks"):
+        module.dequantize(matrix, torch.zeros(2, 2))
+
+
+def test_bf16_values_are_rounded_once() -> None:
+    weights = usual_blocks(GGMLQuantizationType.Q6_K, 5, 2, 0)
+    wide = gguf_blocks.dequantize_natively(weights, int(GGMLQuantizationType.Q6_K))
+    narrow = gguf_blocks.dequantize_natively(
+        weights, int(GGMLQuantizationType.Q6_K), dtype=torch.bfloat16
+    )
+    assert_same_bits(narrow, wide.bfloat16())
