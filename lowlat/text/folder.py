@@ -215,9 +215,9 @@ def _eos_ids(
 ) -> frozenset[int]:
     """The eos token and `declared_eos_ids`."""
     ids = declared_eos_ids(folder)
-    if "eos_token" not in special:
-        return ids
-    return ids | {backend.token_to_id(special["eos_token"])}
+    eos = special.get("eos_token")
+    index = None if eos is None else backend.token_to_id(eos)
+    return ids if index is None else ids | {index}
 
 
 def declared_eos_ids(folder: Path) -> frozenset[int]:
