@@ -160,6 +160,25 @@ def test_partial_file_longer_than_the_whole(hub: HubServer, tmp_path: Path, big:
     check_fetched(tmp_path, big)
 
 
+FULL_DISK = """
+import huggingface_hub.file_download as library
+def fails(url, stream, **_):
+    stream.write(bytes(range(256)) * 1000)
+    raise OSError(28, "No space left on device")
+library.http_get = fails
+"""
+
+
+def test_disk_that_fills_up(hub: HubServer, tmp_path: Path, big: bytes) -> None:
+    """One line; what was received stays, and the next run continues with it."""
+    command = [sys.executable, "-c", FULL_DISK + CHILD, "org/name:Q4_K_M"]
+    said = subprocess.check_output(command, env=environment(hub, tmp_path), text=True)
+    assert said.startswith("error: no space left on the disk of") and said.count("\n") == 1
+    assert fetch(hub, tmp_path, "org/name:Q4_K_M") == "V3-Q4_K_M.gguf"
+    assert [first for _, first in hub.sent] == [256_000]
+    check_fetched(tmp_path, big)
+
+
 def test_full_disk_is_noticed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = SimpleNamespace(free=5_000_000_000)
     monkeypatch.setattr(resumable_download.shutil, "disk_usage", lambda _: usage)
