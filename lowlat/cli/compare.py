@@ -112,6 +112,7 @@ def compare(
     from lowlat.compare.result_json import as_dict
     from lowlat.compare.result_plot import draw
     from lowlat.compare.run import compare as run
+    from lowlat.compare.weights.run import compare_weights
     from lowlat.ops import native
     from lowlat.utils.progress import make_progress
 
@@ -119,13 +120,15 @@ def compare(
     _check(inputs, output, tolerance)
     if threads is not None:
         native.use_threads(threads)
-    pair, windows = _load(specs, inputs)
+    pair, paths, windows = _load(specs, inputs)
+    progress = make_progress()
     found = run(
         *pair,
         windows,
         tolerance=tolerance,
         impose_experts=impose_experts,
-        progress=make_progress(),
+        weights=compare_weights(*paths, progress),
+        progress=progress,
     )
     result = as_dict(found)
     if output.plot is not None:
@@ -152,8 +155,8 @@ def _check(inputs: InputOptions, output: OutputOptions, tolerance: float | None)
 
 def _load(
     specs: "tuple[ImplementationSpec, ImplementationSpec]", inputs: InputOptions
-) -> "tuple[tuple[Implementation, Implementation], list[Window]]":
-    """Both implementations, and their input."""
+) -> "tuple[tuple[Implementation, Implementation], tuple[Path, Path], list[Window]]":
+    """Both implementations, their checkpoints, and their input."""
     from lowlat.cli.inputs import read_text_file
     from lowlat.compare.implementations.open import open_implementation
     from lowlat.compare.inputs import random_ids, text_ids, windows
@@ -169,7 +172,7 @@ def _load(
         ids = random_ids(a.config.vocab_size, inputs.tokens, inputs.seed or 0)
     else:
         ids = text_ids(content, str(inputs.text), inputs.tokens, (path_a, path_b))
-    return (a, b), windows(ids, inputs.window, inputs.start, (a, b))
+    return (a, b), (path_a, path_b), windows(ids, inputs.window, inputs.start, (a, b))
 
 
 def _print(result: dict[str, Any], *, every_part: bool, as_json: bool) -> None:

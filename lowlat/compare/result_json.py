@@ -10,6 +10,7 @@ from lowlat.compare.differences import Difference, TraceDifferences
 from lowlat.compare.implementations.base import Implementation
 from lowlat.compare.run import ComparisonResult
 from lowlat.compare.trace import Place
+from lowlat.compare.weights.run import WeightDifferences
 from lowlat.utils.strict_json import finite
 
 FORMAT = 1
@@ -34,6 +35,7 @@ def as_dict(result: ComparisonResult) -> dict[str, Any]:
         "left_out": {part: sorted(why) for part, why in result.comparison.left_out.items()},
         "diagnosis": _diagnosis(result),
         "config_differences": list(result.config_differences),
+        "weights": None if result.weights is None else _weights(result.weights),
     }
 
 
@@ -94,4 +96,23 @@ def _diagnosis(result: ComparisonResult) -> dict[str, Any]:
         "unexplained": [
             {"implementation": label, "place": str(place)} for label, place in diagnosis.unexplained
         ],
+    }
+
+
+def _weights(found: WeightDifferences) -> dict[str, Any]:
+    return {
+        "compared": found.compared,
+        "equal": found.equal,
+        "findings": [
+            {
+                "implementation": finding.explanation.label,
+                "kind": finding.explanation.kind,
+                "name": finding.name,
+                "detail": finding.explanation.detail,
+                "relative": finite(finding.relative),
+                "places": [place.name for place in finding.places],
+            }
+            for finding in found.findings
+        ],
+        "not_compared": {"a": list(found.only[0]), "b": list(found.only[1])},
     }

@@ -24,7 +24,8 @@ def show(result: Object, console: Console | None = None, *, every_part: bool = F
     console.print()
     good = result["equal"]
     console.print(headline(result), style="bold green" if good else "bold red", highlight=False)
-    for line in (*diagnosis_lines(result), *routing_lines(result), *notes(result)):
+    lines = *diagnosis_lines(result), *weight_lines(result), *routing_lines(result), *notes(result)
+    for line in lines:
         console.print(line, highlight=False, markup=False)
 
 
@@ -146,7 +147,7 @@ def diagnosis_lines(result: Object) -> list[str]:
     if result["config_differences"] and (mistakes or not result["equal"]):
         listed = "; ".join(result["config_differences"][:6])
         lines.append(f"configs differ: {listed}{_seen([m for m in mistakes if not _is_own(m)])}")
-    if mistakes or result["equal"]:
+    if mistakes or result["equal"] or _is_explained_by_weights(result):
         return lines
     imposed, unexplained = result["with_experts_imposed"], result["diagnosis"]["unexplained"]
     # Imposed experts get correct routing weights, so equality then says nothing about a router
@@ -160,6 +161,12 @@ def diagnosis_lines(result: Object) -> list[str]:
         label, place = unexplained[0]["implementation"], unexplained[0]["place"]
         lines.append(f"unexplained: {label} at {place} matches neither its config nor a mistake")
     return lines
+
+
+def _is_explained_by_weights(result: Object) -> bool:
+    """Whether weights have a known mistake; rounding is none."""
+    found = [] if result["weights"] is None else result["weights"]["findings"]
+    return any(each["kind"] not in ("rounding", "unexplained") for each in found)
 
 
 def _is_own(found: Object) -> bool:
@@ -210,6 +217,25 @@ def _remaining(imposed: Object, tolerance: float) -> str:
     if first is None:
         return f"equal within {tolerance:g}{tail}"
     return f"first difference at {first['place']}{tail}"
+
+
+def weight_lines(result: Object) -> list[str]:
+    """Weights that differ, one line per explanation; nothing for one checkpoint."""
+    weights = result["weights"]
+    if weights is None:
+        return []
+    equal, compared = weights["equal"], weights["compared"]
+    if equal == compared:
+        lines = [f"weights: all {compared:,} tensors equal"]
+    else:
+        lines = [f"weights differ: {compared - equal:,} of {compared:,} tensors"]
+    lines += [
+        f"{_mistake(each)}; relative {figure(each['relative'])}" for each in weights["findings"]
+    ]
+    for label, names in weights["not_compared"].items():
+        if names:
+            lines.append(f"weights not compared: only in {label.upper()}: {_where(names)}")
+    return lines
 
 
 def notes(result: Object) -> list[str]:

@@ -7,6 +7,7 @@ from lowlat.compare.diagnosis.diagnose import Diagnosis, config_differences, dia
 from lowlat.compare.differences import TOLERANCE, TraceDifferences
 from lowlat.compare.implementations.base import Implementation
 from lowlat.compare.trace import Place, RoutedExperts, Window
+from lowlat.compare.weights.run import WeightDifferences
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
@@ -31,6 +32,8 @@ class ComparisonResult:
     imposed: bool
     """Whether `comparison` itself has A's experts imposed on B."""
     config_differences: tuple[str, ...]
+    weights: WeightDifferences | None
+    """Differences of the checkpoints; None if A and B have one, or were not compared."""
 
     @property
     def first(self) -> Place | None:
@@ -79,12 +82,14 @@ def compare(
     *,
     tolerance: float | None = None,
     impose_experts: bool = False,
+    weights: WeightDifferences | None = None,
     progress: Progress | None = None,
 ) -> ComparisonResult:
     """Run `windows` through both implementations and compare every part.
 
     Each window starts with an empty context. With `impose_experts` B uses A's selected experts.
-    Memory holds the traces of one window. Raises UserError for two different models.
+    `weights` becomes part of the result. Memory holds the traces of one window. Raises UserError
+    for two different models.
     """
     check_pair(a, b)
     if impose_experts:
@@ -118,6 +123,7 @@ def compare(
         with_imposed=with_imposed if has_repeated else None,
         imposed=impose_experts,
         config_differences=tuple(config_differences(a.config, b.config)),
+        weights=weights,
     )
 
 

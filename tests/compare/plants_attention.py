@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowlat.config.model import ModelConfig, RopeConfig, yarn_mscale
-from lowlat.model import mla
+from lowlat.model import mla, rotary
 from lowlat.ops import rope
 from lowlat.ops.rope import RotaryTable
 
@@ -15,6 +15,7 @@ from .plant import EQUAL, GIVEN, LINEAR, PLAIN, SOFTMAX_ALONE, UNSCALED, Plant, 
 
 MAGNITUDE = rope.rotation_magnitude
 FREQUENCIES = rope.inverse_frequencies
+TABLE = rope.rotary_table
 
 
 def m(settings: RopeConfig, name: str) -> float:
@@ -116,7 +117,25 @@ def frequencies(name: str, config: dict[str, Any]) -> Plant:
     )
 
 
+def shifted(offset: int) -> Plant:
+    """Positions with an offset, in both queries and keys: scores show nothing of it."""
+
+    def table(positions: Tensor, *rest: Any) -> RotaryTable:
+        return TABLE(positions + offset, *rest)
+
+    return Plant(
+        name=f"RoPE: positions {offset:+d}",
+        plant=replace_function(rotary, "rotary_table", table),
+        kind="position_offset",
+        first="q_rotated",
+        says=f"rotates the queries at position p {'+' if offset > 0 else '-'} {abs(offset):,}, not",
+    )
+
+
 ROTATION = [
+    shifted(1),
+    shifted(-1),
+    shifted(-2003),
     turns(
         "halves for neighbours",
         halves,

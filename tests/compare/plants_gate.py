@@ -45,6 +45,16 @@ def unbiased_choice(x: Tensor, gate: Tensor, bias: Tensor | None, settings: MoEC
     return routing.route(x, gate, torch.zeros_like(bias), settings)
 
 
+def unbiased_groups(x: Tensor, gate: Tensor, bias: Tensor, settings: MoEConfig) -> Routing:
+    """Groups ranked by scores without the bias; experts in them with it."""
+    found = routing.route(x, gate, bias, settings)
+    kept = KEEP_BEST_GROUPS(found.scores, settings) > -math.inf
+    choice = (found.scores + bias).masked_fill(~kept, -math.inf)
+    experts = routing.largest(choice, settings.num_experts_per_tok)
+    weights = routing._weights(found.scores.gather(1, experts), settings)
+    return Routing(experts, weights, found.scores)
+
+
 def by_other_settings(change: Callable[[MoEConfig], MoEConfig]) -> Callable[..., Routing]:
     """`route` as another config asks for."""
     return lambda x, gate, bias, settings: routing.route(x, gate, bias, change(settings))
@@ -146,6 +156,12 @@ GATE = [
         kind="group_rank",
         first="routing_weights",
         says="ranks groups by their best expert, not by the sum of their two best",
+    ),
+    routes(
+        "groups: ranked without the bias",
+        unbiased_groups,
+        "group_rank",
+        "ranks groups by their scores without the bias",
     ),
     routes(
         "router bias: in the weights",

@@ -24,6 +24,7 @@ def their_gate(
     best: int = 2,
     biased: bool = False,
     choice: bool = True,
+    in_groups: bool = True,
     product: torch.dtype = torch.float32,
     normalised: bool = True,
     scaled: bool = True,
@@ -36,7 +37,8 @@ def their_gate(
         scores = logits.sigmoid()
         ranked = scores + self.e_score_correction_bias * choice
         groups = ranked.unflatten(-1, (self.num_group, -1))
-        kept = groups.topk(best, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1).indices
+        judged = (ranked if in_groups else scores).unflatten(-1, (self.num_group, -1))
+        kept = judged.topk(best, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1).indices
         outside = torch.ones(groups.shape[:2], dtype=torch.bool).scatter_(1, kept, False)
         ranked_kept = groups.masked_fill(outside[..., None], fill).flatten(1)
         chosen = ranked_kept.topk(self.top_k, dim=-1).indices
@@ -61,13 +63,15 @@ def keys_unrotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **_: Any) -> 
     return TURNED(q, k, cos, sin)[0], torch.cat([k[..., 0::2], k[..., 1::2]], dim=-1)
 
 
-def their_tables(*, scaled: bool, magnitude: bool) -> Callable[..., Turned]:
+def their_tables(
+    *, scaled: bool = True, magnitude: bool = True, offset: int = 0
+) -> Callable[..., Turned]:
     """DeepseekV3RotaryEmbedding.forward with scaled frequencies or magnitude left out."""
 
     def forward(self: Any, x: Tensor, position_ids: Tensor) -> Turned:
         count = len(self.inv_freq)
         plain = 1e4 ** -(torch.arange(count, dtype=torch.float32) / count)
-        angles = position_ids[..., None].float() * (self.inv_freq if scaled else plain)
+        angles = (position_ids[..., None] + offset).float() * (self.inv_freq if scaled else plain)
         both, factor = torch.cat([angles, angles], dim=-1), self.attention_scaling
         factor = factor if magnitude else 1.0
         return (both.cos() * factor).to(x.dtype), (both.sin() * factor).to(x.dtype)
@@ -115,7 +119,7 @@ def turns(name: str, new: Callable[..., Turned], kind: str, first: str, says: st
     return theirs_with(name, theirs, "apply_rotary_pos_emb_interleave", new, kind, first, says)
 
 
-def tables(name: str, kind: str, says: str, **right: bool) -> Plant:
+def tables(name: str, kind: str, says: str, **right: Any) -> Plant:
     owner, new = theirs.DeepseekV3RotaryEmbedding, their_tables(**right)
     return theirs_with(name, owner, "forward", new, kind, "q_rotated", says)
 
@@ -166,6 +170,9 @@ THEIRS = [
         scaled=False,
         magnitude=True,
     ),
+    tables(
+        "positions from 1", "position_offset", "rotates the queries at position p + 1", offset=1
+    ),
     turns(
         "halves for neighbours",
         their_halves,
@@ -189,6 +196,12 @@ THEIRS = [
         "group_rank",
         "ranks groups by their best expert",
         best=1,
+    ),
+    gate(
+        "groups ranked without the bias",
+        "group_rank",
+        "ranks groups by their scores without the bias",
+        in_groups=False,
     ),
     gate("bias in the weights", "bias_in_weights", "biased scores", biased=True),
     gate("no bias in the selection", "bias_not_in_choice", "without the bias", choice=False),

@@ -140,6 +140,8 @@ def test_experts_by_no_rule_are_not_explained_by_other_experts(
     from lowlat.model import moe
     from lowlat.ops import routing
 
+    torch.manual_seed(0)
+
     def noisy(x, gate, bias, settings):
         chosen = routing.route(x + 0.3 * torch.randn_like(x), gate, bias, settings).experts
         scores = routing.route(x, gate, bias, settings).scores

@@ -95,6 +95,12 @@ def _rotation_mistakes(
         )
     elif variant.order != should.order:
         yield Mistake("rope_order", f"leaves the rotated channels of the {what} in another order")
+    if variant.offset:
+        sign = "+" if variant.offset > 0 else "-"
+        yield Mistake(
+            "position_offset",
+            f"rotates the {what} at position p {sign} {abs(variant.offset):,}, not p",
+        )
     if variant.frequencies == "unscaled":
         yield Mistake("rope_frequencies", f"does not scale the frequencies for {rope.rope_type}")
     expected = cos_sin_scale(rope)

@@ -22,8 +22,10 @@ from lowlat.utils.device import dtype_name
 
 TIE, CLOSE, ROUNDED = 1e-6, 1e-5, 2.0**-6
 """Difference of tied scores; relative difference of equal weights; the same after bf16 rounding."""
-REPRODUCED = 0.5
-"""A variant must reproduce all weights of at least this share of tokens."""
+REPRODUCED, MISTAKEN = 0.5, 0.8
+"""The config must reproduce all weights of at least this share of tokens; a mistake of more, as one
+of many fits by chance.
+"""
 
 
 class _Candidate(NamedTuple):
@@ -56,6 +58,9 @@ def _selection_mistakes(moe: MoEConfig, has_bias: bool) -> Iterator[_Candidate]:
                 "group_rank", "ranks groups by their best expert, not by the sum of their two best"
             )
             yield _Candidate((rank,), GateVariant(by_best=True), moe)
+        if has_bias:
+            unbiased = Mistake("group_rank", "ranks groups by their scores without the bias")
+            yield _Candidate((unbiased,), GateVariant(bias_in_groups=False), moe)
     if has_bias:
         weights = Mistake("bias_in_weights", "takes the routing weights from the biased scores")
         yield _Candidate((weights,), GateVariant(bias_in_weights=True), moe)
@@ -95,7 +100,7 @@ def gate(trace: Trace, config: ModelConfig, block: Block) -> dict[str, StepAudit
     bias, chosen = trace.get(block, "gate_bias"), chosen.to(torch.int64)
     recorded = _RecordedGate(x, weight, bias, chosen, seen.gather(1, chosen), trace.dtype)
     share, mistakes = _best_candidate(recorded, moe)
-    if share < REPRODUCED:
+    if share < (MISTAKEN if mistakes else REPRODUCED):
         return {"router_scores": StepAudit(), "routing_weights": UNEXPLAINED}
     rounded = tuple(found for found in mistakes if found.kind == "gate_precision")
     others = tuple(found for found in mistakes if found.kind != "gate_precision")

@@ -28,6 +28,8 @@ class GateVariant:
     """Number type of the scores; None: not rounded."""
     by_best: bool = False
     """Whether groups are ranked by their best expert instead of the sum of their two best."""
+    bias_in_groups: bool = True
+    """Whether the bias is used for ranking groups."""
 
 
 CORRECT = GateVariant()
@@ -60,7 +62,7 @@ def ranking(
     ranked = scores if bias is None or not rule.bias_in_choice else scores + bias.to(scores.dtype)
     if moe.topk_method == "greedy" or moe.n_group == 1:
         return ranked
-    return _best_groups(ranked, moe, rule)
+    return _best_groups(ranked, ranked if rule.bias_in_groups else scores, moe, rule)
 
 
 def selected_weights(
@@ -76,10 +78,11 @@ def selected_weights(
     return routing_weights(source.gather(1, chosen), moe)
 
 
-def _best_groups(ranked: Tensor, moe: MoEConfig, rule: GateVariant) -> Tensor:
-    groups = ranked.unflatten(-1, (moe.n_group, -1))
+def _best_groups(ranked: Tensor, judged: Tensor, moe: MoEConfig, rule: GateVariant) -> Tensor:
+    """`ranked` in the groups that `judged` selects, and `rule.fill` outside."""
+    groups, by = (values.unflatten(-1, (moe.n_group, -1)) for values in (ranked, judged))
     sums_two = moe.topk_method == "noaux_tc" and not rule.by_best and groups.shape[-1] > 1
-    best = groups.sort(dim=-1, descending=True).values[..., : 2 if sums_two else 1].sum(dim=-1)
+    best = by.sort(dim=-1, descending=True).values[..., : 2 if sums_two else 1].sum(dim=-1)
     kept = best.sort(dim=-1, descending=True, stable=True).indices[:, : moe.topk_group]
     outside = torch.ones_like(best, dtype=torch.bool).scatter_(1, kept, False)
     return groups.masked_fill(outside[..., None], rule.fill).flatten(-2)

@@ -16,6 +16,7 @@ NAMES = {
     "softmax_scale": "softmax scale",
     "rope_frequencies": "RoPE frequencies",
     "rope_layout": "RoPE layout",
+    "position_offset": "offset of positions",
     "rope_missing": "missing RoPE",
     "rope_order": "order of RoPE channels",
     "group_mask": "group mask",

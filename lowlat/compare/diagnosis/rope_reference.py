@@ -1,9 +1,9 @@
 """Reference RoPE with known mistakes, and the variant that reproduces a recorded rotation.
 
-Variants differ in channel pairing, frequencies, channel order and scale of cos and sin.
+Variants differ in channel pairing, frequencies, channel order, positions and scale of cos and sin.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,6 +15,9 @@ from torch import Tensor
 from lowlat.config.model import RopeConfig, yarn_mscale
 from lowlat.ops.rope import inverse_frequencies
 
+LARGEST_OFFSET = 4096
+"""Largest offset of positions that is tried; that of the last token, if larger."""
+
 
 class RotationVariant(NamedTuple):
     """A way to apply RoPE."""
@@ -25,6 +28,8 @@ class RotationVariant(NamedTuple):
     """config, unscaled, or none (no rotation)."""
     order: str
     """Order of the rotated channels: canonical, as_is (unchanged) or twice (reordered twice)."""
+    offset: int = 0
+    """Added to all positions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +54,7 @@ def best_fit(
     (canonical channels) with a residual of at most `limit`; otherwise the best variant.
     """
     found: list[RotationFit] = []
-    for variant in variants(rope):
+    for variant in variants(rope, lambda: nearest_offset(before, after, positions, rope)):
         rotated = rotate(before, positions, rope, variant)
         size = float((rotated * rotated).sum())
         ratio = float((rotated * after).sum()) / size if size else 0.0
@@ -64,8 +69,8 @@ def correct_variant(rope: RopeConfig) -> RotationVariant:
     return RotationVariant(rope.rope_interleave, "config", "canonical")
 
 
-def variants(rope: RopeConfig) -> Iterator[RotationVariant]:
-    """The correct variant, then mistakes."""
+def variants(rope: RopeConfig, offset: Callable[[], int]) -> Iterator[RotationVariant]:
+    """The correct variant, then mistakes; `offset` computes the likeliest offset of positions."""
     yield correct_variant(rope)
     scaled = rope.rope_type != "default"
     for interleave in (rope.rope_interleave, not rope.rope_interleave):
@@ -74,11 +79,29 @@ def variants(rope: RopeConfig) -> Iterator[RotationVariant]:
                 variant = RotationVariant(interleave, frequencies, order)
                 if variant != correct_variant(rope):
                     yield variant
+    yield correct_variant(rope)._replace(offset=offset())
+
+
+def nearest_offset(before: Tensor, after: Tensor, positions: Tensor, rope: RopeConfig) -> int:
+    """The offset of all positions that explains the angles between the correct rotation of `before`
+    and `after` best; among equals the smallest. Arguments as of `best_fit`.
+    """
+    rotated = rotate(before, positions, rope, correct_variant(rope)).double()
+    own, seen = (torch.complex(*x.chunk(2, dim=-1)) for x in (rotated, after.double()))
+    turned = (seen * own.conj()).flatten(0, -2).sum(dim=0)  # one angle per pair
+    largest = max(LARGEST_OFFSET, int(positions.max()))
+    offsets = torch.arange(-largest, largest + 1, dtype=torch.float64)
+    offsets = offsets[offsets.abs().argsort(stable=True)]
+    frequencies = _frequencies(rope, before.shape[-1], correct_variant(rope)).double()
+    angles = offsets[:, None] * frequencies
+    likeness = angles.cos() @ turned.real + angles.sin() @ turned.imag
+    return int(offsets[int(likeness.argmax())])
 
 
 def rotate(x: Tensor, positions: Tensor, rope: RopeConfig, variant: RotationVariant) -> Tensor:
     """`x` rotated by `variant`, with unscaled cos and sin."""
-    angles = positions[:, None].to(torch.float32) * _frequencies(rope, x.shape[-1], variant)
+    at = (positions + variant.offset)[:, None].to(torch.float32)
+    angles = at * _frequencies(rope, x.shape[-1], variant)
     cos, sin = (t.to(x.dtype)[:, None] for t in (angles.cos(), angles.sin()))
     real, imaginary = _pairs(x, variant.interleave)
     out = (real * cos - imaginary * sin, real * sin + imaginary * cos)

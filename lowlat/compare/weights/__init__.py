@@ -1,0 +1,1 @@
+"""Comparison of the weights of two checkpoints, and explanations of what differs."""
