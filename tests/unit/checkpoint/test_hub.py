@@ -37,8 +37,9 @@ class FakeHub:
                 target.write_bytes(b"x")
         return str(self.folder)
 
-    def model_info(self, repo: str, *, revision: str | None) -> SimpleNamespace:
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.names])
+    def model_info(self, repo: str, **_: object) -> SimpleNamespace:
+        names = [SimpleNamespace(rfilename=name, size=1) for name in self.names]
+        return SimpleNamespace(siblings=names)
 
 
 @pytest.fixture
@@ -70,7 +71,8 @@ def test_takes_no_pickles_and_no_code(hub: FakeHub) -> None:
     assert fetch("v1.0") == hub.folder
     assert {path.name for path in hub.folder.rglob("*")} == good
     (call,) = hub.calls
-    assert (call["repo"], call["revision"], call["cache_dir"]) == ("org/name", "v1.0", None)
+    shared = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    assert (call["repo"], call["revision"], call["cache_dir"]) == ("org/name", "v1.0", shared)
 
 
 def test_cache_moves_with_lowlat_cache(
@@ -100,19 +102,6 @@ def test_progress_bars_of_the_library_follow_ours(hub: FakeHub) -> None:
     assert quiet.disable
     fetch_hub("org/name", None, PlainProgress())
     assert hub.calls[1]["tqdm_class"] is None
-
-
-def test_the_only_gguf_file(hub: FakeHub) -> None:
-    hub.names = ["README.md", "model-Q4.gguf", "sub/model-Q8.gguf"]
-    assert fetch() == hub.folder / "model-Q4.gguf"
-    assert (hub.folder / "model-Q4.gguf").is_file()
-
-
-def test_several_gguf_files_are_not_all_downloaded(hub: FakeHub) -> None:
-    hub.names = ["config.json", "model-Q4.gguf", "model-Q8.gguf"]
-    with pytest.raises(UserError, match=r"2 GGUF files \(model-Q4.gguf, model-Q8.gguf"):
-        fetch()
-    assert not list(hub.folder.glob("*.gguf"))
 
 
 def test_pickled_weights_only(hub: FakeHub) -> None:

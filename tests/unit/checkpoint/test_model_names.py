@@ -212,25 +212,33 @@ def test_bad_pypi_forms(name: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "repo", "revision"),
+    ("name", "repo", "revision", "tag"),
     [
-        ("some-org/Some_Model-1.5B", "some-org/Some_Model-1.5B", None),
-        ("some-org/model@v1.0", "some-org/model", "v1.0"),
-        ("some-org/model@refs/pr/1", "some-org/model", "refs/pr/1"),
+        ("some-org/Some_Model-1.5B", "some-org/Some_Model-1.5B", None, None),
+        ("some-org/model@v1.0", "some-org/model", "v1.0", None),
+        ("some-org/model@refs/pr/1", "some-org/model", "refs/pr/1", None),
+        ("some-org/model-GGUF:Q4_K_M", "some-org/model-GGUF", None, "Q4_K_M"),
+        ("hf.co/some-org/model:m-q8_0.gguf", "some-org/model", None, "m-q8_0.gguf"),
+        ("some-org/model@v2:UD-IQ1_S", "some-org/model", "v2", "UD-IQ1_S"),
     ],
 )
 def test_hub_names(
-    name: str, repo: str, revision: str | None, place: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    repo: str,
+    revision: str | None,
+    tag: str | None,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[tuple[str, str | None]] = []
+    asked: list[tuple[str, str | None, str | None]] = []
 
-    def fetch(repo: str, revision: str | None, progress: Progress) -> Path:
-        asked.append((repo, revision))
+    def fetch(repo: str, revision: str | None, progress: Progress, tag: str | None) -> Path:
+        asked.append((repo, revision, tag))
         return place / "org" / "name"
 
     monkeypatch.setattr(names, "fetch_hub", fetch)
     assert resolve(name) == place / "org" / "name"
-    assert asked == [(repo, revision)]
+    assert asked == [(repo, revision, tag)]
 
 
 @pytest.mark.parametrize(
