@@ -119,22 +119,24 @@ def _layer_types(fields: JsonFields, model_type: str, layers: int) -> _LayerType
         return _LayerTypes(first, frequency, None)
     if len(types) != layers:
         raise fields.error("mlp_layer_types", f"has {len(types)} entries for {layers} layers")
-    kinds = tuple(_kind(fields, kind) for kind in types)
+    kinds: tuple[MLPLayerType, ...] = tuple(_kind(fields, kind) for kind in types)
     if has_first or frequency > 1:
-        if kinds != regular_layer_types(range(layers), first, frequency):
+        if regular_layer_types(range(layers), first, frequency) != kinds:
             name = "first_k_dense_replace" if has_first else "moe_layer_freq"
             raise fields.error(
                 "mlp_layer_types", f"contradicts {name} {fields.value(name)}; keep mlp_layer_types"
             )
         return _LayerTypes(first, frequency, None)
     dense = kinds.index("sparse") if "sparse" in kinds else layers
-    is_regular = kinds == regular_layer_types(range(layers), dense, 1)
+    is_regular = regular_layer_types(range(layers), dense, 1) == kinds
     return _LayerTypes(dense, 1, None) if is_regular else _LayerTypes(0, 1, kinds)
 
 
 def _kind(fields: JsonFields, kind: str) -> MLPLayerType:
-    if kind == "dense" or kind == "sparse":
-        return kind
+    if kind == "dense":
+        return "dense"
+    if kind == "sparse":
+        return "sparse"
     raise fields.wrong("mlp_layer_types", "an array of 'dense' and 'sparse'")
 
 
