@@ -103,7 +103,8 @@ struct OuterPass {
   float* sums = nullptr;                 // [experts, out, in]
 };
 
-// Causal attention of packed whole sequences. bf16; heads / kv_heads query heads share a key head (GQA).
+// Causal attention of packed whole sequences (varlen attention). bf16; heads / kv_heads query heads share a key
+// head (GQA).
 struct CausalPass {
   std::int64_t sequences = 0;
   const std::int64_t* ends = nullptr;  // [sequences] cumulative token counts (cu_seqlens without the 0)

@@ -42,9 +42,9 @@ class Scratch {
   Buffer slots_[kSlots];
 };
 
-// Flash decoding: a context is attended split by split, and the partial results are added in order. Split boundaries
-// depend on the position alone, and so do a query's bits. Early splits double, so that two threads get even shares of
-// a short context: 0, 64, 128, 256, 512, 1024, then every 1024.
+// Flash decoding (split-KV): a context is attended split by split, and the partial results are added in order. Split
+// boundaries depend on the position alone, and so do a query's bits. Early splits double, so that two threads get even
+// shares of a short context: 0, 64, 128, 256, 512, 1024, then every 1024.
 constexpr std::int64_t kFirstSplit = 64, kSplit = 1024, kShortSplits = 5;
 
 inline std::int64_t split_start(std::int64_t split) {

@@ -1,4 +1,4 @@
-// GEMM microkernel by dot products of bf16 pairs: activation rows times packed weight panels.
+// GEMM (matmul) microkernel by dot products of bf16 pairs: activation rows times packed weight panels.
 #pragma once
 
 #include "panels.h"

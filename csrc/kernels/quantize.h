@@ -1,5 +1,5 @@
-// Weight quantization to int8 and int4 groups: native kernel of quantize_int8 and quantize_int4 in
-// lowlat/ops/quantized.py, bit for bit.
+// Weight quantization to int8 (symmetric) and int4 (asymmetric) groups, group size 32, round to nearest: native
+// kernel of quantize_int8 and quantize_int4 in lowlat/ops/quantized.py, bit for bit.
 #pragma once
 
 #include <cstring>

@@ -1,4 +1,5 @@
-"""KV cache quantization: int8 KV cache entry, the bytes of one token in one layer.
+"""KV cache quantization: int8 KV cache entry, the bytes of one token in one layer
+(per-token scales).
 
     [0, n)        n channels as int8: the latents of MLA and GLA, the tied states of GTA, the whole
                   entry of MHA, GQA, MQA, TPA, and of MLA that was converted from GQA

@@ -15,7 +15,8 @@ class SequenceSlice:
     """New tokens of one sequence: positions start .. start + length - 1."""
 
     pages: tuple[int, ...]
-    """Pages of the sequence in order, covering at least start + length entries."""
+    """Pages of the sequence in order (block table in vLLM), covering at least start + length
+    entries."""
     start: int
     """Tokens of the sequence that are cached already."""
     length: int
@@ -31,13 +32,15 @@ class SequenceSlice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionBatch:
-    """The concatenated tokens of one step. Built once per step and used by every layer."""
+    """The concatenated tokens of one step, without padding (varlen attention). Built once per step
+    and used by every layer."""
 
     sequences: tuple[SequenceSlice, ...]
     positions: Int[Tensor, "tokens"]
     """Position of each token in its sequence."""
     slots: Int[Tensor, "tokens"]
-    """Slot of each token's entry in a layer's cache: page * page_size + offset."""
+    """Slot of each token's entry in a layer's cache (slot_mapping in vLLM): page * page_size +
+    offset."""
 
     @classmethod
     def build(

@@ -50,7 +50,7 @@ class CaseResult:
 
     @property
     def median(self) -> float | None:
-        """Tokens per second, the median over the rounds."""
+        """Tokens per second (tok/s), the median over the rounds."""
         return statistics.median(self.rates) if self.samples else None
 
     @property

@@ -10,6 +10,7 @@ from lowlat.checkpoint.safetensors.writer import PYTORCH, TensorSpec, encode_hea
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
+"""Largest shard (max_shard_size in transformers); a larger group gets a shard of its own."""
 
 
 class TensorGroup(NamedTuple):

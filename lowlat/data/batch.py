@@ -22,8 +22,8 @@ class Batch:
     loss_mask: Bool[Tensor, "rows length"]
     """Whether each token is a target."""
     documents: tuple[tuple[int, ...], ...] | None = None
-    """Per row, lengths of the documents in its first sequence_length tokens, which are masked from
-    one another in attention; None: every row is one sequence.
+    """Document mask: per row, lengths of the documents in its first sequence_length tokens, which
+    are masked from one another in attention (varlen attention); None: every row is one sequence.
     """
 
     @property

@@ -1,5 +1,5 @@
-"""Tokenization of chats with a loss mask, in place of labels of -100 (ignore_index): the targets
-are the assistant's answers and their end tokens.
+"""Tokenization of chats for supervised fine-tuning (SFT), with a loss mask, in place of labels
+of -100 (ignore_index): the targets are the assistant's answers and their end tokens.
 
 An answer is the text that the chat template adds after the generation prompt. Templates whose
 generation prompt opens reasoning, as DeepSeek-R1's with <think>, omit the reasoning of answers in a

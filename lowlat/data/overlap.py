@@ -1,6 +1,7 @@
 """Contamination check: share of an evaluation text's token n-grams that occur in training data.
 
-With n-grams of 32 tokens, a lightly edited copy is still detected; common phrases are not.
+A check, not a decontamination: no document is removed. With n-grams of 32 tokens, a lightly
+edited copy is still detected; common phrases are not.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,5 +1,5 @@
-"""Sequence packing: text or chats in rows of one length, in a deterministic endless order, with
-random access by index.
+"""Sequence packing, the dataloader of training: text or chats in rows of one length, in a
+deterministic endless order, with random access by index.
 
 A run's position in the data is one number: any layout of processes reads the same tokens, and a
 resumed run continues exactly. Text is joined and cut into windows (`PackedSequences`), chats stay

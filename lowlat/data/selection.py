@@ -1,4 +1,5 @@
-"""Selection of documents: exact deduplication, and the held-out split by content hash.
+"""Selection of documents: exact deduplication (no fuzzy one such as MinHash), and the held-out
+split by content hash.
 
 `sources` reads documents, `tokenizing` encodes them.
 """

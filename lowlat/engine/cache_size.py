@@ -1,4 +1,5 @@
-"""KV cache size: from a bound in bytes, or from free memory, to a number of pages.
+"""KV cache size: from a bound in bytes, or from free memory, to a number of pages
+(num_blocks in vLLM).
 
 Owns the arithmetic, and the share of the free memory that "auto" takes.
 """
@@ -19,7 +20,8 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.memory import RESERVE, memory_limit
 
 CACHE_SHARE = 0.8
-"""Share of the free memory that a cache of size "auto" may grow to."""
+"""Share of the free memory that a cache of size "auto" may grow to (vLLM: gpu_memory_utilization,
+there a share of all memory)."""
 
 
 def new_runner(
@@ -28,8 +30,9 @@ def new_runner(
     max_cache_bytes: int | Literal["auto"] | None,
     context: int,
 ) -> tuple[ModelRunner, Limits]:
-    """A runner whose KV cache stays within `max_cache_bytes`, and the scheduler's limits. Raises
-    UserError if the bytes are less than a page or more than the device's memory.
+    """A runner whose KV cache stays within `max_cache_bytes`, and the scheduler's limits. `cache`
+    is the dtype of its entries (kv_cache_dtype in vLLM). Raises UserError if the bytes are less
+    than a page or more than the device's memory.
     """
     dtype = parse_cache(cache)
     if max_cache_bytes is None:
@@ -68,7 +71,8 @@ def check_cache_limit(limit: int | Literal["auto"] | None, device: torch.device)
 
 
 def check_cache_bytes(size: int, device: torch.device, given: str) -> None:
-    """Raises UserError, beginning with `given`, if `size` exceeds the device's memory in bytes."""
+    """Raises UserError, beginning with `given`, if `size` exceeds the device's memory in bytes: an
+    error at the start instead of out of memory later."""
     there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else memory_limit()
     if size > there:
         raise UserError(f"{given}: exceeds the {there / 2**30:.1f} GiB of memory; give less")

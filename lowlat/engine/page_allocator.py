@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 
 class PageAllocator:
-    """Page numbers 0 .. num_pages - 1, each in exactly one of three states:
+    """Page numbers 0 .. num_pages - 1 (num_blocks in vLLM), each in exactly one of three states:
 
     free    no holder, no content;
     used    held by one or more sequences (its reference count);
@@ -44,7 +44,7 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """Pages without content."""
+        """Pages without content (free blocks)."""
         return len(self._free)
 
     @property

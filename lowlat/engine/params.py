@@ -54,7 +54,7 @@ class TokenSamplingParams:
     filters.
     """
     n: int = 1
-    """Independent completions of the one prompt."""
+    """Independent completions of the one prompt (parallel sampling)."""
     ignore_eos: bool = False
     """Continue after the end-of-sequence token."""
 

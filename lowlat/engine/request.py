@@ -31,7 +31,7 @@ class RequestOptions:
     """Requests of one namespace (one API key) share prefix cache pages and one share of fair
     scheduling; nothing is shared across namespaces."""
     stop_token_ids: frozenset[int] = frozenset()
-    """Tokens that end a completion, in addition to the model's own."""
+    """Stop tokens: each ends a completion, as the model's own end-of-sequence tokens do."""
     constraint: Constraint | None = None
     """The compiled grammar of a structured output."""
     is_offline: bool = False
@@ -50,7 +50,7 @@ class Sequence:
     num_cached: int = 0
     """Leading tokens whose entries are in the KV cache."""
     pages: list[int] = field(default_factory=list)
-    """KV cache pages (blocks in vLLM) in order; they cover at least num_cached entries."""
+    """KV cache pages in order (vLLM: the block table); they cover at least num_cached entries."""
     num_indexed: int = 0
     """Leading pages that the prefix cache has indexed."""
     draft_tokens: list[int] = field(default_factory=list)

@@ -1,7 +1,8 @@
 """Sampler: logits to tokens, with penalties, logit bias, grammar masks, top-k, top-p and min-p.
 
 The order is: repetition, frequency and presence penalty, logit bias, grammar mask, temperature,
-top-k, top-p, min-p, draw; `ops.sampling` implements the last five. Probabilities are computed in
+top-k, top-p, min-p, draw; `ops.sampling` implements the last five. The order is fixed: there is no
+list of logits processors. Probabilities are computed in
 fp64 on the CPU from fp32 logits. A sequence draws one number per token from its own generator, so
 its tokens do not depend on the batch composition. Equal scores rank by token id, lowest first.
 Log-probabilities (logprobs) are of the model's own logits.

@@ -17,11 +17,13 @@ from lowlat.engine.prefix import PrefixCache
 from lowlat.engine.request import Sequence
 
 STEP_TOKENS = 1024
-"""Prefill tokens of a step while no sequence decodes."""
+"""Prefill tokens of a step while no sequence decodes: the token budget (max_num_batched_tokens in
+vLLM)."""
 MIXED_TOKENS = 256
 """Prefill tokens of a step that also decodes, if no more sequences prefill than decode. They take
 about as long as a step of eight decoding sequences on a CPU."""
 MAX_SEQUENCES = 128
+"""Default of `Limits.max_sequences`."""
 PRIORITY_SECONDS = 1.0
 """Waiting this long outweighs one step of priority, so that no request starves."""
 
@@ -46,7 +48,7 @@ class Limits:
     """Prefill tokens of a step while there is only one sequence."""
     mixed_tokens: int = MIXED_TOKENS
     max_sequences: int = MAX_SEQUENCES
-    """Completions that run at once."""
+    """Completions that run at once (max_num_seqs in vLLM)."""
     max_pages: int | None = None
     """KV cache pages (blocks in vLLM) the cache may grow to; None: unbounded."""
 

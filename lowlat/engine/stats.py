@@ -69,7 +69,8 @@ class EngineStats:
     ttft: Histogram = field(default_factory=partial(_empty, LONG_SECONDS))
     """From arrival to the first token (time to first token)."""
     itl: Histogram = field(default_factory=partial(_empty, SHORT_SECONDS))
-    """Between consecutive tokens of one sequence (inter-token latency)."""
+    """Between consecutive tokens of one sequence (inter-token latency; its mean over a completion
+    is TPOT, time per output token)."""
     e2e: Histogram = field(default_factory=partial(_empty, LONG_SECONDS))
     """From arrival to a completion's end."""
 

@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 class Model:
     """A loaded model and its tokenizer.
 
-    context: the most tokens that prompt and output may have together; None takes all the model
-    allows. cache: dtype of the KV cache, auto (that of the activations), bf16 or int8.
-    max_cache_bytes: bound of the KV cache ("auto": most of the memory left after the weights);
-    completions without free pages wait, or are preempted and recomputed. speculates: whether
-    speculative decoding runs; it changes no output.
+    context: the most tokens that prompt and output may have together (max_model_len in vLLM);
+    None takes all the model allows. cache: dtype of the KV cache, auto (that of the activations),
+    bf16 or int8. max_cache_bytes: bound of the KV cache ("auto": most of the memory left after the
+    weights); completions without free pages wait, or are preempted and recomputed. speculates:
+    whether speculative decoding runs; it changes no output.
     """
 
     def __init__(

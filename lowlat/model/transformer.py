@@ -15,7 +15,7 @@ from lowlat.model.rotary import RotaryEmbeddings
 
 class Transformer(nn.Module):
     """Decoder-only transformer over packed tokens: sequences are concatenated, `attention` holds
-    their boundaries.
+    their boundaries. With tie_word_embeddings (weight tying) the embedding is the LM head, too.
 
     Parameters are unfilled (and, under `torch.device("meta")`, unallocated): `checkpoint.load` or
     `model.init` fills them. Plain parameters have `dtype`; with config.quantization the projections

@@ -79,8 +79,8 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Float[Tensor, "kv_heads group
 def _mask(
     start: int, queries: int, first: int, last: int, window: int | None, device: torch.device
 ) -> Tensor | None:
-    """Causal mask, with a sliding window if any: [queries, keys], true where a query must not
-    attend; None if nothing is masked.
+    """Attention mask: causal, with a sliding window if any. [queries, keys], true where a query
+    must not attend; None if nothing is masked.
     """
     inside_window = window is None or first > start + queries - 1 - window
     if last <= start + 1 and inside_window:

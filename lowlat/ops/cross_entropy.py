@@ -1,5 +1,6 @@
-"""Fused linear cross entropy: LM head and loss in chunks of rows, with gradients computed in the
-forward pass. No [tokens, vocab] matrix exists (as in Liger Kernel, arXiv 2410.10989).
+"""Fused linear cross entropy (chunked cross entropy): LM head and loss in chunks of
+rows, with gradients computed in the forward pass. No [tokens, vocab] matrix exists (as in Liger
+Kernel, arXiv 2410.10989).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,8 @@ class CrossEntropy(NamedTuple):
     nll: Float[Tensor, ""]
     """Negative log-likelihoods, nats."""
     z: Float[Tensor, ""]
-    """Squares of the log of the softmax's denominator (PaLM, arXiv 2204.02311 section 5)."""
+    """Squares of the log of the softmax's denominator, log-sum-exp (PaLM, arXiv 2204.02311
+    section 5)."""
 
 
 def linear_cross_entropy(

@@ -2,7 +2,7 @@
 products.
 
 All tensors are E4M3. Activations and gradients share an online scale per 128 channels of a row
-along the axis that is summed over (1x128 tiles), weights per 128x128 block:
+along the axis that is summed over (1x128 tiles: per-token groups), weights per 128x128 block:
 
     fprop  y  = x W^T     x in tiles along in, W in blocks
     dgrad  dx = dy W      dy in tiles along out, the same blocks of W
@@ -92,7 +92,8 @@ def _shifted(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def quantize(
     matrix: Float[Tensor, "rows columns"], block: tuple[int, int], scales: ScaleFormat = None
 ) -> Blocks:
-    """E4M3 blocks of a matrix (section 3.3.2): largest magnitude of each / 448 as its scale."""
+    """E4M3 blocks of a matrix (section 3.3.2): largest magnitude of each / 448 as its scale, as in
+    act_quant of DeepSeek's inference/kernel.py."""
     values, scale = quantize_grid(in_blocks(matrix, block), scales)
     return Blocks(values, scale, (matrix.shape[0], matrix.shape[1]))
 

@@ -1,6 +1,7 @@
 """Grouped GEMM of stacked experts with gradients: the training version of `experts.routed_experts`.
 
-Rows are sorted by expert, one product per expert and projection; the backward pass saves neither
+Dropless: every token reaches all its experts, without a capacity factor. Rows are sorted by expert,
+one product per expert and projection; the backward pass saves neither
 the gathered rows nor the activations.
 """
 

@@ -1,6 +1,8 @@
 """int8 and int4 weights: quantization, storage and dequantization (reference implementation).
 
-32 columns of a row are a group and share fp16 numbers:
+32 columns of a row are a group (group size 32) and share fp16 numbers. int8 is symmetric; int4 is
+asymmetric, with a minimum in place of an integer zero point. Values are rounded to nearest (RTN):
+no GPTQ, no AWQ.
 
     int8 (GGUF's Q8_0)  value = scale * q,            q in -127..127, scale = max |value| / 127
     int4 (GGUF's Q4_1)  value = scale * q + minimum,  q in 0..15, scale = (max - min) / 15
@@ -16,8 +18,8 @@ groups, and in a group
     weight_scale, weight_minimum [tiles, groups, 16] fp16
 
 Rows and columns that fill the last tile and group hold q = 0, rows a scale (and minimum) of 0. Also
-owns matrices of int8 rows with one scale each, for MLA's up-projections, which are read along both
-axes.
+owns matrices of int8 rows with one scale each (per-channel), for MLA's up-projections, which
+are read along both axes.
 """
 
 from collections.abc import Callable

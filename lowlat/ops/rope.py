@@ -56,8 +56,8 @@ def _llama3(inverse: Float[Tensor, "pairs"], rope: RopeConfig) -> Float[Tensor, 
 
 
 def _yarn(period: Float[Tensor, "pairs"], rope: RopeConfig, dim: int) -> Float[Tensor, "pairs"]:
-    """YaRN (arXiv 2309.00071 section 3.2): interpolate slow pairs, keep fast ones, a linear ramp
-    between.
+    """YaRN (arXiv 2309.00071 section 3.2, NTK-by-parts): interpolate slow pairs, keep fast ones,
+    a linear ramp between.
     """
     low, high = _yarn_ramp(rope, dim)
     ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)

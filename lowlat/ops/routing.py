@@ -54,8 +54,8 @@ def largest(values: Float[Tensor, "rows n"], count: int) -> Int[Tensor, "rows co
 def _keep_best_groups(
     choice: Float[Tensor, "tokens experts"], moe: MoEConfig
 ) -> Float[Tensor, "tokens experts"]:
-    """Group-limited routing: mask experts outside the `topk_group` best groups with -inf, because 0
-    would win over negative biased scores.
+    """Group-limited routing (node-limited in DeepSeek-V3, a group per node): mask experts outside
+    the `topk_group` best groups with -inf, because 0 would win over negative biased scores.
     """
     groups = choice.unflatten(-1, (moe.n_group, -1))
     best = min(2, groups.shape[-1]) if moe.topk_method == "noaux_tc" else 1

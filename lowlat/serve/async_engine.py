@@ -39,7 +39,7 @@ Deltas = list[tuple[Generation, CompletionDelta]]
 class AsyncEngine:
     """One model's engine in its own thread, for one event loop.
 
-    At most `max_queue` requests wait for their first step.
+    At most `max_queue` requests wait for their first step. There is no rate limit per client.
     """
 
     def __init__(self, model: Model, *, max_queue: int = MAX_QUEUE) -> None:

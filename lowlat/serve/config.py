@@ -40,7 +40,7 @@ class ServeConfig:
     max_connections: int = 2048
     """Open connections; one more gets 503 and is closed."""
     max_requests: int = 1024
-    """Concurrent HTTP requests with a body; more get 429."""
+    """Concurrent HTTP requests with a body; more get 429. No rate limit applies."""
     workers: int = 2
     """Threads for JSON, chat templates and tokenization."""
     max_waiting_work: int = 256

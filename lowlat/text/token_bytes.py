@@ -1,7 +1,8 @@
 """Bytes of single tokens, for byte-level and SentencePiece BPE vocabularies.
 
 Byte-level vocabularies write every byte as one visible character; SentencePiece vocabularies write
-a space as U+2581, and a byte without its own token as <0xNN>. `text.detokenize` joins the bytes.
+a space as U+2581, and characters without a token as bytes <0xNN> (byte fallback).
+`text.detokenize` joins the bytes.
 """
 
 import json

@@ -30,8 +30,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def parse_cache(name: str) -> torch.dtype | None:
-    """The torch dtype of a cache called `name` (bf16, int8); None for auto: that of activations.
-    Raises UserError for any other name.
+    """The torch dtype of a KV cache called `name` (kv_cache_dtype: bf16, int8); None for auto: that
+    of activations. Raises UserError for any other name.
     """
     if name not in ("auto", *CACHE_DTYPES):
         raise UserError(f"cache '{name}' is unknown; choose auto, {' or '.join(CACHE_DTYPES)}")

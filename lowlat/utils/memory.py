@@ -38,7 +38,8 @@ def memory_limit(root: Path = Path("/")) -> int:
 
 
 def is_larger_than_memory(weights_bytes: int) -> bool:
-    """Whether weights of this size do not fit: they are then read from their files repeatedly."""
+    """Whether weights of this size do not fit: memory-mapped, they are then read from their files
+    repeatedly (offload to disk), and the process does not run out of memory."""
     return weights_bytes > memory_limit() - RESERVE
 
 

@@ -11,15 +11,17 @@ from gguf import GGMLQuantizationType as Kind
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
+from lowlat.checkpoint.gguf import stored_blocks
 from lowlat.checkpoint.load import load_model
 from lowlat.cli.info import info
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.model.linear import Embedding, Linear
 from lowlat.model.native import NativeModel, supports_native, weight_bytes
 from lowlat.model.transformer import Transformer
-from lowlat.ops import native
+from lowlat.ops import gguf_blocks, native
 from tests.unit.checkpoint.builders import gqa, mla
 from tests.unit.checkpoint.gguf_files import write_gguf
+from tests.unit.checkpoint.test_packing import Counting
 
 from .inputs import assert_same_bits, thread_count
 from .test_step import (
@@ -103,6 +105,39 @@ def test_loading_keeps_blocks(tmp_path: Path, family: str, kind: Kind, split: bo
         assert_same_bits(own.dense_weight(torch.bfloat16), plain.weight)
     assert weight_bytes(kept) <= 1.05 * path.stat().st_size
     assert supports_native(kept)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["joined", "split"])
+def test_progress_counts_blocks(tmp_path: Path, split: bool) -> None:
+    path = gguf_of(tmp_path, "mla", Kind.Q8_0, split=split)
+    progress = Counting()
+    kept = load_model(path, keeps_blocks=True, progress=progress).model
+    assert progress.done == progress.total >= 0.99 * weight_bytes(kept)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0])
+def test_interleaving_needs_memory_for_all_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    """Interleaved rows are copies, which unlike views of the file cannot be dropped. Weights that
+    are not interleaved count, too."""
+    if not gguf_blocks.can_interleave(int(kind)):
+        pytest.skip("nothing is interleaved on this machine")
+    path = gguf_of(tmp_path, "mla", kind, split=True)
+
+    def load(memory: float) -> Transformer:
+        monkeypatch.setattr(stored_blocks, "is_larger_than_memory", lambda size: size > memory)
+        return load_model(path, keeps_blocks=True).model
+
+    def has_copies(model: Transformer) -> bool:
+        parts = [part for part in model.modules() if isinstance(part, Linear | Embedding)]
+        return any(part.is_interleaved for part in parts)
+
+    views = load(0)
+    assert not has_copies(views)
+    needed = weight_bytes(views)
+    assert not has_copies(load(0.98 * needed))
+    assert has_copies(load(1.4 * needed))
 
 
 @every_level

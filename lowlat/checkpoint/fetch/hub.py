@@ -1,4 +1,5 @@
-"""Models from the Hugging Face hub, through huggingface_hub: its cache, resuming and offline reuse.
+"""Models from the Hugging Face hub, through huggingface_hub: its cache, resuming and offline reuse,
+its environment variables HF_TOKEN (gated models), HF_ENDPOINT (mirrors) and HF_HUB_OFFLINE.
 
 Owns which files are downloaded and the wording of errors. `model_names` parses names,
 `gguf_variants` chooses by quantization tag, `resumable_download` fetches large files.

@@ -1,4 +1,5 @@
-"""Download large hub files into huggingface_hub's cache: resumed after interruption, checked.
+"""Download large hub files into huggingface_hub's cache, resume a download that was interrupted,
+and check the sha256.
 
 huggingface_hub itself starts a file over when its process was interrupted, and checks sizes only.
 Here the bytes received stay in `blobs/SHA256.lowlat.incomplete`, the next run requests the rest

@@ -1,8 +1,8 @@
 """Encode rows as GGUF types: plain floats, and the quantized blocks Q8_0 and Q4_1.
 
 K-quants (Q4_K, Q6_K, ...) are read (`file`), not written. Blocks hold the numbers of
-`ops.quantized` without loss, in another byte order. A block is 32
-columns of a row:
+`ops.quantized` without loss, in another byte order. No importance matrix (imatrix) is used. A block
+is 32 columns of a row:
 
     Q8_0  fp16 scale, 32 int8
     Q4_1  fp16 scale, fp16 minimum, 16 bytes: columns 0..15 in the low halves, 16..31 in the high

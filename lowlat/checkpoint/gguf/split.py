@@ -21,7 +21,8 @@ def open_parts(path: Path) -> GGUFFile:
     """
     given = GGUFFile(path)
     count = _integer(given, COUNT, 1)
-    if count == 1:
+    # gguf-split writes 0 into a file that it merged from parts
+    if count <= 1:
         return given
     name = _part_name(given, count)
     paths = [path.with_name(name.sibling(number + 1)) for number in range(count)]
@@ -43,7 +44,7 @@ def open_parts(path: Path) -> GGUFFile:
 
 def _integer(file: GGUFFile, key: str, default: int) -> int:
     value = file.metadata.get(key, default)
-    if type(value) is not int or value < 0 or (key == COUNT and not 1 <= value < 2**16):
+    if type(value) is not int or value < 0 or (key == COUNT and value >= 2**16):
         raise UserError(
             f"{file.path}: key {key!r} is {_shown(value)}, not a valid count; "
             "download the file again"

@@ -5,9 +5,11 @@ permuted rows of llama's q and k, and on AVX-512 types that are faster interleav
 fit into memory. Attention of exactly converted models is excluded: its padding lies inside blocks.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from lowlat.checkpoint.gguf.source import GGUFBlocks, blocks_of
@@ -21,6 +23,7 @@ from lowlat.ops.gguf_blocks import can_interleave, interleave, row_bytes
 from lowlat.ops.quantized import Empty
 from lowlat.utils.huge_pages import HugePageAllocator
 from lowlat.utils.memory import is_larger_than_memory
+from lowlat.utils.progress import Progress
 
 Readers = Mapping[str, Callable[[], Tensor]]
 """Parameter -> function that reads its blocks."""
@@ -32,7 +35,7 @@ def store_blocks(model: Transformer, plan: Sequence[Operation], source: TensorSo
     """Give every unfilled projection and embedding of `model` that `source` has in blocks this
     storage. Returns how its parameters are read.
     """
-    in_memory = not is_larger_than_memory(_block_bytes(plan, source))
+    in_memory = not is_larger_than_memory(_weight_bytes(source))
     readers: dict[str, Callable[[], Tensor]] = {}
     empty = HugePageAllocator().empty
     for step in plan:
@@ -57,13 +60,32 @@ def store_blocks(model: Transformer, plan: Sequence[Operation], source: TensorSo
     return readers
 
 
-def _block_bytes(plan: Sequence[Operation], source: TensorSource) -> int:
-    """Bytes of all matrices in blocks, without the halves of MLA's up-projections."""
+def read_blocks(
+    readers: Readers, parameters: Mapping[str, Tensor], progress: Progress
+) -> dict[str, Tensor]:
+    """The parameters of `readers`; the time goes into those that are interleaved."""
+    if not readers:
+        return {}
+    total = sum(parameters[name].nbytes for name in readers)
+    filled: dict[str, Tensor] = {}
+    with progress.task("Loading weights in blocks", total=total, unit="bytes") as task:
+        for name, read in readers.items():
+            filled[name] = read()
+            task.advance(filled[name].nbytes)
+    return filled
+
+
+def _weight_bytes(source: TensorSource) -> int:
+    """Bytes of all weights: matrices in blocks as stored, the others and MLA's up-projections in
+    bf16.
+    """
     total = 0
-    for step in plan:
-        if isinstance(step, Rename) and len(blocks := blocks_of(source.tensors[step.file])) == 1:
-            rows, columns = source.shape(step.file)
-            total += rows * row_bytes(blocks[0].kind, columns)
+    for tensor in source.tensors.values():
+        match blocks_of(tensor):
+            case (whole,):
+                total += tensor.shape[0] * row_bytes(whole.kind, tensor.shape[1])
+            case _:
+                total += math.prod(tensor.shape) * torch.bfloat16.itemsize
     return total
 
 

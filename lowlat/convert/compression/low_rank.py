@@ -33,7 +33,8 @@ class Factors:
     """maps ~ up @ down."""
 
     down: Float64[Tensor, "rank inputs"]
-    """The latent as a function of the input: channels of unit variance, by falling importance."""
+    """The latent as a function of the input: channels of unit variance (whitening), by falling
+    importance."""
     up: Float64[Tensor, "outputs rank"]
     """NoPE keys and values as functions of the latent."""
 
@@ -87,8 +88,8 @@ def plain_target(
 
 
 def factorize(target: LatentTarget, rank: int) -> Factors:
-    """The factorisation of least error: principal components of the outputs, between the square
-    roots of the metric.
+    """The factorisation of least error: principal components (PCA) of the outputs, between the
+    square roots of the metric.
     """
     root, inverse = _roots(target.metric)
     vectors = torch.linalg.eigh(root @ _moments(target) @ root).eigenvectors

@@ -1,7 +1,7 @@
 """OutputParser: streaming split of a completion's text into reasoning, content and tool calls.
 
-Parses the reasoning; `serve.tool_parsers` parse the calls, and `chat.template_features` detects the
-formats that a model uses.
+Parses the reasoning itself (reasoning parser in vLLM); `serve.tool_parsers` parse the calls,
+and `chat.template_features` detects the formats that a model uses.
 """
 
 from collections.abc import Generator

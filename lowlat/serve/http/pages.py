@@ -30,6 +30,7 @@ LOGIN_PATH = "/login"
 FOLDER = Path(__file__).parents[1] / "static"
 
 HTML = "text/html; charset=utf-8"
+# Content Security Policy (CSP): the page loads only its own files and connects to this server only.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src {style}; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "

@@ -1,4 +1,5 @@
-"""Structured outputs: OpenAI's response_format and vLLM's structured_outputs.
+"""Structured outputs: OpenAI's response_format and vLLM's structured_outputs (guided_json,
+guided_regex, ... in older versions of vLLM).
 
 `to_output` of each raises UserError above a limit. `serve.structured_outputs` compiles the outputs.
 """

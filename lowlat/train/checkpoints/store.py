@@ -90,7 +90,7 @@ class CheckpointStore:
     def write_async(
         self, step: int, tensors: Iterable[NamedTensor], metadata: Mapping[str, Any]
     ) -> None:
-        """`write` on a background thread; the tensors must not change any more.
+        """Async checkpoint: `write` on a background thread; the tensors must not change any more.
 
         Waits for the previous write, reports its failure, if any, and starts this write anyway.
         """

@@ -65,7 +65,7 @@ def use_fused_layers(model: nn.Module) -> None:
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Replace every decoder layer of `model`, MTP modules' included, by one with activation
-    checkpointing.
+    checkpointing (gradient checkpointing).
     """
     replace_modules(
         model,

@@ -2,7 +2,8 @@
 
 A sequence of T tokens is cut into two chunks per process; process i has chunks i and 2 n - 1 - i,
 so that causal attention is equal work for all (zig-zag, as in Llama 3, arXiv 2407.21783 section
-3.3.2). For MLA the latent KV entries are gathered, and every process expands all of them.
+3.3.2). For MLA the latent KV entries are gathered, and every process expands all of them. An
+all-gather takes the place of ring attention.
 """
 
 from collections.abc import Sequence

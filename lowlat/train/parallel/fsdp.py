@@ -30,8 +30,8 @@ def apply_fsdp(
     dtype: torch.dtype,
     ignored: set[nn.Parameter],
 ) -> None:
-    """Shard `model` over `mesh` (fsdp, or replicate and fsdp), and expert-parallel experts over
-    `expert_mesh`.
+    """Shard `model` over `mesh` (fsdp, or replicate and fsdp: HSDP), and expert-parallel experts
+    over `expert_mesh`.
 
     roots: modules whose forward is called. dtype: that of activations; modules with matrices only
     are all-gathered in it. Parameters in `ignored` are not sharded.

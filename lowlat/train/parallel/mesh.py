@@ -25,7 +25,8 @@ ALL_AXES = ("pipeline", "data", "context", "fsdp", "tensor")
 
 @final
 class ProcessMesh:
-    """Processes arranged along axes; ranks count with the last axis fastest.
+    """Processes arranged along axes; ranks count with the last axis fastest. The world size is the
+    product of all axes.
 
     The mesh is (pipeline, data, context, fsdp, tensor). Two views regroup the same processes:
 

@@ -3,7 +3,8 @@
 
 Column-parallel and row-parallel matrices, and the hooks that copy inputs and all-reduce outputs.
 MLA's latent projections, gates, norms, embedding and head are replicated, and so are the residual
-stream and the loss.
+stream and the loss: there is no sequence parallelism in Megatron's sense. `context` divides
+sequences.
 """
 
 from collections.abc import Iterator

@@ -26,7 +26,7 @@ from lowlat.train.step.trainable import cast_frozen, freeze_all_but_attention
 from lowlat.utils.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-"""Dtype of activations by precision."""
+"""Dtype of activations by precision. Modules cast explicitly, without autocast."""
 
 
 def new_model(

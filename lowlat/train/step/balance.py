@@ -1,5 +1,5 @@
 """Auxiliary-loss-free load balancing of experts (arXiv 2408.15664): expert load statistics,
-selection bias updates, and the sequence-wise balance loss (DeepSeek-V3 section 2.1.2).
+selection bias updates, and the sequence-wise balance loss (aux loss, DeepSeek-V3 section 2.1.2).
 
 A hook on every gate observes its routing; the model itself has no code for it.
 """

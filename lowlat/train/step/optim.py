@@ -1,5 +1,5 @@
 """AdamW and Muon over the parameters of a model: parameter groups, gradient clipping, and optimizer
-state by parameter name.
+state by parameter name. Both update fp32 master weights in place.
 """
 
 from collections.abc import Iterator, MutableMapping

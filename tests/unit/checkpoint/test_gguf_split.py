@@ -68,6 +68,13 @@ def test_a_file_of_one_part_may_have_any_name(whole: Path) -> None:
     assert load_model(odd).path == odd
 
 
+def test_a_file_that_was_merged_from_parts(tmp_path: Path) -> None:
+    """gguf-split --merge leaves the parts' keys in it, with a count of 0."""
+    path = tmp_path / "m-00001-of-00002.gguf"
+    path.write_bytes(gguf(split_keys(0, 0, 1), (info("a"),), SIX))
+    assert open_parts(path).read("a").tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 def split_keys(number: int, count: int = 2, tensors: int | None = 2) -> tuple[bytes, ...]:
     keys = [
         key("split.no", U16, struct.pack("<H", number)),
@@ -144,7 +151,6 @@ def test_malformed_parts(tmp_path: Path, kind: str) -> None:
         ("m-00001-of-00002.gguf", B, "is part 2 of 2.*rename it"),
         ("m-00001-of-00003.gguf", A, "is part 1 of 2.*rename it"),
         ("m-00001-of-00002.gguf", part(5, "a"), "'split.no' is 5, but there are 2 parts"),
-        ("m.gguf", gguf((key("split.count", U32, bytes(4)),)), "'split.count' is 0"),
         ("m.gguf", gguf((key("split.count", U32, b"\xff" * 4),)), "is 4294967295, not a valid"),
         ("m.gguf", gguf((key("split.count", TEXT, text("x" * 9999)),)), "not a valid count"),
         ("m.gguf", gguf((key("split.count", 7, b"\1"),)), "'split.count' is True"),
