@@ -12,7 +12,7 @@ import torch
 
 from lowlat.checkpoint.dequantized_source import dequantized_source
 from lowlat.checkpoint.fill_parameters import fill_parameters
-from lowlat.checkpoint.gguf.stored_blocks import Readers, store_blocks
+from lowlat.checkpoint.gguf.stored_blocks import Readers, read_blocks, store_blocks
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.mapping import check_tensors, operations, resolve_mtp_modules
 from lowlat.checkpoint.mapping_operations import Operation
@@ -98,7 +98,7 @@ def load_model(
     packed = store_packed(model, form) if form and config.packing is None else {}
     shown = progress or SilentProgress()
     filled = fill_parameters(source, plan, parameters, wanted, place, shown, packed)
-    filled |= {parameter: read().to(place) for parameter, read in readers.items()}
+    filled |= read_blocks(readers, parameters, shown)
     model.load_state_dict(filled, strict=True, assign=True)
     return LoadedModel(model=model, config=config, path=stored.path)
 

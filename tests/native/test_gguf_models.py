@@ -21,6 +21,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.ops import gguf_blocks, native
 from tests.unit.checkpoint.builders import gqa, mla
 from tests.unit.checkpoint.gguf_files import write_gguf
+from tests.unit.checkpoint.test_packing import Counting
 
 from .inputs import assert_same_bits, thread_count
 from .test_step import (
@@ -104,6 +105,14 @@ def test_loading_keeps_blocks(tmp_path: Path, family: str, kind: Kind, split: bo
         assert_same_bits(own.dense_weight(torch.bfloat16), plain.weight)
     assert weight_bytes(kept) <= 1.05 * path.stat().st_size
     assert supports_native(kept)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["joined", "split"])
+def test_progress_counts_blocks(tmp_path: Path, split: bool) -> None:
+    path = gguf_of(tmp_path, "mla", Kind.Q8_0, split=split)
+    progress = Counting()
+    kept = load_model(path, keeps_blocks=True, progress=progress).model
+    assert progress.done == progress.total >= 0.99 * weight_bytes(kept)
 
 
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0])

@@ -23,6 +23,7 @@ from lowlat.ops.gguf_blocks import can_interleave, interleave, row_bytes
 from lowlat.ops.quantized import Empty
 from lowlat.utils.huge_pages import HugePageAllocator
 from lowlat.utils.memory import is_larger_than_memory
+from lowlat.utils.progress import Progress
 
 Readers = Mapping[str, Callable[[], Tensor]]
 """Parameter -> function that reads its blocks."""
@@ -57,6 +58,21 @@ def store_blocks(model: Transformer, plan: Sequence[Operation], source: TensorSo
                 assert isinstance(attention, MLA)
                 readers |= _store_halves(module, path, attention.dims, keys, values)
     return readers
+
+
+def read_blocks(
+    readers: Readers, parameters: Mapping[str, Tensor], progress: Progress
+) -> dict[str, Tensor]:
+    """The parameters of `readers`; the time goes into those that are interleaved."""
+    if not readers:
+        return {}
+    total = sum(parameters[name].nbytes for name in readers)
+    filled: dict[str, Tensor] = {}
+    with progress.task("Loading weights in blocks", total=total, unit="bytes") as task:
+        for name, read in readers.items():
+            filled[name] = read()
+            task.advance(filled[name].nbytes)
+    return filled
 
 
 def _weight_bytes(source: TensorSource) -> int:

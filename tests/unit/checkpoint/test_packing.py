@@ -53,7 +53,7 @@ class Counting:
 
     @contextmanager
     def task(self, label: str, total: int | None = None, unit: Unit = "items") -> Iterator[Task]:
-        self.total = total or 0
+        self.total += total or 0
         yield self
 
 

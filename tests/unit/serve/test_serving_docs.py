@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from lowlat.cli.main import app
 from lowlat.engine import params
+from lowlat.engine.scheduler import MAX_SEQUENCES
 from lowlat.generate import grammar_worker, structured
 from lowlat.generate.params import MAX_STOP_LENGTH, MAX_STOPS
 from lowlat.serve.config import ServeConfig
@@ -90,7 +91,9 @@ def test_limits_are_those_of_the_code() -> None:
         "open connections": f"{config.max_connections:,}, or less by the limit on open files",
         "time for headers; for the body": f"{config.header_seconds:g} s; {config.body_seconds:g} s",
         "JSON nesting, also in arguments of past calls": f"{limits.MAX_JSON_DEPTH}",
-        "concurrent requests": f"{config.max_requests:,}, of which `--max-queue` wait",
+        "open requests, streams included": f"{config.max_requests:,}",
+        "requests waiting for their first step": "`--max-queue`",
+        "completions in a batch": f"{MAX_SEQUENCES}",
         "messages; parts per message": f"{limits.MAX_MESSAGES:,}; {limits.MAX_CONTENT_PARTS}",
         "prompts times `n`; `n`": f"{limits.MAX_PROMPTS}; {params.MAX_N}",
         "completions per request x (`top_logprobs` + 1)": f"{limits.MAX_LOGPROBS}",
