@@ -1,5 +1,5 @@
-"""Mapping between Hugging Face tensor names (model.layers.N.self_attn.kv_b_proj.weight) and model
-parameters: names, MTP layers, strict checks.
+"""Key mapping between Hugging Face tensor names (model.layers.N.self_attn.kv_b_proj.weight) and
+model parameters: names, MTP layers, strict checks.
 
 `mapping_operations` holds the operations chosen here; `check_tensors` makes every missing,
 left-over or misshapen tensor an error.

@@ -1,4 +1,4 @@
-"""Shards of a Hugging Face checkpoint folder: file names, the index, and their planned layout."""
+"""Sharded checkpoint of a Hugging Face folder: file names, the index, and their planned layout."""
 
 import json
 from collections.abc import Iterable, Mapping

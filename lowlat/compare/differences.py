@@ -1,4 +1,4 @@
-"""Numerical differences of two traces, part by part, summed over windows."""
+"""Numerical differences of two traces, layer by layer and part by part, summed over windows."""
 
 import math
 from dataclasses import dataclass, field

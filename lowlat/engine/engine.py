@@ -36,9 +36,9 @@ class Engine:
     """Generates tokens for any number of requests at once (continuous batching).
 
     `context` is the most tokens that prompt and output may have together. The output of a request
-    depends on the request alone: not on the batch composition, the limits, the prefix cache or
-    speculative decoding. Without native kernels this holds up to PyTorch's rounding, which depends
-    on the number of rows of a step.
+    depends on the request alone: not on the batch composition (batch invariance), the limits, the
+    prefix cache or speculative decoding. Without native kernels this holds up to PyTorch's
+    rounding, which depends on the number of rows of a step.
     """
 
     def __init__(

@@ -34,7 +34,8 @@ class PageAllocator:
         # A heap: the lowest number is taken first, so the pages of a lone sequence are contiguous
         # and its entries can be read in place.
         self._free = list(range(num_pages))
-        # LRU, least recently released first. Finding a plain dict's first key scans removed keys.
+        # LRU eviction, least recently released first. Finding a plain dict's first key scans
+        # removed keys.
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._on_evict: Callable[[int], None] | None = None
 

@@ -1,5 +1,5 @@
-"""Automatic prefix caching: an index from tokens to KV cache pages by a chain of SHA-256 block
-hashes (block: page), as in vLLM; not a radix tree.
+"""Automatic prefix caching (prompt caching): an index from tokens to KV cache pages by a chain
+of SHA-256 block hashes (block: page), as in vLLM; not a radix tree.
 
 Owns the index; `engine.page_allocator` owns the pages' states and evicts them.
 """

@@ -1,5 +1,5 @@
-"""fp8-e4m3 weights with one fp32 scale per block (DeepSeek-V3 section 3.3): W = W_fp8 *
-weight_scale_inv.
+"""fp8-e4m3 weights with one fp32 scale per block, block-wise quantization (DeepSeek-V3
+section 3.3): W = W_fp8 * weight_scale_inv.
 
 Blocks start at row and column 0 on a ceil grid; the last ones may be smaller.
 """

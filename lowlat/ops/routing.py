@@ -54,7 +54,7 @@ def largest(values: Float[Tensor, "rows n"], count: int) -> Int[Tensor, "rows co
 def _keep_best_groups(
     choice: Float[Tensor, "tokens experts"], moe: MoEConfig
 ) -> Float[Tensor, "tokens experts"]:
-    """Group-limited routing (node-limited in DeepSeek-V3, a group per node): mask experts outside
+    """Group-limited routing (node-limited in DeepSeek-V3: a group per node): mask experts outside
     the `topk_group` best groups with -inf, because 0 would win over negative biased scores.
     """
     groups = choice.unflatten(-1, (moe.n_group, -1))

@@ -1,4 +1,4 @@
-"""KV cache budget: how latent and rotary channels are allocated to the layers.
+"""KV cache budget: how latent and rotary channels are allocated to the layers (rank allocation).
 
 In the standard layout all layers have the same widths. In the free layout a Lagrange multiplier
 minimises the total predicted error under a limit on the average width.

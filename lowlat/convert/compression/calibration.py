@@ -1,4 +1,4 @@
-"""Calibration text: windows of tokens for compression statistics and held-out loss."""
+"""Calibration data (text): windows of tokens for compression statistics and held-out loss."""
 
 import gzip
 import hashlib

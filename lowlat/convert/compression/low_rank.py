@@ -78,7 +78,8 @@ def balanced_target(
 def plain_target(
     weights: AttentionWeights, statistics: LayerStatistics, keys: DecoupledKeys
 ) -> LatentTarget:
-    """Joint SVD of the matrices, independent of the inputs (MHA2MLA, arXiv 2502.14837)."""
+    """Joint truncated SVD of the matrices, independent of the inputs (MHA2MLA, arXiv
+    2502.14837)."""
     maps = _joined(weights, keys)
     return LatentTarget(
         maps=maps,

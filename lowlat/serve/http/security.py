@@ -107,7 +107,8 @@ class SecurityMiddleware:
         return self._match_cookie(_cookie(cookies))
 
     def _match(self, digest: bytes) -> "_Key | None":
-        # All keys are compared, so that the response time does not depend on which one matches.
+        # Against timing attacks all keys are compared: the response time does not depend on which
+        # one matches.
         found = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
         return found[0] if found else None
 

@@ -1,4 +1,4 @@
-"""Tool parser interface: parsing and grammar of a tool-call format.
+"""Tool parser interface (function calling): parsing and grammar of a tool-call format.
 
 Each format has its own module.
 """

@@ -39,7 +39,7 @@ class StepPlan:
 
 
 def value_at(schedule: Schedule, step: int, steps: int) -> float:
-    """Schedule of the learning rate and other values: warmup, constant, linear and cosine decay.
+    """Learning rate schedule, also of other values: warmup, constant, linear and cosine decay.
 
     `step` counts from 0 in a phase of `steps` steps. A segment of n steps reaches its end value at
     its n-th step, so a warmup starts above 0. After the last segment its end value holds.
