@@ -75,6 +75,7 @@ def load_model(
     stored = checkpoint if isinstance(checkpoint, TensorSource) else open_checkpoint(checkpoint)
     source = stored
     config = resolve_mtp_modules(read_config(source), source)
+    file = config
     is_packed, keeps = config.packing is not None, dtype in ("auto", "bf16", config.packing)
     if (is_packed and not keeps) or (config.quantization is not None and wanted is not None):
         # quantization rounds once, from the exact values
@@ -84,7 +85,7 @@ def load_model(
     if form and config.packing is None:
         model.add_head()
     parameters = model.state_dict()
-    plan = operations(config, parameters, pads=not is_packed)
+    plan = operations(config, parameters, stored=file)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     check_tensors(config, source, plan, shapes)
     readers = _keep_blocks(model, plan, source, dtype, place) if keeps_blocks else {}

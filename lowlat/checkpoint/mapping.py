@@ -41,17 +41,19 @@ _log = logging.getLogger(__name__)
 
 
 def operations(
-    config: ModelConfig, parameters: Iterable[str], *, pads: bool = True
+    config: ModelConfig, parameters: Iterable[str], *, stored: ModelConfig | None = None
 ) -> list[Operation]:
     """The operations that cover every one of `parameters` (names in the state dict) once.
 
-    pads: latents of exactly converted models are padded in the file (not if weights are packed).
+    stored: config of the file, if `config` is that of its dequantized weights: the file pads no
+    latents if its weights are packed, and stacks no experts if they are quantized.
     """
-    converted = _padded_attention(config) if pads and config.packing is None else None
+    file = stored or config
+    converted = _padded_attention(config) if file.packing is None else None
     padded = [] if converted is None else parameter_names(converted)
     # packed files have a separate head
     reads_embedding = config.tie_word_embeddings and config.packing is None
-    stacks = _stacks_experts(config)
+    stacks = _stacks_experts(file)
     known = dict.fromkeys(parameters)
     result: list[Operation] = []
     for parameter in known:

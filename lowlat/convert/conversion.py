@@ -69,7 +69,7 @@ class Conversion:
         # fp32 for quantised storage types, so that weights are rounded once, when written
         dtype = PLAIN.get(self.storage_type or "bf16", torch.float32)
         source, config = dequantized_source(self.tensors, self.config, dtype)
-        return SourceWeights(source, config, pads=self.config.packing is None)
+        return SourceWeights(source, config, stored=self.config)
 
     def stored_dtype(self) -> str:
         """Name of the storage type; for auto, the type of the widest attention matrix."""

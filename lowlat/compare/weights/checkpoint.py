@@ -33,6 +33,7 @@ class CheckpointWeights:
     def __init__(self, path: Path) -> None:
         self._stored = open_checkpoint(path)
         config = resolve_mtp_modules(read_config(self._stored), self._stored)
+        self._file_config = config
         self._source, self.config = dequantized_source(self._stored, config, torch.float32)
         self._packing = config.packing
         self._kinds = {} if path.is_dir() else _block_types(path)
@@ -47,7 +48,7 @@ class CheckpointWeights:
         with torch.device("meta"):
             parameters = Transformer(config).state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-        for step in operations(config, shapes, pads=self._packing is None):
+        for step in operations(config, shapes, stored=self._file_config):
             # Peers may run files that lack a tensor, or have it in another shape.
             wanted = step.file_shapes(shapes)
             if all(self._source_shape(name) == shape for name, shape in wanted.items()):

@@ -51,15 +51,15 @@ class Weights(ABC):
 class SourceWeights(Weights):
     """A checkpoint's parameters, with checked names and shapes, and without padding of latents.
 
-    source, config: without fp8 blocks and packed weights (`dequantized_source`). pads: whether the
-    checkpoint pads the latents of an exactly converted model.
+    source, config: without fp8 blocks and packed weights (`dequantized_source`).
+    stored: config of the checkpoint.
     """
 
-    def __init__(self, source: TensorSource, config: ModelConfig, *, pads: bool) -> None:
+    def __init__(self, source: TensorSource, config: ModelConfig, *, stored: ModelConfig) -> None:
         self._source = source
         self.config = config
         shapes = parameter_shapes(config)
-        plan = operations(config, shapes, pads=pads)
+        plan = operations(config, shapes, stored=stored)
         check_tensors(config, source, plan, shapes)
         self._steps = {name: step for step in plan for name in step.parameters()}
         self._files = {
