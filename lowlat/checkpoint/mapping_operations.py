@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowlat.checkpoint import padded_latent as padding
 from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.config.hf.padded_latent import padded_rank
 from lowlat.config.model import MLAConfig
 from lowlat.utils.errors import UserError
 
@@ -118,13 +119,28 @@ class PadLatent(Operation):
     attention: MLAConfig
 
     def file_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-        # bool: a byte per element, so that the sizes of no config overflow 64 bits
-        empty = {
-            name: torch.empty(shapes[self.parameter_prefix + name], dtype=torch.bool, device="meta")
-            for name in parameter_names(self.attention)
+        rows, hidden = shapes[self.parameter_prefix + "kv_a_proj_with_mqa.weight"]
+        out, rank = shapes[self.parameter_prefix + "kv_b_proj.weight"]
+        q_rows, _ = shapes[self.parameter_prefix + "q_proj.weight"]
+        width, q_width = padded_rank(rank), padded_rank(hidden)
+        result = {
+            "kv_a_proj_with_mqa.weight": (rows - rank + width, hidden),
+            "kv_a_proj_with_mqa.bias": (rows - rank + width,),
+            "kv_a_layernorm.weight": (width,),
+            "kv_b_proj.weight": (out, width),
+            "o_proj.weight": shapes[self.parameter_prefix + "o_proj.weight"],
+            "o_proj.bias": (hidden,),
         }
-        padded = padding.pad_latent(empty, self.attention)
-        return {self.file_prefix + name: tuple(tensor.shape) for name, tensor in padded.items()}
+        if self.attention.q_bias:
+            result |= {
+                "q_a_proj.weight": (q_width, hidden),
+                "q_a_proj.bias": (q_width,),
+                "q_a_layernorm.weight": (q_width,),
+                "q_b_proj.weight": (q_rows, q_width),
+            }
+        else:
+            result["q_proj.weight"] = (q_rows, hidden)
+        return {self.file_prefix + name: shape for name, shape in result.items()}
 
     def parameters(self) -> list[str]:
         return [self.parameter_prefix + name for name in parameter_names(self.attention)]

@@ -1,10 +1,14 @@
 """The latents of exactly converted models in files: hand-made numbers, and the norm as identity."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from lowlat.checkpoint.mapping_operations import PadLatent
 from lowlat.checkpoint.padded_latent import (
     pad_bias,
     pad_columns,
@@ -15,6 +19,8 @@ from lowlat.checkpoint.padded_latent import (
 from lowlat.config.model import MLAConfig
 from lowlat.ops.norm import rms_norm
 from lowlat.utils.errors import UserError
+
+from .builders import FAMILIES, write_model
 
 HIDDEN, RANK, ROPE, HEADS, VALUE = 70, 3, 4, 2, 5
 
@@ -125,3 +131,22 @@ def test_damage(name: str) -> None:
     DAMAGE[name](tensors)
     with pytest.raises(UserError, match=f"tensor 'x.{name}': it"):
         unpad_latent(tensors.__getitem__, config, "x.")
+
+
+@pytest.mark.parametrize("config", [attention(biased=False), attention(biased=True)])
+def test_shapes_in_files(config: MLAConfig) -> None:
+    """Shapes are checked before a tensor is read; they are those that saving writes."""
+    tensors = {f"l.{name}": tensor for name, tensor in layer(config).items()}
+    operation = PadLatent("file.l.", "l.", config)
+    expected = operation.file_shapes({name: tuple(t.shape) for name, t in tensors.items()})
+    assert expected == {name: tuple(t.shape) for name, t in operation.save(tensors.__getitem__)}
+
+
+def test_loading_imports_no_compiler(tmp_path: Path) -> None:
+    """torch._dynamo takes a second to import, and triton with it."""
+    write_model(tmp_path / "m", FAMILIES["llama-converted"])
+    program = (
+        "import sys; from lowlat.checkpoint.load import load_model; from pathlib import Path; "
+        f"load_model(Path({str(tmp_path / 'm')!r})); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
