@@ -45,10 +45,8 @@ def contradictions() -> Iterator[Case]:
         ("best_of below n", COMPLETIONS, {"best_of": 1, "n": 2}, "best_of"),
         ("two functions of one name", CHAT, two, "tools"),
         ("a choice without tools", CHAT, {"tool_choice": "required"}, "tool_choice"),
-        ("auto without tools", CHAT, {"tool_choice": "auto"}, "tool_choice"),
         ("a named choice without tools", CHAT, {"tool_choice": named}, "tool_choice"),
         ("a choice of none of them", CHAT, {**tools, "tool_choice": named}, "tool_choice"),
-        ("parallel without tools", CHAT, {"parallel_tool_calls": False}, "parallel_tool_calls"),
         ("two forms", CHAT, {**json_form, field: {"regex": "a"}}, field),
         ("no form", CHAT, {field: {}}, field),
         ("only nulls as form", CHAT, {field: {"regex": None}}, field),
@@ -81,10 +79,10 @@ def unsupported() -> Iterator[Case]:
         "audio best_of chat_template documents add_generation_prompt continue_final_message echo"
         " function_call functions guided_json guided_regex guided_grammar guided_choice"
         " guided_decoding_backend include_reasoning length_penalty lora_request mirostat"
-        " mm_processor_kwargs model_path num_beams prediction prompt prompt_logprobs prompt_embeds"
-        " prompt_cache_key prompt_cache_retention reasoning_effort repeat_penalty allowed_token_ids"
+        " mm_processor_kwargs model_path num_beams prompt prompt_logprobs prompt_embeds"
+        " repeat_penalty allowed_token_ids"
         " bad_words skip_special_tokens stop_token_ids spaces_between_special_tokens"
-        " truncate_prompt_tokens typical_p use_beam_search verbosity web_search_options min_tokens"
+        " truncate_prompt_tokens typical_p use_beam_search web_search_options min_tokens"
         " kv_transfer_params cache_salt request_id logits_processors return_token_ids"
     )
     for name in chat.split():
@@ -92,10 +90,7 @@ def unsupported() -> Iterator[Case]:
     texts = "suffix messages chat_template best prompt_embeds min_tokens tools response_format"
     for name in texts.split():
         yield bad_field(f"a completion with {name}", COMPLETIONS, {name: 1}, name, "not supported")
-    responses = (
-        "messages max_tokens reasoning prompt n stop seed logit_bias top_logprobs stream_options"
-        " max_tool_calls prompt_cache_key moderation"
-    )
+    responses = "messages max_tokens prompt n stop seed logit_bias top_logprobs moderation"
     for name in responses.split():
         yield bad_field(f"a response with {name}", RESPONSES, {name: 1}, name, "not supported")
     for path, body in BODIES.items():
@@ -124,7 +119,6 @@ def contents(url: str) -> Iterator[Case]:
         {"type": "refusal", "refusal": "no"},
         {"type": "image_embeds", "image_embeds": "AAAA"},
         {"type": "thinking", "thinking": "x"},
-        {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}},
         {"type": "text"},
         {"text": "x"},
         {"type": "Text", "text": "x"},
@@ -133,8 +127,6 @@ def contents(url: str) -> Iterator[Case]:
         name = f"{part.get('type')} in a message ({number})"
         place = "messages[0].content[0]"
         match part:
-            case {"type": "text", "text": _}:
-                param = f"{place}.cache_control"
             case {"type": "text"}:
                 param = f"{place}.text"
             case _:

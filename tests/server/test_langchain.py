@@ -96,8 +96,8 @@ def test_a_wrong_field_is_named(model: ChatOpenAI) -> None:
         model.bind(temperature=3.0).invoke("Hello")
     assert (caught.value.status_code, caught.value.param) == (400, "temperature")
     assert caught.value.type == "invalid_request_error"
-    with pytest.raises(openai.BadRequestError, match="reasoning_effort is not supported"):
-        model.bind(reasoning_effort="low").invoke("Hello")
+    with pytest.raises(openai.BadRequestError, match="functions is not supported"):
+        model.bind(functions=[]).invoke("Hello")
     with pytest.raises(openai.BadRequestError) as caught:
         list(model.bind(stop=["x" * 300]).stream("Hello"))
     assert str(caught.value.param).startswith("stop")

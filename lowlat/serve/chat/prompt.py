@@ -39,6 +39,8 @@ class PreparedChat:
     """Special tokens whose text the parser needs."""
     make_parser: Callable[[], OutputParser]
     """Creates the parser of one completion."""
+    used_hints: frozenset[str]
+    """Hints of the request that have an effect with this model's chat template."""
 
 
 def prepare_chat(model: Model, request: ChatRequest) -> PreparedChat:
@@ -49,7 +51,9 @@ def prepare_chat(model: Model, request: ChatRequest) -> PreparedChat:
     """
     features = TemplateFeatures.of(model.tokenizer)
     tools = _offered_tools(features, request)
-    ids = _encode(model, features, request, tools)
+    given = _given_variables(features, request)
+    from_hints = features.effort_variables(request.reasoning_effort)
+    ids = _encode(model, features, request, tools, {**from_hints, **given})
     thinking = features.thinking(ids)
     structured = _constraint(features, request, tools, thinking)
     if structured is not None:
@@ -64,6 +68,7 @@ def prepare_chat(model: Model, request: ChatRequest) -> PreparedChat:
         make_parser=lambda: OutputParser(
             marks=features.reasoning, thinking=thinking, tools=parser, schemas=schemas
         ),
+        used_hints=frozenset({"reasoning_effort"} if from_hints.keys() - given.keys() else ()),
     )
 
 
@@ -80,12 +85,15 @@ def _offered_tools(features: TemplateFeatures, request: ChatRequest) -> list[Too
 
 
 def _encode(
-    model: Model, features: TemplateFeatures, request: ChatRequest, tools: list[Tool]
+    model: Model,
+    features: TemplateFeatures,
+    request: ChatRequest,
+    tools: list[Tool],
+    variables: dict[str, Any],
 ) -> list[int]:
     messages = template_messages(features, request.messages)
     check_text_size(model, (str(message.get("content") or "") for message in messages), "messages")
     described = [_described(tool.function) for tool in tools] or None
-    variables = _variables(features, request)
     with about("messages"):
         ids = encode_chat(model.tokenizer, messages, tools=described, **variables)
     if not 1 <= len(ids) < model.context:
@@ -115,7 +123,7 @@ def _enforced_schema(function: Function, *, is_strict: bool) -> dict[str, object
     return {"type": "object", **(function.parameters if is_strict else {})}
 
 
-def _variables(features: TemplateFeatures, request: ChatRequest) -> dict[str, Any]:
+def _given_variables(features: TemplateFeatures, request: ChatRequest) -> dict[str, Any]:
     field = "chat_template_kwargs"
     given = request.chat_template_kwargs or {}
     for name, value in given.items():

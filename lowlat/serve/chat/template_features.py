@@ -40,6 +40,10 @@ VARIABLES: Mapping[str, tuple[Any, ...]] = {
     "reasoning_effort": ("low", "medium", "high"),
 }
 """Template variables that a request may set, with the allowed values."""
+SWITCHES = ("enable_thinking", "thinking")
+"""Template variables that turn reasoning on and off."""
+LEVELS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
+"""Efforts of OpenAI's API -> the nearest that templates know."""
 ROLES = ("system", "developer", "user", "assistant")
 PROBE = "probe_7f3a"
 TAIL = 32
@@ -94,6 +98,14 @@ class TemplateFeatures:
         if tail.endswith(self.reasoning.open):
             return "begun"
         return "never" if tail.endswith(self.reasoning.close) else "maybe"
+
+    def effort_variables(self, effort: str | None) -> dict[str, bool | str]:
+        """Template variables for a reasoning_effort; none and minimal turn reasoning off."""
+        if effort is None:
+            return {}
+        values: dict[str, bool | str] = dict.fromkeys(SWITCHES, effort not in ("none", "minimal"))
+        values["reasoning_effort"] = LEVELS.get(effort, effort)
+        return {name: value for name, value in values.items() if name in self.variables}
 
     def keep_special(self, *, thinking: ReasoningMode, tools: bool) -> frozenset[int]:
         """Ids of special tokens whose text the parser needs."""

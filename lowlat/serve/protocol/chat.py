@@ -1,7 +1,7 @@
 """ChatRequest: the body of POST /v1/chat/completions.
 
-Unsupported fields of OpenAI's API are rejected by name, never ignored. Some are accepted with their
-default value only, because clients send it.
+Unsupported fields of OpenAI's API are rejected by name if they change the answer; hints are
+accepted (`protocol.hints`).
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -10,10 +10,18 @@ from pydantic import Field, model_validator
 
 from lowlat.generate.params import SamplingParams
 from lowlat.serve.protocol import limits
-from lowlat.serve.protocol.base import Name, OnlyFalse
+from lowlat.serve.protocol.base import Name
 from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.protocol.hints import Hint, Ignored, TemplateHint
 from lowlat.serve.protocol.messages import Message, NamedTool, Tool, ToolChoice
-from lowlat.serve.protocol.sampling import MaxTokens, Metadata, SamplingRequest, TopLogprobs
+from lowlat.serve.protocol.sampling import (
+    HintText,
+    MaxTokens,
+    Metadata,
+    ReasoningEffort,
+    SamplingRequest,
+    TopLogprobs,
+)
 from lowlat.serve.protocol.structured_outputs import ResponseFormat, StructuredOutputs, TextFormat
 
 TemplateVariable = bool | int | Annotated[str, Field(max_length=limits.MAX_ID)]
@@ -23,8 +31,7 @@ class ChatRequest(SamplingRequest):
     """A chat to complete."""
 
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
-        "audio function_call functions prediction prompt_cache_key prompt_cache_retention"
-        " reasoning_effort verbosity web_search_options".split()
+        {"audio", "function_call", "functions", "web_search_options"}
     )
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
@@ -36,10 +43,13 @@ class ChatRequest(SamplingRequest):
     """Whether to return each token's log-probability."""
     top_logprobs: TopLogprobs | None = None
     """How many of the most likely tokens to return per position; requires logprobs."""
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=limits.MAX_TOOLS)] | None = None
-    tool_choice: ToolChoice | None = None
+    tools: Annotated[
+        Annotated[list[Tool], Field(max_length=limits.MAX_TOOLS)] | None,
+        Ignored(when=lambda chat: not chat.tools),
+    ] = None
+    tool_choice: Annotated[ToolChoice | None, Ignored(when=lambda chat: not chat.tools)] = None
     """Default auto with tools, none without."""
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Annotated[bool | None, Ignored(when=lambda chat: not chat.tools)] = None
     """Whether the model may call several functions at once. Default true."""
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -49,16 +59,20 @@ class ChatRequest(SamplingRequest):
         | None
     ) = None
     """Variables for the model's chat template, such as enable_thinking."""
-    metadata: Metadata | None = None
-    """An annotation without effect."""
-    safety_identifier: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
-    """An annotation without effect."""
-    store: OnlyFalse | None = None
-    """Nothing is stored."""
-    service_tier: Literal["auto", "default"] | None = None
-    """There is one tier."""
+    reasoning_effort: TemplateHint[ReasoningEffort | None] = None
+    """Turns reasoning on or off if the chat template can; none and minimal turn it off."""
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     """Text only."""
+    metadata: Hint[Metadata | None] = None
+    safety_identifier: Hint[HintText | None] = None
+    store: Annotated[bool | None, Ignored(when=lambda chat: chat.store)] = None
+    """Chats are not stored."""
+    service_tier: Hint[HintText | None] = None
+    verbosity: Hint[HintText | None] = None
+    prediction: Hint[dict[str, object] | None] = None
+    prompt_cache_key: Hint[HintText | None] = None
+    prompt_cache_retention: Hint[HintText | None] = None
+    client_metadata: Hint[dict[str, object] | None] = None
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
@@ -95,12 +109,8 @@ class ChatRequest(SamplingRequest):
         if len(set(names)) < len(names):
             raise RequestError("tools: two functions have the same name; rename one", param="tools")
         if not names:
-            if self.tool_choice not in (None, "none"):
+            if self.tool_choice not in (None, "none", "auto"):
                 raise RequestError("tool_choice requires tools; set them", param="tool_choice")
-            if self.parallel_tool_calls is not None:
-                raise RequestError(
-                    "parallel_tool_calls requires tools; leave it out", param="parallel_tool_calls"
-                )
         elif isinstance(self.tool_choice, NamedTool):
             if self.tool_choice.function.name not in names:
                 raise RequestError(

@@ -13,6 +13,10 @@ from lowlat.serve.protocol.base import (
     Name,
     StrictModel,
 )
+from lowlat.serve.protocol.hints import Hint, Ignored
+
+CacheControl = Hint[dict[str, object] | None]
+"""Anthropic's mark of a prefix to cache; every prefix is cached."""
 
 
 class Function(StrictModel):
@@ -29,6 +33,7 @@ class Function(StrictModel):
 class Tool(StrictModel):
     type: Literal["function"]
     function: Function
+    cache_control: CacheControl = None
 
 
 class CalledFunction(StrictModel):
@@ -64,6 +69,7 @@ class TextPart(StrictModel):
 
     type: Literal["text"]
     text: str
+    cache_control: CacheControl = None
 
 
 Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=limits.MAX_CONTENT_PARTS)]
@@ -76,6 +82,7 @@ class SystemMessage(StrictModel):
     role: Literal["system", "developer"]
     content: Content
     name: Name | None = None
+    cache_control: CacheControl = None
 
 
 class UserMessage(StrictModel):
@@ -84,6 +91,7 @@ class UserMessage(StrictModel):
     role: Literal["user"]
     content: Content
     name: Name | None = None
+    cache_control: CacheControl = None
 
 
 class AssistantMessage(StrictModel):
@@ -94,9 +102,11 @@ class AssistantMessage(StrictModel):
     reasoning_content: str | None = None
     """The reasoning before the content."""
     name: Name | None = None
-    tool_calls: (
-        Annotated[list[ToolCall], Field(min_length=1, max_length=limits.MAX_TOOLS)] | None
-    ) = None
+    cache_control: CacheControl = None
+    tool_calls: Annotated[
+        Annotated[list[ToolCall], Field(max_length=limits.MAX_TOOLS)] | None,
+        Ignored(when=lambda message: not message.tool_calls),
+    ] = None
     # Responses contain these as null or empty, and clients send them back.
     refusal: None = None
     annotations: Annotated[list[str], Field(max_length=0)] | None = None
@@ -111,6 +121,7 @@ class ToolMessage(StrictModel):
     content: Content
     tool_call_id: Id
     name: Name | None = None
+    cache_control: CacheControl = None
 
 
 Message = Annotated[

@@ -4,7 +4,7 @@ Applies OpenAI's defaults where they differ from the engine's. Ranges are in `en
 and `generate.params`.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ from lowlat.generate.params import (
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import GenerationRequest, StrictModel
 from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.protocol.hints import Hint
 
 DEFAULT_TEMPERATURE = 1.0
 LOWEST_TEMPERATURE = 1e-4
@@ -42,9 +43,14 @@ Metadata = Annotated[
 ]
 
 
+HintText = Annotated[str, Field(max_length=limits.MAX_ID)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class StreamOptions(StrictModel):
     include_usage: bool | None = None
     """Whether a last chunk without choices reports the usage."""
+    include_obfuscation: Hint[bool | None] = None
 
 
 class SamplingRequest(GenerationRequest):
@@ -70,8 +76,7 @@ class SamplingRequest(GenerationRequest):
     ignore_eos: bool | None = None
     """Continue after the end-of-sequence token; not with structured outputs."""
     stream_options: StreamOptions | None = None
-    user: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
-    """An annotation without effect."""
+    user: Hint[HintText | None] = None
 
     @property
     def includes_usage(self) -> bool:

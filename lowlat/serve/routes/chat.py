@@ -163,6 +163,7 @@ async def submit_chat(ctx: RequestContext, request: ChatRequest) -> PreparedChat
     """Submit the chat to the engine; returns the prepared request with its parser."""
     state = ctx.state
     prepared = await state.workers.run(prepare_chat, state.model, request)
+    ctx.ignored -= prepared.used_hints
     grammar = None
     if prepared.structured is not None:
         with _renamed_max_tokens(request):

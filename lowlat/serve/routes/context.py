@@ -29,6 +29,8 @@ class RequestContext:
         self.priority = 0
         self.deadline: int | float | None = None
         """Seconds from arrival; None: the server's maximum."""
+        self.ignored: set[str] = set()
+        """Paths of the request's hints that have no effect."""
         self.constraint_field = ""
         """The request field that constrains the output, for errors of its grammar."""
         self._num_completions = 0

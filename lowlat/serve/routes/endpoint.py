@@ -18,6 +18,7 @@ from lowlat.serve.http.body import Disconnected, check_json_headers, parse_objec
 from lowlat.serve.http.errors import API_HEADERS
 from lowlat.serve.protocol.base import ApiRequest, GenerationRequest
 from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.protocol.hints import HEADER, ignored_fields
 from lowlat.serve.protocol.validation import validate
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.state import ServerState
@@ -76,17 +77,21 @@ class JsonEndpoint:
     async def _handle_body(
         self, ctx: RequestContext, body: bytes, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        request = await ctx.state.workers.run(_parse, self._operation.request, body)
+        request, ctx.ignored = await ctx.state.workers.run(_parse, self._operation.request, body)
         if isinstance(request, GenerationRequest):
             ctx.priority, ctx.deadline = request.priority or 0, request.deadline_seconds
         async with ctx.prepare():
             ctx.state.check_model(request.model)
             response = await self._operation.handle(ctx, request)
+        if ctx.ignored:
+            response.headers[HEADER] = ", ".join(sorted(ctx.ignored))
         await response(scope, receive, send)
 
 
-def _parse(kind: type[ApiRequest], body: bytes) -> ApiRequest:
-    return validate(kind, parse_object(body))
+def _parse(kind: type[ApiRequest], body: bytes) -> tuple[ApiRequest, set[str]]:
+    """The request, and the paths of its hints without effect."""
+    request = validate(kind, parse_object(body))
+    return request, ignored_fields(request)
 
 
 async def _while_connected(receive: Receive, work: Awaitable[None]) -> None:

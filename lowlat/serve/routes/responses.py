@@ -150,6 +150,7 @@ _FIELDS = {
     "prompt": "input",
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
     # The same name, but functions have another format.
     "tools": "tools",
 }
@@ -161,6 +162,7 @@ async def create_response(ctx: RequestContext, request: ResponsesRequest) -> Res
     with renamed_fields(_FIELDS):
         chat = await ctx.state.workers.run(as_chat, request)
         prepared = await submit_chat(ctx, chat)
+    ctx.ignored -= {_FIELDS[name] for name in prepared.used_hints}
     ctx.constraint_field = _FIELDS.get(ctx.constraint_field, ctx.constraint_field)
     reply = ResponsesReply(ctx, request, prepared.make_parser())
     return await respond(ctx, reply, stream=request.stream)

@@ -20,7 +20,9 @@ from lowlat.serve.protocol.base import (
 )
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.errors import RequestError
-from lowlat.serve.protocol.sampling import MaxTokens, Metadata
+from lowlat.serve.protocol.hints import Hint, Ignored, TemplateHint
+from lowlat.serve.protocol.messages import CacheControl
+from lowlat.serve.protocol.sampling import HintText, MaxTokens, Metadata, ReasoningEffort
 from lowlat.serve.protocol.structured_outputs import JsonObjectFormat, TextFormat
 from lowlat.serve.protocol.validation import UNKNOWN_KIND, validate
 
@@ -31,6 +33,7 @@ ItemStatus = Literal["in_progress", "completed", "incomplete"]
 class InputText(StrictModel):
     type: Literal["input_text"]
     text: str
+    cache_control: CacheControl = None
 
 
 class OutputText(StrictModel):
@@ -40,6 +43,7 @@ class OutputText(StrictModel):
     text: str
     annotations: Nothing | None = None
     logprobs: Nothing | None = None
+    cache_control: CacheControl = None
 
 
 TextItem = Annotated[InputText | OutputText, Field(discriminator="type")]
@@ -150,16 +154,36 @@ TextFormatChoice = Annotated[
 
 class TextOptions(StrictModel):
     format: TextFormatChoice | None = None
-    verbosity: None = None
+    verbosity: Hint[HintText | None] = None
+
+
+class ReasoningOptions(StrictModel):
+    effort: TemplateHint[ReasoningEffort | None] = None
+    """Turns reasoning on or off if the chat template can; none and minimal turn it off."""
+    summary: Hint[HintText | None] = None
+    generate_summary: Hint[HintText | None] = None
+
+
+class ResponseStreamOptions(StrictModel):
+    include_obfuscation: Hint[bool | None] = None
+
+
+Included = Literal[
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
+"""Additions to kinds of items that no output contains."""
 
 
 class ResponsesRequest(GenerationRequest):
     """A response to generate. Null means the default."""
 
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
-        "max_tool_calls prompt prompt_cache_key prompt_cache_retention reasoning stream_options"
-        " top_logprobs".split()
-    )
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset({"prompt", "top_logprobs"})
 
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
     """The user's message, or the conversation so far."""
@@ -171,22 +195,38 @@ class ResponsesRequest(GenerationRequest):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     text: TextOptions | None = None
     """The output format."""
-    tools: Annotated[list[FlatFunction], Field(max_length=limits.MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
-    parallel_tool_calls: bool | None = None
+    tools: Annotated[
+        Annotated[list[FlatFunction], Field(max_length=limits.MAX_TOOLS)] | None,
+        Ignored(when=lambda given: not given.tools),
+    ] = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | FlatNamedTool | None,
+        Ignored(when=lambda given: not given.tools),
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Ignored(when=lambda given: not given.tools)] = None
+    max_tool_calls: Hint[Annotated[int, Field(ge=1)] | None] = None
+    """Limits calls of tools that the server executes; it executes none."""
     metadata: Metadata | None = None
-    """An annotation without effect."""
-    user: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
-    """An annotation without effect."""
-    safety_identifier: Annotated[str, Field(max_length=limits.MAX_ID)] | None = None
-    """An annotation without effect."""
+    """Returned in the response."""
+    user: Hint[HintText | None] = None
+    safety_identifier: Hint[HintText | None] = None
     store: OnlyFalse | None = None
     """Nothing is stored."""
     background: OnlyFalse | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    truncation: Literal["disabled"] | None = None
+    service_tier: Hint[HintText | None] = None
+    truncation: Annotated[
+        Literal["auto", "disabled"] | None, Ignored(when=lambda given: given.truncation == "auto")
+    ] = None
     """A conversation that exceeds the context is rejected."""
-    include: Nothing | None = None
+    include: Annotated[
+        Annotated[list[Included], Field(max_length=16)] | None,
+        Ignored(when=lambda given: bool(given.include)),
+    ] = None
+    reasoning: ReasoningOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
+    prompt_cache_key: Hint[HintText | None] = None
+    prompt_cache_retention: Hint[HintText | None] = None
+    client_metadata: Hint[dict[str, object] | None] = None
     previous_response_id: None = None
     conversation: None = None
 
@@ -215,8 +255,6 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
     format, choice = request.text and request.text.format, request.tool_choice
     if isinstance(choice, FlatNamedTool):
         choice = _nested(choice, "function")
-    elif choice == "auto" and not request.tools:
-        choice = None  # Clients send "auto" even without tools.
     chat = {
         "model": request.model,
         "messages": messages,
@@ -226,6 +264,7 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
         "tools": [_nested(tool, "function") for tool in request.tools or ()] or None,
         "tool_choice": choice,
         "parallel_tool_calls": request.parallel_tool_calls if request.tools else None,
+        "reasoning_effort": request.reasoning and request.reasoning.effort,
         "response_format": (
             _nested(format, "json_schema") if isinstance(format, FlatSchemaFormat) else format
         ),

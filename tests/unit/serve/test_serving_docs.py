@@ -17,6 +17,7 @@ from lowlat.serve.config import ServeConfig
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.chat import ChatRequest
+from lowlat.serve.protocol.hints import hints_of
 from lowlat.serve.routes.completions import CompletionRequest
 from lowlat.serve.routes.operations import GETS, POSTS
 from lowlat.serve.routes.responses_request import ResponsesRequest
@@ -69,6 +70,15 @@ def test_every_field_is_described_and_refused_ones_are_none(
     assert taken <= fields, taken - fields
     assert not refused & set(kind.model_fields)
     assert refused <= kind.UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"), [(1, ChatRequest), (2, CompletionRequest), (3, ResponsesRequest)]
+)
+def test_every_hint_is_in_the_row_of_hints(column: int, kind: type[StrictModel]) -> None:
+    (row,) = [row for row in rows(section("API")) if row[0] == "hints without effect"]
+    always = {name for name, hint in hints_of(kind).items() if hint.when is None}
+    assert words(row[column]) == always
 
 
 def test_the_sampling_row_names_all_options() -> None:
