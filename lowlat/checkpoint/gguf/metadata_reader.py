@@ -20,9 +20,45 @@ IGNORED = (
     "tensor_data_layout",
     "rope.scaling.finetuned",
     "attention.causal",
+    "attention.layer_norm_epsilon",
+    "decoder_start_token_id",
+    "expert_shared_feed_forward_length",
+    "pooling_type",
     "vocab_size",
 )
-"""Keys below the architecture without effect; the vocabulary's size is the embedding's."""
+"""Keys below the architecture without effect; sizes of weights are those of the tensors."""
+NEUTRAL: dict[str, tuple[float, ...]] = {
+    "activation_sparsity_scale": (0, 1),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.output_scale": (0, 1),
+    "attention.scale": (0,),
+    "attention.shared_kv_layers": (0,),
+    "attention.temperature_scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_group_scale": (0, 1),
+    "experts_per_group": (0,),
+    "final_logit_softcapping": (0,),
+    "interleave_moe_layer_step": (0, 1),
+    "logit_scale": (0, 1),
+    "moe_every_n_layers": (0, 1),
+    "n_deepstack_layers": (0,),
+    "rescale_every_n_layers": (0,),
+    "residual_scale": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.alpha": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+    "router_logit_softcapping": (0,),
+    "swiglu_clamp_exp": (0,),
+    "swiglu_clamp_shexp": (0,),
+    "swin_norm": (0,),
+    "use_parallel_residual": (0, 1),
+}
+"""Keys that converters write for every architecture, and the values without effect (llama.cpp's
+loader). Lists have one value per layer."""
 EXPERT_NUMBERS = (
     "expert_used_count",
     "expert_shared_count",
@@ -47,7 +83,7 @@ class _Keys:
             for key, value in file.metadata.items()
             if key.startswith(self.prefix)
         }
-        self.read: set[str] = set(IGNORED)
+        self.read = {key for key in self.values if key in IGNORED or self._is_neutral(key)}
 
     def error(self, key: str, problem: str) -> UserError:
         return UserError(f"{self.path}: key {self.prefix + key!r} {problem}")
@@ -70,6 +106,11 @@ class _Keys:
             raise self.error(
                 unread[0], "is unknown and may change the computation; this model is not supported"
             )
+
+    def _is_neutral(self, key: str) -> bool:
+        value = self.values[key]
+        numbers = value if isinstance(value, list) else [value]
+        return all(number in NEUTRAL.get(key, ()) for number in numbers)
 
     def _checked(
         self, key: str, default: Any, is_valid: Callable[[Any], bool], expected: str
@@ -173,20 +214,30 @@ def _dense(file: GGUFFile, keys: _Keys, arch: str) -> dict[str, Any]:
 
 def _deepseek(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
     """DeepSeek V2 or V3; the gate function distinguishes them: softmax or sigmoid."""
-    blocks = keys.integer("block_count")
-    declared = keys.integer("nextn_predict_layers", 0)
-    mtp = mtp_layers(file, range(max(blocks - declared, 0), blocks))
+    layers, mtp = _layer_counts(file, keys)
     heads = keys.integer("attention.head_count")
     if keys.integer("attention.head_count_kv", heads) not in (1, heads):
         raise keys.error("attention.head_count_kv", f"must be 1 or {heads}")
     return {
-        "num_hidden_layers": blocks - mtp,
+        "num_hidden_layers": layers,
         "num_nextn_predict_layers": mtp,
         "num_key_value_heads": heads,
         "attention_bias": False,
         **_latent_sizes(keys),
         **_experts(keys),
     }
+
+
+def _layer_counts(file: GGUFFile, keys: _Keys) -> tuple[int, int]:
+    """Numbers of layers and of MTP modules: the last blocks. Files made without the modules may
+    still declare and count them.
+    """
+    blocks = keys.integer("block_count")
+    first = max(blocks - keys.integer("nextn_predict_layers", 0), 0)
+    mtp = mtp_layers(file, range(first, blocks))
+    if any(name.startswith(f"blk.{first}.") for name in file.tensors):
+        return blocks - mtp, mtp
+    return first, mtp
 
 
 def _latent_sizes(keys: _Keys) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+from lowlat.checkpoint.gguf.metadata_reader import NEUTRAL
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
 from lowlat.checkpoint.save import save_model
@@ -183,6 +184,36 @@ def test_ungrouped_files_of_old_converters(tmp_path: Path) -> None:
     keys = {f"deepseek2.{key}": None for key in missing}
     _, path = pair(tmp_path, MODELS["deepseek_v2"], keys=keys)
     assert load_model(path).config == MODELS["deepseek_v2"]
+
+
+@pytest.mark.parametrize("split_kv_b", [False, True])
+def test_mtp_declared_but_left_out(tmp_path: Path, split_kv_b: bool) -> None:
+    """Quantizers strip the last blocks and leave block_count and nextn_predict_layers."""
+    config = MODELS["deepseek_v3"]
+    layers = config.num_hidden_layers
+    keys = {"deepseek2.block_count": layers + 1, "deepseek2.nextn_predict_layers": 1}
+    parameters, path = pair(tmp_path, config, keys=keys, split_kv_b=split_kv_b)
+    loaded = load_model(path)
+    assert loaded.config == config
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, parameters[name]), name
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "deepseek_v3"])
+def test_keys_without_effect(tmp_path: Path, family: str) -> None:
+    """Converters write them for every architecture: ignored keys, and neutral values of others."""
+    arch = "deepseek2" if family == "deepseek_v3" else family
+    keys: dict[str, Any] = {f"{arch}.{key}": float(values[0]) for key, values in NEUTRAL.items()}
+    keys |= {f"{arch}.pooling_type": 3, f"{arch}.swiglu_clamp_exp": [0.0, 0.0]}
+    _, path = pair(tmp_path, MODELS[family], keys=keys)
+    assert load_model(path).config == MODELS[family]
+
+
+@pytest.mark.parametrize("key", NEUTRAL)
+def test_keys_with_effect(tmp_path: Path, key: str) -> None:
+    _, path = pair(tmp_path, MODELS["llama"], keys={f"llama.{key}": 0.75})
+    with pytest.raises(UserError, match=f"'llama.{key}' is unknown and may change"):
+        load_model(path)
 
 
 def test_save_as_a_folder(tmp_path: Path) -> None:
