@@ -106,6 +106,8 @@ class CompletionDelta:
     """With finish_reason "error": what failed, in one line."""
     is_grammar_error: bool = False
     """With an error: whether the requested grammar caused it, not the server."""
+    stop_string: str | None = None
+    """With finish_reason "stop": the stop string that ended the completion, if one did."""
 
 
 class CompletionBuilder:
@@ -192,6 +194,7 @@ class CompletionBuilder:
             finish_reason=self.finish_reason,
             error=self.error,
             is_grammar_error=self.is_grammar_error,
+            stop_string=self._stops.matched,
         )
 
     def result(self) -> Completion:

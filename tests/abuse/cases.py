@@ -12,6 +12,8 @@ from .wire import post
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
+COUNT_TOKENS = "/v1/messages/count_tokens"
 TOKENIZE = "/tokenize"
 DETOKENIZE = "/detokenize"
 
@@ -19,6 +21,8 @@ BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
     COMPLETIONS: {"model": NAME, "prompt": "Hi", "max_tokens": 2},
     RESPONSES: {"model": NAME, "input": "Hi", "max_output_tokens": 2},
+    MESSAGES: {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
+    COUNT_TOKENS: {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]},
     TOKENIZE: {"model": NAME, "prompt": "Hi"},
     DETOKENIZE: {"model": NAME, "tokens": [72, 105]},
 }

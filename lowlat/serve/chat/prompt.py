@@ -5,8 +5,8 @@ Rejects fields that the model's chat template does not support. Errors raised by
 """
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowlat.generate.model import Model
@@ -42,6 +42,13 @@ class PreparedChat:
     used_hints: frozenset[str]
     """Hints of the request that have an effect with this model's chat template."""
 
+    def with_max_tokens_up_to(self, context: int) -> "PreparedChat":
+        """The same with max_tokens reduced to what `context` tokens hold after the prompt."""
+        limit = self.params.max_tokens
+        if limit is None or len(self.ids) + limit <= context:
+            return self
+        return replace(self, params=replace(self.params, max_tokens=context - len(self.ids)))
+
 
 def prepare_chat(model: Model, request: ChatRequest) -> PreparedChat:
     """Check `request` against the features of `model` and encode its prompt.
@@ -54,6 +61,7 @@ def prepare_chat(model: Model, request: ChatRequest) -> PreparedChat:
     given = _given_variables(features, request)
     from_hints = features.effort_variables(request.reasoning_effort)
     ids = _encode(model, features, request, tools, {**from_hints, **given})
+    _check_length(model, ids)
     thinking = features.thinking(ids)
     structured = _constraint(features, request, tools, thinking)
     if structured is not None:
@@ -70,6 +78,16 @@ def prepare_chat(model: Model, request: ChatRequest) -> PreparedChat:
         ),
         used_hints=frozenset({"reasoning_effort"} if from_hints.keys() - given.keys() else ()),
     )
+
+
+def encode_prompt(model: Model, request: ChatRequest) -> list[int]:
+    """The prompt of `request`, which may be longer than the context."""
+    features = TemplateFeatures.of(model.tokenizer)
+    variables = {
+        **features.effort_variables(request.reasoning_effort),
+        **_given_variables(features, request),
+    }
+    return _encode(model, features, request, _offered_tools(features, request), variables)
 
 
 def _offered_tools(features: TemplateFeatures, request: ChatRequest) -> list[Tool]:
@@ -95,7 +113,10 @@ def _encode(
     check_text_size(model, (str(message.get("content") or "") for message in messages), "messages")
     described = [_described(tool.function) for tool in tools] or None
     with about("messages"):
-        ids = encode_chat(model.tokenizer, messages, tools=described, **variables)
+        return encode_chat(model.tokenizer, messages, tools=described, **variables)
+
+
+def _check_length(model: Model, ids: Sequence[int]) -> None:
     if not 1 <= len(ids) < model.context:
         raise RequestError(
             f"messages: the prompt has {len(ids)} tokens, it must have 1 to {model.context - 1}"
@@ -103,7 +124,6 @@ def _encode(
             param="messages",
             code="context_length_exceeded",
         )
-    return ids
 
 
 def _described(function: Function) -> dict[str, Any]:

@@ -63,6 +63,8 @@ class TemplateFeatures:
     """Those of VARIABLES that the template reads."""
     supports_system: bool
     """Whether the template renders system messages."""
+    supports_later_system: bool
+    """Whether it renders system messages after the first message, too."""
     named_roles: frozenset[str]
     """Roles for which the template renders a message's `name`."""
     has_developer_role: bool
@@ -85,6 +87,7 @@ class TemplateFeatures:
             reasoning=_find_marks(source, tokenizer),
             variables={name: VARIABLES[name] for name in VARIABLES if _uses(code, name)},
             supports_system=_shows(tokenizer, system),
+            supports_later_system=_shows(tokenizer, system[::-1]),
             named_roles=frozenset(role for role in ROLES if _shows_name(tokenizer, role)),
             has_developer_role=re.search(r"""['"]developer['"]""", source) is not None,
             takes_json_arguments=_takes_text_arguments(tool_source, format),

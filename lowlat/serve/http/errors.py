@@ -1,4 +1,4 @@
-"""Error responses in OpenAI's format: {"error": {message, type, param, code}}.
+"""Error responses in the format of the API of the request's path: OpenAI's or Anthropic's.
 
 Maps exceptions to HTTP statuses. Internal errors are logged and returned without details.
 """
@@ -6,7 +6,8 @@ Maps exceptions to HTTP statuses. Internal errors are logged and returned withou
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -21,6 +22,16 @@ RETRY_SECONDS = 5
 
 API_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    529: "overloaded_error",
+}
+ANTHROPIC_PATH = "/v1/messages"
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _FIELD = re.compile(r"(?:the |option ')?([a-z][a-z_]*)")
 
@@ -29,11 +40,51 @@ class GenerationFailed(Exception):
     """A completion failed inside the engine; a 500."""
 
 
+ErrorFormat = Callable[[int, str, str | None, str | None], tuple[int, dict[str, object]]]
+"""Status, message, param and code -> the API's status and body."""
+
+
 def error_object(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, object]:
     kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def openai_error(
+    status: int, message: str, param: str | None, code: str | None
+) -> tuple[int, dict[str, object]]:
+    return status, error_object(status, message, param=param, code=code)
+
+
+def anthropic_error(
+    status: int, message: str, param: str | None, code: str | None
+) -> tuple[int, dict[str, object]]:
+    """Anthropic's format, with param and code in addition.
+
+    Its clients know an overflow of the context by the words "prompt is too long". An unavailable
+    server has the status 529 instead of 503.
+    """
+    if code == "context_length_exceeded":
+        message += " (prompt is too long)"
+    status = 529 if status == 503 else status
+    kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    error = {"type": kind, "message": message, "param": param, "code": code}
+    return status, {"type": "error", "error": error}
+
+
+_ERROR_FORMAT: ContextVar[ErrorFormat] = ContextVar("lowlat_error_format", default=openai_error)
+
+
+@contextlib.contextmanager
+def errors_of(path: str) -> Iterator[None]:
+    """Within this context, `error_response` has the format of the API that `path` belongs to."""
+    is_anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+    token = _ERROR_FORMAT.set(anthropic_error if is_anthropic else openai_error)
+    try:
+        yield
+    finally:
+        _ERROR_FORMAT.reset(token)
 
 
 def error_response(
@@ -44,9 +95,10 @@ def error_response(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
+    status, body = _ERROR_FORMAT.get()(status, message, param, code)
     return Response(
         # ASCII, so that unpaired surrogates in a hostile request cannot break the response.
-        json.dumps(error_object(status, message, param=param, code=code)),
+        json.dumps(body),
         status_code=status,
         media_type="application/json",
         headers=API_HEADERS | dict(headers or {}),

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lowlat.serve.generation import Draining
 from lowlat.serve.http.body import Disconnected
-from lowlat.serve.http.errors import response_to
+from lowlat.serve.http.errors import errors_of, response_to
 
 LOGGER = logging.getLogger("lowlat.serve")
 REQUEST_ID: ContextVar[str | None] = ContextVar("lowlat_request_id", default=None)
@@ -87,7 +87,8 @@ class AccessLogMiddleware:
         request_id = choose_request_id(given[0].decode("latin-1") if given else None)
         token = REQUEST_ID.set(request_id)
         try:
-            await self._observe(scope, receive, send, request_id)
+            with errors_of(scope["path"]):
+                await self._observe(scope, receive, send, request_id)
         finally:
             REQUEST_ID.reset(token)
 

@@ -97,12 +97,18 @@ class SecurityMiddleware:
         )
 
     def _find(self, headers: list[tuple[bytes, bytes]]) -> "_Key | None":
-        """The API key in the Authorization header, else in the chat page's cookie."""
+        """The API key in the Authorization header, else in x-api-key (Anthropic's clients), else
+        in the chat page's cookie.
+        """
         given = [value for name, value in headers if name == b"authorization"]
         if given:
             scheme, _, token = given[0].partition(b" ")
             is_bearer = len(given) == 1 and scheme.lower() == b"bearer"
             return self._match(hashlib.sha256(token.strip()).digest() if is_bearer else b"")
+        given = [value for name, value in headers if name == b"x-api-key"]
+        if given:
+            is_one = len(given) == 1
+            return self._match(hashlib.sha256(given[0].strip()).digest() if is_one else b"")
         cookies = [value for name, value in headers if name == b"cookie"]
         return self._match_cookie(_cookie(cookies))
 

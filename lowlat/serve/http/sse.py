@@ -46,12 +46,15 @@ class EventStreamResponse(Response):
         config: ServeConfig,
         *,
         failure: Callable[[int, str, str | None, str | None], bytes] = error_event,
+        ping: bytes = PING,
     ) -> None:
+        """ping: what is sent while there is no event."""
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._config = config
         self._failure = failure
+        self._keep_alive = ping
         self._is_silent = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,13 +83,13 @@ class EventStreamResponse(Response):
             await self._send_part(send, self._failure(*description))
 
     async def _ping(self, send: Send) -> None:
-        """Send a comment whenever nothing was sent for `ping_seconds`."""
+        """Send the ping whenever nothing was sent for `ping_seconds`."""
         with contextlib.suppress(Disconnected):
             while True:
                 self._is_silent = True
                 await asyncio.sleep(self._config.ping_seconds)
                 if self._is_silent:
-                    await self._send_part(send, PING)
+                    await self._send_part(send, self._keep_alive)
 
     async def _send_part(self, send: Send, part: bytes) -> None:
         await self._send(send, {"type": "http.response.body", "body": part, "more_body": True})

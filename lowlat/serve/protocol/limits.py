@@ -26,7 +26,7 @@ MAX_NAME = 64
 """Characters of the name of a function, participant or schema."""
 MAX_ID = 256
 """Characters of an id or a user name."""
-MAX_DESCRIPTION = 16 * 2**10
+MAX_DESCRIPTION = 64 * 2**10
 """Characters of a description."""
 MAX_METADATA = 16
 """Pairs of metadata."""

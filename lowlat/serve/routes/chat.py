@@ -159,10 +159,17 @@ CHAT = Post(
 )
 
 
-async def submit_chat(ctx: RequestContext, request: ChatRequest) -> PreparedChat:
-    """Submit the chat to the engine; returns the prepared request with its parser."""
+async def submit_chat(
+    ctx: RequestContext, request: ChatRequest, *, reduces_max_tokens: bool = False
+) -> PreparedChat:
+    """Submit the chat to the engine; returns the prepared request with its parser.
+
+    reduces_max_tokens: whether max_tokens may exceed the context, and ends there then.
+    """
     state = ctx.state
     prepared = await state.workers.run(prepare_chat, state.model, request)
+    if reduces_max_tokens:
+        prepared = prepared.with_max_tokens_up_to(state.model.context)
     ctx.ignored -= prepared.used_hints
     grammar = None
     if prepared.structured is not None:

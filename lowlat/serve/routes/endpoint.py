@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from lowlat.serve.http.body import Disconnected, check_json_headers, parse_object, read_body
 from lowlat.serve.http.errors import API_HEADERS
 from lowlat.serve.protocol.base import ApiRequest, GenerationRequest
-from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.protocol.errors import ErrorResponse, RequestError
 from lowlat.serve.protocol.hints import HEADER, ignored_fields
 from lowlat.serve.protocol.validation import validate
 from lowlat.serve.routes.context import RequestContext
@@ -37,6 +37,10 @@ class Post:
     """Model of a stream's events; None: the operation cannot stream."""
     handle: Handle
     """The handler, called with a valid `request` for the served model."""
+    error: type[BaseModel] = ErrorResponse
+    """Model of error responses."""
+    queries: tuple[bytes, ...] = ()
+    """Query strings that are accepted and have no effect."""
 
 
 def json_response(model: BaseModel) -> Response:
@@ -67,7 +71,7 @@ class JsonEndpoint:
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         config = self._state.config
         headers = Headers(scope=scope)
-        if scope["query_string"]:
+        if scope["query_string"] not in (b"", *self._operation.queries):
             raise RequestError("query parameters are not supported; put fields into the body")
         check_json_headers(headers)
         return await read_body(

@@ -5,6 +5,7 @@ contradict each other.
 """
 
 import json
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from starlette.routing import Route
 
 from lowlat.serve.protocol.base import TokenId
 from lowlat.serve.protocol.errors import ErrorResponse
+from lowlat.serve.routes.anthropic import AnthropicError
 from lowlat.serve.routes.endpoint import Post
 from lowlat.serve.routes.operations import GETS, POSTS, Get
 from lowlat.serve.state import ServerState
@@ -31,6 +33,11 @@ _REFUSALS = {
     "429": "The queue is full; retry after Retry-After seconds.",
     "500": "An internal error.",
     "503": "The server is shutting down, or its engine has stopped.",
+    "529": "The server is shutting down, or its engine has stopped.",
+}
+_POST_REFUSALS = {
+    ErrorResponse: _REFUSALS.keys() - {"529"},
+    AnthropicError: _REFUSALS.keys() - {"503"},
 }
 _GET_REFUSALS = ("400", "404", "500", "503")
 _OPEN = frozenset({"/health"})
@@ -77,6 +84,7 @@ def _schemas() -> tuple[dict[type[BaseModel], Json], Json]:
     requests = [operation.request for operation in POSTS]
     responses = [ErrorResponse, *(o.response for o in (*POSTS, *GETS) if o.response is not None)]
     responses += [operation.chunk for operation in POSTS if operation.chunk is not None]
+    responses += [operation.error for operation in POSTS]
     pairs: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [
         *((model, "validation") for model in requests),
         *((model, "serialization") for model in dict.fromkeys(responses)),
@@ -97,7 +105,7 @@ def _post(operation: Post, refs: dict[type[BaseModel], Json], has_keys: bool) ->
         "requestBody": {"required": True, "content": body},
         "responses": {
             "200": {"description": "The response.", "content": content},
-            **_refusals(_REFUSALS, refs, has_keys),
+            **_refusals(_POST_REFUSALS[operation.error], refs, has_keys, operation.error),
         },
         **_security(operation.path, has_keys),
     }
@@ -123,7 +131,7 @@ def _get(
         "summary": operation.summary,
         "responses": {
             "200": {"description": operation.summary, "content": {kind: {"schema": schema}}},
-            **_refusals(_GET_REFUSALS, refs, has_keys),
+            **_refusals(_GET_REFUSALS, refs, has_keys, ErrorResponse),
         },
         **_security(operation.path, has_keys),
     }
@@ -140,14 +148,17 @@ def _get(
 
 
 def _refusals(
-    statuses: tuple[str, ...] | dict[str, str], refs: dict[type[BaseModel], Json], has_keys: bool
+    statuses: Iterable[str],
+    refs: dict[type[BaseModel], Json],
+    has_keys: bool,
+    error: type[BaseModel],
 ) -> Json:
     texts = {status: _REFUSALS[status] for status in statuses}
     texts["403"] = "Host or Origin is not allowed."
     texts["405"] = "The path does not allow the method."
     if has_keys:
         texts["401"] = "A valid API key is required."
-    content = {"application/json": {"schema": refs[ErrorResponse]}}
+    content = {"application/json": {"schema": refs[error]}}
     return {
         status: {"description": text, "content": content} for status, text in sorted(texts.items())
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from lowlat.serve.routes.anthropic import COUNT_TOKENS, MESSAGES
 from lowlat.serve.routes.chat import CHAT
 from lowlat.serve.routes.completions import COMPLETIONS
 from lowlat.serve.routes.models import ModelCard, ModelList, Status
@@ -25,7 +26,7 @@ class Get:
     """Name of the path parameter."""
 
 
-POSTS = (CHAT, COMPLETIONS, RESPONSES, TOKENIZE, DETOKENIZE)
+POSTS = (CHAT, COMPLETIONS, RESPONSES, MESSAGES, COUNT_TOKENS, TOKENIZE, DETOKENIZE)
 GETS = (
     Get(path="/v1/models", summary="The served model, in a list.", response=ModelList),
     Get(

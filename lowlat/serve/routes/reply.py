@@ -8,13 +8,13 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel
 from starlette.responses import Response
 
 from lowlat.generate.completion import CompletionDelta
-from lowlat.serve.http.sse import EventStreamResponse
+from lowlat.serve.http.sse import PING, EventStreamResponse
 from lowlat.serve.protocol.base import WireModel
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import json_response
@@ -22,6 +22,9 @@ from lowlat.serve.routes.endpoint import json_response
 
 class Reply(ABC):
     """Collects the deltas of a request's completions."""
+
+    ping: ClassVar[bytes] = PING
+    """What a stream sends while there is no event."""
 
     def __init__(self, ctx: RequestContext, *, id_prefix: str) -> None:
         self._ctx = ctx
@@ -55,7 +58,9 @@ class Reply(ABC):
 async def respond(ctx: RequestContext, reply: Reply, *, stream: bool | None) -> Response:
     """The response to the request of `ctx`, whose generations are submitted."""
     if stream:
-        return EventStreamResponse(_events(ctx, reply), ctx.state.config, failure=reply.failure)
+        return EventStreamResponse(
+            _events(ctx, reply), ctx.state.config, failure=reply.failure, ping=reply.ping
+        )
     async with aclosing(ctx.deltas()) as deltas:
         async for number, delta in deltas:
             reply.add(number, delta)

@@ -49,7 +49,10 @@ def test_every_route_needs_a_key(engine: FakeEngine) -> None:
         {"Cookie": f"{COOKIE}={KEY}"},
         {"Cookie": f"{COOKIE}="},
         {"Cookie": f"other={cookie_value(KEY)}"},
-        {"X-Api-Key": KEY},
+        {"X-Api-Key": f"{KEY}x"},
+        {"X-Api-Key": ""},
+        {"X-Api-Key": f"Bearer {KEY}"},
+        {"Authorization": "Bearer x", "X-Api-Key": KEY},
     ]
     for method, path in routes:
         for headers in bad_keys:
@@ -98,6 +101,7 @@ def test_a_key_opens(make_client: MakeClient) -> None:
         {"Authorization": f"bearer {KEY}"},
         {"Authorization": f"Bearer  {KEY} "},
         {"Cookie": f"a=b; {COOKIE}={cookie_value(KEY)}"},
+        {"X-Api-Key": KEY},
     ):
         assert client.get("/v1/models", headers=headers).status_code == 200
 
