@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import shape_checks
+
 GGUF_VARIABLE = "LOWLAT_TEST_GGUF"
+
+shape_checks.install()
 
 
 @pytest.fixture(autouse=True)

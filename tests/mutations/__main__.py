@@ -1,7 +1,8 @@
-"""python -m tests.mutations [WORD ...]: run the mutants whose names contain every word, print a
-table.
+"""python -m tests.mutations [--part I/N] [WORD ...]: run the mutants whose names contain every
+word, print a table. Part I of N is every Nth of them, from the Ith: N processes share the work.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -10,9 +11,15 @@ from .mutants import MUTANTS
 from .runner import Outcome, check_baseline, prepare, run_mutant
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """0 if a test failed for every mistake, 1 if one went unnoticed or nothing was selected."""
-    chosen = [m for m in MUTANTS if all(word.lower() in m.name.lower() for word in words)]
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations")
+    parser.add_argument("--part", default="1/1", metavar="I/N")
+    parser.add_argument("words", nargs="*", metavar="WORD")
+    given = parser.parse_args(arguments)
+    part, parts = map(int, given.part.split("/"))
+    named = [m for m in MUTANTS if all(word.lower() in m.name.lower() for word in given.words)]
+    chosen = named[part - 1 :: parts]
     with tempfile.TemporaryDirectory(prefix="lowlat-mutations-") as folder:
         workspace = Path(folder)
         prepare(workspace)

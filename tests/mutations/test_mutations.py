@@ -9,6 +9,9 @@ import pytest
 from .mutants import MUTANTS, Mutant
 from .runner import REPOSITORY, applied
 
+PARTS = 4
+"""Processes that share the mutants, so that pytest's workers can run them at the same time."""
+
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_every_mutant_still_applies(mutant: Mutant) -> None:
@@ -48,10 +51,12 @@ def test_a_mutant_is_taken_out_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_all_mistakes_are_noticed() -> None:
+@pytest.mark.parametrize("part", range(1, PARTS + 1))
+def test_all_mistakes_are_noticed(part: int) -> None:
     """In an interpreter of its own, without the package, whose forks import the mutated copy."""
-    command = [sys.executable, "-m", "tests.mutations"]
+    command = [sys.executable, "-m", "tests.mutations", "--part", f"{part}/{PARTS}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(MUTANTS)} of {len(MUTANTS)} killed" in done.stdout
+    count = len(MUTANTS[part - 1 :: PARTS])
+    assert f"{count} of {count} killed" in done.stdout
