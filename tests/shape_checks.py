@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
+_typed = beartype(conf=BeartypeConf(violation_type=TypeError))
 _scope = functools.partial(jaxtyping.jaxtyped, "context")
 
 
@@ -37,7 +38,7 @@ def _checked_function(function: Callable[..., Any]) -> Callable[..., Any]:
     # A function inside another would be compiled at every call of that one.
     if not hints or ("<locals>" in function.__qualname__ and not _has_shapes(function)):
         return function
-    typed = beartype(_without_forward_references(function))
+    typed = _typed(_without_forward_references(function))
     if not _has_shapes(function):
         return typed
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,12 +14,12 @@ from tests import shape_checks
 
 def test_functions_of_lowlat_are_checked() -> None:
     rms_norm(torch.ones(2, 3), torch.ones(3), 1e-6)
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError):
         rms_norm(torch.ones(2, 3), torch.ones(2), 1e-6)
 
 
 def test_dataclasses_of_lowlat_are_checked() -> None:
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError):
         RopeConfig(rope_theta="10000")  # pyright: ignore[reportArgumentType]
 
 
@@ -31,7 +30,7 @@ def test_axes_of_one_call_agree_and_calls_do_not_share_them() -> None:
     checked = shape_checks.checked(join)
     for rows in (2, 3):
         checked(torch.ones(rows, 1), torch.ones(rows, 4))
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError):
         checked(torch.ones(2, 1), torch.ones(3, 4))
 
 
@@ -40,7 +39,7 @@ def test_results_are_checked() -> None:
     def broken(a: Float[Tensor, "rows in"]) -> Float[Tensor, "in rows"]:
         return a
 
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError):
         broken(torch.ones(2, 3))
 
 
@@ -52,5 +51,5 @@ def test_fields_with_shapes_agree() -> None:
         other: Float[Tensor, " rows"]
 
     Pair(one=torch.ones(2), other=torch.ones(2))
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError):
         Pair(one=torch.ones(2), other=torch.ones(3))
