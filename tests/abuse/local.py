@@ -111,10 +111,18 @@ def until(condition: Callable[[], Any], what: str = "it") -> None:
 
 @contextlib.contextmanager
 def listening(
-    model: Model | None = None, *, max_queue: int = 256, send_buffer: int = 0, **options: Any
+    model: Model | None = None,
+    *,
+    engine: AsyncEngine | None = None,
+    max_queue: int = 256,
+    send_buffer: int = 0,
+    **options: Any,
 ) -> Iterator[Local]:
-    """A server with `options` of ServeConfig; `send_buffer` bytes are those of the kernel."""
-    engine = AsyncEngine(model or counting_model(), max_queue=max_queue)
+    """A server with `options` of ServeConfig; `send_buffer` bytes are those of the kernel.
+
+    engine: the one it asks, instead of an engine of `model`.
+    """
+    engine = engine or AsyncEngine(model or counting_model(), max_queue=max_queue)
     config = ServeConfig(port=0, **options)
     with run_module.open_socket(config) as listener:
         if send_buffer:
