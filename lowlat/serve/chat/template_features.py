@@ -23,6 +23,7 @@ from lowlat.serve.tool_parsers.formats import (
     MistralListToolParser,
     MistralToolParser,
 )
+from lowlat.serve.tool_parsers.python_calls import MiniCPM3ToolParser
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
@@ -32,6 +33,7 @@ MARKS = (
     ReasoningTags("[THINK]", "[/THINK]"),
     ReasoningTags("<seed:think>", "</seed:think>"),
     ReasoningTags("◁think▷", "◁/think▷"),
+    ReasoningTags("<|thought_start|>", "<|thought_end|>"),
 )
 VARIABLES: Mapping[str, tuple[Any, ...]] = {
     "enable_thinking": (True, False),
@@ -133,6 +135,8 @@ def find_tool_parser(source: str) -> ToolParser | None:
         return GigaChat3ToolParser()
     if "[TOOL_CALLS]" in source:
         return MistralToolParser() if "[ARGS]" in source else MistralListToolParser()
+    if "<|tool_call_start|>" in source and "```python" in source:
+        return MiniCPM3ToolParser()
     if "<tool_call>" in source:
         return _tagged_format(source)
     is_llama = "<|start_header_id|>" in source and "ipython" in source

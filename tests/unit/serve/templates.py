@@ -18,6 +18,7 @@ from lowlat.serve.tool_parsers.formats import (
     MistralListToolParser,
     MistralToolParser,
 )
+from lowlat.serve.tool_parsers.python_calls import MiniCPM3ToolParser
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from lowlat.text.tokenizer import Tokenizer
 from tests.fakes import byte_backend, wrapped
@@ -134,19 +135,29 @@ GIGACHAT = (
     "{% if add_generation_prompt %}assistant<|role_sep|>\n{% endif %}"
 )
 GIGACHAT_31 = GIGACHAT.replace("function call<|role_sep|>\n", "<|function_call|>")
+MINICPM3 = (
+    "{% for t in tools or [] %}def {{ t.function.name }}(): ...\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.tool_calls %}<|tool_call_start|>\n```python\n{% for c in m.tool_calls %}"
+    "{{ c.function.name }}({% for k, v in c.function.arguments.items() %}{{ k }}={{ v | tojson }}"
+    "{{ ', ' if not loop.last }}{% endfor %})\n{% endfor %}```\n<|tool_call_end|>{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 UNKNOWN = CHATML + "{{ tools | tojson }}<function_calls><invoke>"
 
 TEMPLATES = {
     "hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "mistral names": MISTRAL_NAMES, "r1": R1,
     "v3.1": V31, "kimi": KIMI_K2, "glm": GLM, "qwen coder": QWEN_CODER,
-    "gigachat 3": GIGACHAT, "gigachat 3.1": GIGACHAT_31, "unknown": UNKNOWN, "chatml": CHATML,
+    "minicpm3": MINICPM3, "gigachat 3": GIGACHAT,
+    "gigachat 3.1": GIGACHAT_31, "unknown": UNKNOWN, "chatml": CHATML,
 }  # fmt: skip
 SPECIAL = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|eot_id|>", "<|python_tag|>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]",
     *DEEPSEEK, *KIMI, "<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>",
     "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "[gMASK]", "<sop>",
-    "<|role_sep|>", "<|message_sep|>", "<|function_call|>",
+    "<|role_sep|>", "<|message_sep|>", "<|function_call|>", "<|tool_call_start|>",
+    "<|tool_call_end|>",
 )  # fmt: skip
 PLAIN = (
     "<tool_call>", "</tool_call>", "<think>", "</think>", "<arg_key>", "</arg_key>", "<arg_value>",
@@ -179,6 +190,7 @@ FORMATS = (
     Qwen3CoderToolParser(),
     GigaChat3ToolParser(),
     GigaChat31ToolParser(),
+    MiniCPM3ToolParser(),
 )
 IDS = [type(tools).__name__ for tools in FORMATS]
 """Names of FORMATS, as test ids."""

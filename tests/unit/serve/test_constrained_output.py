@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from lowlat.serve.tool_parsers.formats import (
     MistralListToolParser,
     MistralToolParser,
 )
+from lowlat.serve.tool_parsers.python_calls import MiniCPM3ToolParser
 from lowlat.serve.tool_parsers.state import (
     ContentPart,
     Part,
@@ -73,6 +75,9 @@ WRITTEN = {
         f'function call<|role_sep|>\n{{"name": "weather", "arguments": {ARGUMENTS}}}'
     ),
     "GigaChat31ToolParser": f'<|function_call|>{{"name": "weather", "arguments": {ARGUMENTS}}}',
+    "MiniCPM3ToolParser": (
+        '<|tool_call_start|>\n```python\nweather(city="Bern", days=3)\n```\n<|tool_call_end|>'
+    ),
     "GlmToolParser": (
         "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Bern</arg_value>\n"
         "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"
@@ -204,6 +209,9 @@ def test_several_calls(tools: ToolParser, compiler: GrammarCompiler) -> None:
             twice = text + text
         case MistralListToolParser():
             twice = text.replace("}]", "}, ") + text.removeprefix("[TOOL_CALLS] [")
+        case MiniCPM3ToolParser():
+            (line,) = re.findall(r"weather\(.*\)", text)
+            twice = text.replace(line, f"{line}\n{line}")
         case Llama3ToolParser():
             twice = f"{text}; {text}"
         case _:

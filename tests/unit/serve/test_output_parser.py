@@ -92,6 +92,10 @@ TWO_CALLS = {
         'Well.<|function_call|>{"name": "f", "arguments": {"a": "x\\"}<", "n": [5, {}]}}'
         '<|function_call|>{"arguments": {}, "name": "g"}'
     ),
+    "MiniCPM3ToolParser": (
+        'Well.\n<|tool_call_start|>\n```python\nf(a="x\\"}<", n=[5, {}])\ng()\n```\n'
+        "<|tool_call_end|>"
+    ),
     "GlmToolParser": (
         'Well.\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x"}<</arg_value>\n<arg_key>n</arg_key>'
         "\n<arg_value>[5, {}]</arg_value>\n</tool_call>\n<tool_call>g\n</tool_call>"

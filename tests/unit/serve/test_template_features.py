@@ -15,6 +15,7 @@ from lowlat.serve.tool_parsers.formats import (
     MistralListToolParser,
     MistralToolParser,
 )
+from lowlat.serve.tool_parsers.python_calls import MiniCPM3ToolParser
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
 from tests.fakes import byte_tokenizer
 from tests.unit.serve.templates import CHATML, HERMES, TEMPLATES, tokenizer_of, tokenizer_with
@@ -31,6 +32,7 @@ FORMATS = {
     "qwen coder": Qwen3CoderToolParser,
     "gigachat 3": GigaChat3ToolParser,
     "gigachat 3.1": GigaChat31ToolParser,
+    "minicpm3": MiniCPM3ToolParser,
     "unknown": type(None),
     "chatml": type(None),
 }
