@@ -8,7 +8,7 @@ owns which sequence holds which page. `attention.int8_entry` defines the bytes o
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from lowlat.attention.int8_entry import entry_bytes, pack_entries, unpack_entries
@@ -92,6 +92,27 @@ class PagedCache:
         """Copy a page in every layer, for a fork that continues in a partly filled page."""
         for data in self.layers:
             data[destination] = data[source]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page in all layers."""
+        return sum(data.shape[1] * data.shape[2] * data.itemsize for data in self.layers)
+
+    def export_page(self, page: int, out: UInt8[Tensor, " page_bytes"]) -> None:
+        """Copy the bytes of a page, layer by layer, to `out` in CPU memory."""
+        start = 0
+        for data in self.layers:
+            part = data[page].flatten().view(torch.uint8)
+            out[start : start + len(part)] = part
+            start += len(part)
+
+    def import_page(self, page: int, stored: UInt8[Tensor, " page_bytes"]) -> None:
+        """Fill a page with bytes that `export_page` wrote."""
+        start = 0
+        for data in self.layers:
+            part = data[page].flatten().view(torch.uint8)
+            part.copy_(stored[start : start + len(part)])
+            start += len(part)
 
     def copy_from(self, smaller: "PagedCache") -> None:
         """Copy all pages of a smaller cache of the same model."""

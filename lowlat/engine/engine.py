@@ -11,6 +11,8 @@ from collections.abc import Sequence as SequenceOf
 
 from torch import Tensor
 
+from lowlat.engine.cache_fingerprint import fingerprint_of
+from lowlat.engine.disk_cache import DiskCache, DiskCacheOptions
 from lowlat.engine.model_step import StepOutput, num_logits, one_line, run_step
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.prefill_planner import PREFILL_CHUNK, PrefillPlanner
@@ -39,6 +41,8 @@ class Engine:
     depends on the request alone: not on the batch composition (batch invariance), the limits, the
     prefix cache or speculative decoding. Without native kernels this holds up to PyTorch's
     rounding, which depends on the number of rows of a step.
+
+    disk: also keep the prefix cache on disk. Raises UserError if the folder cannot be used.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Engine:
         limits: Limits | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         has_prefix_cache: bool = True,
+        disk: DiskCacheOptions | None = None,
         speculates: bool = True,
     ) -> None:
         limits = limits or Limits()
@@ -62,12 +67,18 @@ class Engine:
             self.context = min(context, limits.max_pages * page_size)
         allocator = runner.allocator
         self.prefix = PrefixCache(allocator, page_size=page_size) if has_prefix_cache else None
+        self.disk: DiskCache | None = None
+        if disk is not None and self.prefix is not None:
+            fingerprint = fingerprint_of(runner, context=context, prefill_chunk=prefill_chunk)
+            self.disk = DiskCache(disk, fingerprint=fingerprint, runner=runner, prefix=self.prefix)
+        self._step_seconds = 0.0
         attention = runner.model.config.attention
         self.scheduler = Scheduler(
             planner=PrefillPlanner(attention, chunk=prefill_chunk, page_size=page_size),
             allocator=allocator,
             prefix=self.prefix,
             limits=limits,
+            disk=self.disk,
         )
         self._kv_cache = self.scheduler.kv_cache
         self.speculator = Speculator(runner) if speculates else None
@@ -130,6 +141,7 @@ class Engine:
         """Run the model once over the chunks that the scheduler chose; returns the events of the
         step: sampled tokens and ends of completions."""
         events = self._expire()
+        self.scheduler.load(self._step_seconds)
         chunks = self.scheduler.schedule()
         if not chunks:
             return events
@@ -142,8 +154,25 @@ class Engine:
         if output is None:
             return events
         events += self._sample(output)
-        self._observe(output.chunks, time.perf_counter() - started)
+        self._step_seconds = time.perf_counter() - started
+        self._observe(output.chunks, self._step_seconds)
+        self.copy_pending()
         return events
+
+    def copy_pending(self) -> bool:
+        """Hand pages of the prefix cache to the disk's writer, as many as it takes now; whether
+        some are left. Does not wait."""
+        return self.disk is not None and self.disk.copy_pending()
+
+    def copy_all(self) -> None:
+        """Hand all pages to the disk's writer; waits for the disk if they are many."""
+        if self.disk is not None:
+            self.disk.copy_all()
+
+    def close(self) -> None:
+        """Finish writing the prefix cache to disk. The engine cannot be used afterwards."""
+        if self.disk is not None:
+            self.disk.close()
 
     def stop(self, request_id: int, index: int) -> None:
         """End one completion that has not ended: the caller found a stop string in its text."""
@@ -163,7 +192,7 @@ class Engine:
         page allocator and prefix cache agree."""
         sequences = self._requests.sequences()
         unfinished = [s for s in sequences if s.finish_reason is None]
-        queued = [*self.scheduler.waiting, *self.scheduler.running]
+        queued = [*self.scheduler.waiting, *self.scheduler.loading, *self.scheduler.running]
         if any(s.pages for s in sequences if s.finish_reason is not None):
             raise AssertionError("a finished sequence holds pages")
         if {id(s) for s in queued} != {id(s) for s in unfinished}:

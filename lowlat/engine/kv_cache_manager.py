@@ -2,14 +2,21 @@
 prefix cache. Plain Python over request records, no tensors.
 """
 
+from typing import TYPE_CHECKING
+
 from lowlat.engine.page_allocator import PageAllocator
 from lowlat.engine.prefill_planner import PrefillPlanner
 from lowlat.engine.prefix import PrefixCache
+from lowlat.engine.prefix_loader import PrefixLoader
 from lowlat.engine.request import Sequence
+
+if TYPE_CHECKING:
+    from lowlat.engine.disk_cache import DiskCache
 
 
 class KVCacheManager:
-    """Takes and releases the pages of sequences; `max_pages` bounds the cache (None: unbounded)."""
+    """Takes and releases the pages of sequences; `max_pages` bounds the cache (None: unbounded).
+    With `disk`, pages in the prefix cache are also written to and read from the disk."""
 
     def __init__(
         self,
@@ -17,12 +24,18 @@ class KVCacheManager:
         allocator: PageAllocator,
         prefix: PrefixCache | None,
         max_pages: int | None,
+        disk: "DiskCache | None" = None,
     ) -> None:
         self._planner = planner
         self.allocator = allocator
         self.prefix = prefix
         self._max_pages = max_pages
         self._page_size = planner.page_size
+        self._disk = disk
+        self.loader: PrefixLoader | None = None
+        if disk is not None:
+            assert prefix is not None, "a prefix cache on disk needs one in memory"
+            self.loader = PrefixLoader(disk, prefix, allocator, self.has_free)
 
     def match(self, sequence: Sequence) -> None:
         """Replace the pages of a sequence by its prefix cache hits, if these cover more tokens. The
@@ -45,6 +58,38 @@ class KVCacheManager:
         # After its first step a request may match its own pages, which do not count as hits.
         if sequence.request.started_at is None:
             sequence.request.num_matched = sequence.num_cached
+
+    def begin_load(self, sequence: Sequence) -> bool:
+        """Start to read the pages that follow a sequence's prefix cache hits from the disk; False
+        if there are none."""
+        if self.prefix is None or self.loader is None:
+            return False
+        if sequence.num_cached != len(sequence.pages) * self._page_size:
+            return False
+        count = (len(sequence.tokens) - 1) // self._page_size
+        contents = self.prefix.following(
+            sequence.pages,
+            sequence.request.options.cache_namespace,
+            sequence.tokens,
+            self._page_paths(sequence, count),
+        )
+        return self.loader.begin(sequence, contents)
+
+    def load(self, step_seconds: float | None) -> list[Sequence]:
+        """Read pages from the disk for a while (`PrefixLoader.advance`); returns the sequences that
+        have theirs."""
+        if self.loader is None:
+            return []
+        loaded = self.loader.advance(step_seconds)
+        for sequence in loaded:
+            if sequence.request.started_at is None:
+                sequence.request.num_matched = sequence.num_cached
+        return loaded
+
+    def touch(self, sequence: Sequence) -> None:
+        """Record the use of a sequence's pages for the LRU eviction from the disk."""
+        if self._disk is not None:
+            self._disk.touch(sequence.pages[: sequence.num_indexed])
 
     def is_next_page_of(self, leader: Sequence, sequence: Sequence) -> bool:
         """Whether `leader` is about to compute the page that `sequence` needs next."""
@@ -69,12 +114,16 @@ class KVCacheManager:
             namespace = sequence.request.options.cache_namespace
             paths = self._page_paths(sequence, full)
             self.prefix.insert(namespace, sequence.tokens, paths, sequence.pages)
+            if self._disk is not None:
+                self._disk.offer(sequence.pages[sequence.num_indexed : full])
             sequence.num_indexed = full
 
     def withdraw(self, sequence: Sequence) -> None:
         """Remove the pages of a sequence from the prefix cache: one of them holds bad values."""
         if self.prefix is not None:
-            self.prefix.withdraw(sequence.pages)
+            contents = self.prefix.withdraw(sequence.pages)
+            if self._disk is not None:
+                self._disk.withdraw(contents)
 
     def num_missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Pages that a sequence needs for `num_tokens` entries beyond those it has."""

@@ -16,6 +16,19 @@ Digest = Callable[[bytes], bytes]
 """Bytes to a key; finding a second preimage must be infeasible."""
 
 
+@dataclass(frozen=True, slots=True)
+class PageContent:
+    """All that the KV cache entries of a page depend on, but the model."""
+
+    key: bytes
+    parent_key: bytes
+    """Empty for the first page of a sequence."""
+    cache_namespace: bytes
+    path: str
+    tokens: bytes
+    depth: int
+
+
 @dataclass(slots=True, eq=False)
 class IndexedPage:
     """One indexed page, and all that its KV cache entries depend on."""
@@ -33,6 +46,15 @@ class IndexedPage:
     """Pages before it."""
     num_children: int = 0
     """Indexed pages that follow it."""
+    is_on_disk: bool = False
+    """Whether it was read from the disk, or queued to be written to it."""
+
+    @property
+    def content(self) -> PageContent:
+        parent_key = b"" if self.parent is None else self.parent.key
+        return PageContent(
+            self.key, parent_key, self.cache_namespace, self.path, self.tokens, self.depth
+        )
 
 
 class PrefixCache:
@@ -49,8 +71,8 @@ class PrefixCache:
     in one call or the last ones first. So no page is evicted before those that follow it, every
     cached page can be evicted, and the indexed pages of a sequence are its leading ones.
 
-    What mutates: `match`, `insert`, `withdraw`, `clear`, and the allocator when it evicts. Not
-    thread-safe: only the engine's thread calls it. An allocator has one PrefixCache at most.
+    What mutates: `match`, `insert`, `adopt`, `withdraw`, `clear`, and the allocator when it evicts.
+    Not thread-safe: only the engine's thread calls it. An allocator has one PrefixCache at most.
     Indexed pages must not be written; a sequence that continues writes into later pages.
     """
 
@@ -136,21 +158,71 @@ class PrefixCache:
                 pages[index] = indexed.page
             parent = indexed
 
-    def withdraw(self, pages: Iterable[int]) -> None:
+    def indexed(self, page: int) -> IndexedPage | None:
+        """The index's record of a page; None if it is not indexed."""
+        return self._by_page.get(page)
+
+    def following(
+        self, pages: Sequence[int], cache_namespace: bytes, tokens: Sequence[int], paths: list[str]
+    ) -> list[PageContent]:
+        """Contents of the pages of a sequence that follow `pages`, its leading ones, up to
+        len(paths) pages in all; empty if the last of `pages` is not indexed."""
+        self._check_lengths(tokens, paths)
+        parent_key = b""
+        if pages:
+            last = self._by_page.get(pages[-1])
+            if last is None:
+                return []
+            parent_key = last.key
+        contents: list[PageContent] = []
+        for index in range(len(pages), len(paths)):
+            packed = self._packed(tokens, index)
+            key = self._key(parent_key, cache_namespace, paths[index], packed)
+            contents.append(
+                PageContent(key, parent_key, cache_namespace, paths[index], packed, index)
+            )
+            parent_key = key
+        return contents
+
+    def lookup(self, parent: IndexedPage | None, content: PageContent) -> IndexedPage | None:
+        """The page with this content that follows `parent`, if it is indexed."""
+        return self._find(parent, content.cache_namespace, content.path, content.tokens)[1]
+
+    def adopt(self, parent: IndexedPage | None, content: PageContent, page: int) -> bool:
+        """Index `page`, filled from the disk and held by the caller, which holds `parent` and the
+        pages before it too. False, indexing nothing, if another page has its key."""
+        if content.key in self._by_key:
+            return False
+        added = IndexedPage(
+            content.key,
+            page,
+            parent,
+            content.cache_namespace,
+            content.path,
+            content.tokens,
+            content.depth,
+            is_on_disk=True,
+        )
+        self._add(added)
+        return True
+
+    def withdraw(self, pages: Iterable[int]) -> list[PageContent]:
         """Remove `pages`, used ones too, and all pages that follow them from the index: their
-        entries hold bad values. O(indexed pages)."""
+        entries hold bad values. Returns their contents. O(indexed pages)."""
         doomed = [self._by_page[page] for page in pages if page in self._by_page]
         if not doomed:
-            return
+            return []
         numbers = {indexed.page for indexed in doomed}
         for indexed in sorted(self._by_page.values(), key=attrgetter("depth")):
             follows = indexed.parent is not None and indexed.parent.page in numbers
             if follows and indexed.page not in numbers:
                 doomed.append(indexed)
                 numbers.add(indexed.page)
+        contents = [indexed.content for indexed in doomed]
         for indexed in sorted(doomed, key=attrgetter("depth"), reverse=True):
             self._forget(indexed.page)
             self._allocator.unkeep(indexed.page)
+        return contents
 
     def clear(self) -> None:
         """Evict every cached page; pages in use stay indexed."""
@@ -201,11 +273,7 @@ class PrefixCache:
         self, parent: IndexedPage | None, cache_namespace: bytes, path: str, tokens: bytes
     ) -> tuple[bytes, IndexedPage | None]:
         """The key of a page, and its IndexedPage if exactly this page is indexed."""
-        parent_key = self._digest(cache_namespace) if parent is None else parent.key
-        name = path.encode()
-        # The path is length-prefixed, so that its end cannot be taken for the tokens' beginning.
-        content = len(name).to_bytes(4, "little") + name + tokens
-        key = self._digest(parent_key + content)
+        key = self._key(b"" if parent is None else parent.key, cache_namespace, path, tokens)
         indexed = self._by_key.get(key)
         if indexed is not None and (
             indexed.parent is not parent
@@ -215,6 +283,13 @@ class PrefixCache:
         ):
             indexed = None
         return key, indexed
+
+    def _key(self, parent_key: bytes, cache_namespace: bytes, path: str, tokens: bytes) -> bytes:
+        """The key of a page; parent_key is empty for the first page of a sequence."""
+        name = path.encode()
+        # The path is length-prefixed, so that its end cannot be taken for the tokens' beginning.
+        content = len(name).to_bytes(4, "little") + name + tokens
+        return self._digest((parent_key or self._digest(cache_namespace)) + content)
 
     def _add(self, indexed: IndexedPage) -> None:
         self._allocator.keep(indexed.page)

@@ -7,7 +7,7 @@ text. The cache starts small and at least doubles when its pages run out: memory
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from lowlat.attention.cache import PAGE_SIZE, PagedCache
@@ -81,6 +81,18 @@ class ModelRunner:
         """Copy the entries of a page to another, in every layer."""
         self._fit_cache()
         self.cache.copy_page(source, destination)
+
+    @torch.inference_mode()
+    def export_page(self, page: int, out: UInt8[Tensor, " page_bytes"]) -> None:
+        """Copy a page's entries in all layers to `out` in CPU memory."""
+        self._fit_cache()
+        self.cache.export_page(page, out)
+
+    @torch.inference_mode()
+    def import_page(self, page: int, stored: UInt8[Tensor, " page_bytes"]) -> None:
+        """Fill a page with what `export_page` wrote."""
+        self._fit_cache()
+        self.cache.import_page(page, stored)
 
     def release(self, pages: list[int]) -> None:
         """Release `pages` and empty the list."""

@@ -7,6 +7,7 @@ request records; imports no torch. Pages are `engine.kv_cache_manager`'s.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lowlat.attention.path import AttentionPath
 from lowlat.engine.fairness import FairShares
@@ -15,6 +16,9 @@ from lowlat.engine.page_allocator import PageAllocator
 from lowlat.engine.prefill_planner import PREFILL_CHUNK, PrefillPlanner
 from lowlat.engine.prefix import PrefixCache
 from lowlat.engine.request import Sequence
+
+if TYPE_CHECKING:
+    from lowlat.engine.disk_cache import DiskCache
 
 STEP_TOKENS = 1024
 """Prefill tokens of a step while no sequence decodes: the token budget (max_num_batched_tokens in
@@ -78,14 +82,17 @@ class Scheduler:
         allocator: PageAllocator,
         prefix: PrefixCache | None,
         limits: Limits,
+        disk: "DiskCache | None" = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.limits = limits
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.loading: list[Sequence] = []
+        """Admitted sequences whose pages are being read from the disk, before they run."""
         self.num_preemptions = 0
         self._planner = planner
-        self.kv_cache = KVCacheManager(planner, allocator, prefix, limits.max_pages)
+        self.kv_cache = KVCacheManager(planner, allocator, prefix, limits.max_pages, disk)
         self._clock = clock
         self._shares = FairShares()
         self._awaiting: set[Sequence] = set()
@@ -93,7 +100,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.loading or self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Queue the first completion of a new request."""
@@ -124,10 +131,20 @@ class Scheduler:
         """Remove a finished sequence, waiting or running, and release its pages."""
         if sequence in self.running:
             self.running.remove(sequence)
+        elif sequence in self.loading:
+            self._stop_loading(sequence)
         else:
             self.waiting.remove(sequence)
+        self.kv_cache.touch(sequence)
         self.kv_cache.release(sequence)
         self._shares.leave(sequence.request.options.cache_namespace)
+
+    def load(self, step_seconds: float) -> None:
+        """Read pages of admitted sequences from the disk for a while; those that have all of them
+        run from here on. step_seconds: time of the last step."""
+        for sequence in self.kv_cache.load(step_seconds if self.running else None):
+            self.loading.remove(sequence)
+            self.running.append(sequence)
 
     def schedule(self) -> list[ScheduledChunk]:
         """The chunks of the next step, their pages reserved; empty if no sequence is left."""
@@ -147,7 +164,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Move waiting sequences to the running ones, as far as completions and pages allow."""
-        taken = sum(_num_completions(sequence) for sequence in self.running)
+        taken = sum(_num_completions(sequence) for sequence in [*self.running, *self.loading])
         now = self._clock()
         while self.waiting:
             sequence = min(self.waiting, key=lambda sequence: self._rank(sequence, now))
@@ -155,7 +172,8 @@ class Scheduler:
             if taken > self.limits.max_sequences or not self._take_pages(sequence):
                 return
             self.waiting.remove(sequence)
-            self.running.append(sequence)
+            is_loading = self.kv_cache.begin_load(sequence)
+            (self.loading if is_loading else self.running).append(sequence)
 
     def _rank(self, sequence: Sequence, now: float) -> tuple[int, bool, int, float, int]:
         request = sequence.request
@@ -170,8 +188,9 @@ class Scheduler:
         """Give a waiting sequence its prefix cache hits if enough pages are free: for the rest of
         its tokens, for the running sequences' tokens, and one more per running sequence."""
         self.kv_cache.match(sequence)
-        promised = sum(self._num_missing(running) for running in self.running)
-        if self.kv_cache.has_free(self._num_missing(sequence) + promised + len(self.running)):
+        admitted = [*self.running, *self.loading]
+        promised = sum(self._num_missing(other) for other in admitted)
+        if self.kv_cache.has_free(self._num_missing(sequence) + promised + len(admitted)):
             return True
         self.kv_cache.release(sequence)
         return False
@@ -247,7 +266,7 @@ class Scheduler:
         """Add a sequence to the step if it gets its pages; preempts the last running sequences for
         them."""
         while not self.kv_cache.extend(sequence, sequence.num_cached + length):
-            victim = max(self.running, key=_order)
+            victim = max([*self.running, *self.loading], key=_order)
             chosen.pop(victim, None)
             self._preempt(victim)
             if victim is sequence:
@@ -261,13 +280,21 @@ class Scheduler:
             sequence.draft_tokens = []
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Release the pages of a running sequence; it waits and is recomputed."""
+        """Release the pages of an admitted sequence; it waits and is recomputed."""
         self.kv_cache.release(sequence)
         sequence.draft_tokens = []
         sequence.was_preempted = True
-        self.running.remove(sequence)
+        if sequence in self.loading:
+            self._stop_loading(sequence)
+        else:
+            self.running.remove(sequence)
         self.waiting.append(sequence)
         self.num_preemptions += 1
+
+    def _stop_loading(self, sequence: Sequence) -> None:
+        self.loading.remove(sequence)
+        assert self.kv_cache.loader is not None
+        self.kv_cache.loader.remove(sequence)
 
 
 def _order(sequence: Sequence) -> tuple[float, int]:

@@ -40,6 +40,50 @@ def _empty(bounds: tuple[float, ...]) -> Histogram:
 
 
 @dataclass(kw_only=True, slots=True)
+class DiskCacheStats:
+    """Counters of the prefix cache on disk."""
+
+    hit_tokens: int = 0
+    """Tokens whose entries were read from the disk."""
+    read_bytes: int = 0
+    written_bytes: int = 0
+    evicted_bytes: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Pages that were not used or not written, by reason: page_folder.Damage, late (evicted from
+    memory before it was written), disk_full, write_error."""
+
+
+class DiskCacheRecorder:
+    """Collects DiskCacheStats from the engine's thread and the writer's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stats = DiskCacheStats()
+
+    def read(self, num_bytes: int, num_tokens: int) -> None:
+        with self._lock:
+            self._stats.read_bytes += num_bytes
+            self._stats.hit_tokens += num_tokens
+
+    def wrote(self, num_bytes: int) -> None:
+        with self._lock:
+            self._stats.written_bytes += num_bytes
+
+    def evicted(self, num_bytes: int) -> None:
+        with self._lock:
+            self._stats.evicted_bytes += num_bytes
+
+    def dropped(self, reason: str) -> None:
+        """Record a page that was not used or not written."""
+        with self._lock:
+            self._stats.dropped[reason] = self._stats.dropped.get(reason, 0) + 1
+
+    def snapshot(self) -> DiskCacheStats:
+        with self._lock:
+            return copy.deepcopy(self._stats)
+
+
+@dataclass(kw_only=True, slots=True)
 class EngineStats:
     """Statistics of an engine; counters count from its start."""
 
@@ -62,6 +106,8 @@ class EngineStats:
     pages_cached: int = 0
     page_tokens: int = 0
     """Tokens per KV cache page."""
+    disk: DiskCacheStats | None = None
+    """The prefix cache on disk, if there is one."""
     finished: dict[str, int] = field(default_factory=dict)
     """Completions by finish reason."""
     queue_time: Histogram = field(default_factory=partial(_empty, LONG_SECONDS))
@@ -113,7 +159,7 @@ class StatsRecorder:
             self._stats.finished[reason] = self._stats.finished.get(reason, 0) + 1
             self._stats.e2e.add(now - sequence.request.arrived_at)
 
-    def snapshot(self, **gauges: int) -> EngineStats:
+    def snapshot(self, disk: DiskCacheStats | None = None, **gauges: int) -> EngineStats:
         """A copy of everything recorded, with the current `gauges`, fields of EngineStats."""
         with self._lock:
-            return replace(copy.deepcopy(self._stats), **gauges)
+            return replace(copy.deepcopy(self._stats), disk=disk, **gauges)

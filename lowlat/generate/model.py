@@ -6,7 +6,6 @@ engine. Not thread-safe.
 
 import operator
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from jaxtyping import Float
@@ -19,6 +18,7 @@ from lowlat.config.parameter_count import count_parameters
 from lowlat.engine import scoring
 from lowlat.engine.cache_size import new_runner
 from lowlat.engine.constraint import Constraint
+from lowlat.engine.disk_cache import DiskCacheOptions
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import integer_of
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
@@ -47,8 +47,9 @@ class Model:
     context: the most tokens that prompt and output may have together (max_model_len in vLLM);
     None takes all the model allows. cache: dtype of the KV cache, auto (that of the activations),
     bf16 or int8. max_cache_bytes: bound of the KV cache ("auto": most of the memory left after the
-    weights); completions without free pages wait, or are preempted and recomputed. speculates:
-    whether speculative decoding runs; it changes no output.
+    weights); completions without free pages wait, or are preempted and recomputed. disk: a folder
+    for the prefix cache, which then outlives the process. speculates: whether speculative decoding
+    runs; it changes no output.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Model:
         context: int | None = None,
         cache: str = "auto",
         max_cache_bytes: int | Literal["auto"] | None = None,
+        disk: DiskCacheOptions | None = None,
         speculates: bool = True,
     ) -> None:
         config = transformer.config
@@ -74,6 +76,7 @@ class Model:
             context=self.context,
             eos_ids=frozenset(tokenizer.eos_ids) | frozenset(config.eos_token_ids),
             limits=limits,
+            disk=disk,
             speculates=speculates,
         )
         self.context = self.engine.context
@@ -258,6 +261,7 @@ class Model:
         finally:
             for request in added:
                 self.session.abort(request)
+            self.engine.copy_all()
         return [[builder.result() for builder in request.builders] for request in added]
 
     def _stream(self, prompt: Prompt, params: SamplingParams) -> Stream:
@@ -265,7 +269,11 @@ class Model:
             raise UserError(f"n {params.n} cannot be streamed; set n to 1 or stream to False")
         self.tokenizer.require()  # a stream gives text
         request = self._add(self._encode(prompt), params, is_offline=False)
-        close = partial(self.session.abort, request)
+
+        def close() -> None:
+            self.session.abort(request)
+            self.engine.copy_all()
+
         return Stream(request.builders[0], step=self._step, close=close)
 
     def _encode(self, prompt: Prompt) -> tuple[list[int], bool]:
@@ -297,6 +305,11 @@ class Model:
                 ) from error
             self._compiler = GrammarCompiler(self.tokenizer, self.config.vocab_size)
         return self._compiler.compile(output, begins_text=begins_text)
+
+    def close(self) -> None:
+        """Finish writing the prefix cache to disk; the end of the program does it, too. The model
+        cannot be used afterwards."""
+        self.engine.close()
 
     def _step(self) -> None:
         """Run one engine step for all unfinished completions."""

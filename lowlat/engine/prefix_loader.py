@@ -1,0 +1,141 @@
+"""Prefix loader: reads the pages of waiting requests from the prefix cache on disk.
+
+Pages are read on the engine's thread between steps, one request after the other. While other
+sequences run, reading takes at most LOAD_SHARE of their time and never waits for the disk; a
+request that is alone reads as fast as it can. What is missing or damaged is computed instead.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from lowlat.engine.page_allocator import PageAllocator
+from lowlat.engine.prefix import PageContent, PrefixCache
+from lowlat.engine.request import Sequence
+
+if TYPE_CHECKING:
+    from lowlat.engine.disk_cache import DiskCache
+
+LOAD_SHARE = 0.03
+"""Share of the time of other sequences' steps that reading may take."""
+SLICE_SECONDS = 0.05
+"""Seconds of reading between looks at new requests, while no sequence runs."""
+READ_AHEAD = 16
+"""Files that the system reads ahead."""
+STALL_SECONDS = 1.0
+"""After this long without a page, reading waits for the disk although other sequences run."""
+
+
+@dataclass(slots=True, eq=False)
+class PrefixLoad:
+    """A sequence whose pages are being read. `sequence.pages` holds the ones it has."""
+
+    sequence: Sequence
+    contents: list[PageContent]
+    """Pages to read."""
+    advanced_at: float
+    """Clock in seconds of the last page, or of the start."""
+    next: int = 0
+
+
+class PrefixLoader:
+    """Loads of several sequences, in order of their beginning. `has_free` is KVCacheManager's."""
+
+    def __init__(
+        self,
+        disk: "DiskCache",
+        prefix: PrefixCache,
+        allocator: PageAllocator,
+        has_free: Callable[[int], bool],
+    ) -> None:
+        self._disk = disk
+        self._prefix = prefix
+        self._allocator = allocator
+        self._has_free = has_free
+        self._loads: list[PrefixLoad] = []
+        self._credit = 0.0
+        """Seconds that reading may take now."""
+        self._page_seconds = 0.001
+        """Seconds that a page took."""
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [load.sequence for load in self._loads]
+
+    def begin(self, sequence: Sequence, contents: list[PageContent]) -> bool:
+        """Start to load the pages that follow `sequence.pages`; False if the first of them is not
+        on disk."""
+        if not contents or not self._disk.has(contents[0]):
+            return False
+        for content in contents[:READ_AHEAD]:
+            self._disk.prefetch(content)
+        self._loads.append(PrefixLoad(sequence, contents, time.perf_counter()))
+        return True
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended or is preempted; the caller releases its pages."""
+        self._loads = [load for load in self._loads if load.sequence is not sequence]
+
+    def advance(self, step_seconds: float | None) -> list[Sequence]:
+        """Read pages for a while; returns the sequences that have all their pages. step_seconds:
+        the time of the last step of other sequences; None if none runs."""
+        if not self._loads:
+            self._credit = 0.0
+            return []
+        is_alone = step_seconds is None
+        if step_seconds is None:
+            self._credit = SLICE_SECONDS
+        else:
+            self._credit = min(self._credit + LOAD_SHARE * step_seconds, SLICE_SECONDS)
+        finished: list[Sequence] = []
+        while self._loads and self._credit >= (0.0 if is_alone else self._page_seconds):
+            load, started = self._loads[0], time.perf_counter()
+            may_wait = is_alone or started - load.advanced_at > STALL_SECONDS
+            result = self._load_page(load, may_wait=may_wait)
+            now = time.perf_counter()
+            self._credit -= now - started
+            if result == "pending":
+                break
+            if result == "done":
+                self._loads.pop(0)
+                finished.append(load.sequence)
+            else:
+                self._page_seconds = min(now - started, 2 * self._page_seconds, SLICE_SECONDS)
+                load.advanced_at = now
+        return finished
+
+    def _load_page(
+        self, load: PrefixLoad, *, may_wait: bool
+    ) -> Literal["loaded", "pending", "done"]:
+        """Give a sequence its next page, from memory or from the disk."""
+        if load.next == len(load.contents):
+            return "done"
+        sequence, content = load.sequence, load.contents[load.next]
+        parent = self._prefix.indexed(sequence.pages[-1]) if sequence.pages else None
+        if (b"" if parent is None else parent.key) != content.parent_key:
+            return "done"  # the page before has been withdrawn
+        found = self._prefix.lookup(parent, content)
+        if found is not None:
+            self._allocator.retain([found.page])
+            page = found.page
+        else:
+            if not self._has_free(1):
+                return "done"
+            result = self._disk.read(content, may_wait=may_wait)
+            if result != "read":
+                if result == "pending":
+                    self._disk.prefetch(content)
+                return "pending" if result == "pending" else "done"
+            page = self._allocator.allocate(1)[0]
+            self._disk.fill(page)
+            if not self._prefix.adopt(parent, content, page):
+                self._allocator.release([page])
+                return "done"
+            if load.next + READ_AHEAD < len(load.contents):
+                self._disk.prefetch(load.contents[load.next + READ_AHEAD])
+        sequence.pages.append(page)
+        sequence.num_cached = len(sequence.pages) * self._prefix.page_size
+        sequence.num_indexed = len(sequence.pages)
+        load.next += 1
+        return "loaded"
