@@ -17,6 +17,8 @@ from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
 from lowlat.convert.run import convert
 from lowlat.engine.cache_size import check_cache_limit
+from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES
+from lowlat.engine.page_folder import open_folder
 from lowlat.generate.completion import Completion
 from lowlat.generate.model import Model, check_context
 from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
@@ -39,6 +41,8 @@ class LoadOptions(TypedDict, total=False):
     context: int | None
     cache: str
     max_cache_bytes: int | Literal["auto"] | None
+    prefix_cache_dir: str | os.PathLike[str] | None
+    prefix_cache_disk_bytes: int
     speculates: bool
     progress: Progress | None
 
@@ -51,6 +55,8 @@ def load(
     context: int | None = None,
     cache: str = "auto",
     max_cache_bytes: int | Literal["auto"] | None = None,
+    prefix_cache_dir: str | os.PathLike[str] | None = None,
+    prefix_cache_disk_bytes: int = DEFAULT_DISK_BYTES,
     speculates: bool = True,
     progress: Progress | None = None,
 ) -> Model:
@@ -60,8 +66,10 @@ def load(
     int8, int4 or GGUF blocks stay quantized. context: most tokens of prompt and output together,
     None for all the model allows. cache: dtype of the KV cache, bf16, int8, or auto (the dtype of
     the activations). max_cache_bytes: bound of the KV cache, at most the machine's memory; "auto"
-    takes most of the memory left after the weights. speculates: whether speculative decoding runs;
-    it does not change the output. A model without a tokenizer takes and gives token ids; text
+    takes most of the memory left after the weights. prefix_cache_dir: folder that keeps the prefix
+    cache on disk, within prefix_cache_disk_bytes, for later processes; processes may share it, and
+    loading then reads all weights once, to identify them. speculates: whether speculative decoding
+    runs; it does not change the output. A model without a tokenizer takes and gives token ids; text
     raises UserError when it is used. Raises UserError naming what cannot be found, read or served.
 
     Effect on the whole process: for a model on the native kernels, `torch.set_num_threads(1)`
@@ -70,6 +78,8 @@ def load(
     """
     parse_cache(cache)
     check_cache_limit(max_cache_bytes, parse_device(device))
+    if prefix_cache_dir is not None:
+        open_folder(Path(prefix_cache_dir))
     # A wrong LOWLAT_ISA is an error before minutes of loading.
     native.available()
     path = prepare(name, progress=progress)
@@ -90,6 +100,8 @@ def load(
         context=context,
         cache=cache,
         max_cache_bytes=max_cache_bytes,
+        prefix_cache_dir=prefix_cache_dir,
+        prefix_cache_disk_bytes=prefix_cache_disk_bytes,
         speculates=speculates,
     )
 

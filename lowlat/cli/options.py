@@ -11,7 +11,8 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, get_args, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, TypedDict, get_args, get_type_hints
 
 import typer
 
@@ -56,6 +57,15 @@ Threads = Annotated[
     typer.Option(min=1, help="CPU threads, by default one per core.", rich_help_panel="Machine"),
 ]
 
+PrefixCacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the prefix cache on disk, which outlives the process."),
+]
+PrefixCacheDisk = Annotated[
+    float | None,
+    typer.Option(min=0.000001, help="GiB that the prefix cache may take on disk; 10 by default."),
+]
+
 Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy decoding.")]
 TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 disables top-k.")]
 TopP = Annotated[
@@ -83,6 +93,26 @@ class MachineOptions:
 
 
 Machine = Annotated[MachineOptions, "Machine"]
+
+
+class DiskCacheArguments(TypedDict, total=False):
+    """Arguments of `lowlat.load` for a prefix cache on disk."""
+
+    prefix_cache_dir: Path
+    prefix_cache_disk_bytes: int
+
+
+def disk_cache(folder: Path | None, gib: float | None) -> DiskCacheArguments:
+    """--prefix-cache-dir and --prefix-cache-disk. Raises UserError for a size without a folder."""
+    if folder is None:
+        if gib is not None:
+            raise UserError("--prefix-cache-disk needs --prefix-cache-dir DIR; give both")
+        return {}
+    if gib is None:
+        return {"prefix_cache_dir": folder}
+    if not gib < 2**30:
+        raise UserError(f"--prefix-cache-disk must be a number of GiB, got {gib}")
+    return {"prefix_cache_dir": folder, "prefix_cache_disk_bytes": int(gib * 2**30)}
 
 
 def with_option_groups(verb: Callable[..., None]) -> Callable[..., None]:

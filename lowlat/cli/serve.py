@@ -86,6 +86,8 @@ class EngineOptions:
             min=0.001, help="GiB for the KV cache; default: most of the memory left by the weights."
         ),
     ] = None
+    prefix_cache_dir: options.PrefixCacheDir = None
+    prefix_cache_disk: options.PrefixCacheDisk = None
 
 
 @options.with_option_groups
@@ -107,6 +109,7 @@ def serve(
     if server.served_model_name == "":
         raise UserError("--served-model-name is empty; set a name, or leave the option out")
     max_cache_bytes = _cache_bytes(engine.cache_memory, machine.device)
+    disk = options.disk_cache(engine.prefix_cache_dir, engine.prefix_cache_disk)
     config = _config(model, server, limits)
     # Before the model is fetched and loaded, so that a port in use fails at once.
     with open_socket(config) as listener:
@@ -115,6 +118,7 @@ def serve(
             **asdict(machine),
             context=limits.max_context,
             max_cache_bytes=max_cache_bytes,
+            **disk,
             speculates=engine.speculate,
         )
         configure()

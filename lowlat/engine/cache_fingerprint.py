@@ -16,7 +16,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-import lowlat
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.engine.runner import ModelRunner
 from lowlat.model.linear import Linear
@@ -95,7 +94,7 @@ def _torch_facts() -> str:
 @cache
 def _code_digest() -> str:
     """SHA-256 of the code that computes entries: an installation may change without its version."""
-    package = Path(lowlat.__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     files = [path for name in CODE for path in (package / name).rglob("*.py")]
     for path in sorted([*files, *package.glob("_native*")]):

@@ -55,8 +55,8 @@ class DiskCache:
         size = on_disk(page_format.file_bytes)
         if options.max_bytes < 2 * size:
             raise UserError(
-                f"--prefix-cache-disk {options.max_bytes / 2**30:g} GiB is less than two pages of "
-                f"the cache ({2 * size} bytes); raise it"
+                f"the limit of the prefix cache on disk, {options.max_bytes} bytes, is less than "
+                f"two pages of the cache ({2 * size} bytes); raise it"
             )
         open_folder(options.folder)
         self._runner = runner

@@ -174,7 +174,7 @@ class PageFolder:
         self.format.seal(content, data)
         path = self.path(content)
         partial = f"{path}.{os.getpid()}-{threading.get_ident()}.partial"
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        _make_private(os.path.dirname(path))
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
         descriptor = os.open(partial, flags | getattr(os, "O_BINARY", 0), 0o600)
         try:
@@ -209,21 +209,30 @@ def open_folder(folder: Path) -> None:
     """Create the folder of a prefix cache, for this user alone. Raises UserError if it cannot be
     used, or if other users may write to it."""
     try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
+        _make_private(os.fspath(folder))
         mode = os.stat(folder).st_mode
     except OSError as error:
         raise UserError(
-            f"--prefix-cache-dir '{folder}': {error.strerror}; choose a folder that you may "
-            "write to"
+            f"prefix_cache_dir '{folder}': {error.strerror}; choose a folder that you may write to"
         ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--prefix-cache-dir '{folder}' may not be written to; choose another folder"
-        )
+        raise UserError(f"prefix_cache_dir '{folder}' may not be written to; choose another folder")
     if os.name == "posix" and mode & 0o022:
         raise UserError(
-            f"--prefix-cache-dir '{folder}': other users may write to it; run: chmod 700 {folder}"
+            f"prefix_cache_dir '{folder}': other users may write to it; run: chmod 700 {folder}"
         )
+
+
+def _make_private(folder: str) -> None:
+    """Create a folder and its missing parents, each for this user alone."""
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(folder):
+            raise
+    except FileNotFoundError:
+        _make_private(os.path.dirname(folder))
+        os.makedirs(folder, 0o700, exist_ok=True)
 
 
 def _read_all(descriptor: int, data: memoryview, *, may_wait: bool) -> ReadResult | None:

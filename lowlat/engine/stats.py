@@ -16,6 +16,14 @@ SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2,
 LONG_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0)
 
 
+DROP_REASONS = (
+    *("truncated", "foreign", "corrupt", "unreadable"),
+    *("late", "disk_full", "write_error"),
+)
+"""Why pages of the prefix cache on disk are not used (`page_folder.Damage`) or not written (late:
+evicted from memory before)."""
+
+
 @dataclass(slots=True)
 class Histogram:
     """Counts of durations in seconds, by upper bounds."""
@@ -49,8 +57,7 @@ class DiskCacheStats:
     written_bytes: int = 0
     evicted_bytes: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    """Pages that were not used or not written, by reason: page_folder.Damage, late (evicted from
-    memory before it was written), disk_full, write_error."""
+    """Pages that were not used or not written, by DROP_REASONS."""
 
 
 class DiskCacheRecorder:
@@ -106,8 +113,8 @@ class EngineStats:
     pages_cached: int = 0
     page_tokens: int = 0
     """Tokens per KV cache page."""
-    disk: DiskCacheStats | None = None
-    """The prefix cache on disk, if there is one."""
+    disk: DiskCacheStats = field(default_factory=DiskCacheStats)
+    """The prefix cache on disk; zeros without one."""
     finished: dict[str, int] = field(default_factory=dict)
     """Completions by finish reason."""
     queue_time: Histogram = field(default_factory=partial(_empty, LONG_SECONDS))
@@ -162,4 +169,4 @@ class StatsRecorder:
     def snapshot(self, disk: DiskCacheStats | None = None, **gauges: int) -> EngineStats:
         """A copy of everything recorded, with the current `gauges`, fields of EngineStats."""
         with self._lock:
-            return replace(copy.deepcopy(self._stats), disk=disk, **gauges)
+            return replace(copy.deepcopy(self._stats), disk=disk or DiskCacheStats(), **gauges)

@@ -5,7 +5,9 @@ engine. Not thread-safe.
 """
 
 import operator
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from jaxtyping import Float
@@ -18,7 +20,7 @@ from lowlat.config.parameter_count import count_parameters
 from lowlat.engine import scoring
 from lowlat.engine.cache_size import new_runner
 from lowlat.engine.constraint import Constraint
-from lowlat.engine.disk_cache import DiskCacheOptions
+from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES, DiskCacheOptions
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import integer_of
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
@@ -47,9 +49,9 @@ class Model:
     context: the most tokens that prompt and output may have together (max_model_len in vLLM);
     None takes all the model allows. cache: dtype of the KV cache, auto (that of the activations),
     bf16 or int8. max_cache_bytes: bound of the KV cache ("auto": most of the memory left after the
-    weights); completions without free pages wait, or are preempted and recomputed. disk: a folder
-    for the prefix cache, which then outlives the process. speculates: whether speculative decoding
-    runs; it changes no output.
+    weights); completions without free pages wait, or are preempted and recomputed.
+    prefix_cache_dir: folder that keeps the prefix cache on disk, within prefix_cache_disk_bytes;
+    processes may share it. speculates: whether speculative decoding runs; it changes no output.
     """
 
     def __init__(
@@ -61,7 +63,8 @@ class Model:
         context: int | None = None,
         cache: str = "auto",
         max_cache_bytes: int | Literal["auto"] | None = None,
-        disk: DiskCacheOptions | None = None,
+        prefix_cache_dir: str | os.PathLike[str] | None = None,
+        prefix_cache_disk_bytes: int = DEFAULT_DISK_BYTES,
         speculates: bool = True,
     ) -> None:
         config = transformer.config
@@ -76,7 +79,7 @@ class Model:
             context=self.context,
             eos_ids=frozenset(tokenizer.eos_ids) | frozenset(config.eos_token_ids),
             limits=limits,
-            disk=disk,
+            disk=_disk_options(prefix_cache_dir, prefix_cache_disk_bytes),
             speculates=speculates,
         )
         self.context = self.engine.context
@@ -334,3 +337,13 @@ def check_context(config: ModelConfig, context: int | None) -> int:
             f"{longest}, got {context!r}"
         )
     return wanted
+
+
+def _disk_options(folder: str | os.PathLike[str] | None, max_bytes: int) -> DiskCacheOptions | None:
+    """Raises UserError for a limit that is not a number of bytes."""
+    if folder is None:
+        return None
+    size = integer_of(max_bytes)
+    if size is None or size <= 0:
+        raise UserError(f"prefix_cache_disk_bytes must be a number of bytes, got {max_bytes!r}")
+    return DiskCacheOptions(folder=Path(folder), max_bytes=size)

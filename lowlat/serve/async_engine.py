@@ -32,6 +32,8 @@ unless it computes inside the model; with the time between two checks that is wi
 JOIN_SECONDS = 5.0
 IDLE_SECONDS = 1.0
 """After this long without work the engine checks that no page is lost."""
+COPY_SECONDS = 0.02
+"""Time between attempts to hand pages to a busy writer of the prefix cache on disk."""
 
 Deltas = list[tuple[Generation, CompletionDelta]]
 
@@ -144,6 +146,7 @@ class AsyncEngine:
             queued=self._num_queued(),
             running=len(scheduler.running),
             preemptions=scheduler.num_preemptions,
+            disk=None if self._engine.disk is None else self._engine.disk.recorder.snapshot(),
             pages_total=scheduler.limits.max_pages or pool.num_pages,
             pages_used=pool.num_used,
             pages_cached=pool.num_cached,
@@ -186,7 +189,8 @@ class AsyncEngine:
             self._loop.call_later(CHECK_SECONDS, self._check_heartbeat)
 
     def _num_queued(self) -> int:
-        return len(self._submitted) + len(self._engine.scheduler.waiting)
+        scheduler = self._engine.scheduler
+        return len(self._submitted) + len(scheduler.waiting) + len(scheduler.loading)
 
     def _retry_after(self) -> int:
         """Estimated seconds until the queue has one request less."""
@@ -222,6 +226,8 @@ class AsyncEngine:
             logger.critical("the engine has ended; restart the server", exc_info=True)
         finally:
             self._end_all()
+            if self._failure is None:
+                self._engine.close()
 
     def _run_round(self) -> bool:
         """Take new and cancelled requests and run one step; False when the thread is to end."""
@@ -246,13 +252,17 @@ class AsyncEngine:
 
     def _wait(self) -> None:
         while not self._engine.has_work:
+            is_copying = self._engine.copy_pending()
             with self._wake:
                 if self._submitted or self._cancelled or self._is_ending:
                     return
                 self._watchdog.rest()
-                if self._wake.wait(None if self._is_checked else IDLE_SECONDS):
+                seconds = None if self._is_checked else IDLE_SECONDS
+                if self._wake.wait(COPY_SECONDS if is_copying else seconds):
                     return
             self._watchdog.beat()
+            if is_copying:
+                continue
             self._engine.check_integrity()
             self._is_checked = True
 

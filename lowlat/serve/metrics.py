@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
 
-from lowlat.engine.stats import EngineStats, Histogram
+from lowlat.engine.stats import DROP_REASONS, DiskCacheStats, EngineStats, Histogram
 from lowlat.serve.state import ServerState
 
 PREFIX = "lowlat:"
@@ -87,6 +87,7 @@ class _EngineCollector(Collector):
         for reason in _FINISHED:
             finished.add_metric([reason], stats.finished.get(reason, 0))
         yield finished
+        yield from _disk_counters(stats.disk)
         for name, text, histogram in _histograms(stats):
             yield _family(PREFIX + name, text, histogram)
 
@@ -109,6 +110,24 @@ def _counters(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
     yield "spec_decode_num_accepted_tokens", "Draft tokens accepted.", stats.accepted_tokens
     yield "num_preemptions", "Sequences preempted and recomputed.", stats.preemptions
     yield "engine_steps", "Engine steps.", stats.steps
+
+
+def _disk_counters(stats: DiskCacheStats) -> Iterator[Metric]:
+    for name, text, value in [
+        ("hits", "Prompt tokens read from disk.", stats.hit_tokens),
+        ("read_bytes", "Bytes read from disk.", stats.read_bytes),
+        ("written_bytes", "Bytes written to disk.", stats.written_bytes),
+        ("evicted_bytes", "Bytes evicted from disk (LRU).", stats.evicted_bytes),
+    ]:
+        yield CounterMetricFamily(f"{PREFIX}prefix_cache_disk_{name}", text, value=value)
+    dropped = CounterMetricFamily(
+        f"{PREFIX}prefix_cache_disk_dropped",
+        "Pages not used or not written, by reason.",
+        labels=["reason"],
+    )
+    for reason in DROP_REASONS:
+        dropped.add_metric([reason], stats.dropped.get(reason, 0))
+    yield dropped
 
 
 def _histograms(stats: EngineStats) -> Iterator[tuple[str, str, Histogram]]:

@@ -5,6 +5,8 @@ FD is the number of an inherited socket, bound but not listening. Prints "ready"
 
 import argparse
 import socket
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,11 +22,11 @@ NAME = "tiny"
 CONTEXT = 2048
 
 
-def make_model(context: int = CONTEXT, template: str = "hermes") -> Model:
+def make_model(context: int = CONTEXT, template: str = "hermes", **options: Any) -> Model:
     """A model that knows no language, but chats and calls tools in the form of its template."""
     tokenizer = tokenizer_of(template)
     config = gqa_config(vocab_size=tokenizer.vocab_size, max_position_embeddings=context)
-    return Model(tiny_model(config, torch.float32), tokenizer, name=NAME)
+    return Model(tiny_model(config, torch.float32), tokenizer, name=NAME, **options)
 
 
 def main() -> None:
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=CONTEXT)
     parser.add_argument("--template", default="hermes")
     parser.add_argument("--max-queue", type=int, default=64)
+    parser.add_argument("--prefix-cache-dir", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     config = ServeConfig(
@@ -46,7 +49,10 @@ def main() -> None:
         body_seconds=given.body_seconds,
     )
     configure()
-    engine = AsyncEngine(make_model(given.context, given.template), max_queue=given.max_queue)
+    engine = AsyncEngine(
+        make_model(given.context, given.template, prefix_cache_dir=given.prefix_cache_dir),
+        max_queue=given.max_queue,
+    )
     with socket.socket(fileno=given.listener) as listener:
         run(engine, config, listener, on_ready=lambda: print("ready", flush=True))
 

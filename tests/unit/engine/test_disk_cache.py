@@ -165,7 +165,8 @@ def test_two_engines_share_a_folder_at_once(tmp_path: Path) -> None:
     expected = [cold(prompt) for prompt in prompts]
     for engine in (one, other, other, one):
         assert [outputs(engine, prompt) for prompt in prompts] == expected
-    assert stats(other).hit_tokens == 4 * NUM_PAGES * PAGE
+    assert stats(other).written_bytes == 0
+    assert stats(other).hit_tokens >= 4 * NUM_PAGES * PAGE
     assert len(page_files(tmp_path)) == 4 * 10
 
 
@@ -417,13 +418,13 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_limit_below_two_pages_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--prefix-cache-disk"):
+    with pytest.raises(UserError, match="less than two"):
         disk_engine(tmp_path, max_bytes=4096)
 
 
 def test_a_file_as_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--prefix-cache-dir"):
+    with pytest.raises(UserError, match="prefix_cache_dir"):
         disk_engine(tmp_path / "file")
 
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 from lowlat.engine.request import FinishReason
-from lowlat.engine.stats import EngineStats, Histogram
+from lowlat.engine.stats import DiskCacheStats, EngineStats, Histogram
 from lowlat.generate.completion import CompletionDelta, TokenLogprob
 from lowlat.generate.grammar import CompiledGrammar
 from lowlat.generate.model import Model
@@ -178,6 +178,13 @@ class FakeEngine(AsyncEngine):
             pages_total=50,
             pages_used=10,
             pages_cached=5,
+            disk=DiskCacheStats(
+                hit_tokens=64,
+                read_bytes=900,
+                written_bytes=800,
+                evicted_bytes=700,
+                dropped={"corrupt": 2},
+            ),
             page_tokens=16,
             finished={"stop": 4, "length": 1},
             queue_time=histogram,

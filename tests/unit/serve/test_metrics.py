@@ -40,11 +40,18 @@ def test_engine_figures(client: TestClient) -> None:
         "spec_decode_num_draft_tokens_total": 20,
         "spec_decode_num_accepted_tokens_total": 15,
         "num_preemptions_total": 1,
+        "prefix_cache_disk_hits_total": 64,
+        "prefix_cache_disk_read_bytes_total": 900,
+        "prefix_cache_disk_written_bytes_total": 800,
+        "prefix_cache_disk_evicted_bytes_total": 700,
     }
     for name, value in expected.items():
         assert found[f"lowlat:{name}", ()] == value
     assert found["lowlat:request_success_total", (("finished_reason", "stop"),)] == 4
     assert found["lowlat:request_success_total", (("finished_reason", "abort"),)] == 0
+    dropped = "lowlat:prefix_cache_disk_dropped_total"
+    assert found[dropped, (("reason", "corrupt"),)] == 2
+    assert found[dropped, (("reason", "disk_full"),)] == 0
     ttft = "lowlat:time_to_first_token_seconds"
     assert found[f"{ttft}_sum", ()] == 3.5
     assert found[f"{ttft}_count", ()] == 4
