@@ -8,7 +8,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from rich.console import Console
@@ -42,16 +42,25 @@ class Conversation:
     """The messages of a chat, and the sampling options of its answers."""
 
     def __init__(
-        self, backend: ChatBackend, sampling: SamplingOptions, system: str | None = None
+        self,
+        backend: ChatBackend,
+        sampling: SamplingOptions,
+        system: str | None = None,
+        turns: Sequence[Message] = (),
+        *,
+        save: Callable[["Conversation"], None] = lambda conversation: None,
     ) -> None:
         self.backend = backend
         self.sampling = sampling
         self.system = system
-        self.turns: list[Message] = []
+        self.turns: list[Message] = list(turns)
+        self._save = save
+        """Called after each change."""
 
     def reset(self) -> None:
         """Remove all turns; the system message stays."""
         self.turns = []
+        self._save(self)
 
     def ask(
         self, question: str, write: Callable[[str], None], interrupted: threading.Event
@@ -64,6 +73,7 @@ class Conversation:
         messages = [*self._system(), *self.turns, asked]
         completion = self.backend.answer(messages, self.sampling, write, interrupted)
         self.turns += [asked, {"role": "assistant", "content": completion.text}]
+        self._save(self)
         return completion
 
     def _system(self) -> list[Message]:

@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from lowlat.cli.bench import bench
-from lowlat.cli.chat import chat
+from lowlat.cli.chat import app as chat
 from lowlat.cli.compare import compare
 from lowlat.cli.convert import convert
 from lowlat.cli.data import app as data
@@ -57,7 +57,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("chat")(chat)
+app.add_typer(chat, name="chat")
 app.command("generate")(generate)
 app.command("serve")(serve)
 app.command("info")(info)

@@ -10,6 +10,7 @@ import pytest
 from typer.testing import Result
 
 from lowlat.cli.serve import _served_name
+from lowlat.generate.model import Model
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 
@@ -150,3 +151,28 @@ def test_clients_do_not_see_folders(tmp_path: Path) -> None:
     assert _served_name(f"{folder}/") == "my-model"
     assert _served_name("org/model") == "org/model"
     assert _served_name(str(folder.rename(folder.with_name("m\udcff")))) == "m\ufffd"
+
+
+def test_a_prefix_cache_on_disk_reaches_the_model(
+    lowlat: Invoke,
+    served: list[tuple[AsyncEngine, ServeConfig]],
+    alphabet_model: Model,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    given: dict[str, Any] = {}
+
+    def load(name: str, **options: Any) -> Model:
+        given.update(options)
+        return alphabet_model
+
+    monkeypatch.setattr("lowlat.api.load", load)
+    options = ("--prefix-cache-dir", str(tmp_path), "--prefix-cache-disk", "0.5")
+    assert lowlat("serve", "tiny", "--port", "0", *options).exit_code == 0
+    assert given["prefix_cache_dir"] == tmp_path
+    assert given["prefix_cache_disk_bytes"] == 2**29
+
+
+def test_a_size_on_disk_needs_a_folder(lowlat: Invoke) -> None:
+    result = lowlat("serve", "tiny", "--port", "0", "--prefix-cache-disk", "5")
+    assert "--prefix-cache-disk needs --prefix-cache-dir" in str(result.exception)

@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -251,3 +252,35 @@ def test_what_does_not_end_in_time_is_cut_off() -> None:
 
     asyncio.run(main())
     assert_nothing_is_left(model)
+
+
+def test_a_prefix_cache_on_disk_is_written_while_the_engine_is_idle_and_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages that find no free buffer in the last step are written all the same."""
+    monkeypatch.setattr("lowlat.engine.page_writer.BUFFER_BYTES", 0)
+    prompt = bytes(range(97, 123)) * 20
+
+    def files() -> list[Path]:
+        return [path for path in tmp_path.glob("*/*/*") if len(path.name) == 64]
+
+    def model() -> Model:
+        config = gqa_config(max_position_embeddings=999)
+        counting = ScriptedModel(config, lambda token: ord("a") if token >= 122 else token + 1)
+        return Model(counting, byte_tokenizer(), name="counting", prefix_cache_dir=tmp_path)
+
+    async def use(engine: AsyncEngine) -> None:
+        await collect(await engine.submit(prompt, SamplingParams(max_tokens=2)))
+        await until(lambda: len(files()) == 8)
+
+    async def leave(engine: AsyncEngine) -> None:
+        await collect(await engine.submit(b"x" + prompt, SamplingParams(max_tokens=2)))
+
+    async def read(engine: AsyncEngine) -> None:
+        text, _ = await collect(await engine.submit(prompt, SamplingParams(max_tokens=2)))
+        assert text == "ab"
+        assert engine.stats.disk.hit_tokens == 512
+
+    for each in (use, leave, read):
+        assert_nothing_is_left(with_engine(each, model()))
+    assert len(files()) == 16
