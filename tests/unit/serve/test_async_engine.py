@@ -264,9 +264,10 @@ def test_a_prefix_cache_on_disk_is_written_while_the_engine_is_idle_and_at_its_e
     def files() -> list[Path]:
         return [path for path in tmp_path.glob("*/*/*") if len(path.name) == 64]
 
+    config = gqa_config(max_position_embeddings=999)
+    counting = ScriptedModel(config, lambda token: ord("a") if token >= 122 else token + 1)
+
     def model() -> Model:
-        config = gqa_config(max_position_embeddings=999)
-        counting = ScriptedModel(config, lambda token: ord("a") if token >= 122 else token + 1)
         return Model(counting, byte_tokenizer(), name="counting", prefix_cache_dir=tmp_path)
 
     async def use(engine: AsyncEngine) -> None:
