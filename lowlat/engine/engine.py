@@ -24,7 +24,7 @@ from lowlat.engine.sampler import StepLogits
 from lowlat.engine.scheduler import Limits, ScheduledChunk, Scheduler
 from lowlat.engine.speculative import Speculator
 from lowlat.engine.stats import StatsRecorder
-from lowlat.utils.errors import UserError
+from lowlat.utils.errors import ContextLengthError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -98,17 +98,22 @@ class Engine:
             raise UserError("the prompt is empty; give at least one token")
         max_output = self.context - len(prompt)
         if max_output < 1:
-            raise UserError(
+            raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens and the context is {self.context}, of which "
-                "one must be left for the answer; shorten the prompt"
+                "one must be left for the answer; shorten the prompt",
+                context=self.context,
+                field="prompt",
             )
         # After the length check, so that a prompt of millions of ids costs nothing here.
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise UserError(f"the prompt has a token id outside the vocabulary of {vocab_size}")
         if params.max_tokens is not None and params.max_tokens > max_output:
-            raise UserError(
+            raise ContextLengthError(
                 f"max_tokens {params.max_tokens} and a prompt of {len(prompt)} tokens exceed the "
-                f"context of {self.context}; set max_tokens to at most {max_output} or leave it out"
+                f"context of {self.context}; set max_tokens to at most {max_output} or leave it "
+                "out",
+                context=self.context,
+                field="max_tokens",
             )
         if params.n > max_sequences:
             raise UserError(

@@ -17,6 +17,7 @@ from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
 from lowlat.serve.http.errors import handle_error
+from lowlat.serve.http.incoming import IncomingBodies
 from lowlat.serve.http.logs import AccessLogMiddleware
 from lowlat.serve.http.pages import page_routes
 from lowlat.serve.http.security import SecurityMiddleware
@@ -39,6 +40,7 @@ def make_state(engine: AsyncEngine, config: ServeConfig) -> ServerState:
     return ServerState(
         engine=engine,
         config=config,
+        bodies=IncomingBodies(max_slow=config.max_slow_bodies),
         workers=WorkerPool(threads=config.workers, max_waiting=config.max_waiting_work),
         structured_outputs=StructuredOutputManager(
             engine.model,
@@ -60,7 +62,9 @@ def build_app(state: ServerState) -> Starlette:
         *InfoRoutes(state).routes(),
         metrics.route(),
         openapi_route(state),
-        *page_routes(state.config.api_keys, body_seconds=state.config.body_seconds),
+        *page_routes(
+            state.config.api_keys, bodies=state.bodies, body_seconds=state.config.body_seconds
+        ),
     ]
     metrics.set_routes(routes)
     for route in routes:

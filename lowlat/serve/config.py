@@ -38,7 +38,10 @@ class ServeConfig:
     max_body_bytes: int = limits.MAX_BODY_BYTES
     """Largest request body; more gets 413."""
     max_connections: int = 2048
-    """Open connections; one more gets 503 and is closed."""
+    """Open connections. For one more the longest idle one is closed, else it gets 503."""
+    max_slow_bodies: int = 256
+    """Bodies that take more than a second to arrive, a quarter of them per API key and address; the
+    slowest get 408."""
     max_requests: int = 1024
     """Concurrent HTTP requests with a body; more get 429. No rate limit applies."""
     workers: int = 2
@@ -68,6 +71,7 @@ class ServeConfig:
         _check_range("port", self.port, 0, 65535)
         _check_range("max_body_bytes", self.max_body_bytes, 1024, 2**30)
         _check_range("max_connections", self.max_connections, 1, 100_000)
+        _check_range("max_slow_bodies", self.max_slow_bodies, 1, 100_000)
         _check_range("max_requests", self.max_requests, 1, 100_000)
         _check_range("workers", self.workers, 1, 64)
         _check_range("max_waiting_work", self.max_waiting_work, 1, 100_000)

@@ -17,6 +17,7 @@ from lowlat.serve.app import build_app, make_state
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.http.connection import connection_class
+from lowlat.serve.http.connection_pool import ConnectionPool
 from lowlat.serve.http.logs import log
 from lowlat.serve.protocol import limits
 from lowlat.serve.state import ServerState
@@ -127,9 +128,10 @@ def _connection_limit(connections: int) -> int:
 
 def _uvicorn_config(state: ServerState) -> uvicorn.Config:
     config = state.config
+    pool = ConnectionPool(_connection_limit(config.max_connections), state.bodies)
     return uvicorn.Config(
         build_app(state),
-        http=connection_class(config, max_connections=_connection_limit(config.max_connections)),
+        http=connection_class(config, pool),
         loop="asyncio",
         ws="none",
         lifespan="on",

@@ -9,8 +9,10 @@ from lowlat.generate.model import Model
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, Overloaded
+from lowlat.serve.http.incoming import IncomingBodies
 from lowlat.serve.http.workers import WorkerPool
 from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.protocol.validation import one_line
 from lowlat.serve.structured_outputs import StructuredOutputManager
 
 
@@ -21,13 +23,14 @@ class ServerState:
     engine: AsyncEngine
     config: ServeConfig
     workers: WorkerPool
+    bodies: IncomingBodies
     structured_outputs: StructuredOutputManager
     started_at: int
     """Unix time in seconds when the app was created."""
     is_draining: bool = False
     """Set once, when shutdown begins."""
     num_requests: int = field(default=0, init=False)
-    """Active requests with a body."""
+    """Active requests whose body has arrived."""
     num_preparing: int = field(default=0, init=False)
     """Those of them not yet submitted to the engine."""
 
@@ -42,7 +45,8 @@ class ServerState:
     def check_capacity(self) -> None:
         """Raise Draining, EngineDead or Overloaded if no request can be admitted.
 
-        Checked before the body is read, so that a refusal is cheap and immediate.
+        Checked before the body is read, so that a refusal is cheap and immediate, and again after
+        it: a body on its way takes no place.
         """
         if self.is_draining:
             raise Draining
@@ -54,7 +58,8 @@ class ServerState:
         """Raises RequestError 404 for any name but the served one."""
         if name != self.model_name:
             raise RequestError(
-                f"the model '{name[:80]}' does not exist; this server serves '{self.model_name}'",
+                f"the model '{one_line(name, 80)}' does not exist; this server serves "
+                f"'{self.model_name}'",
                 param="model",
                 code="model_not_found",
                 status=404,

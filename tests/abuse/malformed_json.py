@@ -87,7 +87,7 @@ def malformed_json() -> Iterator[Case]:
                 f"{depth} {kind} inside one another",
                 COMPLETIONS,
                 lambda make=make, depth=depth: b'{"prompt":' + make(depth) + b"}",
-                words="nested deeper",
+                words="nested deeper" if depth < limits.MAX_JSON_VALUES // 2 else "JSON values",
             )
             yield bad_body(
                 f"{depth} {kind} opened",

@@ -8,6 +8,7 @@ import http.client
 import itertools
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import pytest
 
 from lowlat.serve.http import connection as connection_module
+from lowlat.serve.http import incoming
+from lowlat.serve.routes import endpoint
 from tests.parameters import slow_except
 
-from .local import NAME, Local, counting_model, listening, num_descriptors, routes, until
-from .wire import HOST, SECONDS, exchange, get, post, request
+from .local import NAME, Local, listening, num_descriptors, routes, until
+from .wire import HOST, JSON_HEADERS, SECONDS, exchange, get, post, request
 
 KEY = "k" * 32
 BOUND = f"Bearer {KEY}"
@@ -146,16 +149,105 @@ def test_who_reads_no_answer_is_cut_off(count: int, caplog: pytest.LogCaptureFix
             until(lambda: num_descriptors() <= quiet + 1, "the end of the connection")
 
 
-def test_connections_above_the_cap_are_refused() -> None:
-    """Regression: idle connections that exhaust the process's file descriptors."""
-    with listening(counting_model(), max_connections=5) as server:
-        with contextlib.ExitStack() as stack:
-            for _ in range(5):
-                held = socket.create_connection((HOST, server.port), timeout=SECONDS)
-                stack.enter_context(held).sendall(request("GET", "/health"))
-                assert b" 200 " in held.recv(65536)
+def half(key: str = "") -> bytes:
+    """A request whose body has begun and does not continue."""
+    headers = {**JSON_HEADERS, **UNENDED, **({"Authorization": f"Bearer {key}"} if key else {})}
+    return request("POST", "/v1/completions", headers) + b"{"
+
+
+def completed(port: int, key: str = "") -> int:
+    """Status of a completion on a connection of its own."""
+    body = json.dumps({"model": NAME, "prompt": "abc", "max_tokens": 1}).encode()
+    return exchange(port, post("/v1/completions", body, Authorization=f"Bearer {key}")).status
+
+
+@contextlib.contextmanager
+def opened(port: int, count: int, data: bytes) -> Iterator[list[socket.socket]]:
+    """`count` connections on each of which `data` is sent."""
+    with contextlib.ExitStack() as stack:
+        made = [
+            stack.enter_context(socket.create_connection((HOST, port), timeout=SECONDS))
+            for _ in range(count)
+        ]
+        for connection in made:
+            connection.sendall(data)
+        yield made
+
+
+def answered(connection: socket.socket) -> bytes:
+    """The first bytes of the response; b"" if the server closed without one."""
+    with contextlib.suppress(ConnectionError):
+        return connection.recv(65536)
+    return b""
+
+
+def test_half_sent_bodies_take_no_place_in_the_queue() -> None:
+    """Regression: 300 connections with headers and `{` that made every POST a 429."""
+    with listening(max_queue=4, max_requests=4) as server, opened(server.port, 40, half()):
+        until(lambda: server.num_tasks() >= 40, "the requests")
+        assert [completed(server.port) for _ in range(3)] == [200] * 3
+
+
+def test_slow_bodies_of_one_key_make_way_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each key has a quarter of the places; another's body that comes slowly keeps its own."""
+    monkeypatch.setattr(incoming, "GRACE_SECONDS", 0.05)
+    keys = (KEY, "o" * 32)
+    options: dict[str, Any] = {"api_keys": keys, "max_slow_bodies": 16, "body_seconds": SECONDS}
+    body = json.dumps({"model": NAME, "prompt": "abc", "max_tokens": 1}).encode()
+    whole = post("/v1/completions", body, Authorization=f"Bearer {keys[1]}")
+    with listening(**options) as server:
+        # Several addresses: the address has a quarter of the places, too.
+        other = socket.create_connection((HOST, server.port), SECONDS, ("127.0.0.2", 0))
+        with other, opened(server.port, 12, half(keys[0])) as held:
+            other.sendall(whole[:-10])
+            until(lambda: len(server.state.bodies._slow) == 5, "the slow ones")
+            other.sendall(whole[-10:])
+            assert b" 200 " in answered(other)
+            for connection in held:
+                connection.setblocking(False)
+            late: set[int] = set()
+
+            def refused() -> int:
+                for number, connection in enumerate(held):
+                    with contextlib.suppress(BlockingIOError, ConnectionError):
+                        if number not in late and b" 408 " in connection.recv(65536):
+                            late.add(number)
+                return len(late)
+
+            until(lambda: refused() == 8, "the refusals")
+            assert completed(server.port, keys[0]) == 200
+
+
+def test_idle_connections_make_way() -> None:
+    """Regression: idle connections that made every further one a 503."""
+    with listening(max_connections=5) as server:
+        with opened(server.port, 5, request("GET", "/health")) as held:
+            assert all(b" 200 " in answered(connection) for connection in held)
+            for _ in range(12):
+                assert get(server.port, "/health").status == 200
+            # The longest idle ones were closed: their streams end.
+            while answered(held[0]):
+                pass
+        with opened(server.port, 9, b""):
+            assert completed(server.port) == 200
+        with opened(server.port, 5, half()):
+            until(lambda: server.num_tasks() >= 5, "the requests")
+            assert completed(server.port) == 200
+
+
+def test_connections_above_the_cap_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all have a request that is running."""
+    gate = threading.Event()
+    parse = endpoint._parse
+    monkeypatch.setattr(endpoint, "_parse", lambda *args: gate.wait(SECONDS) and parse(*args))
+    body = json.dumps({"model": NAME, "prompt": "abc", "max_tokens": 1}).encode()
+    with listening(max_connections=5) as server:
+        with opened(server.port, 5, post("/v1/completions", body)) as held:
+            until(lambda: server.state.num_requests == 5, "the requests")
             for _ in range(3):
                 reply = exchange(server.port, b"")
                 assert (reply.status, reply.error["code"]) == (503, "overloaded")
                 assert int(reply.headers["retry-after"]) > 0
+            gate.set()
+            assert all(b" 200 " in answered(connection) for connection in held)
         until(lambda: get(server.port, "/health").status == 200, "room")

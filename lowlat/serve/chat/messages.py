@@ -10,6 +10,8 @@ from typing import Any
 
 from lowlat.serve.chat.template_features import TemplateFeatures
 from lowlat.serve.http.body import parse_object
+from lowlat.serve.http.json_values import MIN_BYTES_PER_VALUE, count_values
+from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.messages import (
     AssistantMessage,
@@ -27,8 +29,28 @@ def template_messages(
     features: TemplateFeatures, messages: Sequence[Message]
 ) -> list[dict[str, Any]]:
     """`messages` for the template with `features`. Raises RequestError naming the message."""
+    _check_arguments(messages)
     history = _History(features)
     return [history.convert(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _check_arguments(messages: Sequence[Message]) -> None:
+    """Bound the values in the arguments of all past calls together, before they are parsed."""
+    texts = [
+        call.function.arguments
+        for message in messages
+        if isinstance(message, AssistantMessage)
+        for call in message.tool_calls or ()
+    ]
+    most = limits.MAX_JSON_VALUES
+    if sum(map(len, texts)) > most * MIN_BYTES_PER_VALUE:
+        # Counted one by one: an open quote of one text must not hide the next.
+        if sum(count_values(text.encode("utf-8", "surrogatepass")) for text in texts) > most:
+            raise RequestError(
+                f"messages: the arguments of tool calls hold more than {most} JSON values; "
+                "shorten the conversation",
+                param="messages",
+            )
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from lowlat.serve.chat.messages import template_messages
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode
 from lowlat.serve.chat.template_features import TemplateFeatures
 from lowlat.serve.protocol.chat import ChatRequest
-from lowlat.serve.protocol.errors import RequestError, about
+from lowlat.serve.protocol.errors import RequestError, about, context_error
 from lowlat.serve.protocol.messages import Function, NamedTool, Tool
 from lowlat.serve.tool_parsers.base import ToolFunction
 from lowlat.text.chat_prompt import encode_chat
@@ -117,12 +117,14 @@ def _encode(
 
 
 def _check_length(model: Model, ids: Sequence[int]) -> None:
-    if not 1 <= len(ids) < model.context:
-        raise RequestError(
-            f"messages: the prompt has {len(ids)} tokens, it must have 1 to {model.context - 1}"
-            f" (context length {model.context}); shorten the conversation",
+    if not ids:
+        raise RequestError("messages: the prompt has no tokens; send text", param="messages")
+    if len(ids) >= model.context:
+        raise context_error(
+            model.context,
+            f"The prompt of messages has {len(ids)} tokens, and one must be left for the answer; "
+            "shorten the conversation",
             param="messages",
-            code="context_length_exceeded",
         )
 
 
@@ -213,9 +215,6 @@ def check_text_size(model: Model, texts: Iterable[str], param: str) -> None:
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     most = model.context * model.tokenizer.max_token_bytes
     if size > most:
-        raise RequestError(
-            f"{param}: {size} bytes of text cannot fit the context of {model.context} tokens; "
-            "shorten it",
-            param=param,
-            code="context_length_exceeded",
+        raise context_error(
+            model.context, f"The text of {param} has {size} bytes; shorten it", param=param
         )

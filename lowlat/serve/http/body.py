@@ -6,17 +6,21 @@ Validation of the parsed values is in `serve.protocol`.
 import asyncio
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
+from lowlat.serve.http.incoming import IncomingBodies, IncomingBody
+from lowlat.serve.http.json_values import MIN_BYTES_PER_VALUE, count_values
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.errors import RequestError
 
 _LONE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SHOWN = 60
+TOKEN_ID_DEPTH = 2
+"""Arrays of token ids are fields of a body, or elements of such a field."""
 MAX_EXACT = 2.0**53
 """Floats represent every integer below it exactly."""
 
@@ -39,36 +43,50 @@ def check_json_headers(headers: Headers) -> None:
 
 
 async def read_body(
-    receive: Receive, headers: Headers, *, max_bytes: int, seconds: int | float
+    receive: Receive,
+    headers: Headers,
+    *,
+    max_bytes: int,
+    seconds: int | float,
+    bodies: IncomingBodies,
+    owners: Sequence[str],
 ) -> bytes:
-    """Read the whole body.
+    """Read the whole body, as one of `bodies`; `owners`: its API key and client address.
 
     Raises RequestError 413 above `max_bytes` (before reading if Content-Length exceeds it) and 408
-    after `seconds`, Disconnected if the client disconnects.
+    after `seconds` or if it is dropped as too slow, Disconnected if the client disconnects.
     """
     declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise _too_large(max_bytes)
+    body = None
     try:
-        async with asyncio.timeout(seconds):
-            return await _read(receive, max_bytes)
+        async with asyncio.timeout(seconds) as waiting:
+            with bodies.track(owners, waiting) as body:
+                return await _read(receive, max_bytes, bodies, body)
     except TimeoutError as error:
-        raise RequestError(
-            f"the request's body did not arrive within {seconds:g} seconds", status=408
-        ) from error
+        message = f"the request's body did not arrive within {seconds:g} seconds"
+        if body is not None and body.is_dropped:
+            message = "the request's body arrived too slowly while many others did; send it again"
+        raise RequestError(message, status=408) from error
 
 
-async def _read(receive: Receive, max_bytes: int) -> bytes:
+async def _read(
+    receive: Receive, max_bytes: int, bodies: IncomingBodies, incoming: IncomingBody
+) -> bytes:
     body = bytearray()
     more = True
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise Disconnected
-        body += message.get("body", b"")
+        part = message.get("body", b"")
+        body += part
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
         more = message.get("more_body", False)
+        if more:
+            bodies.add_bytes(incoming, len(part))
     return bytes(body)
 
 
@@ -95,6 +113,7 @@ class _InvalidJson(Exception):
 
 
 def _parse(text: bytes, number: Callable[[str], int | float]) -> dict[str, Any]:
+    _check_count(text)
     try:
         value = json.loads(
             text.decode("utf-8"),
@@ -111,16 +130,26 @@ def _parse(text: bytes, number: Callable[[str], int | float]) -> dict[str, Any]:
         raise _InvalidJson(f"is not valid JSON: {error.msg} at character {error.pos}") from error
     if not isinstance(value, dict):
         raise _InvalidJson("must be a JSON object")
-    _check_depth(value)
+    strings = _check_depth(value)
     if _LONE_ESCAPE.search(text):
         try:
-            json.dumps(value, ensure_ascii=False).encode()
+            for string in strings:
+                string.encode()
         except UnicodeEncodeError as error:
             raise _InvalidJson("contains an unpaired surrogate in a string") from error
     return value
 
 
+def _check_count(text: bytes) -> None:
+    """Bound the objects that a parser would create, before it does."""
+    most = limits.MAX_JSON_VALUES
+    if len(text) > most * MIN_BYTES_PER_VALUE and count_values(text, counts_elements=False) > most:
+        raise _too_many()
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > limits.MAX_JSON_KEYS:
+        raise _InvalidJson(f"has an object with more than {limits.MAX_JSON_KEYS} keys; send fewer")
     result = dict(pairs)
     if len(result) < len(pairs):
         seen: set[str] = set()
@@ -154,14 +183,41 @@ def _bounded(text: str) -> int:
     return int(text)
 
 
-def _check_depth(value: dict[str, Any]) -> None:
+def _check_depth(value: dict[str, Any]) -> list[str]:
+    """Check the depth of `value` and the length of its inner arrays; return its strings and keys.
+
+    Only arrays of the two outermost levels hold token ids: longer ones further inside would make
+    json.dumps hold the interpreter's lock. Loops of Python, however long, let other threads run.
+    """
+    strings: list[str] = []
     level: list[Any] = [value]
-    for _ in range(limits.MAX_JSON_DEPTH):
-        children = [item.values() if isinstance(item, dict) else item for item in level]
-        level = [child for each in children for child in each if isinstance(child, dict | list)]
+    num_elements = 0
+    for depth in range(limits.MAX_JSON_DEPTH):
+        if depth > TOKEN_ID_DEPTH:
+            num_elements += sum(len(item) for item in level)
+            if num_elements > limits.MAX_JSON_VALUES:
+                raise _too_many()
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                strings += item
+                item = item.values()
+            for child in item:
+                if isinstance(child, str):
+                    strings.append(child)
+                elif isinstance(child, dict | list):
+                    inner.append(child)
+        level = inner
         if not level:
-            return
+            return strings
     raise _too_deep()
+
+
+def _too_many() -> _InvalidJson:
+    return _InvalidJson(
+        f"has more than {limits.MAX_JSON_VALUES} JSON values (keys included, token ids excluded); "
+        "send a smaller request"
+    )
 
 
 def _too_deep() -> _InvalidJson:

@@ -16,9 +16,13 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lowlat.serve.config import ServeConfig
+from lowlat.serve.http.clients import UNKNOWN_ADDRESS
+from lowlat.serve.http.connection_pool import Closable, ConnectionPool
 from lowlat.serve.http.errors import RETRY_SECONDS, error_object
 from lowlat.serve.http.logs import log
 
+READ_BYTES = 8192
+"""Bytes read from a connection at once."""
 LINGER_SECONDS = 2.0
 """How long an unread body is drained. Closing a connection with bytes in flight sends a reset, and
 the client may then lose the response.
@@ -26,14 +30,14 @@ the client may then lose the response.
 _CLOSE = (b"connection", b"close")
 
 
-class Connection(H11Protocol):
+class Connection(H11Protocol, Closable):
     """Enforces `header_seconds` for a request's line and headers, `send_seconds` for reading.
 
     uvicorn's keep-alive timeout limits the time between requests.
     """
 
     _bounds: ServeConfig
-    _max_connections: int
+    _pool: ConnectionPool
     _timer: asyncio.TimerHandle | None = None
     _abort_timer: asyncio.TimerHandle | None = None
 
@@ -44,7 +48,9 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super().connection_made(transport)
-        if len(self.connections) > self._max_connections:
+        # A loop iteration then parses little: a body may come in chunks of one byte each.
+        transport.max_size = READ_BYTES  # pyright: ignore[reportAttributeAccessIssue]
+        if not self._pool.admit(self):
             log(logging.WARNING, "connection refused: too many connections")
             self._refuse(503, "too many connections; try again later", code="overloaded")
         else:
@@ -60,6 +66,7 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_abort()
+        self._pool.remove(self)
         super().connection_lost(exc)
 
     def eof_received(self) -> None:
@@ -82,8 +89,23 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "invalid HTTP/1.1 request, or headers too large")
 
+    def on_response_complete(self) -> None:
+        self._pool.mark_idle(self)
+        super().on_response_complete()
+
+    @property
+    def address(self) -> str:
+        return UNKNOWN_ADDRESS if self.client is None else self.client[0]
+
+    def close_idle(self) -> None:
+        log(logging.INFO, "idle connection closed: too many connections", client=self.address)
+        self._stop_timer()
+        self.transport.close()
+        self._abort_later()
+
     async def _call_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the app. A response before the end of the request closes the connection."""
+        self._pool.mark_busy(self)
         is_early = is_over = False
 
         async def watched(message: Message) -> None:
@@ -144,12 +166,12 @@ class Connection(H11Protocol):
             self.transport.abort()
 
 
-def connection_class(config: ServeConfig, *, max_connections: int) -> type[H11Protocol]:
+def connection_class(config: ServeConfig, pool: ConnectionPool) -> type[H11Protocol]:
     """The protocol class for uvicorn, which creates one object per connection."""
 
     class Bounded(Connection):
         _bounds = config
-        _max_connections = max_connections
+        _pool = pool
 
     return Bounded
 

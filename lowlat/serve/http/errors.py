@@ -14,8 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
-from lowlat.serve.protocol.errors import RequestError
-from lowlat.utils.errors import UserError
+from lowlat.serve.protocol.errors import (
+    CONTEXT_LENGTH_EXCEEDED,
+    RequestError,
+    context_error,
+)
+from lowlat.utils.errors import ContextLengthError, UserError
 
 RETRY_SECONDS = 5
 """Retry-After while the server shuts down."""
@@ -110,6 +114,8 @@ def describe(error: Exception) -> tuple[int, str, str | None, str | None]:
     match error:
         case RequestError():
             return error.status, error.message, error.param, error.code
+        case ContextLengthError():
+            return describe(context_error(error.context, f"{error}", param=error.field))
         case UserError():
             return 400, str(error), _field_of(str(error)), None
         case Overloaded():
@@ -175,6 +181,6 @@ def renamed_fields(names: Mapping[str, str]) -> Iterator[None]:
         new = names[field]
         # Paths inside the field differ between the two APIs and are dropped.
         text = re.sub(rf"\b{field}\b(?:[.\[][^: ]*)?", new, message)
-        raise RequestError(
-            text if text.startswith(new) else f"{new}: {text}", param=new, code=code, status=status
-        ) from error
+        if code != CONTEXT_LENGTH_EXCEEDED and not text.startswith(new):
+            text = f"{new}: {text}"
+        raise RequestError(text, param=new, code=code, status=status) from error

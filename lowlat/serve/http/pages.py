@@ -18,6 +18,8 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from lowlat.serve.http.body import read_body
+from lowlat.serve.http.clients import owners_of
+from lowlat.serve.http.incoming import IncomingBodies
 from lowlat.serve.protocol.errors import RequestError
 
 COOKIE = "lowlat_key"
@@ -58,7 +60,9 @@ _CACHED = {"Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def page_routes(keys: Sequence[str] = (), *, body_seconds: int | float = 30.0) -> list[Route]:
+def page_routes(
+    keys: Sequence[str] = (), *, bodies: IncomingBodies, body_seconds: int | float = 30.0
+) -> list[Route]:
     """GET `/` and `/static/NAME`, one route per file; with `keys` also POST `/login` and
     `/logout`. The login form must arrive within `body_seconds`.
 
@@ -71,7 +75,7 @@ def page_routes(keys: Sequence[str] = (), *, body_seconds: int | float = 30.0) -
         if not name.endswith(".html"):
             routes.append(Route(f"/static/{name}", _file_endpoint(name, body), methods=["GET"]))
     if keys:
-        login = _login_endpoint(tuple(keys), body_seconds)
+        login = _login_endpoint(tuple(keys), bodies, body_seconds)
         routes.append(Route(LOGIN_PATH, login, methods=["POST"]))
         routes.append(Route("/logout", _logout, methods=["POST"]))
     return routes
@@ -114,10 +118,12 @@ def login_page(message: str = "", *, status: int = 401) -> Response:
     )
 
 
-def _login_endpoint(keys: tuple[str, ...], body_seconds: int | float) -> Endpoint:
+def _login_endpoint(
+    keys: tuple[str, ...], bodies: IncomingBodies, body_seconds: int | float
+) -> Endpoint:
     async def login(request: Request) -> Response:
         try:
-            given = await _key_from_form(request, body_seconds)
+            given = await _key_from_form(request, bodies, body_seconds)
         except RequestError as error:
             return login_page(f"Send the form again: {error.message}.", status=error.status)
         if given is None:
@@ -149,7 +155,9 @@ async def _logout(request: Request) -> Response:
     return response
 
 
-async def _key_from_form(request: Request, seconds: int | float) -> str | None:
+async def _key_from_form(
+    request: Request, bodies: IncomingBodies, seconds: int | float
+) -> str | None:
     """The field `key` of a urlencoded form; None for anything else.
 
     Raises RequestError, as `read_body` does, for a form above MAX_FORM_BYTES or one that arrives
@@ -159,7 +167,12 @@ async def _key_from_form(request: Request, seconds: int | float) -> str | None:
     if kind != "application/x-www-form-urlencoded":
         return None
     body = await read_body(
-        request.receive, request.headers, max_bytes=MAX_FORM_BYTES, seconds=seconds
+        request.receive,
+        request.headers,
+        max_bytes=MAX_FORM_BYTES,
+        seconds=seconds,
+        bodies=bodies,
+        owners=owners_of(request.scope),
     )
     try:
         fields = parse_qs(body.decode("ascii"), strict_parsing=True, max_num_fields=4)

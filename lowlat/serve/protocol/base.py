@@ -3,13 +3,33 @@
 Requests are strict: no type conversion, finite numbers, unknown fields are errors.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
 from typing_extensions import TypeAliasType
 
 from lowlat.serve.protocol import limits
+
+
+def _fail_fast(schema: CoreSchema) -> None:
+    """Set `fail_fast` on all lists inside `schema`: errors cost far more than valid elements."""
+    found: list[Any] = [schema]
+    while found:
+        node = found.pop()
+        if isinstance(node, dict):
+            if node.get("type") == "list":
+                node["fail_fast"] = True
+            found += [inner for name, inner in node.items() if name != "metadata"]
+        elif isinstance(node, list | tuple):
+            found += node
 
 
 class StrictModel(BaseModel):
@@ -27,6 +47,39 @@ class StrictModel(BaseModel):
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset()
     """Fields of OpenAI's API that are rejected unless null."""
 
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler, /
+    ) -> CoreSchema:
+        """The model's schema, whose lists stop at their first invalid element."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_unknown(cls, value: Any) -> Any:
+        """Refuse an object of mostly unknown fields as a whole: pydantic reports each of them."""
+        most = len(cls.model_fields) + limits.MAX_UNKNOWN_FIELDS
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError(
+                "too_many_fields", f"Input should have at most {most} fields, not {len(value)}"
+            )
+        return value
+
+
+def check_entries(most: int) -> BeforeValidator:
+    """Check the number of an object's entries before pydantic validates each of them."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > most:
+            raise PydanticCustomError(
+                "too_long", f"Input should have at most {most} entries, not {len(value)}"
+            )
+        return value
+
+    return BeforeValidator(check)
+
 
 Name = Annotated[str, Field(min_length=1, max_length=limits.MAX_NAME)]
 FunctionName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{limits.MAX_NAME}}}$")]
@@ -36,9 +89,7 @@ JsonSchemaObject = dict[str, object]
 """A JSON schema; compilation checks its size, depth and keywords."""
 TokenId = TypeAliasType("TokenId", Annotated[int, Field(ge=0, le=(1 << 31) - 1)])
 """A named schema, whose maximum the OpenAPI document sets to the vocabulary size."""
-TokenIds = Annotated[
-    list[TokenId], Field(fail_fast=True, min_length=1, max_length=limits.MAX_PROMPT_TOKENS)
-]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=limits.MAX_PROMPT_TOKENS)]
 
 
 class ApiRequest(StrictModel):

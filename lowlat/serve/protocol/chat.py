@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from lowlat.generate.params import SamplingParams
 from lowlat.serve.protocol import limits
-from lowlat.serve.protocol.base import Name
+from lowlat.serve.protocol.base import Name, check_entries
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.hints import Hint, Ignored, TemplateHint
 from lowlat.serve.protocol.messages import Message, NamedTool, Tool, ToolChoice
@@ -55,7 +55,11 @@ class ChatRequest(SamplingRequest):
     structured_outputs: StructuredOutputs | None = None
     """Constraints that response_format does not offer, as in vLLM."""
     chat_template_kwargs: (
-        Annotated[dict[Name, TemplateVariable], Field(max_length=limits.MAX_TEMPLATE_VARIABLES)]
+        Annotated[
+            dict[Name, TemplateVariable],
+            Field(max_length=limits.MAX_TEMPLATE_VARIABLES),
+            check_entries(limits.MAX_TEMPLATE_VARIABLES),
+        ]
         | None
     ) = None
     """Variables for the model's chat template, such as enable_thinking."""

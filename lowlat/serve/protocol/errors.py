@@ -31,6 +31,22 @@ class RequestError(Exception):
         self.status = status
 
 
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+"""Code by which clients recognize a request that exceeds the context."""
+
+
+def context_error(context: int, detail: str, *, param: str) -> RequestError:
+    """A request that exceeds the context of `context` tokens.
+
+    Clients (litellm, LangChain) recognize OpenAI's wording at the start of the message.
+    """
+    return RequestError(
+        f"This model's maximum context length is {context} tokens. {detail}",
+        param=param,
+        code=CONTEXT_LENGTH_EXCEEDED,
+    )
+
+
 @contextlib.contextmanager
 def about(param: str) -> Iterator[None]:
     """Raise a UserError of this context as a RequestError about the field `param`."""

@@ -10,6 +10,12 @@ MAX_HEADER_BYTES = 32 * 2**10
 """Largest request line and headers together; more gets 431."""
 MAX_JSON_DEPTH = 64
 """Deepest nesting of arrays and objects in a body."""
+MAX_JSON_VALUES = 100_000
+"""Values of a body, keys included; numbers in arrays, such as token ids, do not count."""
+MAX_JSON_KEYS = 2048
+"""Keys per object of a body."""
+MAX_UNKNOWN_FIELDS = 32
+"""Fields beyond those of a request object; more are not validated one by one."""
 MAX_MESSAGES = 2048
 """Messages per chat."""
 MAX_CONTENT_PARTS = 256

@@ -17,7 +17,7 @@ from lowlat.generate.params import (
     make_params,
 )
 from lowlat.serve.protocol import limits
-from lowlat.serve.protocol.base import GenerationRequest, StrictModel
+from lowlat.serve.protocol.base import GenerationRequest, StrictModel, check_entries
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.hints import Hint
 
@@ -31,6 +31,7 @@ TokenBias = Annotated[float, Field(ge=-100.0, le=100.0)]
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], TokenBias],
     Field(max_length=params.MAX_LOGIT_BIAS),
+    check_entries(params.MAX_LOGIT_BIAS),
 ]
 MaxTokens = Annotated[int, Field(ge=1, le=params.MAX_TOKENS)]
 TopLogprobs = Annotated[int, Field(ge=0, le=params.MAX_LOGPROBS)]
@@ -40,6 +41,7 @@ Metadata = Annotated[
         Annotated[str, Field(max_length=limits.MAX_METADATA_VALUE)],
     ],
     Field(max_length=limits.MAX_METADATA),
+    check_entries(limits.MAX_METADATA),
 ]
 
 

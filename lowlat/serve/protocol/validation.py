@@ -36,7 +36,7 @@ def validate(kind: type[Body], value: dict[str, Any]) -> Body:
 
 
 def _failure(item: ErrorDetails, path: Path) -> RequestError:
-    name = _spell(path)
+    name = _spell(path) or "the body"
     if item["type"] in ("missing", "union_tag_not_found"):
         message = f"{name} is missing"
     elif item["type"] == "extra_forbidden":
@@ -48,7 +48,8 @@ def _failure(item: ErrorDetails, path: Path) -> RequestError:
         message = f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}"
         if path[-1:] == ("type",) and item["input"] in VISION_PARTS:
             message += f"; {item['input']} needs a vision tower, and lowlat loads none: send text"
-    return RequestError(one_line(message, MAX_MESSAGE), param=one_line(name, MAX_PARAM))
+    param = one_line(name, MAX_PARAM) if path else None
+    return RequestError(one_line(message, MAX_MESSAGE), param=param)
 
 
 def _rank(item: ErrorDetails, path: Path) -> tuple[int, int]:

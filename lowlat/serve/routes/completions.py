@@ -15,6 +15,7 @@ from lowlat.generate.completion import CompletionDelta, TokenLogprob
 from lowlat.generate.grammar import CompiledGrammar
 from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.chat.prompt import check_text_size
 from lowlat.serve.http.sse import DONE, error_event, event
 from lowlat.serve.protocol import limits
@@ -38,10 +39,8 @@ from lowlat.text.tokenizer import Tokenizer
 DEFAULT_MAX_TOKENS = 16
 """Default of OpenAI's API."""
 
-Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=limits.MAX_PROMPTS)]
-IdLists = Annotated[
-    list[TokenIds], Field(fail_fast=True, min_length=1, max_length=limits.MAX_PROMPTS)
-]
+Texts = Annotated[list[str], Field(min_length=1, max_length=limits.MAX_PROMPTS)]
+IdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=limits.MAX_PROMPTS)]
 Prompt = str | Texts | TokenIds | IdLists
 
 
@@ -133,11 +132,8 @@ class CompletionResponse(WireModel):
 async def create_completion(ctx: RequestContext, request: CompletionRequest) -> Response:
     """Complete one or more prompts, streamed if the request asks for it."""
     state = ctx.state
-    _check_queue(request, state.engine.max_queue)
-    prompts = await state.workers.run(_encode, state.model, request)
+    prompts = await state.workers.run(_encode, state.engine, request)
     params = [request.to_params(state.model.context - len(ids)) for ids, _ in prompts]
-    for (ids, _), own in zip(prompts, params, strict=True):
-        state.engine.check(ids, own)
     # After a prompt without text, the output begins a text.
     begin = [not state.model.tokenizer.has_text(ids) for ids, _ in prompts]
     grammars = await _grammars(ctx, request, set(begin))
@@ -160,16 +156,6 @@ COMPLETIONS = Post(
 )
 
 
-def _check_queue(request: CompletionRequest, max_queue: int) -> None:
-    """Raise RequestError for more prompts than the queue can ever hold."""
-    if len(request.prompts) > max_queue:
-        raise RequestError(
-            f"prompt: {len(request.prompts)} prompts exceed the queue of this server"
-            f" ({max_queue}); send fewer per request",
-            param="prompt",
-        )
-
-
 async def _grammars(
     ctx: RequestContext, request: CompletionRequest, kinds: set[bool]
 ) -> dict[bool, CompiledGrammar]:
@@ -185,17 +171,30 @@ async def _grammars(
     }
 
 
-def _encode(model: Model, request: CompletionRequest) -> list[tuple[list[int], str]]:
-    """Token ids of each prompt, and its text if the request sets echo."""
-    for prompt in request.prompts:
+def _encode(engine: AsyncEngine, request: CompletionRequest) -> list[tuple[list[int], str]]:
+    """Token ids of each prompt, and its text if the request sets echo.
+
+    Prompts may have a million ids, so everything about all of them is done here, off the event
+    loop. Raises RequestError and UserError for prompts that the engine cannot serve.
+    """
+    model, prompts = engine.model, request.prompts
+    if len(prompts) > engine.max_queue:
+        raise RequestError(
+            f"prompt: {len(prompts)} prompts exceed the queue of this server ({engine.max_queue});"
+            " send fewer per request",
+            param="prompt",
+        )
+    for prompt in prompts:
         if isinstance(prompt, str):
             check_text_size(model, [prompt], "prompt")
+    encoded = [
+        model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
+    ]
+    for ids in encoded:
+        engine.check(ids, request.to_params(model.context - len(ids)))
     return [
-        (
-            model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
-            _echo(model, prompt) if request.echo else "",
-        )
-        for prompt in request.prompts
+        (ids, _echo(model, prompt) if request.echo else "")
+        for ids, prompt in zip(encoded, prompts, strict=True)
     ]
 
 

@@ -19,11 +19,15 @@ from lowlat.serve.state import ServerState
 
 
 class RequestContext:
-    """One request that has just arrived. `cache_namespace` isolates the prefix cache of its key."""
+    """One request whose body has arrived. `cache_namespace` isolates the prefix cache of its key;
+    `arrived_at`: when its headers arrived, by time.perf_counter, by default now.
+    """
 
-    def __init__(self, state: ServerState, *, cache_namespace: bytes) -> None:
+    def __init__(
+        self, state: ServerState, *, cache_namespace: bytes, arrived_at: float | None = None
+    ) -> None:
         self.state = state
-        self._arrived_at = time.perf_counter()
+        self._arrived_at = time.perf_counter() if arrived_at is None else arrived_at
         self.num_tokens = 0
         """Tokens generated so far, by all completions."""
         self.priority = 0

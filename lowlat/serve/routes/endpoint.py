@@ -5,6 +5,7 @@ handler, which aborts its requests.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from lowlat.serve.http.body import Disconnected, check_json_headers, parse_object, read_body
+from lowlat.serve.http.clients import owners_of
 from lowlat.serve.http.errors import API_HEADERS
 from lowlat.serve.protocol.base import ApiRequest, GenerationRequest
 from lowlat.serve.protocol.errors import ErrorResponse, RequestError
@@ -57,12 +59,14 @@ class JsonEndpoint:
         self._operation = operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        state = self._state
+        state, arrived_at = self._state, time.perf_counter()
+        state.check_capacity()
+        body = await self._read(scope, receive)
         state.check_capacity()
         state.num_requests += 1
-        ctx = RequestContext(state, cache_namespace=scope["state"]["cache_namespace"])
+        namespace = scope["state"]["cache_namespace"]
+        ctx = RequestContext(state, cache_namespace=namespace, arrived_at=arrived_at)
         try:
-            body = await self._read(scope, receive)
             await _while_connected(receive, self._handle_body(ctx, body, scope, receive, send))
         finally:
             ctx.close()
@@ -75,7 +79,12 @@ class JsonEndpoint:
             raise RequestError("query parameters are not supported; put fields into the body")
         check_json_headers(headers)
         return await read_body(
-            receive, headers, max_bytes=config.max_body_bytes, seconds=config.body_seconds
+            receive,
+            headers,
+            max_bytes=config.max_body_bytes,
+            seconds=config.body_seconds,
+            bodies=self._state.bodies,
+            owners=owners_of(scope),
         )
 
     async def _handle_body(

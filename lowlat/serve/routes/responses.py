@@ -287,11 +287,13 @@ class ResponsesReply(Reply):
         return self._response(self._final_status)
 
     def opening(self) -> Iterable[bytes]:
-        yield self._status_event("response.created", "in_progress")
-        yield self._status_event("response.in_progress", "in_progress")
+        response = _dump(self._response("in_progress"))
+        for kind in ("response.created", "response.in_progress"):
+            yield self._encode(kind, {"response": response})
 
     def closing(self) -> Iterable[bytes]:
-        yield self._status_event(f"response.{self._final_status}", self._final_status)
+        response = _dump(self._response(self._final_status))
+        yield self._encode(f"response.{self._final_status}", {"response": response})
 
     def failure(self, status: int, message: str, param: str | None, code: str | None) -> bytes:
         response = self._response("failed")
@@ -351,11 +353,6 @@ class ResponsesReply(Reply):
             output_tokens_details=OutputDetails(reasoning_tokens=self._reasoning_tokens),
             total_tokens=ctx.prompt_tokens + ctx.num_tokens,
         )
-
-    def _status_event(
-        self, kind: str, status: Literal["in_progress", "completed", "incomplete"]
-    ) -> bytes:
-        return self._encode(kind, {"response": _dump(self._response(status))})
 
     def _encode(self, kind: str, fields: dict[str, object]) -> bytes:
         data = {"type": kind, "sequence_number": self._number, **fields}

@@ -10,7 +10,7 @@ from lowlat.serve.chat.prompt import check_text_size, prepare_chat
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import ApiRequest, TokenIds, WireModel
 from lowlat.serve.protocol.chat import ChatRequest
-from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.protocol.errors import RequestError, context_error
 from lowlat.serve.protocol.messages import Message, Tool
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import Post, json_response
@@ -64,15 +64,15 @@ class DetokenizeResponse(WireModel):
 
 async def tokenize(ctx: RequestContext, request: TokenizeRequest) -> Response:
     """Token ids of a text or of a chat."""
-    return json_response(await ctx.state.workers.run(_tokenize, ctx.state.model, request))
+    return await ctx.state.workers.run(_tokenize, ctx.state.model, request)
 
 
 async def detokenize(ctx: RequestContext, request: DetokenizeRequest) -> Response:
     """Text of token ids."""
-    return json_response(await ctx.state.workers.run(_detokenize, ctx.state.model, request))
+    return await ctx.state.workers.run(_detokenize, ctx.state.model, request)
 
 
-def _tokenize(model: Model, request: TokenizeRequest) -> TokenizeResponse:
+def _tokenize(model: Model, request: TokenizeRequest) -> Response:
     if request.messages is not None:
         chat = ChatRequest(model=request.model, messages=request.messages, tools=request.tools)
         ids = list(prepare_chat(model, chat).ids)
@@ -84,19 +84,23 @@ def _tokenize(model: Model, request: TokenizeRequest) -> TokenizeResponse:
     texts = None
     if request.return_token_strs:
         texts = [model.tokenizer.id_to_bytes(id).decode("utf-8", "replace") for id in ids]
-    return TokenizeResponse(
-        tokens=ids, token_strs=texts, count=len(ids), max_model_len=model.context
+    return json_response(
+        TokenizeResponse(tokens=ids, token_strs=texts, count=len(ids), max_model_len=model.context)
     )
 
 
-def _detokenize(model: Model, request: DetokenizeRequest) -> DetokenizeResponse:
+def _detokenize(model: Model, request: DetokenizeRequest) -> Response:
+    if len(request.tokens) > model.context:
+        raise context_error(
+            model.context, f"tokens has {len(request.tokens)} ids; send fewer", param="tokens"
+        )
     if max(request.tokens) >= model.config.vocab_size:
         raise RequestError(
             f"tokens: an id exceeds the vocabulary size of {model.config.vocab_size}",
             param="tokens",
         )
     text = model.tokenizer.decode(request.tokens, skip_special_tokens=False)
-    return DetokenizeResponse(prompt=text)
+    return json_response(DetokenizeResponse(prompt=text))
 
 
 TOKENIZE = Post(

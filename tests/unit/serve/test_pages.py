@@ -9,6 +9,7 @@ import pytest
 from starlette.applications import Starlette
 
 from lowlat.serve.http import pages
+from lowlat.serve.http.incoming import IncomingBodies
 from lowlat.serve.http.pages import COOKIE, MAX_FORM_BYTES, cookie_value, login_page, page_routes
 
 KEY = "a-key-of-this-test-0123456789"
@@ -26,7 +27,9 @@ pytestmark = pytest.mark.anyio
 
 
 def client(*keys: str, base_url: str = "http://127.0.0.1:8000") -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(Starlette(routes=page_routes(keys)))
+    transport = httpx.ASGITransport(
+        Starlette(routes=page_routes(keys, bodies=IncomingBodies(max_slow=4)))
+    )
     return httpx.AsyncClient(transport=transport, base_url=base_url)
 
 
@@ -41,7 +44,9 @@ async def test_every_file_is_served() -> None:
             if kind is not None:
                 assert response.headers["Content-Type"].partition(";")[0] == kind
                 assert response.content == Path(pages.FOLDER, name).read_bytes()
-    assert len(page_routes()) == 1 + sum(not name.endswith(".html") for name in FILES)
+    assert len(page_routes(bodies=IncomingBodies(max_slow=4))) == 1 + sum(
+        not name.endswith(".html") for name in FILES
+    )
 
 
 async def test_headers() -> None:
@@ -99,7 +104,7 @@ async def test_caching() -> None:
 async def test_no_other_path(path: str) -> None:
     """A path is compared with names; it never reaches the file system."""
     seen: list[dict[str, object]] = []
-    app = Starlette(routes=page_routes())
+    app = Starlette(routes=page_routes(bodies=IncomingBodies(max_slow=4)))
     app.router.redirect_slashes = False
 
     async def receive() -> dict[str, object]:

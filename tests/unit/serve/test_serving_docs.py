@@ -14,6 +14,7 @@ from lowlat.engine.scheduler import MAX_SEQUENCES
 from lowlat.generate import grammar_worker, structured
 from lowlat.generate.params import MAX_STOP_LENGTH, MAX_STOPS
 from lowlat.serve.config import ServeConfig
+from lowlat.serve.http import incoming
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.chat import ChatRequest
@@ -98,7 +99,14 @@ def test_limits_are_those_of_the_code() -> None:
     expected = {
         "body; line and headers": f"{config.max_body_bytes // 2**20} MiB; "
         f"{limits.MAX_HEADER_BYTES // kib} KiB",
-        "open connections": f"{config.max_connections:,}, or less by the limit on open files",
+        "open connections; idle ones make way": (
+            f"{config.max_connections:,}, or less by the limit on open files"
+        ),
+        f"bodies that take over {incoming.GRACE_SECONDS:g} s; per API key and address": (
+            f"{config.max_slow_bodies}; {config.max_slow_bodies // 4}, then the slowest get 408"
+        ),
+        "JSON values per body, keys included, token ids excluded": f"{limits.MAX_JSON_VALUES:,}",
+        "keys per JSON object": f"{limits.MAX_JSON_KEYS:,}",
         "time for headers; for the body": f"{config.header_seconds:g} s; {config.body_seconds:g} s",
         "JSON nesting, also in arguments of past calls": f"{limits.MAX_JSON_DEPTH}",
         "open requests, streams included": f"{config.max_requests:,}",

@@ -1,0 +1,150 @@
+"""Bodies of the allowed size that cost as much to parse, validate and refuse as they can."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from lowlat.serve.protocol import limits
+
+from .cases import CHAT, COMPLETIONS, DETOKENIZE, RESPONSES, TOKENIZE
+
+NAME = "counting"
+MOST = limits.MAX_BODY_BYTES - 200
+"""Bytes left for what varies."""
+
+
+def packed(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def chat(messages: object, **more: Any) -> bytes:
+    return packed({"model": NAME, "messages": messages, "max_tokens": 1, **more})
+
+
+def prompt(inner: bytes, field: bytes = b"prompt") -> bytes:
+    """A completion whose prompt is this JSON."""
+    return b'{"model":"%s","max_tokens":1,"%s":%s}' % (NAME.encode(), field, inner)
+
+
+def filled(open: bytes, item: bytes, close: bytes) -> bytes:
+    """`item` as often as it fits."""
+    return open + item * ((MOST - len(open + close)) // len(item) - 1) + item.rstrip(b",") + close
+
+
+def user(content: object) -> dict[str, object]:
+    return {"role": "user", "content": content}
+
+
+def schema_tool(schema: object) -> dict[str, object]:
+    return {"type": "function", "function": {"name": "f", "parameters": schema}}
+
+
+PART = {"type": "text", "text": "x"}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+UNKNOWN = {f"k{number}": 1 for number in range(300_000)}
+ITEM = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}]}
+LONG_CALL = {**CALL, "function": {"name": "f", "arguments": '{"a":[' + "1.5," * 9000 + "1]}"}}
+
+HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "parts with unknown fields": (
+        CHAT,
+        lambda: chat([user([{"type": "text", "x": 1}] * 140)] * 2048)[:MOST],
+    ),
+    "parts": (CHAT, lambda: chat([user([PART] * 8)] * 2048)),
+    "parts of few messages": (CHAT, lambda: chat([user([PART] * 200)] * 90)),
+    "parts, the last one bad": (CHAT, lambda: chat([user([PART] * 8)] * 2047 + [user([1])])),
+    "tool calls": (CHAT, lambda: chat([{"role": "assistant", "tool_calls": [CALL] * 64}] * 120)),
+    "tool calls of long arguments": (
+        CHAT,
+        lambda: chat([user("x"), {"role": "assistant", "tool_calls": [LONG_CALL] * 110}]),
+    ),
+    "unknown fields": (CHAT, lambda: packed(UNKNOWN)),
+    "2,000 unknown fields": (CHAT, lambda: packed(dict(list(UNKNOWN.items())[:2000]))),
+    "unknown fields of messages": (
+        CHAT,
+        lambda: chat([{**user("x"), **dict(list(UNKNOWN.items())[:40])}] * 1000),
+    ),
+    "biases": (COMPLETIONS, lambda: prompt(b'"x"')[:-1] + b',"logit_bias":%s}' % packed(UNKNOWN)),
+    "2,000 bad biases": (
+        COMPLETIONS,
+        lambda: packed(
+            {"model": NAME, "prompt": "x", "logit_bias": dict(list(UNKNOWN.items())[:2000])}
+        ),
+    ),
+    "metadata": (CHAT, lambda: chat([user("x")], metadata=UNKNOWN)),
+    "a schema of numbers": (
+        CHAT,
+        lambda: chat([user("x")], tools=[schema_tool({"enum": [1.5] * 900_000})]),
+    ),
+    "a schema of texts": (
+        CHAT,
+        lambda: chat([user("x")], tools=[schema_tool({"enum": ["\n" * 40] * 45_000})]),
+    ),
+    "schemas": (
+        CHAT,
+        lambda: chat(
+            [user("x")],
+            tools=[
+                {"type": "function", "function": {"name": f"f{n}", "parameters": {"a": [{}] * 700}}}
+                for n in range(128)
+            ],
+            tool_choice="required",
+        ),
+    ),
+    "a response format": (
+        CHAT,
+        lambda: chat(
+            [user("x")],
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"enum": list(range(90_000))}},
+            },
+        ),
+    ),
+    "input items": (RESPONSES, lambda: packed({"model": NAME, "input": [ITEM] * 2048})),
+    "input items, the last one bad": (
+        RESPONSES,
+        lambda: packed({"model": NAME, "input": [ITEM] * 2000 + [{"type": "x"}]}),
+    ),
+    "tools that are echoed": (
+        RESPONSES,
+        lambda: packed(
+            {
+                "model": NAME,
+                "input": "x",
+                "stream": True,
+                "max_output_tokens": 1,
+                "tool_choice": "none",
+                "tools": [
+                    {"type": "function", "name": f"f{n}", "parameters": {"enum": ["x"] * 700}}
+                    for n in range(128)
+                ],
+            }
+        ),
+    ),
+    "a million ids": (COMPLETIONS, lambda: prompt(packed([97] * (1 << 20)))),
+    "two million ids": (COMPLETIONS, lambda: prompt(filled(b"[", b"1,", b"]"))),
+    "lists of ids": (COMPLETIONS, lambda: prompt(packed([[1000] * 6000] * 128))),
+    "floats": (COMPLETIONS, lambda: prompt(filled(b"[", b"1.5,", b"]"))),
+    "ids to detokenize": (DETOKENIZE, lambda: prompt(packed([97] * (1 << 20)), b"tokens")),
+    "objects": (COMPLETIONS, lambda: prompt(filled(b"[", b"{},", b"]"))),
+    "arrays": (COMPLETIONS, lambda: prompt(filled(b"[", b"[],", b"]"))),
+    "texts": (COMPLETIONS, lambda: prompt(filled(b"[", b'"ab",', b"]"))),
+    "literals": (COMPLETIONS, lambda: prompt(filled(b"[", b"null,", b"]"))),
+    "brackets": (COMPLETIONS, lambda: prompt(filled(b"", b"[", b""))),
+    "escapes": (COMPLETIONS, lambda: prompt(filled(b'"', b"\\n", b'"'))),
+    "pairs of escapes": (COMPLETIONS, lambda: prompt(filled(b'"', b"\\ud83d\\ude00", b'"'))),
+    "half a pair at the end": (COMPLETIONS, lambda: prompt(filled(b'"', b"\\\\", b'\\ud83d"'))),
+    "a text of four-byte characters": (
+        TOKENIZE,
+        lambda: prompt(filled(b'"', "😀".encode(), b'"')),
+    ),
+    "a text without words": (CHAT, lambda: chat([user("a" * MOST)])),
+    "a long number": (COMPLETIONS, lambda: prompt(filled(b"", b"1", b".5"))),
+    "quotes": (COMPLETIONS, lambda: filled(b"", b'"', b"")),
+    "backslashes": (COMPLETIONS, lambda: filled(b'{"a":"', b"\\", b"")),
+    "commas": (COMPLETIONS, lambda: filled(b"[", b",", b"")),
+    "one type of 4 MB": (CHAT, lambda: chat([user([{"type": "x" * MOST, "text": ""}])])),
+    "one key of 4 MB": (CHAT, lambda: packed({"x" * MOST: 1})),
+}
+"""Path and body, by name."""

@@ -1,0 +1,104 @@
+"""Heavy bodies: none holds up the event loop, and none takes much memory.
+
+The time is the processor time of the thread that holds the interpreter's lock, so a busy machine
+does not change the result.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .heavy_bodies import HEAVY
+from .local import Local, counting_model, listening, until
+from .wire import exchange, post
+
+HOLD_SECONDS = 0.1
+EXTRA_BYTES = 100 << 20
+REPEATS = 3
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Local]:
+    with listening(counting_model()) as running:
+        yield running
+
+
+class Holds:
+    """Longest processor time that one thread takes between two turns of the event loop."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        self._last: dict[int, float] = {}
+
+    async def watch(self) -> None:
+        while True:
+            self._look()
+            await asyncio.sleep(0.001)
+
+    def _look(self) -> None:
+        now: dict[int, float] = {}
+        for thread in threading.enumerate():
+            # The thread may have ended by now.
+            with contextlib.suppress(OSError):
+                if thread.ident is not None and thread is not threading.main_thread():
+                    clock = time.pthread_getcpuclockid(thread.ident)
+                    now[thread.ident] = time.clock_gettime(clock)
+        spent = [now[ident] - self._last[ident] for ident in now.keys() & self._last.keys()]
+        self.longest = max(self.longest, *spent, 0.0)
+        self._last = now
+
+
+@contextlib.contextmanager
+def watched(server: Local) -> Iterator[Holds]:
+    holds = Holds()
+    watching = asyncio.run_coroutine_threadsafe(holds.watch(), server.loop)
+    try:
+        yield holds
+    finally:
+        watching.cancel()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(HEAVY))
+def test_no_body_holds_up_the_event_loop(server: Local, name: str) -> None:
+    """Regression: one body of unknown fields that stalled all streams for seconds."""
+    path, make = HEAVY[name]
+    data = post(path, make())
+    found = []
+    for _ in range(REPEATS):
+        with watched(server) as holds:
+            reply = exchange(server.port, data)
+        assert reply.status in (200, 400, 413), reply
+        until(lambda: server.is_idle, "the end")
+        found.append(holds.longest)
+        if holds.longest < HOLD_SECONDS:
+            return
+    pytest.fail(f"held for {min(found):.3f} s")
+
+
+def peak_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(HEAVY))
+def test_no_body_takes_much_memory(server: Local, name: str) -> None:
+    """Regression: one body whose errors took 1.5 GB."""
+    path, make = HEAVY[name]
+    data = post(path, make())
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("the kernel does not reset the peak of a process's memory")
+    before = peak_bytes()
+    exchange(server.port, data)
+    until(lambda: server.is_idle, "the end")
+    # This process is also the client, which holds the request twice.
+    assert peak_bytes() - before < EXTRA_BYTES + 3 * len(data)
