@@ -1,5 +1,6 @@
 """`lowlat serve`: command-line options of the HTTP server."""
 
+import logging
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -103,7 +104,7 @@ def serve(
     _check_extra()
     from lowlat.cli.inputs import load_model
     from lowlat.serve.async_engine import AsyncEngine
-    from lowlat.serve.http.logs import configure
+    from lowlat.serve.http.logs import configure, log
     from lowlat.serve.run import open_socket, run, url_of
 
     if server.served_model_name == "":
@@ -122,6 +123,11 @@ def serve(
             speculates=engine.speculate,
         )
         configure()
+        if _is_exposed(server.api_key_file):
+            log(
+                logging.WARNING,
+                "other users can read or write the file of --api-key-file; run chmod 600 on it",
+            )
         greeting = f"lowlat serves {config.model_name} on {url_of(listener)} (Ctrl-C ends it)"
         async_engine = AsyncEngine(loaded, max_queue=limits.max_queue)
         run(async_engine, config, listener, on_ready=lambda: typer.echo(greeting))
@@ -140,6 +146,13 @@ def _config(model: str, server: ServerOptions, limits: LimitOptions) -> "ServeCo
         request_seconds=limits.request_timeout,
         drain_seconds=limits.drain_seconds,
     )
+
+
+def _is_exposed(keys: Path | None) -> bool:
+    """Whether other users can read or write the file of keys, which may have been deleted since."""
+    from lowlat.serve.config import is_exposed
+
+    return keys is not None and keys.exists() and is_exposed(keys)
 
 
 def _check_extra() -> None:

@@ -5,10 +5,12 @@ killed, then in this one) and each output's state in its grammar. `generate.stru
 kinds of output, `engine.sampler` applies masks to logits.
 """
 
+import contextlib
 import hashlib
 import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import llguidance
@@ -68,13 +70,14 @@ class GrammarCompiler:
         self._vocabulary = {"tokens": [t.hex() for t in tokens], "special": special, "eos": eos}
         self._tokenizer = make_tokenizer(tokens, special, eos)
         self._lock = threading.Lock()
-        self._worker: LineWorker | None = None
+        self._idle_workers: list[LineWorker] = []
         self._known: dict[bytes, int] = {}
 
     def compile(self, output: StructuredOutput, *, begins_text: bool = True) -> "CompiledGrammar":
         """The compiled grammar of `output`; begins_text: see CompletionBuilder.
 
-        Takes at most TRIAL_SECONDS after the trials of other threads: one runs at a time.
+        Takes at most TRIAL_SECONDS. Each thread's trial has a process of its own, which later
+        trials use again.
         Raises UserError naming json_object, json_schema, regex, choice or grammar and what is wrong
         with it.
         """
@@ -91,32 +94,38 @@ class GrammarCompiler:
         """Bytes of memory that the compiled `source` takes. Raises UserError unless it compiles in
         the worker, within its limits."""
         digest = hashlib.sha256(source.encode()).digest()
-        # Without the lock: a known grammar does not wait for other threads' trials.
         if (size := self._known.get(digest)) is not None:
             return size
+        with self._worker() as worker:
+            reply = worker.ask(json.dumps(source), TRIAL_SECONDS)
+        if reply is None:
+            raise UserError(
+                f"{field}: too complex (compiling it takes more than {CPU_SECONDS} s, "
+                f"{MEMORY_BYTES >> 20} MiB or {STACK_BYTES >> 20} MiB of stack); simplify it"
+            )
+        message, size = json.loads(reply)
+        if message:
+            raise _error(field, message)
+        size = size or BYTES_PER_CHARACTER * len(source)
         with self._lock:
-            reply = self._running_worker().ask(json.dumps(source), TRIAL_SECONDS)
-            if reply is None:
-                raise UserError(
-                    f"{field}: too complex (compiling it takes more than {CPU_SECONDS} s, "
-                    f"{MEMORY_BYTES >> 20} MiB or {STACK_BYTES >> 20} MiB of stack); simplify it"
-                )
-            message, size = json.loads(reply)
-            if message:
-                raise _error(field, message)
-            size = size or BYTES_PER_CHARACTER * len(source)
             if len(self._known) == MAX_KNOWN:
                 del self._known[next(iter(self._known))]
             self._known[digest] = size
-            return size
+        return size
 
-    def _running_worker(self) -> LineWorker:
-        if self._worker is None or not self._worker.is_alive():
+    @contextlib.contextmanager
+    def _worker(self) -> Iterator[LineWorker]:
+        """A worker process for one trial: an idle one, or a new one."""
+        with self._lock:
+            worker = self._idle_workers.pop() if self._idle_workers else None
+        if worker is None or not worker.is_alive():
             worker = LineWorker(WORKER)
             if worker.ask(json.dumps(self._vocabulary), START_SECONDS) is None:
                 raise RuntimeError("the process that tries grammars did not start")
-            self._worker = worker
-        return self._worker
+        yield worker
+        if worker.is_alive():
+            with self._lock:
+                self._idle_workers.append(worker)
 
 
 class CompiledGrammar(Constraint):

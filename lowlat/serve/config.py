@@ -6,6 +6,7 @@ fields are in `protocol.limits`, sampling ranges in `engine.params`.
 
 import ipaddress
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class ServeConfig:
     max_waiting_work: int = 256
     """Tasks that may wait for a worker thread; more get 429."""
     max_waiting_grammars: int = 32
-    """Grammars that may wait for the compiler thread; more get 429."""
+    """Grammars that may wait to be compiled, half of them per API key; more get 429."""
     max_grammar_bytes: int = 2**30
     """Memory for grammars of active requests, half of it per API key; more get 429."""
     header_seconds: int | float = 10.0
@@ -132,6 +133,11 @@ def read_keys(path: Path) -> tuple[str, ...]:
     if not keys:
         raise UserError(f"--api-key-file '{path}' contains no key; write one key per line")
     return keys
+
+
+def is_exposed(path: Path) -> bool:
+    """Whether the file's group or other users may read or write it."""
+    return sys.platform != "win32" and bool(path.stat().st_mode & 0o066)
 
 
 def is_loopback(host: str) -> bool:

@@ -1,7 +1,8 @@
-"""Structured outputs of a server: grammar compilation in a thread of its own, with a memory budget.
+"""Structured outputs of a server: grammar compilation in threads of its own, with a memory budget.
 
-A slow grammar delays only other grammars. The budget covers the grammars of all active requests and
-limits each API key to half of it. Compilation itself is in `generate.grammar`.
+Slow grammars delay only other grammars, and those of other API keys least. The budget covers the
+grammars of all active requests and limits each API key to half of it. Compilation itself is in
+`generate.grammar`.
 """
 
 import threading
@@ -11,10 +12,13 @@ from collections import Counter, deque
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler
 from lowlat.generate.model import Model
 from lowlat.generate.structured import StructuredOutput
+from lowlat.ops.native import processors
 from lowlat.serve.generation import Overloaded
-from lowlat.serve.http.workers import WorkerPool
+from lowlat.serve.http.workers import FairWorkerPool
 from lowlat.serve.protocol.errors import about
 
+MAX_PARALLEL = 4
+"""Most grammars of one API key that compile at once; each has a process with the vocabulary."""
 MIN_GRAMMAR_BYTES = 1 << 20
 """Least memory to count for a grammar: its automaton grows while outputs are matched."""
 GROWTH_FACTOR = 4
@@ -22,14 +26,17 @@ GROWTH_FACTOR = 4
 
 
 class StructuredOutputManager:
-    """Compiles grammars for `model` in one thread; at most `max_waiting` wait in its queue.
+    """Compiles grammars for `model`, one per processor at once; at most `max_waiting` wait.
 
     A compiled grammar counts towards `max_bytes` for as long as it is referenced.
     """
 
     def __init__(self, model: Model, *, max_waiting: int, max_bytes: int) -> None:
         self._model = model
-        self._worker = WorkerPool(threads=1, max_waiting=max_waiting)
+        # One more thread than processors: an API key that uses all of these leaves it free.
+        threads = 1 + min(MAX_PARALLEL, processors())
+        self._workers = FairWorkerPool(threads=threads, max_waiting=max_waiting)
+        self._lock = threading.Lock()
         self._compiler: GrammarCompiler | None = None
         self._held = MemoryBudget(max_bytes)
 
@@ -38,16 +45,19 @@ class StructuredOutputManager:
         output: StructuredOutput,
         *,
         param: str,
+        owner: str = "",
         cache_namespace: bytes = b"",
         begins_text: bool = True,
     ) -> CompiledGrammar:
-        """Compile `output` to a grammar; `begins_text` as in RequestOptions.
+        """Compile `output` to a grammar, fairly between owners; `begins_text` as in RequestOptions.
 
         Raises RequestError about the field `param`, Overloaded if the queue or the memory budget
         (per `cache_namespace` or in total) is full.
         """
         with about(param):
-            return await self._worker.run(self._compile, output, cache_namespace, begins_text)
+            return await self._workers.run(
+                owner, self._compile, output, cache_namespace, begins_text
+            )
 
     @property
     def used_bytes(self) -> int:
@@ -55,20 +65,25 @@ class StructuredOutputManager:
         return self._held.total()
 
     def close(self) -> None:
-        self._worker.close()
+        self._workers.close()
 
     def _compile(
         self, output: StructuredOutput, cache_namespace: bytes, begins_text: bool
     ) -> CompiledGrammar:
         self._held.check(cache_namespace, MIN_GRAMMAR_BYTES)
-        # Created on first use: it reads the whole vocabulary, which takes up to a second.
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(self._model.tokenizer, self._model.config.vocab_size)
-        grammar = self._compiler.compile(output, begins_text=begins_text)
+        grammar = self._get_compiler().compile(output, begins_text=begins_text)
         self._held.hold(
             cache_namespace, grammar, max(MIN_GRAMMAR_BYTES, GROWTH_FACTOR * grammar.num_bytes)
         )
         return grammar
+
+    def _get_compiler(self) -> GrammarCompiler:
+        """Created on first use: it reads the whole vocabulary, which takes up to a second."""
+        with self._lock:
+            if self._compiler is None:
+                model = self._model
+                self._compiler = GrammarCompiler(model.tokenizer, model.config.vocab_size)
+            return self._compiler
 
 
 class MemoryBudget:

@@ -1,7 +1,5 @@
 """Who sends a request: client address and API key fingerprint, for limits and logs."""
 
-import hashlib
-
 from starlette.types import Scope
 
 UNKNOWN_ADDRESS = "unknown"
@@ -14,9 +12,8 @@ def client_address(scope: Scope) -> str:
 
 
 def key_fingerprint(scope: Scope) -> str | None:
-    """8 hexadecimal digits that identify the API key and do not reveal it; None without a key."""
-    namespace: bytes = scope.get("state", {}).get("cache_namespace", b"")
-    return hashlib.sha256(namespace).hexdigest()[:8] if namespace else None
+    """The first 8 hexadecimal digits of the API key's SHA-256; None without a key."""
+    return scope.get("state", {}).get("key_fingerprint")
 
 
 def owners_of(scope: Scope) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Structured logging: one JSON object per line on stderr, with the request id; access log.
 
-Prompts, responses, API keys and query strings are never logged.
+Lines have the client's address, a fingerprint of its key, token counts and timings. Prompts,
+responses, API keys and query strings are never logged.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lowlat.serve.generation import Draining
 from lowlat.serve.http.body import Disconnected
+from lowlat.serve.http.clients import client_address, key_fingerprint
 from lowlat.serve.http.errors import errors_of, response_to
 
 LOGGER = logging.getLogger("lowlat.serve")
@@ -26,6 +28,8 @@ _FIELDS = "fields"
 CLIENT_CLOSED_REQUEST = 499
 """Status in logs and metrics when the client disconnected before the response (as in nginx)."""
 ID_HEADER = "x-request-id"
+LOG_FIELDS = "log_fields"
+"""Key of scope["state"] for fields that a route adds to the line of its request."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -127,4 +131,7 @@ class AccessLogMiddleware:
                 path=scope["path"],
                 status=status,
                 seconds=round(seconds, 4),
+                client=client_address(scope),
+                key=key_fingerprint(scope),
+                **scope.get("state", {}).get(LOG_FIELDS, {}),
             )

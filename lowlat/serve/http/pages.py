@@ -18,8 +18,9 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from lowlat.serve.http.body import read_body
-from lowlat.serve.http.clients import owners_of
+from lowlat.serve.http.clients import client_address, owners_of
 from lowlat.serve.http.incoming import IncomingBodies
+from lowlat.serve.http.login_throttle import LoginThrottle
 from lowlat.serve.protocol.errors import RequestError
 
 COOKIE = "lowlat_key"
@@ -108,20 +109,28 @@ def cookie_value(key: str) -> str:
     return hmac.new(key.encode(), b"lowlat chat page", hashlib.sha256).hexdigest()
 
 
-def login_page(message: str = "", *, status: int = 401) -> Response:
+def login_page(message: str = "", *, status: int = 401, retry_after: int | None = None) -> Response:
     """The form for an API key; `message` explains why a login failed."""
+    retry = {} if retry_after is None else {"Retry-After": str(retry_after)}
     return Response(
         _LOGIN_TEXT.replace("{{message}}", html.escape(message)),
         status_code=status,
         media_type=HTML,
-        headers=PAGE_HEADERS | _NO_STORE | {"Content-Security-Policy": _LOGIN_POLICY},
+        headers=PAGE_HEADERS | _NO_STORE | {"Content-Security-Policy": _LOGIN_POLICY} | retry,
     )
 
 
 def _login_endpoint(
     keys: tuple[str, ...], bodies: IncomingBodies, body_seconds: int | float
 ) -> Endpoint:
+    throttle = LoginThrottle()
+
     async def login(request: Request) -> Response:
+        address = client_address(request.scope)
+        # Before the key is compared: an answer would tell whether it is right.
+        if wait := throttle.wait_seconds(address):
+            message = f"Too many failed logins. Try again in {wait} s."
+            return login_page(message, status=429, retry_after=wait)
         try:
             given = await _key_from_form(request, bodies, body_seconds)
         except RequestError as error:
@@ -131,6 +140,7 @@ def _login_endpoint(
         # Constant time: every key is compared, whichever matches.
         known = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
         if not any(known):
+            throttle.add_failure(address)
             return login_page("The API key is invalid. Check it and log in again.")
         response = RedirectResponse("/", status_code=303, headers=_NO_STORE)
         for name, value in ((COOKIE, cookie_value(given)), (LOGIN_FLAG, "1")):

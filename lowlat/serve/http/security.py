@@ -20,6 +20,8 @@ from lowlat.serve.protocol import limits
 OPEN_PATHS = frozenset({"/health"})
 """Paths that require no API key."""
 PAGE_PATH = "/"
+FINGERPRINT_DIGITS = 8
+"""Hexadecimal digits of an API key's SHA-256 that identify it in logs."""
 # h11 checks the size only of headers that arrive in several pieces.
 _MAX_HEAD = limits.MAX_HEADER_BYTES
 
@@ -29,7 +31,9 @@ _HOST = re.compile(
 
 
 class SecurityMiddleware:
-    """ASGI middleware. Sets scope["state"]["cache_namespace"], which is unique to the API key."""
+    """ASGI middleware. Sets cache_namespace, which is unique to the API key, and key_fingerprint in
+    scope["state"].
+    """
 
     def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
         self._app = app
@@ -83,6 +87,7 @@ class SecurityMiddleware:
         key = self._find(headers)
         if key is not None:
             state["cache_namespace"] = key.cache_namespace
+            state["key_fingerprint"] = key.digest.hex()[:FINGERPRINT_DIGITS]
             return None
         path, method = scope["path"], scope["method"]
         if path in OPEN_PATHS or (path == LOGIN_PATH and method == "POST"):

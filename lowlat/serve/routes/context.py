@@ -20,13 +20,20 @@ from lowlat.serve.state import ServerState
 
 class RequestContext:
     """One request whose body has arrived. `cache_namespace` isolates the prefix cache of its key;
-    `arrived_at`: when its headers arrived, by time.perf_counter, by default now.
+    `owner`: its key, or the client's address without one; `arrived_at`: when its headers arrived,
+    by time.perf_counter, by default now.
     """
 
     def __init__(
-        self, state: ServerState, *, cache_namespace: bytes, arrived_at: float | None = None
+        self,
+        state: ServerState,
+        *,
+        cache_namespace: bytes,
+        owner: str = "",
+        arrived_at: float | None = None,
     ) -> None:
         self.state = state
+        self._owner = owner
         self._arrived_at = time.perf_counter() if arrived_at is None else arrived_at
         self.num_tokens = 0
         """Tokens generated so far, by all completions."""
@@ -75,7 +82,11 @@ class RequestContext:
         """
         self.constraint_field = param
         return await self.state.structured_outputs.compile(
-            output, param=param, cache_namespace=self._cache_namespace, begins_text=begins_text
+            output,
+            param=param,
+            owner=self._owner,
+            cache_namespace=self._cache_namespace,
+            begins_text=begins_text,
         )
 
     async def submit(
@@ -122,6 +133,18 @@ class RequestContext:
         self._end_preparation()
         for generation in self._generations:
             generation.cancel()
+
+    def log_fields(self) -> dict[str, object]:
+        """Token counts and timings of what the engine has done, for the line in the log."""
+        if not self._generations:
+            return {}
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.num_tokens,
+            "prefill_seconds": round(self.prefill_seconds, 4),
+            "decode_seconds": round(self.decode_seconds, 4),
+        }
 
     def _end_preparation(self) -> None:
         if self._is_preparing:

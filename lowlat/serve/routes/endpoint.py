@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from lowlat.serve.http.body import Disconnected, check_json_headers, parse_object, read_body
 from lowlat.serve.http.clients import owners_of
 from lowlat.serve.http.errors import API_HEADERS
+from lowlat.serve.http.logs import LOG_FIELDS
 from lowlat.serve.protocol.base import ApiRequest, GenerationRequest
 from lowlat.serve.protocol.errors import ErrorResponse, RequestError
 from lowlat.serve.protocol.hints import HEADER, ignored_fields
@@ -64,11 +65,16 @@ class JsonEndpoint:
         body = await self._read(scope, receive)
         state.check_capacity()
         state.num_requests += 1
-        namespace = scope["state"]["cache_namespace"]
-        ctx = RequestContext(state, cache_namespace=namespace, arrived_at=arrived_at)
+        ctx = RequestContext(
+            state,
+            cache_namespace=scope["state"]["cache_namespace"],
+            owner=owners_of(scope)[-1],
+            arrived_at=arrived_at,
+        )
         try:
             await _while_connected(receive, self._handle_body(ctx, body, scope, receive, send))
         finally:
+            scope["state"][LOG_FIELDS] = ctx.log_fields()
             ctx.close()
             state.num_requests -= 1
 

@@ -31,6 +31,7 @@ _REFUSALS = {
     "413": "The body is too large.",
     "415": "The Content-Type is not application/json.",
     "429": "The queue is full; retry after Retry-After seconds.",
+    "431": "The request's line and headers are too large.",
     "500": "An internal error.",
     "503": "The server is shutting down, or its engine has stopped.",
     "529": "The server is shutting down, or its engine has stopped.",
@@ -39,7 +40,7 @@ _POST_REFUSALS = {
     ErrorResponse: _REFUSALS.keys() - {"529"},
     AnthropicError: _REFUSALS.keys() - {"503"},
 }
-_GET_REFUSALS = ("400", "404", "500", "503")
+_GET_REFUSALS = ("400", "404", "431", "500", "503")
 _OPEN = frozenset({"/health"})
 
 

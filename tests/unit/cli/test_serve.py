@@ -39,10 +39,14 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[AsyncEngine, ServeConf
 
 
 def test_options_reach_server_and_engine(
-    lowlat: Invoke, served: list[tuple[AsyncEngine, ServeConfig]], tmp_path: Path
+    lowlat: Invoke,
+    served: list[tuple[AsyncEngine, ServeConfig]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"{KEY}\n")
+    keys.chmod(0o644)
     result = lowlat(
         "serve", "tiny", "--port", "0", "--api-key-file", str(keys), "--allowed-host", "a.example",
         "--served-model-name", "mine", "--max-queue", "7", "--request-timeout", "60",
@@ -51,6 +55,7 @@ def test_options_reach_server_and_engine(
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("lowlat serves mine on http://127.0.0.1:")
     assert KEY not in result.output
+    assert "chmod 600" in caplog.text
     ((engine, config),) = served
     assert engine.max_queue == 7
     assert config.api_keys == (KEY,)

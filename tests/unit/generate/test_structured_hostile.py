@@ -167,11 +167,11 @@ def test_a_tried_grammar_is_not_tried_again(
     fresh.compile(known)
     fresh.compile(other)
     with monkeypatch.context() as broken:
-        broken.setattr(fresh, "_running_worker", None)
+        broken.setattr(fresh, "_worker", None)
         fresh.compile(known)
         fresh.compile(other)
     fresh.compile(third)  # forgets the first
-    monkeypatch.setattr(fresh, "_running_worker", None)
+    monkeypatch.setattr(fresh, "_worker", None)
     fresh.compile(other)
     with pytest.raises(TypeError):
         fresh.compile(known)

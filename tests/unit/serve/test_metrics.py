@@ -1,5 +1,6 @@
 """GET /metrics and the logs: names, values, and what must not appear in them."""
 
+import hashlib
 import io
 import json
 import logging
@@ -117,6 +118,20 @@ def test_each_request_is_one_line_of_json(client: TestClient, lines: io.StringIO
     assert (line["path"], line["status"]) == ("/v1/completions", 200)
     assert line["seconds"] >= 0
     assert line["level"] == "info"
+    assert (line["client"], line["key"]) == ("testclient", None)
+    counts = {name: line[name] for name in line if name.endswith("_tokens")}
+    assert counts == {"prompt_tokens": 2, "cached_tokens": 1, "completion_tokens": 3}
+    assert line["prefill_seconds"] >= 0 and line["decode_seconds"] >= 0
+
+
+def test_lines_have_a_fingerprint_of_the_key(make_client: MakeClient, lines: io.StringIO) -> None:
+    keys = ("a" * 20, "b" * 20)
+    client = make_client(api_keys=keys)
+    for key in (*keys, "wrong"):
+        client.get("/v1/models", headers={"Authorization": f"Bearer {key}"})
+    logged = [json.loads(line)["key"] for line in lines.getvalue().splitlines()]
+    assert logged == [*(hashlib.sha256(key.encode()).hexdigest()[:8] for key in keys), None]
+    assert not any(key in lines.getvalue() for key in keys)
 
 
 def test_errors_are_logged_with_traceback(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lowlat.serve.config import ServeConfig, is_loopback, read_keys
+from lowlat.serve.config import ServeConfig, is_exposed, is_loopback, read_keys
 from lowlat.utils.errors import UserError
 
 KEY = "k" * 32
@@ -73,3 +73,13 @@ def test_key_files(tmp_path: Path) -> None:
         read_keys(path)
     with pytest.raises(UserError, match="No such file"):
         read_keys(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("mode", "exposed"), [(0o600, False), (0o640, True), (0o606, True), (0o602, True)]
+)
+def test_key_files_that_others_can_read_or_write(mode: int, exposed: bool, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(KEY)
+    path.chmod(mode)
+    assert is_exposed(path) == exposed
