@@ -1,7 +1,7 @@
 """JSON schema validation for structured outputs: supported keywords, depth, references.
 
-Owns these and the white space of generated JSON. llguidance checks the values of supported
-keywords, and refuses what it cannot enforce.
+Owns these, the white space of generated JSON, and which objects take undeclared properties.
+llguidance checks the values of supported keywords, and refuses what it cannot enforce.
 
 A keyword outside the two sets below is an error: ignoring it would allow outputs that violate the
 schema. Schemas are read as draft 2020-12, independent of `$schema`.
@@ -40,7 +40,8 @@ _HOLD_MAP = frozenset({"$defs", "definitions", "patternProperties", "properties"
 
 
 def read_schema(text: str, field: str) -> dict[str, Any]:
-    """The schema in `text` as llguidance takes it.
+    """The schema in `text` as llguidance takes it, with its objects closed: without
+    additionalProperties, those that declare properties have no others.
 
     Raises UserError, whose message begins with `field`, if it is no schema object, exceeds a limit,
     or uses a keyword or reference that is not supported.
@@ -50,20 +51,70 @@ def read_schema(text: str, field: str) -> dict[str, Any]:
         # Names the draft and the schema itself, which only references from elsewhere would use.
         schema.pop(name, None)
     _check_values(schema, field)
-    pointers: set[str] = set()
-    references: list[tuple[str, object]] = []
-    for pointer, node in subschemas(schema, field):
-        pointers.add(pointer)
+    nodes = dict(subschemas(schema, field))
+    for pointer, node in nodes.items():
         _check_keywords(node, pointer, field)
-        if "$ref" in node:
-            references.append((pointer, node["$ref"]))
-    for pointer, target in references:
-        if not isinstance(target, str) or unquote(target) not in pointers:
+    for pointer, node in nodes.items():
+        if "$ref" not in node:
+            continue
+        target = node["$ref"]
+        if not isinstance(target, str) or unquote(target) not in nodes:
             raise UserError(
                 f"{field}: $ref {quoted(str(target))} at {quoted(pointer)} is not a schema inside "
                 "this one; nothing is fetched, so put it under $defs and refer to '#/$defs/...'"
             )
+    _close_objects(nodes)
     return schema | {"x-guidance": {"whitespace_pattern": WHITESPACE}}
+
+
+def _close_objects(nodes: dict[str, dict[str, Any]]) -> None:
+    """Close the objects among the subschemas `nodes` (by pointer) that a schema leaves open.
+
+    A small model otherwise invents one property after the other. Free-form objects (no properties)
+    stay open, and so do parts of a composition such as allOf: closed ones exclude each other.
+    """
+    composed = _composed(nodes)
+    for pointer, node in nodes.items():
+        properties = node.get("properties")
+        if not isinstance(properties, dict) or not properties or "additionalProperties" in node:
+            continue
+        # Names of no declared property, or more of them, could not be generated at all.
+        required, least = node.get("required", []), node.get("minProperties", 0)
+        has_names = isinstance(required, list) and properties.keys() >= set(map(str, required))
+        has_count = isinstance(least, int | float) and least <= len(properties)
+        if pointer not in composed and has_names and has_count:
+            node["additionalProperties"] = False
+
+
+def _composed(nodes: dict[str, dict[str, Any]]) -> set[str]:
+    """Pointers of the subschemas that describe an object together with other subschemas."""
+    found: set[str] = set()
+    waiting = [pointer for pointer, node in nodes.items() if len(_parts(pointer, node)) > 1]
+    while waiting:
+        pointer = waiting.pop()
+        if pointer in found:
+            continue
+        found.add(pointer)
+        # Subschemas true and false are no nodes.
+        for part in _parts(pointer, nodes[pointer]).values():
+            waiting += [inner for inner in part if inner in nodes]
+    return found
+
+
+def _parts(pointer: str, node: dict[str, Any]) -> dict[str, list[str]]:
+    """What in `node` may declare properties of one object, with the pointers to its subschemas."""
+    parts: dict[str, list[str]] = {}
+    for key in ("properties", "patternProperties"):
+        if node.get(key):
+            parts["own"] = []
+    for key in ("anyOf", "oneOf"):
+        if key in node:
+            parts[key] = [f"{pointer}/{key}/{index}" for index in range(len(node[key]))]
+    for index in range(len(node.get("allOf", ()))):
+        parts[f"allOf/{index}"] = [f"{pointer}/allOf/{index}"]
+    if "$ref" in node:
+        parts["$ref"] = [unquote(node["$ref"])]
+    return parts
 
 
 def _check_values(schema: dict[str, Any], field: str) -> None:

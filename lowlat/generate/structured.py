@@ -26,8 +26,10 @@ class JsonObject:
 class JsonSchema:
     """A JSON value that a schema (draft 2020-12) accepts.
 
-    Properties are generated in the schema's order. `format` is enforced by its syntax only; names
-    that only additionalProperties or patternProperties allow may repeat.
+    Properties are generated in the schema's order. An object that declares properties and leaves
+    additionalProperties out has no others, unless allOf or the like composes it. `format` is
+    enforced by its syntax only; names that only additionalProperties or patternProperties allow may
+    repeat.
     """
 
     schema: str
