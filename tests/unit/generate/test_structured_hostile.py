@@ -58,7 +58,12 @@ REFUSED = {
     ),
     "large factor": schema({"type": "integer", "multipleOf": 999999937}),
     "ambiguous objects": schema(
-        {"anyOf": [{"type": "object", "properties": {"a": {}}} for _ in range(500)]}
+        {
+            "anyOf": [
+                {"type": "object", "properties": {"a": {}}, "additionalProperties": True}
+                for _ in range(500)
+            ]
+        }
     ),
     "deep groups": Regex(pattern="(" * 500 + "a" + ")" * 500),
     "deep brackets": Grammar(lark="start: " + "(" * 5000 + '"a"' + ")" * 5000),

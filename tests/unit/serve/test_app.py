@@ -214,4 +214,4 @@ def test_a_text_beyond_any_context_is_not_even_tokenised(
     answer = client.post(path, json={"model": NAME, **body})
     assert answer.status_code == 400
     error = answer.json()["error"]
-    assert error["param"] == param and "cannot fit the context" in error["message"]
+    assert error["param"] == param and error["code"] == "context_length_exceeded"

@@ -120,7 +120,7 @@ def test_each_request_is_one_line_of_json(client: TestClient, lines: io.StringIO
     assert line["level"] == "info"
     assert (line["client"], line["key"]) == ("testclient", None)
     counts = {name: line[name] for name in line if name.endswith("_tokens")}
-    assert counts == {"prompt_tokens": 2, "cached_tokens": 1, "completion_tokens": 3}
+    assert counts == {"prompt_tokens": 15, "cached_tokens": 3, "completion_tokens": 5}
     assert line["prefill_seconds"] >= 0 and line["decode_seconds"] >= 0
 
 
