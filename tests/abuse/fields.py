@@ -196,6 +196,7 @@ def _beyond(schema: Json) -> Iterator[tuple[str, Any]]:
     if schema.get("maxItems", LONGEST) < LONGEST // 2:
         item = schema["items"]
         filler = 1 if item.get("type") == "integer" or "TokenId" in str(item) else "x"
+        filler = item.get("enum", [item.get("const", filler)])[0]
         if item.get("type") in ("string", "integer") or item.get("$ref", "").endswith("TokenId"):
             yield "maxItems", [filler] * (schema["maxItems"] + 1)
 

@@ -76,7 +76,7 @@ def post(body: bytes, *, length: int | None = None) -> bytes:
         (post(b"{", length=100), 408),
         (b"\x16\x03\x01 this is TLS\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * (2 * MAX_HEADER_BYTES), 400),
+        (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"x" * (2 * MAX_HEADER_BYTES), 431),
         (post(b"", length=1 << 40), 413),
         (b"GET /health HTTP/1.0\r\n\r\n", 403),
     ],

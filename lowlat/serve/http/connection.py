@@ -20,6 +20,7 @@ from lowlat.serve.http.clients import UNKNOWN_ADDRESS
 from lowlat.serve.http.connection_pool import Closable, ConnectionPool
 from lowlat.serve.http.errors import RETRY_SECONDS, error_object
 from lowlat.serve.http.logs import log
+from lowlat.serve.protocol import limits
 
 READ_BYTES = 8192
 """Bytes read from a connection at once."""
@@ -87,7 +88,11 @@ class Connection(H11Protocol, Closable):
         self._abort_later()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "invalid HTTP/1.1 request, or headers too large")
+        if len(self.conn.trailing_data[0]) > limits.MAX_HEADER_BYTES:
+            most = limits.MAX_HEADER_BYTES
+            self._refuse(431, f"the request's line and headers are larger than {most} bytes")
+        else:
+            self._refuse(400, "invalid HTTP/1.1 request")
 
     def on_response_complete(self) -> None:
         self._pool.mark_idle(self)
