@@ -1,4 +1,4 @@
-"""Who sends a request: client address and API key fingerprint, for limits and logs."""
+"""Client address and API key fingerprint of a request, for limits and logs."""
 
 from starlette.types import Scope
 

@@ -127,7 +127,7 @@ def _login_endpoint(
 
     async def login(request: Request) -> Response:
         address = client_address(request.scope)
-        # Before the key is compared: an answer would tell whether it is right.
+        # Before the key is compared: the status would reveal the right one.
         if wait := throttle.wait_seconds(address):
             message = f"Too many failed logins. Try again in {wait} s."
             return login_page(message, status=429, retry_after=wait)

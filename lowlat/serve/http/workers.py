@@ -1,6 +1,6 @@
 """Thread pools with bounded queues, for CPU work off the event loop.
 
-WorkerPool serves tasks in the order of their arrival, FairWorkerPool takes turns between owners.
+WorkerPool serves tasks in the order of their arrival, FairWorkerPool interleaves those of owners.
 """
 
 import asyncio
