@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests import shape_checks
@@ -14,6 +15,12 @@ from tests import shape_checks
 GGUF_VARIABLE = "LOWLAT_TEST_GGUF"
 
 shape_checks.install()
+
+# A busy machine is no failure: examples may take any time.
+hypothesis.settings.register_profile(
+    "lowlat", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("lowlat")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """Drawn tensors, and how far a kernel may be from the exact result."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,22 @@ from lowlat.ops import native
 needs_native = pytest.mark.skipif(not native.available(), reason=native.reason())
 LEVELS = native.levels()
 every_level = pytest.mark.parametrize("level", LEVELS)
+
+
+def every_pair_with_level(
+    name: str, values: Sequence[Any], ids: Callable[[Any], str]
+) -> pytest.MarkDecorator:
+    """Parameters `name` and `level`: all pairs; the quick suite runs each value at one level, and
+    each level for some values.
+    """
+    pairs = []
+    for number, value in enumerate(values):
+        for level in LEVELS:
+            is_quick = level == LEVELS[number % len(LEVELS)]
+            marks = () if is_quick else pytest.mark.slow
+            pairs.append(pytest.param(value, level, id=f"{ids(value)}-{level}", marks=marks))
+    return pytest.mark.parametrize((name, "level"), pairs)
+
 
 UNIT = 2.0**-24
 """Largest relative error of one fp32 rounding."""

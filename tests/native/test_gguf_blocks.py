@@ -5,7 +5,7 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from .inputs import (
     assert_same_bits,
     assert_within,
     draw,
-    every_level,
+    every_pair_with_level,
     kinds,
     needs_native,
     seeds,
@@ -31,7 +31,8 @@ TYPES = (
     if native.available()
     else []
 )
-every_type = pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+every_type_and_level = every_pair_with_level("kind", TYPES, ids=lambda kind: kind.name)
+few = settings(max_examples=30)
 HALVES = {
     "Q4_0": (0,),
     "Q4_1": (0, 2),
@@ -92,8 +93,8 @@ def test_the_table_is_that_of_the_gguf_package() -> None:
         dequantize(np.zeros(size, dtype=np.uint8), kind)
 
 
-@every_level
-@every_type
+@every_type_and_level
+@few
 @given(seed=seeds, blocks=st.integers(1, 20))
 def test_values_are_those_of_the_gguf_package(
     level: str, kind: GGMLQuantizationType, seed: int, blocks: int
@@ -104,8 +105,7 @@ def test_values_are_those_of_the_gguf_package(
     assert_same_numbers(found, expected)
 
 
-@every_level
-@every_type
+@every_type_and_level
 def test_every_byte_of_every_place(level: str, kind: GGMLQuantizationType) -> None:
     """Scales at their extremes: each byte of a block takes all values, the others being random."""
     size = GGML_QUANT_SIZES[kind][1]
@@ -116,8 +116,8 @@ def test_every_byte_of_every_place(level: str, kind: GGMLQuantizationType) -> No
     assert_same_numbers(found, exact(weights, kind))
 
 
-@every_level
-@every_type
+@every_type_and_level
+@few
 @given(rows=st.integers(0, 20), blocks=st.integers(1, 10), kind_of_x=kinds, seed=seeds)
 def test_decode_products(
     level: str, kind: GGMLQuantizationType, rows: int, blocks: int, kind_of_x: str, seed: int
@@ -143,8 +143,8 @@ def steps_of(w: Tensor) -> Tensor:
     return groups.amax(dim=2, keepdim=True).expand_as(groups).flatten(1)
 
 
-@every_level
-@every_type
+@every_type_and_level
+@few
 @given(rows=st.integers(0, 40), blocks=st.integers(1, 6), seed=seeds)
 def test_prefill_products_are_those_of_bf16_weights(
     level: str, kind: GGMLQuantizationType, rows: int, blocks: int, seed: int
@@ -159,8 +159,7 @@ def test_prefill_products_are_those_of_bf16_weights(
     assert_same_bits(out, kernels.linear(x, plain, level=level))
 
 
-@every_level
-@every_type
+@every_type_and_level
 @pytest.mark.parametrize("decode", [False, True], ids=["", "decode"])
 def test_rows_stand_alone(level: str, kind: GGMLQuantizationType, decode: bool) -> None:
     """27 rows cross every size of a block of accumulators."""
@@ -172,8 +171,7 @@ def test_rows_stand_alone(level: str, kind: GGMLQuantizationType, decode: bool) 
     )
 
 
-@every_level
-@every_type
+@every_type_and_level
 def test_nan_and_infinity_come_out(level: str, kind: GGMLQuantizationType) -> None:
     weights = usual_blocks(kind, 20, 8, 1)
     matrix = native.module().Matrix.gguf(weights, type=int(kind))
@@ -190,11 +188,11 @@ INTERLEAVED = (
     if native.available()
     else []
 )
-every_interleaved = pytest.mark.parametrize("kind", INTERLEAVED, ids=lambda kind: kind.name)
+every_interleaved_and_level = every_pair_with_level("kind", INTERLEAVED, ids=lambda kind: kind.name)
 
 
-@every_level
-@every_interleaved
+@every_interleaved_and_level
+@few
 @given(rows=st.integers(0, 30), blocks=st.integers(1, 9), seed=seeds)
 def test_interleaved_rows(
     level: str, kind: GGMLQuantizationType, rows: int, blocks: int, seed: int
@@ -215,8 +213,7 @@ def test_interleaved_rows(
     assert_within(out, other.double(), (w.shape[1] / 8 + 80) * UNIT * size)
 
 
-@every_level
-@every_interleaved
+@every_interleaved_and_level
 @pytest.mark.parametrize("decode", [False, True], ids=["", "decode"])
 def test_interleaved_rows_stand_alone(level: str, kind: GGMLQuantizationType, decode: bool) -> None:
     packed = gguf_blocks.interleave(usual_blocks(kind, 50, 9, 3), int(kind))
