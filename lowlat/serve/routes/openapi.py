@@ -4,6 +4,7 @@ The document is exact: the server rejects what it forbids, and accepts what it a
 contradict each other.
 """
 
+import functools
 import json
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -56,13 +57,15 @@ def openapi_route(state: ServerState) -> Route:
 
 def document(state: ServerState) -> Json:
     """The document of one server; requests may name only its model."""
-    refs, schemas = _schemas()
+    refs, shared = _schemas()
+    schemas = dict(shared)
+    model = {"type": "string", "enum": [state.model_name]}
     for operation in POSTS:
-        schemas[operation.request.__name__]["properties"]["model"] = {
-            "type": "string",
-            "enum": [state.model_name],
-        }
-    schemas[TokenId.__name__]["maximum"] = state.model.config.vocab_size - 1
+        schema = schemas[operation.request.__name__]
+        properties = {**schema["properties"], "model": model}
+        schemas[operation.request.__name__] = {**schema, "properties": properties}
+    largest = state.model.config.vocab_size - 1
+    schemas[TokenId.__name__] = {**schemas[TokenId.__name__], "maximum": largest}
     has_keys = bool(state.config.api_keys)
     paths: dict[str, Json] = {}
     for operation in POSTS:
@@ -80,8 +83,9 @@ def document(state: ServerState) -> Json:
     }
 
 
+@functools.cache
 def _schemas() -> tuple[dict[type[BaseModel], Json], Json]:
-    """References to the models' schemas, and all schemas by name."""
+    """References to the models' schemas, and all schemas by name: the same for every server."""
     requests = [operation.request for operation in POSTS]
     responses = [ErrorResponse, *(o.response for o in (*POSTS, *GETS) if o.response is not None)]
     responses += [operation.chunk for operation in POSTS if operation.chunk is not None]
