@@ -26,6 +26,7 @@ from lowlat.serve.metrics import Metrics
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.routes.endpoint import JsonEndpoint
 from lowlat.serve.routes.models import InfoRoutes
+from lowlat.serve.routes.ollama_models import OllamaRoutes
 from lowlat.serve.routes.openapi import openapi_route
 from lowlat.serve.routes.operations import POSTS
 from lowlat.serve.state import ServerState
@@ -60,6 +61,7 @@ def build_app(state: ServerState) -> Starlette:
     routes = [
         *(Route(post.path, JsonEndpoint(state, post), methods=["POST"]) for post in POSTS),
         *InfoRoutes(state).routes(),
+        *OllamaRoutes(state).routes(),
         metrics.route(),
         openapi_route(state),
         *page_routes(

@@ -14,6 +14,9 @@ COMPLETIONS = "/v1/completions"
 RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
 COUNT_TOKENS = "/v1/messages/count_tokens"
+OLLAMA_CHAT = "/api/chat"
+OLLAMA_GENERATE = "/api/generate"
+OLLAMA_SHOW = "/api/show"
 TOKENIZE = "/tokenize"
 DETOKENIZE = "/detokenize"
 
@@ -23,6 +26,9 @@ BODIES: dict[str, dict[str, Any]] = {
     RESPONSES: {"model": NAME, "input": "Hi", "max_output_tokens": 2},
     MESSAGES: {"model": NAME, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
     COUNT_TOKENS: {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]},
+    OLLAMA_CHAT: {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]},
+    OLLAMA_GENERATE: {"model": NAME, "prompt": "Hi"},
+    OLLAMA_SHOW: {"model": NAME},
     TOKENIZE: {"model": NAME, "prompt": "Hi"},
     DETOKENIZE: {"model": NAME, "tokens": [72, 105]},
 }

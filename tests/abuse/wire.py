@@ -28,8 +28,10 @@ class Reply:
         """The object of an error, whose shape is checked."""
         assert self.headers["content-type"] == "application/json", self
         value = json.loads(self.body)
-        # Anthropic's format has a type besides.
-        assert value.pop("type", "error") == "error" and set(value) == {"error"}, value
+        if set(value) == {"error", "param", "code"}:  # Ollama's format
+            value = {"error": {"type": "", "message": value.pop("error"), **value}}
+        assert value.pop("type", "error") == "error", value  # Anthropic's has it
+        assert set(value) == {"error"}, value
         error = value["error"]
         assert set(error) == {"message", "type", "param", "code"}, error
         assert isinstance(error["message"], str) and 0 < len(error["message"]) <= 600, error

@@ -1,4 +1,5 @@
-"""Error responses in the format of the API of the request's path: OpenAI's or Anthropic's.
+"""Error responses in the format of the API of the request's path: OpenAI's,
+Anthropic's or Ollama's.
 
 Maps exceptions to HTTP statuses. Internal errors are logged and returned without details.
 """
@@ -36,6 +37,7 @@ _ANTHROPIC_TYPES = {
     529: "overloaded_error",
 }
 ANTHROPIC_PATH = "/v1/messages"
+OLLAMA_PATHS = "/api/"
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 _FIELD = re.compile(r"(?:the |option ')?([a-z][a-z_]*)")
 
@@ -77,14 +79,28 @@ def anthropic_error(
     return status, {"type": "error", "error": error}
 
 
+def ollama_error(
+    status: int, message: str, param: str | None, code: str | None
+) -> tuple[int, dict[str, object]]:
+    """Ollama's format, with param and code in addition."""
+    if code == _CODES[404]:
+        message += "; the server runs one model, and cannot pull, push, create, copy or delete one"
+    return status, {"error": message, "param": param, "code": code}
+
+
 _ERROR_FORMAT: ContextVar[ErrorFormat] = ContextVar("lowlat_error_format", default=openai_error)
+
+
+def _format_of(path: str) -> ErrorFormat:
+    if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
+        return anthropic_error
+    return ollama_error if path.startswith(OLLAMA_PATHS) else openai_error
 
 
 @contextlib.contextmanager
 def errors_of(path: str) -> Iterator[None]:
     """Within this context, `error_response` has the format of the API that `path` belongs to."""
-    is_anthropic = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
-    token = _ERROR_FORMAT.set(anthropic_error if is_anthropic else openai_error)
+    token = _ERROR_FORMAT.set(_format_of(path))
     try:
         yield
     finally:

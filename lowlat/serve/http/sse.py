@@ -19,6 +19,7 @@ from lowlat.serve.http.logs import log
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
+EVENT_STREAM = "text/event-stream"
 
 
 def event(data: str, *, name: str | None = None) -> bytes:
@@ -38,8 +39,6 @@ class EventStreamResponse(Response):
     An exception becomes a final event, which `failure` builds of its description.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
@@ -47,9 +46,12 @@ class EventStreamResponse(Response):
         *,
         failure: Callable[[int, str, str | None, str | None], bytes] = error_event,
         ping: bytes = PING,
+        media_type: str = EVENT_STREAM,
     ) -> None:
-        """ping: what is sent while there is no event."""
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        """ping: what is sent while there is no event; empty: nothing."""
+        super().__init__(
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}, media_type=media_type
+        )
         del self.headers["content-length"]
         self._events = events
         self._config = config
@@ -83,7 +85,9 @@ class EventStreamResponse(Response):
             await self._send_part(send, self._failure(*description))
 
     async def _ping(self, send: Send) -> None:
-        """Send the ping whenever nothing was sent for `ping_seconds`."""
+        """Send the ping, if there is one, whenever nothing was sent for `ping_seconds`."""
+        if not self._keep_alive:
+            return
         with contextlib.suppress(Disconnected):
             while True:
                 self._is_silent = True

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic_core import from_json
 from starlette.responses import Response
 
 from lowlat.generate.completion import CompletionDelta
@@ -30,7 +29,7 @@ from lowlat.serve.routes.anthropic_request import (
 from lowlat.serve.routes.chat import submit_chat
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import Post, json_response
-from lowlat.serve.routes.reply import Reply, respond
+from lowlat.serve.routes.reply import Reply, parsed_arguments, respond
 from lowlat.serve.tool_parsers.state import (
     ContentPart,
     Part,
@@ -197,7 +196,7 @@ class _Content:
         self._is_open = False
         block = self.blocks[-1]
         if isinstance(block, ToolUseOutput):
-            block.input = _arguments(self._arguments)
+            block.input = parsed_arguments(self._arguments)
             self._arguments = ""
         yield "content_block_stop", {"index": len(self.blocks) - 1}
 
@@ -216,14 +215,6 @@ class _Content:
     def _delta(self, kind: str, **fields: str) -> Event:
         delta = {"type": kind, **fields}
         return "content_block_delta", {"index": len(self.blocks) - 1, "delta": delta}
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    """The input of a call; what is complete of it if the length limit cut it off, as clients read
-    a stream.
-    """
-    value = from_json(text, allow_partial=True) if text.strip() else {}
-    return value if isinstance(value, dict) else {}
 
 
 class MessagesReply(Reply):

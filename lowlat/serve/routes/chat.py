@@ -308,7 +308,7 @@ class ChatReply(Reply):
 
     def _logprobs(self, entries: Iterable[TokenLogprob]) -> ChoiceLogprobs:
         tokenizer = self._ctx.state.model.tokenizer
-        return ChoiceLogprobs(content=[_chat_logprob(tokenizer, entry) for entry in entries])
+        return ChoiceLogprobs(content=[chat_logprob(tokenizer, entry) for entry in entries])
 
 
 def _delta_of(part: Part) -> MessageDelta:
@@ -329,7 +329,7 @@ def _delta_of(part: Part) -> MessageDelta:
     return MessageDelta(tool_calls=[tool_call])
 
 
-def _chat_logprob(tokenizer: Tokenizer, entry: TokenLogprob) -> ChatLogprob:
+def chat_logprob(tokenizer: Tokenizer, entry: TokenLogprob) -> ChatLogprob:
     data = tokenizer.id_to_bytes(entry.token)
     return ChatLogprob(
         token=_text(data),

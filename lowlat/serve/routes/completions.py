@@ -4,7 +4,7 @@ Tokens and grammars are prepared off the event loop. Either all prompts of a req
 none. Unsupported fields of OpenAI's API (suffix) are rejected by name.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -89,10 +89,12 @@ class CompletionRequest(SamplingRequest):
             case _:
                 return [item for item in self.prompt if isinstance(item, str | list)]
 
-    def to_params(self, remaining: int) -> SamplingParams:
+    def to_params(self, remaining: int, *, reduces_max_tokens: bool = False) -> SamplingParams:
         """The engine's sampling params for a prompt with `remaining` context tokens after it."""
-        default = max(1, min(DEFAULT_MAX_TOKENS, remaining))
-        return self.sampling_params(max_tokens=self.max_tokens or default, logprobs=self.logprobs)
+        limit = self.max_tokens or DEFAULT_MAX_TOKENS
+        if reduces_max_tokens or self.max_tokens is None:
+            limit = max(1, min(limit, remaining))
+        return self.sampling_params(max_tokens=limit, logprobs=self.logprobs)
 
 
 class LegacyLogprobs(WireModel):
@@ -131,9 +133,23 @@ class CompletionResponse(WireModel):
 
 async def create_completion(ctx: RequestContext, request: CompletionRequest) -> Response:
     """Complete one or more prompts, streamed if the request asks for it."""
+    reply = CompletionReply(ctx, request, await submit_completion(ctx, request))
+    return await respond(ctx, reply, stream=request.stream)
+
+
+async def submit_completion(
+    ctx: RequestContext, request: CompletionRequest, *, reduces_max_tokens: bool = False
+) -> list[str]:
+    """Submit all prompts to the engine; returns the texts that their completions start with.
+
+    reduces_max_tokens: whether max_tokens may exceed the context, and ends there then.
+    """
     state = ctx.state
-    prompts = await state.workers.run(_encode, state.engine, request)
-    params = [request.to_params(state.model.context - len(ids)) for ids, _ in prompts]
+    def to_params(remaining: int) -> SamplingParams:
+        return request.to_params(remaining, reduces_max_tokens=reduces_max_tokens)
+
+    prompts = await state.workers.run(_encode, state.engine, request, to_params)
+    params = [to_params(state.model.context - len(ids)) for ids, _ in prompts]
     # After a prompt without text, the output begins a text.
     begin = [not state.model.tokenizer.has_text(ids) for ids, _ in prompts]
     grammars = await _grammars(ctx, request, set(begin))
@@ -143,8 +159,7 @@ async def create_completion(ctx: RequestContext, request: CompletionRequest) -> 
     for (ids, _), own, begins_text in zip(prompts, params, begin, strict=True):
         grammar = grammars.get(begins_text)
         await ctx.submit(ids, own, grammar=grammar, begins_text=begins_text)
-    reply = CompletionReply(ctx, request, [echo for _, echo in prompts])
-    return await respond(ctx, reply, stream=request.stream)
+    return [echo for _, echo in prompts]
 
 
 COMPLETIONS = Post(
@@ -171,8 +186,11 @@ async def _grammars(
     }
 
 
-def _encode(engine: AsyncEngine, request: CompletionRequest) -> list[tuple[list[int], str]]:
-    """Token ids of each prompt, and its text if the request sets echo.
+def _encode(
+    engine: AsyncEngine, request: CompletionRequest, to_params: Callable[[int], SamplingParams]
+) -> list[tuple[list[int], str]]:
+    """Token ids of each prompt, and its text if the request sets echo. `to_params`: sampling params
+    for a number of context tokens after the prompt.
 
     Prompts may have a million ids, so everything about all of them is done here, off the event
     loop. Raises RequestError and UserError for prompts that the engine cannot serve.
@@ -191,7 +209,7 @@ def _encode(engine: AsyncEngine, request: CompletionRequest) -> list[tuple[list[
         model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
     ]
     for ids in encoded:
-        engine.check(ids, request.to_params(model.context - len(ids)))
+        engine.check(ids, to_params(model.context - len(ids)))
     return [
         (ids, _echo(model, prompt) if request.echo else "")
         for ids, prompt in zip(encoded, prompts, strict=True)

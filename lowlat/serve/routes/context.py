@@ -154,6 +154,11 @@ class RequestContext:
             self._preparing.reschedule(None)
 
     @property
+    def seconds(self) -> float:
+        """Time since the request arrived."""
+        return time.perf_counter() - self._arrived_at
+
+    @property
     def prompt_tokens(self) -> int:
         return sum(generation.prompt_tokens for generation in self._generations)
 

@@ -42,6 +42,8 @@ class Post:
     """The handler, called with a valid `request` for the served model."""
     error: type[BaseModel] = ErrorResponse
     """Model of error responses."""
+    is_ndjson: bool = False
+    """Whether a stream is JSON lines, not server-sent events."""
     queries: tuple[bytes, ...] = ()
     """Query strings that are accepted and have no effect."""
 

@@ -20,6 +20,7 @@ from lowlat.serve.protocol.base import TokenId
 from lowlat.serve.protocol.errors import ErrorResponse
 from lowlat.serve.routes.anthropic import AnthropicError
 from lowlat.serve.routes.endpoint import Post
+from lowlat.serve.routes.ollama_models import OllamaError
 from lowlat.serve.routes.operations import GETS, POSTS, Get
 from lowlat.serve.state import ServerState
 
@@ -40,6 +41,7 @@ _REFUSALS = {
 _POST_REFUSALS = {
     ErrorResponse: _REFUSALS.keys() - {"529"},
     AnthropicError: _REFUSALS.keys() - {"503"},
+    OllamaError: _REFUSALS.keys() - {"529"},
 }
 _GET_REFUSALS = ("400", "404", "431", "500", "503")
 _OPEN = frozenset({"/health"})
@@ -101,7 +103,9 @@ def _schemas() -> tuple[dict[type[BaseModel], Json], Json]:
 
 def _post(operation: Post, refs: dict[type[BaseModel], Json], has_keys: bool) -> Json:
     content: Json = {"application/json": {"schema": refs[operation.response]}}
-    if operation.chunk is not None:
+    if operation.is_ndjson:
+        content["application/x-ndjson"] = {"schema": refs[operation.response]}
+    elif operation.chunk is not None:
         content["text/event-stream"] = {"schema": _events(refs[operation.chunk])}
     body = {"application/json": {"schema": refs[operation.request]}}
     return {
@@ -136,7 +140,7 @@ def _get(
         "summary": operation.summary,
         "responses": {
             "200": {"description": operation.summary, "content": {kind: {"schema": schema}}},
-            **_refusals(_GET_REFUSALS, refs, has_keys, ErrorResponse),
+            **_refusals(_GET_REFUSALS, refs, has_keys, operation.error),
         },
         **_security(operation.path, has_keys),
     }

@@ -7,10 +7,22 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from lowlat.serve.protocol.errors import ErrorResponse
 from lowlat.serve.routes.anthropic import COUNT_TOKENS, MESSAGES
 from lowlat.serve.routes.chat import CHAT
 from lowlat.serve.routes.completions import COMPLETIONS
 from lowlat.serve.routes.models import ModelCard, ModelList, Status
+from lowlat.serve.routes.ollama import CHAT as OLLAMA_CHAT
+from lowlat.serve.routes.ollama import GENERATE as OLLAMA_GENERATE
+from lowlat.serve.routes.ollama_models import (
+    SHOW as OLLAMA_SHOW,
+)
+from lowlat.serve.routes.ollama_models import (
+    OllamaError,
+    OllamaModels,
+    RunningModels,
+    Version,
+)
 from lowlat.serve.routes.responses import RESPONSES
 from lowlat.serve.routes.tokens import DETOKENIZE, TOKENIZE
 
@@ -24,9 +36,21 @@ class Get:
     response: type[BaseModel] | None
     parameter: str | None = None
     """Name of the path parameter."""
+    error: type[BaseModel] = ErrorResponse
 
 
-POSTS = (CHAT, COMPLETIONS, RESPONSES, MESSAGES, COUNT_TOKENS, TOKENIZE, DETOKENIZE)
+POSTS = (
+    CHAT,
+    COMPLETIONS,
+    RESPONSES,
+    MESSAGES,
+    COUNT_TOKENS,
+    TOKENIZE,
+    DETOKENIZE,
+    OLLAMA_CHAT,
+    OLLAMA_GENERATE,
+    OLLAMA_SHOW,
+)
 GETS = (
     Get(path="/v1/models", summary="The served model, in a list.", response=ModelList),
     Get(
@@ -34,6 +58,24 @@ GETS = (
         summary="The served model.",
         response=ModelCard,
         parameter="id",
+    ),
+    Get(
+        path="/api/tags",
+        summary="The served model, in a list (Ollama).",
+        response=OllamaModels,
+        error=OllamaError,
+    ),
+    Get(
+        path="/api/ps",
+        summary="The loaded model, in a list (Ollama).",
+        response=RunningModels,
+        error=OllamaError,
+    ),
+    Get(
+        path="/api/version",
+        summary="The server's version (Ollama).",
+        response=Version,
+        error=OllamaError,
     ),
     Get(path="/health", summary="Liveness: whether the engine makes progress.", response=Status),
     Get(path="/ready", summary="Readiness: whether new requests are accepted.", response=Status),

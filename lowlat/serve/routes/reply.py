@@ -8,13 +8,14 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
+from pydantic_core import from_json
 from starlette.responses import Response
 
 from lowlat.generate.completion import CompletionDelta
-from lowlat.serve.http.sse import PING, EventStreamResponse
+from lowlat.serve.http.sse import EVENT_STREAM, PING, EventStreamResponse
 from lowlat.serve.protocol.base import WireModel
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import json_response
@@ -23,8 +24,9 @@ from lowlat.serve.routes.endpoint import json_response
 class Reply(ABC):
     """Collects the deltas of a request's completions."""
 
+    media_type: ClassVar[str] = EVENT_STREAM
     ping: ClassVar[bytes] = PING
-    """What a stream sends while there is no event."""
+    """What a stream sends while there is no event; empty: nothing."""
 
     def __init__(self, ctx: RequestContext, *, id_prefix: str) -> None:
         self._ctx = ctx
@@ -59,7 +61,11 @@ async def respond(ctx: RequestContext, reply: Reply, *, stream: bool | None) -> 
     """The response to the request of `ctx`, whose generations are submitted."""
     if stream:
         return EventStreamResponse(
-            _events(ctx, reply), ctx.state.config, failure=reply.failure, ping=reply.ping
+            _events(ctx, reply),
+            ctx.state.config,
+            failure=reply.failure,
+            ping=reply.ping,
+            media_type=reply.media_type,
         )
     async with aclosing(ctx.deltas()) as deltas:
         async for number, delta in deltas:
@@ -127,3 +133,9 @@ def finish_reason(delta: CompletionDelta) -> Literal["stop", "length"] | None:
     if delta.finish_reason is None:
         return None
     return "length" if delta.finish_reason == "length" else "stop"
+
+
+def parsed_arguments(text: str) -> dict[str, Any]:
+    """The arguments of a call; of text that the length limit cut off, what is complete."""
+    value = from_json(text, allow_partial=True) if text.strip() else {}
+    return value if isinstance(value, dict) else {}

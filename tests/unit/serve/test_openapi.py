@@ -20,6 +20,9 @@ EXAMPLES = {
     "/v1/responses": {"input": "Hi"},
     "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9},
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "Hi"}]},
+    "/api/chat": {"messages": [{"role": "user", "content": "Hi"}], "stream": False},
+    "/api/generate": {"prompt": "Hi", "stream": False},
+    "/api/show": {},
     "/tokenize": {"prompt": "Hi"},
     "/detokenize": {"tokens": [72, 105]},
 }
@@ -76,7 +79,18 @@ def test_requests_and_responses_match_the_document(client: TestClient, path: str
     validator(document, told["schema"]).validate(response.json())
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/{id}", "/health", "/ready"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models",
+        "/v1/models/{id}",
+        "/health",
+        "/ready",
+        "/api/tags",
+        "/api/ps",
+        "/api/version",
+    ],
+)
 def test_descriptions_of_what_is_read(client: TestClient, path: str) -> None:
     document = document_of(client)
     operation = document["paths"][path]["get"]
