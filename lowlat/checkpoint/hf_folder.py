@@ -11,6 +11,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from lowlat.checkpoint.base_model import with_language_head
 from lowlat.checkpoint.gguf.source import open_gguf
 from lowlat.checkpoint.language_part import language_part
 from lowlat.checkpoint.mapped_file import MappedFile
@@ -83,7 +84,7 @@ def _open_folder(folder: Path) -> TensorSource:
         name: _FileTensor(file.extents[name].shape, file.extents[name].dtype, file, name)
         for name, file in files.items()
     }
-    return language_part(TensorSource(folder, config, tensors))
+    return with_language_head(language_part(TensorSource(folder, config, tensors)))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ request. One thread calls it.
 import logging
 import time
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -15,9 +17,17 @@ from lowlat.engine.cache_fingerprint import fingerprint_of
 from lowlat.engine.disk_cache import DiskCache, DiskCacheOptions
 from lowlat.engine.model_step import StepOutput, num_logits, one_line, run_step
 from lowlat.engine.params import TokenSamplingParams
+from lowlat.engine.pooling import PoolingState
 from lowlat.engine.prefill_planner import PREFILL_CHUNK, PrefillPlanner
 from lowlat.engine.prefix import PrefixCache
-from lowlat.engine.request import FinishReason, Request, RequestOptions, Sequence, TokenEvent
+from lowlat.engine.request import (
+    FinishReason,
+    PoolingMode,
+    Request,
+    RequestOptions,
+    Sequence,
+    TokenEvent,
+)
 from lowlat.engine.request_table import RequestTable
 from lowlat.engine.runner import ModelRunner
 from lowlat.engine.sampler import StepLogits
@@ -83,6 +93,7 @@ class Engine:
         self._kv_cache = self.scheduler.kv_cache
         self.speculator = Speculator(runner) if speculates else None
         vocab_size = runner.model.config.vocab_size
+        self._pooling: WeakKeyDictionary[Sequence, PoolingState] = WeakKeyDictionary()
         self._requests = RequestTable(self.scheduler, self.recorder, vocab_size=vocab_size)
 
     @property
@@ -243,6 +254,8 @@ class Engine:
         # entries through the prefix cache.
         if sequence.is_prefilling and not hidden.isfinite().all():
             return self._fail_not_finite(sequence)
+        if sequence.request.options.pooling is not None:
+            return self._pool(chunk, hidden, sequence.request.options.pooling)
         if count == 0:
             self._kv_cache.advance(sequence, chunk.length)
             return []
@@ -254,6 +267,17 @@ class Engine:
         for member in self._fork(sequence):
             events += self._verify(member, rows, first, 1)
         return events
+
+    def _pool(self, chunk: ScheduledChunk, hidden: Tensor, mode: PoolingMode) -> list[TokenEvent]:
+        """Pool the hidden states of a chunk; the last one of the prompt ends the request."""
+        sequence = chunk.sequence
+        state = self._pooling.setdefault(sequence, PoolingState(mode))
+        state.add(chunk.start, hidden)
+        sequence.num_cached += chunk.length
+        if sequence.num_pending > 0:
+            return []
+        (end,) = self._requests.end(sequence, "stop")
+        return [replace(end, embedding=state.result())]
 
     def _verify(
         self, sequence: Sequence, rows: StepLogits, first: int, count: int

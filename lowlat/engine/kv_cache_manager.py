@@ -39,8 +39,9 @@ class KVCacheManager:
 
     def match(self, sequence: Sequence) -> None:
         """Replace the pages of a sequence by its prefix cache hits, if these cover more tokens. The
-        last token is always computed, because its logits are needed."""
-        if self.prefix is None:
+        last token is always computed, because its logits are needed; all of a prompt whose hidden
+        states are pooled."""
+        if self.prefix is None or sequence.request.options.pooling is not None:
             return
         size = self._page_size
         count = (len(sequence.tokens) - 1) // size
@@ -93,6 +94,8 @@ class KVCacheManager:
 
     def is_next_page_of(self, leader: Sequence, sequence: Sequence) -> bool:
         """Whether `leader` is about to compute the page that `sequence` needs next."""
+        if sequence.request.options.pooling is not None:
+            return False
         size, have = self._page_size, sequence.num_cached
         needed = have + size
         if have % size or needed >= len(sequence.tokens):

@@ -76,7 +76,9 @@ def _model_input(scheduled: ScheduledChunk) -> Chunk:
 
 def num_logits(chunk: ScheduledChunk) -> int:
     """Rows of logits that a chunk needs: one for its last known token and one per draft token; none
-    while its prompt continues in a later step."""
+    while its prompt continues in a later step, and none of an embedding's prompt."""
+    if chunk.sequence.request.options.pooling is not None:
+        return 0
     return max(0, chunk.start + chunk.length - len(chunk.sequence.tokens) + 1)
 
 

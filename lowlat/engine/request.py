@@ -13,6 +13,8 @@ from lowlat.attention.path import AttentionPath
 from lowlat.engine.constraint import Constraint
 from lowlat.engine.params import TokenSamplingParams
 
+PoolingMode = Literal["cls", "mean", "lasttoken"]
+"""Hidden state of the first token, mean over all tokens, hidden state of the last token."""
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 """stop: end-of-sequence token or stop string; length: max_tokens or context reached; abort: the
 caller cancelled; deadline: the request's deadline passed; error: the model, the sampler or the
@@ -34,6 +36,9 @@ class RequestOptions:
     """Stop tokens: each ends a completion, as the model's own end-of-sequence tokens do."""
     constraint: Constraint | None = None
     """The compiled grammar of a structured output."""
+    pooling: PoolingMode | None = None
+    """How the final hidden states of the prompt become an embedding; no token is generated then.
+    None: tokens are generated."""
     is_offline: bool = False
     """Whether no client streams its tokens: its decoding does not reduce the prefill budget."""
 
@@ -120,6 +125,8 @@ class TokenEvent:
     """With finish_reason "error": what failed, in one line."""
     is_grammar_error: bool = False
     """With an error: whether the requested grammar caused it, not the server."""
+    embedding: tuple[float, ...] | None = None
+    """With pooling: the pooled hidden states of the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

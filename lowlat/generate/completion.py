@@ -108,6 +108,8 @@ class CompletionDelta:
     """With an error: whether the requested grammar caused it, not the server."""
     stop_string: str | None = None
     """With finish_reason "stop": the stop string that ended the completion, if one did."""
+    embedding: tuple[float, ...] | None = None
+    """With pooling: the pooled hidden states of the prompt."""
 
 
 class CompletionBuilder:
@@ -135,6 +137,8 @@ class CompletionBuilder:
         """With finish_reason "error": what failed, in one line."""
         self.is_grammar_error = False
         """With an error: whether the requested grammar caused it."""
+        self.embedding: tuple[float, ...] | None = None
+        """With pooling: the pooled hidden states of the prompt."""
         self._detokenizer = Detokenizer(
             tokenizer, keep_special=keep_special, begins_text=begins_text
         )
@@ -166,6 +170,7 @@ class CompletionBuilder:
             piece += self._flush()
             self.finish_reason = self.finish_reason or event.finish_reason
             self.error, self.is_grammar_error = event.error, event.is_grammar_error
+            self.embedding = event.embedding
         if piece:
             self.pieces.append(piece)
             self._num_final += len(piece)
@@ -195,6 +200,7 @@ class CompletionBuilder:
             error=self.error,
             is_grammar_error=self.is_grammar_error,
             stop_string=self._stops.matched,
+            embedding=self.embedding,
         )
 
     def result(self) -> Completion:

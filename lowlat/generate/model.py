@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowlat.attention.cache import cache_bytes_per_token
 from lowlat.config.attention import entry_widths, short_name
+from lowlat.config.hf.sentence_transformers import Pooling
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.engine import scoring
@@ -52,6 +53,7 @@ class Model:
     weights); completions without free pages wait, or are preempted and recomputed.
     prefix_cache_dir: folder that keeps the prefix cache on disk, within prefix_cache_disk_bytes;
     processes may share it. speculates: whether speculative decoding runs; it changes no output.
+    pooling: of an embedding model.
     """
 
     def __init__(
@@ -66,10 +68,13 @@ class Model:
         prefix_cache_dir: str | os.PathLike[str] | None = None,
         prefix_cache_disk_bytes: int = DEFAULT_DISK_BYTES,
         speculates: bool = True,
+        pooling: Pooling | None = None,
     ) -> None:
         config = transformer.config
         self.name = name
         self.transformer = transformer
+        self.pooling = pooling
+        """How an embedding model makes embeddings; None: the model generates text."""
         self.tokenizer = tokenizer
         self.context = check_context(config, context)
         transformer.set_context(self.context)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from lowlat.engine.constraint import Constraint
-from lowlat.engine.request import RequestOptions
+from lowlat.engine.request import PoolingMode, RequestOptions
 from lowlat.engine.stats import EngineStats
 from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.model import Model
@@ -100,9 +100,10 @@ class AsyncEngine:
         deadline: float | None = None,
         keep_special: frozenset[int] = frozenset(),
         begins_text: bool = True,
+        pooling: PoolingMode | None = None,
     ) -> Generation:
-        """Queue a request. deadline: seconds from now. cache_namespace: see RequestOptions.
-        keep_special, begins_text: see CompletionBuilder.
+        """Queue a request. deadline: seconds from now. cache_namespace and pooling: see
+        RequestOptions. keep_special, begins_text: see CompletionBuilder.
 
         Raises UserError if the model cannot serve the request, Overloaded, Draining and EngineDead.
         """
@@ -113,6 +114,7 @@ class AsyncEngine:
             deadline=None if deadline is None else time.perf_counter() + deadline,
             cache_namespace=cache_namespace,
             constraint=grammar,
+            pooling=pooling,
         )
         generation = Generation(
             prompt,

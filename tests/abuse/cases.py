@@ -16,6 +16,8 @@ MESSAGES = "/v1/messages"
 COUNT_TOKENS = "/v1/messages/count_tokens"
 OLLAMA_CHAT = "/api/chat"
 OLLAMA_GENERATE = "/api/generate"
+OLLAMA_EMBED = "/api/embed"
+EMBEDDINGS = "/v1/embeddings"
 OLLAMA_SHOW = "/api/show"
 TOKENIZE = "/tokenize"
 DETOKENIZE = "/detokenize"
@@ -29,6 +31,8 @@ BODIES: dict[str, dict[str, Any]] = {
     OLLAMA_CHAT: {"model": NAME, "messages": [{"role": "user", "content": "Hi"}]},
     OLLAMA_GENERATE: {"model": NAME, "prompt": "Hi"},
     OLLAMA_SHOW: {"model": NAME},
+    EMBEDDINGS: {"model": NAME, "input": "Hi"},
+    OLLAMA_EMBED: {"model": NAME, "input": "Hi"},
     TOKENIZE: {"model": NAME, "prompt": "Hi"},
     DETOKENIZE: {"model": NAME, "tokens": [72, 105]},
 }

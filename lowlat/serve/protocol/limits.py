@@ -22,6 +22,8 @@ MAX_CONTENT_PARTS = 256
 """Text parts per message."""
 MAX_PROMPTS = 128
 """Prompts of one completions request, and prompts times n."""
+MAX_EMBEDDING_INPUTS = 2048
+"""Texts of one embeddings request."""
 MAX_LOGPROBS = 128
 """Completions times (top_logprobs + 1): the number of log-probabilities per position."""
 MAX_PROMPT_TOKENS = 1 << 20

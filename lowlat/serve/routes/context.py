@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
+from lowlat.engine.request import PoolingMode
 from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.grammar import CompiledGrammar
 from lowlat.generate.params import SamplingParams
@@ -97,8 +98,15 @@ class RequestContext:
         grammar: CompiledGrammar | None = None,
         keep_special: frozenset[int] = frozenset(),
         begins_text: bool = True,
-    ) -> None:
+        pooling: PoolingMode | None = None,
+    ) -> Generation:
         """Submit `prompt` to the engine. Raises as the engine's `submit` does."""
+        if pooling is None and self.state.model.pooling is not None:
+            raise RequestError(
+                f"the model '{self.state.model_name}' is an embedding model and generates no text;"
+                " use /v1/embeddings",
+                param="model",
+            )
         generation = await self.state.engine.submit(
             prompt,
             params,
@@ -108,10 +116,12 @@ class RequestContext:
             deadline=self._left(),
             keep_special=keep_special,
             begins_text=begins_text,
+            pooling=pooling,
         )
         self._end_preparation()
         self._generations.append(generation)
         self._num_completions += params.n
+        return generation
 
     async def deltas(self) -> AsyncGenerator[tuple[int, CompletionDelta], None]:
         """Yield (index of the prompt, delta of one of its completions) as they arrive.
@@ -127,6 +137,14 @@ class RequestContext:
                 _check_end(delta, self.constraint_field)
                 self.num_tokens += len(delta.tokens)
                 yield number, delta
+
+    async def embedding(self, generation: Generation) -> tuple[float, ...]:
+        """The pooled hidden states of a prompt submitted with pooling. Raises as `deltas` does."""
+        async for delta in generation:
+            _check_end(delta, self.constraint_field)
+            if delta.embedding is not None:
+                return delta.embedding
+        raise GenerationFailed("a prompt has no embedding")
 
     def close(self) -> None:
         """Cancel what has not finished; call it last."""

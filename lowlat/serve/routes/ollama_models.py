@@ -156,7 +156,7 @@ def _short(count: int) -> str:
 def _description(state: ServerState) -> ModelDescription:
     model, card = state.model, model_card(state)
     family = model.config.model_type
-    capabilities = ["completion"]
+    capabilities = ["completion"] if model.pooling is None else ["embedding"]
     capabilities += ["tools"] if card.supports_tools else []
     capabilities += ["thinking"] if card.reasoning else []
     return ModelDescription(

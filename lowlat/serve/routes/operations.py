@@ -11,6 +11,7 @@ from lowlat.serve.protocol.errors import ErrorResponse
 from lowlat.serve.routes.anthropic import COUNT_TOKENS, MESSAGES
 from lowlat.serve.routes.chat import CHAT
 from lowlat.serve.routes.completions import COMPLETIONS
+from lowlat.serve.routes.embeddings import EMBEDDINGS, OLLAMA_EMBED
 from lowlat.serve.routes.models import ModelCard, ModelList, Status
 from lowlat.serve.routes.ollama import CHAT as OLLAMA_CHAT
 from lowlat.serve.routes.ollama import GENERATE as OLLAMA_GENERATE
@@ -50,6 +51,8 @@ POSTS = (
     OLLAMA_CHAT,
     OLLAMA_GENERATE,
     OLLAMA_SHOW,
+    EMBEDDINGS,
+    OLLAMA_EMBED,
 )
 GETS = (
     Get(path="/v1/models", summary="The served model, in a list.", response=ModelList),

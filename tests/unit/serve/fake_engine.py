@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from lowlat.engine.request import FinishReason
+from lowlat.engine.request import FinishReason, PoolingMode
 from lowlat.engine.stats import DiskCacheStats, EngineStats, Histogram
 from lowlat.generate.completion import CompletionDelta, TokenLogprob
 from lowlat.generate.grammar import CompiledGrammar
@@ -134,6 +134,7 @@ class FakeEngine(AsyncEngine):
         deadline: float | None = None,
         keep_special: frozenset[int] = frozenset(),
         begins_text: bool = True,
+        pooling: PoolingMode | None = None,
     ) -> Generation:
         if self.refusal is not None:
             raise self.refusal

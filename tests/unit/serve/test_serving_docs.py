@@ -113,6 +113,7 @@ def test_limits_are_those_of_the_code() -> None:
         "requests waiting for their first step": "`--max-queue`",
         "completions in a batch": f"{MAX_SEQUENCES}",
         "messages; parts per message": f"{limits.MAX_MESSAGES:,}; {limits.MAX_CONTENT_PARTS}",
+        "texts of an embeddings request": f"{limits.MAX_EMBEDDING_INPUTS:,}",
         "prompts times `n`; `n`": f"{limits.MAX_PROMPTS}; {params.MAX_N}",
         "completions per request x (`top_logprobs` + 1)": f"{limits.MAX_LOGPROBS}",
         "`stop`": f"{MAX_STOPS} texts of {MAX_STOP_LENGTH} characters",

@@ -1,0 +1,33 @@
+"""Checkpoints of base models (Qwen3Model, ...), as embedding models have them: without LM head.
+
+They become checkpoints of the family's causal language model, with the prefix `model.` and tied
+embeddings, so that one loader reads both.
+"""
+
+from dataclasses import replace
+
+from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.config.hf.families import ARCHITECTURES
+from lowlat.config.hf.sentence_transformers import MODULES_FILE
+
+HEAD = "lm_head.weight"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def with_language_head(source: TensorSource) -> TensorSource:
+    """`source` with the names and the config of a causal language model, if it is an embedding
+    model or a base model; else unchanged.
+    """
+    config = source.hf_config
+    family = config.get("model_type")
+    if family not in FAMILIES or HEAD in source.tensors:
+        return source
+    base = ARCHITECTURES[family].removesuffix("ForCausalLM") + "Model"
+    is_base = config.get("architectures") == [base]
+    if not is_base and not (source.path / MODULES_FILE).exists():
+        return source
+    tensors = source.tensors
+    if not any(name.startswith("model.") for name in tensors):
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    changes = {"architectures": [ARCHITECTURES[family]], "tie_word_embeddings": True}
+    return replace(source, hf_config={**config, **changes}, tensors=tensors)
