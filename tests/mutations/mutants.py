@@ -10,6 +10,7 @@ from .sampling import SAMPLING
 from .training import TRAINING
 
 OPS, MODEL, ATTENTION = "tests/unit/ops/", "tests/unit/model/", "tests/unit/attention/"
+POOL = "tests/unit/engine/test_pooling.py::"
 LOAD = "tests/unit/checkpoint/test_load.py"
 
 
@@ -336,6 +337,37 @@ LAYERS = [
     ),
 ]
 
+POOLING = [
+    Mutant(
+        "pooling: the mean over chunks, not tokens",
+        "engine/pooling.py",
+        "self._count += len(hidden)",
+        "self._count += 1",
+        POOL + "test_chunks_change_no_bit",
+    ),
+    Mutant(
+        "pooling: the first token of the last chunk",
+        "engine/pooling.py",
+        "states[0] if self._pooled is None else self._pooled",
+        "states[0]",
+        POOL + "test_chunks_change_no_bit",
+    ),
+    Mutant(
+        "pooling: a prompt that begins again is added to what it had",
+        "engine/pooling.py",
+        "self._pooled, self._count = None, 0\n        # A",
+        "pass\n        # A",
+        POOL + "test_a_prompt_that_begins_again_is_pooled_once",
+    ),
+    Mutant(
+        "pooling: hidden states of cached tokens left out",
+        "engine/kv_cache_manager.py",
+        "if self.prefix is None or sequence.request.options.pooling is not None:",
+        "if self.prefix is None:",
+        POOL + "test_the_engine_pools_every_token",
+    ),
+]
+
 MUTANTS = [
     *YARN,
     *QUERIES,
@@ -349,5 +381,6 @@ MUTANTS = [
     *PACKED,
     *INT8_CACHE,
     *MTP,
+    *POOLING,
     *TRAINING,
 ]

@@ -145,6 +145,7 @@ async def submit_completion(
     reduces_max_tokens: whether max_tokens may exceed the context, and ends there then.
     """
     state = ctx.state
+
     def to_params(remaining: int) -> SamplingParams:
         return request.to_params(remaining, reduces_max_tokens=reduces_max_tokens)
 

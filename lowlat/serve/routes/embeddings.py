@@ -12,8 +12,8 @@ from pydantic import Field
 from starlette.responses import Response
 
 from lowlat.config.hf.sentence_transformers import Pooling
-from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.chat.prompt import check_text_size
 from lowlat.serve.http.errors import API_HEADERS, renamed_fields
 from lowlat.serve.protocol import limits
@@ -179,9 +179,7 @@ async def _embed(
     params = SamplingParams(max_tokens=1)
     vectors: list[np.ndarray] = []
     with renamed_fields({"prompt": "input", "max_tokens": "input"}):
-        prompts = await state.workers.run(_encode, state.model, inputs)
-        for prompt in prompts:
-            state.engine.check(prompt, params)
+        prompts = await state.workers.run(_encode, state.engine, inputs, params)
         for start in range(0, len(prompts), WAVE):
             wave = prompts[start : start + WAVE]
             running = [await ctx.submit(ids, params, pooling=pooling.mode) for ids in wave]
@@ -205,11 +203,18 @@ def _pooling(ctx: RequestContext) -> Pooling:
     return pooling
 
 
-def _encode(model: Model, inputs: Sequence[str | list[int]]) -> list[list[int]]:
+def _encode(
+    engine: AsyncEngine, inputs: Sequence[str | list[int]], params: SamplingParams
+) -> list[list[int]]:
+    """Token ids of all inputs. Raises RequestError and UserError for one the engine refuses."""
+    model = engine.model
     for text in inputs:
         if isinstance(text, str):
             check_text_size(model, [text], "input")
-    return [model.tokenizer.encode(x) if isinstance(x, str) else x for x in inputs]
+    prompts = [model.tokenizer.encode(x) if isinstance(x, str) else x for x in inputs]
+    for prompt in prompts:
+        engine.check(prompt, params)
+    return prompts
 
 
 def _finished(pooled: np.ndarray, dimensions: int | None, is_unit: bool) -> np.ndarray:
