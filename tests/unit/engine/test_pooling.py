@@ -1,5 +1,7 @@
 """Pooling of hidden states into embeddings: by hand, chunk by chunk, and through the engine."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ def pooled(mode: PoolingMode, *cuts: int) -> tuple[float, ...]:
     """The embedding of STATES in chunks that end at `cuts`."""
     state = PoolingState(mode)
     bounds = [0, *cuts, len(STATES)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         state.add(start, STATES[start:end])
     return state.result()
 
