@@ -21,6 +21,7 @@ from lowlat.serve.protocol.base import (
     StrictModel,
 )
 from lowlat.serve.protocol.chat import ChatRequest
+from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.hints import Hint, Ignored, TemplateHint
 from lowlat.serve.protocol.messages import CacheControl
 from lowlat.serve.protocol.sampling import HintText, MaxTokens, ReasoningEffort, StopString
@@ -214,6 +215,12 @@ def as_chat(features: TemplateFeatures, request: CountTokensRequest) -> ChatRequ
         schema = {"name": "output", "schema": request.output_config.format.schema_}
         chat["response_format"] = {"type": "json_schema", "json_schema": schema}
     if isinstance(request, MessagesRequest):
+        if isinstance(request.messages[-1], AssistantTurn):
+            raise RequestError(
+                "messages: the last message is the assistant's, and continuing it (prefill) is not"
+                " supported; end with a user message",
+                param="messages",
+            )
         chat |= request.model_dump(include={"max_tokens", "temperature", "top_p", "top_k"})
         chat["stop"] = request.stop_sequences
     return validate(ChatRequest, chat)

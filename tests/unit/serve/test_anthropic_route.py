@@ -257,6 +257,7 @@ def test_hints_are_named(engine: FakeEngine, make_client: MakeClient) -> None:
         ({"max_tokens": None}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"mcp_servers": [{}]}, "mcp_servers is not supported"),
+        ({"messages": [*HI, {"role": "assistant", "content": "I"}]}, "prefill"),
         ({"stop_sequences": ["", "x"]}, "stop_sequences[0]"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
