@@ -65,7 +65,13 @@ def test_a_stream_gathers_what_the_whole_message_has(client: anthropic.Anthropic
 
 
 def test_tool_use_and_its_result(client: anthropic.Anthropic) -> None:
-    options = {"model": NAME, "max_tokens": 400, "tools": [WEATHER]}
+    options = {
+        "model": NAME,
+        "max_tokens": 400,
+        "tools": [WEATHER],
+        "thinking": {"type": "disabled"},
+        "extra_body": GREEDY,
+    }
     with client.messages.stream(**options, messages=HELLO, tool_choice=FORCED) as stream:
         message = stream.get_final_message()
     assert message.stop_reason == "tool_use"

@@ -184,7 +184,7 @@ HOSTS_REFUSED = [
 def test_foreign_hosts_are_refused(engine: FakeEngine, host: str) -> None:
     """Regression: DNS rebinding, by which a foreign name leads to this server."""
     for method, response in refused_by_every_route(engine, {"Host": host}):
-        assert method == "HEAD" or response.json()["error"]["code"] == "host_not_allowed"
+        assert method == "HEAD" or "host_not_allowed" in response.text
 
 
 @pytest.mark.parametrize(
