@@ -83,8 +83,13 @@ def test_tab_order(page: Page) -> None:
     wanted = [
         "skip",
         "new",
+        "search",
         "table please",
+        "Rename table please",
+        "Delete table please",
         "theme",
+        "import",
+        "export",
         "open-help",
         "This conversation",
         "Settings",
@@ -98,6 +103,8 @@ def test_tab_order(page: Page) -> None:
         "Code, python",
         "Copy answer",
         "Regenerate",
+        "Edit answer",
+        "Attach text files",
     ]
     assert names == [*wanted, "prompt", "Send"]
 

@@ -69,7 +69,7 @@ def test_escape_stops(page: Page, server: Server) -> None:
 
 
 def test_regenerate(page: Page, server: Server) -> None:
-    """The last answer is replaced, the same messages are sent; earlier ones have no such button."""
+    """The same messages are sent again; earlier answers have no such button."""
     ask(page, "first")
     ask(page, "second")
     before = server.requests[-1]["messages"]
@@ -83,7 +83,7 @@ def test_regenerate(page: Page, server: Server) -> None:
 
 
 def test_edit(page: Page, server: Server) -> None:
-    """An edited message replaces itself and everything after it."""
+    """An edited message is sent in place of the old one and of everything after it."""
     for text in ("first", "second", "third"):
         ask(page, text)
     page.locator("article.user").nth(1).get_by_role("button", name="Edit message").click()
@@ -157,7 +157,7 @@ def test_conversations(page: Page) -> None:
 def test_rename_and_delete(page: Page) -> None:
     ask(page, "first talk")
     page.get_by_role("button", name="This conversation").click()
-    page.get_by_role("button", name="Rename").click()
+    page.locator("#menu").get_by_role("button", name="Rename").click()
     page.get_by_role("textbox", name="Name").fill("A better name")
     page.get_by_role("dialog").get_by_role("button", name="Rename").click()
     links = page.get_by_role("navigation").get_by_role("link")
@@ -167,11 +167,11 @@ def test_rename_and_delete(page: Page) -> None:
     expect(links).to_have_text(["A better name"])
 
     page.get_by_role("button", name="This conversation").click()
-    page.get_by_role("button", name="Delete").click()
+    page.locator("#menu").get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
     expect(links).to_have_count(1)
     page.get_by_role("button", name="This conversation").click()
-    page.get_by_role("button", name="Delete").click()
+    page.locator("#menu").get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(links).to_have_count(0)
     expect(answers(page)).to_have_count(0)
@@ -185,7 +185,7 @@ def test_deleted_while_answering(page: Page, server: Server) -> None:
     send(page, "slow please")
     expect(answers(page)).to_contain_text("slow slow")
     page.get_by_role("button", name="This conversation").click()
-    page.get_by_role("button", name="Delete").click()
+    page.locator("#menu").get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
     server.wait_for_cancel()
     page.reload()

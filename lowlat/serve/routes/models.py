@@ -35,6 +35,8 @@ class ModelCard(WireModel):
     supports_tools: bool
     reasoning: bool
     """Whether outputs may begin with reasoning, returned as reasoning_content."""
+    chat_template_kwargs: list[str]
+    """Variables of the chat template that a request may set."""
 
 
 class ModelList(WireModel):
@@ -96,4 +98,5 @@ def model_card(state: ServerState) -> ModelCard:
         has_chat_template=has_template,
         supports_tools=has_template and dialect.tools is not None,
         reasoning=has_template and dialect.reasoning is not None,
+        chat_template_kwargs=sorted(dialect.variables),
     )

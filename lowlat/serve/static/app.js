@@ -5,8 +5,9 @@ import { fetchModels } from "./api.js";
 import { Composer } from "./composer.js";
 import { askDelete, askTitle, showHelp } from "./dialogs.js";
 import { copyText, h, icon } from "./dom.js";
-import { exportConversation } from "./export.js";
+import { exportAll, exportConversation } from "./export.js";
 import { Frames } from "./frames.js";
+import { importFiles } from "./import_files.js";
 import { listenForShortcuts } from "./keys.js";
 import { Meter } from "./meter.js";
 import { Session } from "./session.js";
@@ -14,6 +15,7 @@ import { SettingsPanel } from "./settings_panel.js";
 import { Sidebar } from "./sidebar.js";
 import { ConversationStore } from "./store.js";
 import { Thread } from "./thread.js";
+import { versionsOf } from "./tree.js";
 import { welcome } from "./welcome.js";
 
 const NO_TEMPLATE = "This model has no chat template: it does not answer, it continues the text you begin.";
@@ -44,12 +46,19 @@ class App {
     });
     this.thread = new Thread({
       regenerate: () => this.session.regenerate(),
+      resume: () => this.session.resume(),
       edit: (message, text) => this.session.edit(message, text),
+      editAnswer: (message, text) => this.session.editAnswer(message, text),
+      showVersion: (message, step) => this.session.showVersion(message, step),
       retry: () => this.retry(),
       stop: () => this.session.stop(),
     });
-    this.composer = new Composer({ onSend: (text) => this.send(text), onStop: () => this.session.stop() });
-    this.sidebar = new Sidebar({ onNew: () => this.begin() });
+    this.composer = new Composer({ onSend: (text, files) => this.send(text, files), onStop: () => this.session.stop() });
+    this.sidebar = new Sidebar({
+      onNew: () => this.begin(),
+      rename: (conversation) => this.rename(conversation),
+      remove: (conversation) => this.remove(conversation),
+    });
     this.meter = new Meter();
     this.frames = new Frames(() => this.draw());
     this.connectButtons();
@@ -70,7 +79,7 @@ class App {
   async loadModels() {
     try {
       this.models = await fetchModels();
-      this.model = this.models[0] ?? null;
+      this.pickModel();
       this.notify(this.model?.has_chat_template === false ? NO_TEMPLATE : "");
     } catch (error) {
       this.isSendWanted = false;
@@ -80,6 +89,13 @@ class App {
     }
     this.showModel();
     if (this.isSendWanted) this.composer.submit();
+  }
+
+  /** The model of the open conversation's last answer, the chosen one, or the server's first. */
+  pickModel() {
+    const last = this.session.messages.findLast(({ role }) => role === "assistant")?.model;
+    const find = (id) => this.models.find((model) => model.id === id);
+    this.model = find(last) ?? find(this.settings.values.model) ?? this.models[0] ?? null;
   }
 
   chooseModel(id) {
@@ -105,9 +121,13 @@ class App {
   async route() {
     const id = location.hash.slice(1);
     if (id && id === this.session.conversation.id) return;
-    if (id && (await this.session.open(id))) return;
-    if (location.hash) history.replaceState(null, "", location.pathname);
-    this.session.begin();
+    if (!id || !(await this.session.open(id))) {
+      if (location.hash) history.replaceState(null, "", location.pathname);
+      this.session.begin();
+    }
+    const before = this.model;
+    this.pickModel();
+    if (before !== this.model) this.showModel();
   }
 
   begin() {
@@ -116,9 +136,9 @@ class App {
     this.composer.focus();
   }
 
-  send(text) {
+  send(text, files = []) {
     this.isSendWanted = !this.model;
-    const isSent = this.session.send(text);
+    const isSent = this.session.send(text, files);
     if (isSent) {
       this.thread.follow();
       announce("Sent. The model is answering.");
@@ -128,19 +148,20 @@ class App {
 
   /** Retries; after a restart the server may have another model. */
   async retry() {
-    const status = this.session.conversation.messages.at(-1)?.error?.status;
+    const status = this.session.messages.at(-1)?.error?.status;
     if (status === 0 || status === 404) await this.loadModels();
     this.session.retry();
   }
 
   showConversation() {
-    const { conversation } = this.session;
+    const { conversation, messages } = this.session;
     const hadFocus = document.activeElement !== document.body;
-    if (conversation.messages.length && location.hash.slice(1) !== conversation.id) {
+    if (messages.length && location.hash.slice(1) !== conversation.id) {
       history.replaceState(null, "", `#${conversation.id}`);
     }
-    this.thread.show(conversation.messages, {
+    this.thread.show(messages, {
       system: conversation.system,
+      versionsOf: (message) => versionsOf(conversation, message),
       empty: welcome(this.model, (idea) => {
         this.composer.set(idea);
         this.composer.focus();
@@ -178,9 +199,9 @@ class App {
   draw() {
     for (const message of this.changed) this.thread.refresh(message);
     this.changed.clear();
-    const { run, isBusy, conversation } = this.session;
+    const { run, isBusy, messages } = this.session;
     const isGenerating = run?.message.status === "running";
-    this.meter.update(conversation, isGenerating ? run : null, this.model);
+    this.meter.update(messages, isGenerating ? run : null, this.model);
     this.composer.setBusy(isBusy);
   }
 
@@ -189,17 +210,19 @@ class App {
     this.showList();
   }
 
-  async changedElsewhere(id) {
+  changedElsewhere(id) {
     this.showList();
-    const isEditing = document.querySelector(".edit-form") !== null;
-    if (id !== this.session.conversation.id || this.session.isBusy || isEditing) return;
-    if (!(await this.session.open(id))) this.session.begin();
+    this.session.adopt(id);
   }
 
   connectButtons() {
     document.getElementById("open-menu").append(icon("more"));
     document.getElementById("open-help").prepend(icon("help"));
     document.getElementById("open-help").addEventListener("click", () => showHelp());
+    document.getElementById("import").prepend(icon("import"));
+    document.getElementById("import").addEventListener("click", () => this.import());
+    document.getElementById("export").prepend(icon("export"));
+    document.getElementById("export").addEventListener("click", async () => exportAll(await this.store.list()));
     document.getElementById("skip").addEventListener("click", (event) => {
       event.preventDefault();
       this.composer.focus();
@@ -216,14 +239,28 @@ class App {
     if (!action) return;
     document.getElementById("menu").hidePopover();
     const { conversation } = this.session;
-    if (action === "rename") {
-      const title = await askTitle(conversation.title);
-      if (title !== null) await this.session.rename(title);
-    } else if (action === "delete") {
-      if (await askDelete(conversation.title)) await this.session.remove();
-    } else {
-      exportConversation(conversation, action);
-    }
+    if (action === "rename") await this.rename(conversation);
+    else if (action === "delete") await this.remove(conversation);
+    else exportConversation(conversation, action);
+  }
+
+  async rename({ id, title }) {
+    const name = await askTitle(title);
+    if (name !== null) await this.session.rename(id, name);
+  }
+
+  async remove({ id, title }) {
+    if (!(await askDelete(title))) return;
+    await this.session.remove(id);
+    if (document.activeElement === document.body) this.composer.focus();
+  }
+
+  async import() {
+    const { text, ids } = await importFiles(this.store);
+    this.notify(text);
+    setTimeout(() => document.getElementById("notice").textContent === text && this.notify(""), 10_000);
+    for (const id of ids) await this.session.adopt(id);
+    this.showList();
   }
 
   connectKeys() {
@@ -245,7 +282,7 @@ class App {
   }
 
   async copyLast() {
-    const answer = this.session.conversation.messages.findLast(({ role }) => role === "assistant");
+    const answer = this.session.messages.findLast(({ role }) => role === "assistant");
     if (answer?.content) announce((await copyText(answer.content)) ? "Copied." : "Copying was refused.");
   }
 }

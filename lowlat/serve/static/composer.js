@@ -1,5 +1,6 @@
-// The message input: text, drafts, send and stop buttons.
+// The message input: text, attached files, drafts, send and stop buttons.
 
+import { Attachments } from "./attachments.js";
 import { icon } from "./dom.js";
 import { grow, isSendKey } from "./keys.js";
 
@@ -10,12 +11,19 @@ export class Composer {
   #send = document.getElementById("send");
   #stop = document.getElementById("stop");
   #isBusy = false;
+  #attachments = new Attachments({ onChange: () => this.focus() });
 
-  /** `onSend(text)` returns whether it accepted the text; the field is then emptied. */
+  /** `onSend(text, files)` returns whether it accepted them; the field is then emptied. */
   constructor({ onSend, onStop }) {
     this.onSend = onSend;
     this.#send.append(icon("send"));
     this.#stop.append(icon("stop"));
+    const attach = document.getElementById("attach");
+    attach.append(icon("attach"));
+    attach.addEventListener("click", () => this.#attachments.choose());
+    this.#field.addEventListener("paste", (event) => {
+      if (this.#attachments.takePaste(event)) event.preventDefault();
+    });
     this.#stop.addEventListener("click", () => {
       onStop();
       this.focus();
@@ -58,7 +66,9 @@ export class Composer {
 
   /** Sends the text, if it can be sent. */
   submit() {
-    if (!this.#isBusy && this.onSend(this.#field.value)) this.set("");
+    if (this.#isBusy || !this.onSend(this.#field.value, this.#attachments.files)) return;
+    this.#attachments.clear();
+    this.set("");
   }
 
   #changed() {

@@ -1,5 +1,5 @@
-// DOM helpers. Text becomes text nodes only: nothing in the page parses HTML, which the
-// Content-Security-Policy forbids as well.
+// DOM helpers. Text becomes text nodes only: nothing but the sanitizer parses HTML, which the
+// Content-Security-Policy enforces.
 
 /**
  * An element with properties and children.
@@ -55,6 +55,14 @@ const ICONS = {
   dark: "M20 14.5A8.5 8.5 0 1 1 9.5 4a7 7 0 0 0 10.5 10.5z",
   auto: "M12 3a9 9 0 1 0 0 18 9 9 0 0 0 0-18M12 3v18M12 7h5.5M12 11h9M12 15h8",
   close: "M6 6l12 12M18 6L6 18",
+  left: "M14.5 6l-6 6 6 6",
+  right: "M9.5 6l6 6-6 6",
+  play: "M8 5l11 7-11 7z",
+  file: "M7 3h7l4 4v14H7zM14 3v4h4",
+  attach: "M19 11l-7.5 7.5a4.5 4.5 0 0 1-6.4-6.4L13 4.4a3 3 0 0 1 4.2 4.2L9.5 16.3a1.5 1.5 0 0 1-2.1-2.1L14 7.5",
+  import: "M12 4v11M7 10l5 5 5-5M5 20h14",
+  export: "M12 15V4M7 9l5-5 5 5M5 20h14",
+  trash: "M5 7h14M9 7V4h6v3M7 7l1 13h8l1-13",
   tool: "M14 6a4 4 0 0 1 5-1l-3 3 1 2 2 1 3-3a4 4 0 0 1-6 5l-7 7-3-3 7-7a4 4 0 0 1 1-4z",
 };
 

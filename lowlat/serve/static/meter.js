@@ -1,20 +1,23 @@
 // Meter: tokens per second, context usage, and the KV cache bytes it takes.
 
 import { bytes, count, rate, seconds } from "./format.js";
+import { sentText } from "./request.js";
 
 const CHARS_PER_TOKEN = 4; // estimate until the server reports the usage
 
-/** Tokens of the conversation: {tokens, isExact}. */
-export function contextTokens({ messages }, run) {
+/** Tokens of the shown messages: {tokens, isExact}. */
+export function contextTokens(messages, run) {
   let tokens = 0;
   let isExact = true;
   for (const message of messages) {
-    if (message.usage) {
-      tokens = message.usage.promptTokens + message.usage.completionTokens;
+    const { usage } = message;
+    if (usage && !usage.isEstimate && message.status !== "running") {
+      // Records from before answers could be continued have no contextTokens.
+      tokens = usage.contextTokens ?? usage.promptTokens + usage.completionTokens;
       isExact = true;
     } else {
       const isGrowing = run?.message === message;
-      const estimate = isGrowing ? run.pieces : Math.ceil(message.content.length / CHARS_PER_TOKEN);
+      const estimate = isGrowing ? run.pieces : Math.ceil(sentText(message).length / CHARS_PER_TOKEN);
       tokens += estimate;
       isExact &&= estimate === 0;
     }
@@ -28,11 +31,11 @@ export class Meter {
   #text = document.getElementById("usage-text");
   #rate = document.getElementById("rate");
 
-  update(conversation, run, model) {
+  update(messages, run, model) {
     this.#rate.textContent = run ? speedOf(run) : "";
-    this.#usage.hidden = !model?.max_model_len || !conversation.messages.length;
+    this.#usage.hidden = !model?.max_model_len || !messages.length;
     if (this.#usage.hidden) return;
-    const { tokens, isExact } = contextTokens(conversation, run);
+    const { tokens, isExact } = contextTokens(messages, run);
     const share = Math.min(1, tokens / model.max_model_len);
     this.#fill.style.width = `${100 * share}%`;
     this.#usage.classList.toggle("is-nearly-full", share > 0.9);

@@ -1,22 +1,38 @@
 // Request bodies: messages (or plain text, for a model without chat template) and sampling settings.
 
-/** Path and body of the request for the next response of `model` (an entry of /v1/models). */
-export function buildRequest(model, conversation, settings) {
-  const sampling = buildSampling(settings);
+import { textOptions } from "./text_settings.js";
+
+/**
+ * Path and body of the request for the next response of `model` (an entry of /v1/models). `conversation.messages` are
+ * those to send. `isResumed`: the model continues the last one, its own.
+ */
+export function buildRequest(model, conversation, settings, { isResumed = false } = {}) {
+  const sampling = { ...buildSampling(settings), ...textOptions(model, settings, { isResumed }) };
   if (model.has_chat_template === false) {
     const prompt = plainText(conversation);
     const body = { model: model.id, prompt, max_tokens: roomFor(prompt, model), ...sampling };
     return { path: "v1/completions", body };
   }
+  const prefill = isResumed ? { continue_final_message: true, add_generation_prompt: false } : {};
   return {
     path: "v1/chat/completions",
-    body: { model: model.id, messages: buildMessages(conversation), ...sampling },
+    body: { model: model.id, messages: buildMessages(conversation), ...sampling, ...prefill },
   };
+}
+
+/** The text of a message with its attached files, each in a fence that it does not contain. */
+export function sentText({ content, files = [] }) {
+  const attached = files.map(({ name, text }) => {
+    const runs = [...text.matchAll(/`{3,}/g)].map(([run]) => run.length);
+    const fence = "`".repeat(Math.max(2, ...runs) + 1);
+    return `File: ${name}\n${fence}\n${text}${text.endsWith("\n") ? "" : "\n"}${fence}`;
+  });
+  return [...attached, ...(content ? [content] : [])].join("\n\n");
 }
 
 /** The text so far: all messages, concatenated. */
 export function plainText(conversation) {
-  return conversation.messages.map((message) => message.content).join("");
+  return conversation.messages.map(sentText).join("");
 }
 
 /**
@@ -33,7 +49,8 @@ function roomFor(prompt, { max_model_len: context }) {
  */
 function buildMessages({ system, messages }) {
   const built = system.trim() ? [{ role: "system", content: system }] : [];
-  for (const { role, content } of messages) {
+  for (const message of messages) {
+    const [role, content] = [message.role, sentText(message)];
     if (!content) continue;
     const last = built.at(-1);
     if (last?.role === role) last.content += `\n\n${content}`;
@@ -43,8 +60,12 @@ function buildMessages({ system, messages }) {
 }
 
 /** At temperature 0 decoding is greedy; filters would be an error. */
-function buildSampling({ temperature, top_p, top_k, min_p, max_tokens, seed }) {
+function buildSampling({ temperature, top_p, top_k, min_p, max_tokens, seed, ...penalties }) {
   const body = { temperature };
+  const { presence_penalty, frequency_penalty, repetition_penalty } = penalties;
+  if (presence_penalty !== 0) body.presence_penalty = presence_penalty;
+  if (frequency_penalty !== 0) body.frequency_penalty = frequency_penalty;
+  if (repetition_penalty !== 1) body.repetition_penalty = repetition_penalty;
   if (temperature > 0) {
     body.top_p = top_p;
     if (top_k > 0) body.top_k = top_k;

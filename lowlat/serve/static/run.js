@@ -28,9 +28,16 @@ export class Run {
   #reasoningStarted = null;
   #firstPiece = null;
   #pieces = 0;
+  /** Usage of the part that is continued, or null. */
+  #before;
 
-  /** Fills `message` (from newAnswer) in place and calls `onChange` after each change. */
+  /**
+   * Fills `message` (from newAnswer) in place and calls `onChange` after each change. A message that has text is
+   * continued.
+   */
   constructor(message, { path, body }, onChange) {
+    this.#before = message.usage;
+    Object.assign(message, { status: "running", error: null, finishReason: null });
     this.message = message;
     this.request = { path, body };
     this.onChange = onChange;
@@ -79,7 +86,7 @@ export class Run {
   }
 
   #take(chunk) {
-    if (chunk.usage) this.message.usage = readUsage(chunk);
+    if (chunk.usage) this.message.usage = addUsage(this.#before, readUsage(chunk));
     const [choice] = chunk.choices ?? [];
     if (!choice) return;
     const delta = choice.delta ?? { content: choice.text };
@@ -123,6 +130,13 @@ export class Run {
   #end(status) {
     this.#endReasoning();
     this.message.status = status;
+    // A stopped answer has no report of the server: its text chunks are at least one token each.
+    if (status !== "done" && this.#pieces > 0 && this.message.usage === this.#before) {
+      this.message.usage = addUsage(this.#before, {
+        ...{ promptTokens: null, completionTokens: this.#pieces, cachedTokens: 0, prefillSeconds: null },
+        ...{ tokensPerSecond: this.rate, contextTokens: null, isEstimate: true },
+      });
+    }
   }
 
   #fail(error) {
@@ -145,5 +159,14 @@ function readUsage({ usage, lowlat }) {
     cachedTokens: usage.prompt_tokens_details?.cached_tokens ?? 0,
     prefillSeconds: lowlat?.prefill_seconds ?? null,
     tokensPerSecond: lowlat?.tokens_per_second ?? null,
+    contextTokens: usage.prompt_tokens + usage.completion_tokens,
+    isEstimate: false,
   };
+}
+
+/** Usage of an answer that was continued: the tokens of both parts; prompt and speed are those of the last. */
+function addUsage(before, usage) {
+  if (before === null) return usage;
+  const completionTokens = before.completionTokens + usage.completionTokens;
+  return { ...usage, completionTokens, isEstimate: usage.isEstimate || before.isEstimate };
 }

@@ -1,8 +1,9 @@
-// Settings panel: model, system prompt, sampling.
+// Settings panel: model, system prompt, sampling, structured output.
 
 import { h, icon } from "./dom.js";
 import { bytes, count } from "./format.js";
-import { DEFAULTS, loadSettings, saveSettings } from "./store.js";
+import { DEFAULTS, loadSettings, saveSettings, TEXT_DEFAULTS } from "./store.js";
+import { TextSettings } from "./text_settings.js";
 
 const FIELDS = [
   {
@@ -22,6 +23,18 @@ const FIELDS = [
     hint: "Keep this many of the most likely tokens; 0 keeps all.",
   },
   {
+    ...{ name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.05 },
+    hint: "Lowers tokens that the answer already has.",
+  },
+  {
+    ...{ name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.05 },
+    hint: "Lowers tokens by how often the answer has them.",
+  },
+  {
+    ...{ name: "repetition_penalty", label: "Repetition penalty", min: 0.5, max: 2, step: 0.01 },
+    hint: "Divides tokens of the prompt and the answer; 1 changes nothing.",
+  },
+  {
     ...{ name: "max_tokens", label: "Max tokens", min: 1, max: 1 << 20, step: 1, isNumber: true },
     hint: "Empty: up to the end of the context.",
   },
@@ -37,6 +50,7 @@ export class SettingsPanel {
   #toggle = document.getElementById("toggle-settings");
   #system = document.getElementById("system");
   #controls = new Map();
+  #text;
 
   /** `onSystem(text)`: the system prompt was changed; `onModel(id)`: another model was chosen. */
   constructor({ onSystem, onModel }) {
@@ -51,11 +65,14 @@ export class SettingsPanel {
       this.toggle(false);
     });
     this.#system.addEventListener("change", () => {
-      this.values.system = this.#system.value;
-      saveSettings(this.values);
+      this.#keep("system", this.#system.value);
       onSystem(this.#system.value);
     });
-    document.getElementById("model").addEventListener("change", (event) => onModel(event.target.value));
+    document.getElementById("model").addEventListener("change", ({ target }) => {
+      this.#keep("model", target.value);
+      onModel(target.value);
+    });
+    this.#text = new TextSettings(this.values, (name, text) => this.#keep(name, text));
     const form = document.getElementById("sampling");
     form.addEventListener("reset", (event) => this.#reset(event));
     form.addEventListener("submit", (event) => event.preventDefault());
@@ -80,6 +97,7 @@ export class SettingsPanel {
     const select = document.getElementById("model");
     select.replaceChildren(...models.map(({ id }) => h("option", { value: id, selected: id === current?.id }, id)));
     select.disabled = models.length < 2;
+    this.#text.showModel(current);
     const facts = current ? factsOf(current) : [];
     document
       .getElementById("model-facts")
@@ -89,6 +107,11 @@ export class SettingsPanel {
     document.getElementById("system-hint").textContent = hasSystem
       ? "Applies to this conversation and to new ones."
       : "This model has no chat template, so it takes no system prompt.";
+  }
+
+  #keep(name, value) {
+    this.values[name] = value;
+    saveSettings(this.values);
   }
 
   #build(field) {
@@ -122,15 +145,16 @@ export class SettingsPanel {
     problem.textContent = isValid ? "" : `${input.validationMessage} The last good value holds.`;
     input.setAttribute("aria-invalid", String(!isValid));
     if (!isValid) return;
-    this.values[name] = input.value === "" ? DEFAULTS[name] : Number(input.value);
-    saveSettings(this.values);
+    this.#keep(name, input.value === "" ? DEFAULTS[name] : Number(input.value));
     this.#showOutputs();
   }
 
   #reset(event) {
     event.preventDefault(); // the browser would empty the fields after this
-    Object.assign(this.values, DEFAULTS);
+    const { system, model } = this.values;
+    Object.assign(this.values, DEFAULTS, TEXT_DEFAULTS, { system, model });
     saveSettings(this.values);
+    this.#text.show(this.values);
     this.#show();
   }
 

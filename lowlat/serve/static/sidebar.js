@@ -1,6 +1,7 @@
-// Sidebar: the list of conversations; opens and closes on narrow screens.
+// Sidebar: the list of conversations with search; opens and closes on narrow screens.
 
-import { arrange, h, icon } from "./dom.js";
+import { arrange, h, icon, iconButton } from "./dom.js";
+import { search } from "./search.js";
 
 export class Sidebar {
   #list = document.getElementById("conversations");
@@ -10,7 +11,14 @@ export class Sidebar {
   /** Entries by conversation; they are reused, or a click during an update would be lost. */
   #entries = new Map();
 
-  constructor({ onNew }) {
+  #search = document.getElementById("search");
+  #found = document.getElementById("search-found");
+  #shown = { conversations: [], currentId: null, isRunning: () => false };
+
+  /** `actions`: onNew(), rename(conversation), remove(conversation). */
+  constructor({ onNew, rename, remove }) {
+    this.actions = { rename, remove };
+    this.#search.addEventListener("input", () => this.#draw());
     const begin = document.getElementById("new");
     begin.prepend(icon("plus"));
     begin.addEventListener("click", () => {
@@ -19,7 +27,7 @@ export class Sidebar {
     });
     this.#toggle.append(icon("menu"));
     this.#toggle.addEventListener("click", () => this.#setOpen(!this.#isOpen));
-    this.#list.addEventListener("click", () => this.close());
+    this.#list.addEventListener("click", (event) => event.target.closest("a") && this.close());
     document.getElementById("app").addEventListener("click", (event) => {
       if (event.target.id === "app") this.close(); // the shade next to an open panel
     });
@@ -43,12 +51,24 @@ export class Sidebar {
 
   /** `isRunning(id)` marks conversations with a running response. */
   show(conversations, currentId, isRunning) {
+    this.#shown = { conversations, currentId, isRunning };
+    this.#search.closest(".search").hidden = conversations.length === 0;
+    this.#draw();
+  }
+
+  #draw() {
+    const { conversations, currentId, isRunning } = this.#shown;
     const focused = document.activeElement?.closest?.("#conversations a")?.hash;
-    this.ids = conversations.map(({ id }) => id);
-    const entries = conversations.map(({ id }) => [id, this.#entries.get(id) ?? new Entry(id)]);
+    const query = this.#search.value.trim();
+    const found = query ? search(conversations, query) : conversations.map((conversation) => ({ conversation }));
+    this.#found.textContent = query ? `${found.length} found` : "";
+    this.ids = found.map(({ conversation: { id } }) => id);
+    const entries = this.ids.map((id) => [id, this.#entries.get(id) ?? new Entry(id, this.actions)]);
     this.#entries = new Map(entries);
-    for (const { id, title } of conversations) {
-      this.#entries.get(id).update({ title, isCurrent: id === currentId, isRunning: isRunning(id) });
+    for (const { conversation, excerpt = "" } of found) {
+      const { id } = conversation;
+      const state = { excerpt, isCurrent: id === currentId, isRunning: isRunning(id) };
+      this.#entries.get(id).update(conversation, state);
     }
     arrange(this.#list, entries.map(([, entry]) => entry.element));
     if (focused) this.#list.querySelector(`a[href="${focused}"]`)?.focus();
@@ -69,16 +89,24 @@ export class Sidebar {
 
 /** The list entry of one conversation. */
 class Entry {
-  constructor(id) {
-    this.title = h("span", {});
+  constructor(id, { rename, remove }) {
+    this.title = h("span", { class: "entry-title" });
+    this.excerpt = h("span", { class: "excerpt" });
     this.running = h("span", { class: "running", role: "img", "aria-label": "answering" });
-    this.link = h("a", { href: `#${id}` }, this.title);
-    this.element = h("li", {}, this.link);
+    this.link = h("a", { href: `#${id}` }, h("span", { class: "entry-text" }, this.title, this.excerpt));
+    this.rename = iconButton("edit", "Rename", () => rename(this.conversation));
+    this.remove = iconButton("trash", "Delete", () => remove(this.conversation));
+    this.element = h("li", {}, this.link, this.rename, this.remove);
   }
 
-  update({ title, isCurrent, isRunning }) {
-    const text = title || "Untitled";
+  update(conversation, { excerpt, isCurrent, isRunning }) {
+    this.conversation = conversation;
+    const text = conversation.title || "Untitled";
     if (this.title.textContent !== text) this.title.textContent = text;
+    this.excerpt.textContent = excerpt;
+    this.excerpt.hidden = !excerpt;
+    this.rename.setAttribute("aria-label", `Rename ${text}`);
+    this.remove.setAttribute("aria-label", `Delete ${text}`);
     if (isCurrent) this.link.setAttribute("aria-current", "page");
     else this.link.removeAttribute("aria-current");
     if (isRunning) this.link.append(this.running);

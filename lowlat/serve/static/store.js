@@ -1,20 +1,17 @@
 // Storage: conversations in IndexedDB, settings in localStorage. Nothing leaves the browser except
 // in requests.
 
+import { newId } from "./ids.js";
+import { merge, upgrade } from "./tree.js";
+
 const DATABASE = "lowlat";
 const TABLE = "conversations";
 const SETTINGS = "lowlat-settings";
 
-/** Random id; crypto.randomUUID would need https. */
-export function newId() {
-  const bytes = crypto.getRandomValues(new Uint8Array(12));
-  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
-
 /** A conversation without messages. */
 export function newConversation(system = "") {
   const now = Date.now();
-  return { id: newId(), title: "", system, created: now, updated: now, messages: [] };
+  return { id: newId(), title: "", isNamed: false, system, created: now, updated: now, messages: [], head: null };
 }
 
 /** The conversation store. Tabs notify each other of changes through `onChange`. */
@@ -40,20 +37,21 @@ export class ConversationStore {
     const stored = this.#database ? await this.#request("readonly", (table) => table.getAll()) : [];
     const all = new Map(stored.map((conversation) => [conversation.id, conversation]));
     for (const [id, conversation] of this.#memory) all.set(id, conversation);
-    return [...all.values()].sort((a, b) => b.updated - a.updated);
+    return [...all.values()].map(upgrade).sort((a, b) => b.updated - a.updated);
   }
 
   async get(id) {
     if (this.#memory.has(id)) return this.#memory.get(id);
-    return this.#database ? this.#request("readonly", (table) => table.get(id)) : undefined;
+    const stored = this.#database ? await this.#request("readonly", (table) => table.get(id)) : undefined;
+    return stored && upgrade(stored);
   }
 
-  /** Saves a copy of `conversation`. */
-  async put(conversation) {
+  /** Saves a copy of `conversation`, and keeps messages that another tab added; see merge for `liveId`. */
+  async put(conversation, liveId = null) {
     const copy = structuredClone(conversation);
     if (this.#database) {
       try {
-        await this.#request("readwrite", (table) => table.put(copy));
+        await this.#request("readwrite", (table) => putMerged(table, copy, liveId));
         this.#memory.delete(copy.id);
         this.#channel.postMessage({ id: copy.id });
         return;
@@ -79,12 +77,21 @@ export class ConversationStore {
     return new Promise((resolve, reject) => {
       const transaction = this.#database.transaction(TABLE, mode);
       const request = action(transaction.objectStore(TABLE));
-      // Without commit, a page that is closed now loses the change.
-      transaction.commit?.();
       transaction.oncomplete = () => resolve(request.result);
       transaction.onerror = transaction.onabort = () => reject(transaction.error ?? request.error);
     });
   }
+}
+
+function putMerged(table, conversation, liveId) {
+  const reading = table.get(conversation.id);
+  reading.onsuccess = () => {
+    const stored = reading.result;
+    table.put(stored ? merge(conversation, upgrade(stored), liveId) : conversation);
+    // Without commit, a page that is closed now loses the change.
+    table.transaction.commit?.();
+  };
+  return reading;
 }
 
 function openDatabase() {
@@ -103,11 +110,17 @@ export const DEFAULTS = Object.freeze({
   top_p: 0.95,
   top_k: 0,
   min_p: 0,
+  presence_penalty: 0,
+  frequency_penalty: 0,
+  repetition_penalty: 1,
   max_tokens: null,
   seed: null,
 });
 
-/** The stored settings over DEFAULTS, with `system`, the default system prompt; invalid values are dropped. */
+/** Default settings that are text: stop strings, one a line; a JSON schema; "on", "off" or "" for thinking. */
+export const TEXT_DEFAULTS = Object.freeze({ system: "", stop: "", schema: "", thinking: "", model: "" });
+
+/** The stored settings over the defaults; invalid values are dropped. `model` is the id of the chosen one. */
 export function loadSettings() {
   let stored = {};
   try {
@@ -115,7 +128,10 @@ export function loadSettings() {
   } catch {
     // No storage, or invalid data: use the defaults.
   }
-  const settings = { ...DEFAULTS, system: typeof stored.system === "string" ? stored.system : "" };
+  const settings = { ...DEFAULTS, ...TEXT_DEFAULTS };
+  for (const name of Object.keys(TEXT_DEFAULTS)) {
+    if (typeof stored[name] === "string") settings[name] = stored[name];
+  }
   for (const name of Object.keys(DEFAULTS)) {
     if (Number.isFinite(stored[name])) settings[name] = stored[name];
   }

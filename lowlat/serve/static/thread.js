@@ -28,21 +28,30 @@ export class Thread {
     new ResizeObserver(() => this.#stay()).observe(this.#scroller);
   }
 
-  /** Shows `messages`; `empty` is an element for a conversation that has none. */
-  show(messages, { system = "", empty }) {
+  /**
+   * Shows `messages`; `versionsOf(message)` are all versions of one; `empty` is an element for a conversation that has
+   * no messages. Scrolls to the end of another conversation and to a new answer.
+   */
+  show(messages, { system = "", versionsOf, empty }) {
     // Views of remaining messages are reused, with their expanded parts and selection.
-    const kept = new Map(this.#views.map((view) => [view.message, view]));
-    this.#views = messages.map((message) => kept.get(message) ?? new MessageView(message, this.actions));
+    const kept = new Map(this.#views.map((view) => [view.message.id, view]));
+    const [first, last] = [this.#views[0]?.message.id, this.#views.at(-1)?.message.id];
+    this.#views = messages.map((message) => kept.get(message.id) ?? new MessageView(message, this.actions));
+    messages.forEach((message, index) => {
+      const isLast = index === messages.length - 1;
+      this.#views[index].show(message, { versions: versionsOf(message), isLast });
+    });
     const head = system.trim() ? [systemNote(system)] : [];
     const body = this.#views.length ? this.#views.map((view) => view.element) : [empty];
     arrange(this.#list, [...head, ...body]);
-    this.#markLast();
-    if (this.#views.length) this.follow();
+    const end = messages.at(-1);
+    if (end && (messages[0].id !== first || (end.id !== last && end.status === "running"))) this.follow();
+    else this.#stay();
   }
 
   /** Renders changes of `message`. */
   refresh(message) {
-    this.#views.find((view) => view.message === message)?.update();
+    this.#views.find((view) => view.message.id === message.id)?.update();
     this.#stay();
   }
 
@@ -70,10 +79,6 @@ export class Thread {
     const { scrollHeight, scrollTop, clientHeight } = this.#scroller;
     this.#isPinned = scrollHeight - scrollTop - clientHeight < NEAR;
     this.#jump.hidden = this.#isPinned;
-  }
-
-  #markLast() {
-    this.#views.forEach((view, index) => view.setLast(index === this.#views.length - 1));
   }
 }
 

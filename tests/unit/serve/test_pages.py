@@ -14,7 +14,10 @@ from lowlat.serve.http.pages import COOKIE, MAX_FORM_BYTES, cookie_value, login_
 
 KEY = "a-key-of-this-test-0123456789"
 OTHER = "another-key-of-this-test-9876"
-FILES = sorted(path.name for path in pages.FOLDER.iterdir())
+FILES = sorted(
+    path.relative_to(pages.FOLDER).as_posix() for path in pages.FOLDER.rglob("*") if path.is_file()
+)
+OWN = [name for name in FILES if not name.startswith("vendor/")]
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
@@ -35,7 +38,15 @@ def client(*keys: str, base_url: str = "http://127.0.0.1:8000") -> httpx.AsyncCl
 
 async def test_every_file_is_served() -> None:
     """Each under its name with its type; none is left out and there is no other."""
-    types = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+    types = {
+        "css": "text/css",
+        "js": "text/javascript",
+        "png": "image/png",
+        "svg": "image/svg+xml",
+        "txt": "text/plain",
+        "webmanifest": "application/manifest+json",
+        "woff2": "font/woff2",
+    }
     async with client() as get:
         for name in FILES:
             response = await get.get(f"/static/{name}")
@@ -59,8 +70,10 @@ async def test_headers() -> None:
             )
             assert policy["default-src"] == "'none'"
             assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+            assert policy["font-src"] == policy["manifest-src"] == policy["img-src"] == "'self'"
             assert policy["frame-ancestors"] == policy["base-uri"] == "'none'"
             assert policy["require-trusted-types-for"] == "'script'"
+            assert policy["trusted-types"] == "dompurify"
             assert "unsafe" not in headers["Content-Security-Policy"]
             assert headers["X-Content-Type-Options"] == "nosniff"
             assert not any(name.startswith("access-control") for name in headers)
@@ -213,7 +226,7 @@ def test_cookie_value() -> None:
 
 def test_page_asks_for_nothing_else() -> None:
     """No file of the page names another host, and none holds inline scripts or styles."""
-    for name in FILES:
+    for name in (name for name in OWN if not name.endswith(".png")):
         text = Path(pages.FOLDER, name).read_text()
         hosts = set(re.findall(r"https?://[\w.]+", text)) - {"http://www.w3.org"}
         assert hosts == set(), name
@@ -224,3 +237,11 @@ def test_page_asks_for_nothing_else() -> None:
                 r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function",
                 text,
             )
+
+
+def test_fonts() -> None:
+    """Every font that a style sheet names is there, as woff2."""
+    style = Path(pages.FOLDER, "vendor/katex.css").read_text()
+    fonts = set(re.findall(r"url\(([^)]+)\)", style))
+    assert fonts == {name.removeprefix("vendor/") for name in FILES if name.endswith(".woff2")}
+    assert len(fonts) > 10
