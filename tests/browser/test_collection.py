@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import Open
-from tests.browser.steps import answers, ask, send, stored, wait_for_end
+from tests.browser.steps import USAGE, answer_with, answers, ask, event, send, stored, wait_for_end
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def test_search(page: Page) -> None:
         "機構": ["注意機構とは何か"],
         "ünïcode straße": ["Ünïcode Straße"],
         "u\u0308nïcode": ["Ünïcode Straße"],
-        "said: rank": ["rank of low matrices"],
+        "said: matrices": ["rank of low matrices"],
         "low.rank": [],
         "": list(reversed(texts)),
     }.items():
@@ -207,6 +207,7 @@ def test_several_models(open_page: Open) -> None:
     picker.select_option("other")
     page.get_by_role("button", name="New conversation").click()
     expect(page.locator(".welcome")).to_contain_text("other")
+    answer_with(page, [event({"content": "Yes."}), event({}, "stop"), USAGE])
     with page.expect_request("**/completions") as request:
         send(page, "to other")
     assert request.value.post_data_json["model"] == "other"

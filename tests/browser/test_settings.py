@@ -7,7 +7,7 @@ from playwright.sync_api import Page, Route, expect
 
 from tests.browser.conftest import Open
 from tests.browser.scripted import Server
-from tests.browser.steps import CHAT, answers, ask, send
+from tests.browser.steps import CHAT, USAGE, answer_with, answers, ask, event, send
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def test_schema(page: Page) -> None:
     field = page.get_by_label("JSON schema")
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     field.fill(json.dumps(schema))
-    page.route(CHAT, lambda route: route.abort(), times=2)
+    answer_with(page, [event({"content": "{}"}), event({}, "stop"), USAGE])
     for text in (json.dumps(schema), "[1]", '{"type": '):
         field.fill(text)
     expect(field).to_have_attribute("aria-invalid", "true")
@@ -72,6 +72,7 @@ def test_thinking(open_page: Open) -> None:
     expect(page.get_by_label("JSON schema")).to_be_visible()
     field = page.get_by_label("Thinking")
     expect(field).to_be_hidden()
+    answer_with(page, [event({"content": "Yes."}), event({}, "stop"), USAGE])
     names.extend(["clear_thinking", "thinking"])
     page.reload()
     page.get_by_role("button", name="Settings", exact=True).click()

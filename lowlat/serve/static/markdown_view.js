@@ -15,6 +15,8 @@ export class MarkdownView {
   /** Text before this offset has its final nodes, the first #numFinal ones. */
   #final = 0;
   #numFinal = 0;
+  /** Whether the text may define links: all of it is then rendered each time. */
+  #hasDefinitions = false;
   /** The listing that is the whole of the text after #final and still open, or null: {markup, line, node}. */
   #listing = null;
 
@@ -34,17 +36,19 @@ export class MarkdownView {
 
   #reset() {
     this.#final = this.#numFinal = 0;
+    this.#hasDefinitions = false;
     this.#listing = null;
     this.#element.replaceChildren();
   }
 
   #render(text, isComplete) {
-    if (this.#final > 0 && DEFINITION.test(text)) this.#final = this.#numFinal = 0;
+    this.#hasDefinitions ||= DEFINITION.test(text.slice(this.#final));
+    if (this.#hasDefinitions) this.#final = this.#numFinal = 0;
     const tail = text.slice(this.#final);
     const lines = tail.split("\n");
     const blocks = parseBlocks(tail, { isComplete });
     patch(this.#element, renderBlocks(blocks), this.#numFinal);
-    const settled = DEFINITION.test(text) ? 0 : numSettled(blocks, lines);
+    const settled = this.#hasDefinitions ? 0 : numSettled(blocks, lines);
     if (settled > 0) {
       this.#final += offsetOf(lines, blocks[settled].line);
       this.#numFinal += settled;

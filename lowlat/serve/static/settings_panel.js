@@ -89,7 +89,8 @@ export class SettingsPanel {
   }
 
   showSystem(text) {
-    if (this.#system.value !== text) this.#system.value = text;
+    // Another tab may save while the user types here.
+    if (this.#system.value !== text && document.activeElement !== this.#system) this.#system.value = text;
   }
 
   /** The list of models, and facts about the selected one. */

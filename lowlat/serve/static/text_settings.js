@@ -50,9 +50,9 @@ export function textOptions(model, { stop, schema, thinking }, { isResumed }) {
 
 export class TextSettings {
   #thinking = document.getElementById("thinking");
-  #fields = ["stop", "schema"].map((name) => ({
+  #fields = Object.entries({ stop: "stop-strings", schema: "schema" }).map(([name, id]) => ({
     name,
-    input: document.getElementById(name),
+    input: document.getElementById(id),
     problem: h("p", { class: "field-problem", role: "alert" }),
   }));
 
