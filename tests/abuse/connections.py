@@ -69,7 +69,7 @@ def paths() -> Iterator[Case]:
         "/v1%2fcompletions/", "/v1/%2fcompletions", "/v1/completions%2f", "/v1/completions%00",
         "/v1/completions%20", "/v1/completions%0d%0aX:1", "/V1/completions", "/v1/Completions",
         "/v1\\completions", "/v1/completions.json", "/v1/completions/../../health", "/v1",
-        "/completions", "/chat/completions", "/api/v1/completions", "/v1/embeddings",
+        "/completions", "/chat/completions", "/api/v1/completions",
         "/v1/images/generations", "/v1/audio/speech", "/v1/files", "/v1/load_lora_adapter",
         "/docs", "/redoc", "/static/../config.py", "/static/..%2fx", "/static/%2e%2e/x",
         "/static/", "/static", "/static/index.html", "/.env", "/.git/config", "/favicon.ico",

@@ -157,7 +157,8 @@ def _wrong_types(route: str, name: str, node: Node) -> Iterator[Case]:
             if _type_of(value) not in allowed:
                 yield _case(f"{name}: {value!r} for true or false", route, node, value)
     if _is_closed(node.schemas):
-        for text in ("no-such-thing", "", "\u0000", "x" * 5000):
+        words = {word for schema in node.schemas for word in schema.get("enum", ())}
+        for text in {"no-such-thing", "", "\u0000", "x" * 5000} - words:
             yield _case(f"{name}: unknown word {text[:14]!r}", route, node, text)
     if any(schema.get("const") is False for schema in node.schemas):
         yield _case(f"{name}: true", route, node, True)

@@ -36,7 +36,8 @@ IGNORED_OPTIONS = (
 
 ModelName = Annotated[Id, AfterValidator(lambda name: name.removesuffix(":latest"))]
 Images = Annotated[list[object], Field(max_length=0)]
-HintNumber = Hint[int | bool | None]
+HintNumber = Hint[int | None]
+HintSwitch = Hint[bool | None]
 KeepAlive = Hint[int | float | str | None]
 
 
@@ -61,13 +62,13 @@ class OllamaOptions(StrictModel):
     num_gpu: HintNumber = None
     main_gpu: HintNumber = None
     num_thread: HintNumber = None
-    numa: HintNumber = None
-    low_vram: HintNumber = None
-    f16_kv: HintNumber = None
-    logits_all: HintNumber = None
-    vocab_only: HintNumber = None
-    use_mmap: HintNumber = None
-    use_mlock: HintNumber = None
+    numa: HintSwitch = None
+    low_vram: HintSwitch = None
+    f16_kv: HintSwitch = None
+    logits_all: HintSwitch = None
+    vocab_only: HintSwitch = None
+    use_mmap: HintSwitch = None
+    use_mlock: HintSwitch = None
 
 
 class OllamaFunctionCall(StrictModel):
