@@ -65,6 +65,8 @@ class KVCacheManager:
         if there are none."""
         if self.prefix is None or self.loader is None:
             return False
+        if sequence.request.options.pooling is not None:
+            return False
         if sequence.num_cached != len(sequence.pages) * self._page_size:
             return False
         count = (len(sequence.tokens) - 1) // self._page_size

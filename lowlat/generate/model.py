@@ -292,6 +292,11 @@ class Model:
     def _add(
         self, encoded: tuple[list[int], bool], params: SamplingParams, *, is_offline: bool
     ) -> TextRequest:
+        if self.pooling is not None:
+            raise UserError(
+                f"{self.name} is an embedding model and generates no text; serve it, and use"
+                " /v1/embeddings"
+            )
         ids, begins = encoded
         constraint = self._compile(params.structured, begins_text=begins)
         options = RequestOptions(constraint=constraint, is_offline=is_offline)

@@ -366,6 +366,13 @@ POOLING = [
         "if self.prefix is None:",
         POOL + "test_the_engine_pools_every_token",
     ),
+    Mutant(
+        "pooling: hidden states of tokens cached on disk left out",
+        "engine/kv_cache_manager.py",
+        "options.pooling is not None:\n            return False\n        if seq",
+        "options.pooling == 0:\n            return False\n        if seq",
+        POOL + "test_no_token_comes_from_the_cache_on_disk",
+    ),
 ]
 
 MUTANTS = [

@@ -20,7 +20,7 @@ from lowlat.config.hf.sentence_transformers import Pooling, read_pooling
 from lowlat.engine.request import PoolingMode
 from lowlat.generate.model import Model
 from lowlat.utils.errors import UserError
-from tests.abuse.local import Local, listening
+from tests.abuse.local import Local, listening, until
 from tests.fakes import byte_tokenizer, gqa_config, tiny_model
 
 PROMPTS = [[7, 3, 11, 2, 5], [13], [4, 4, 9, 1, 8, 6, 17], list(range(2, 103))]
@@ -93,6 +93,8 @@ def test_embeddings_are_pooled_hidden_states(
     kinds = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     write_modules(tmp_path, *kinds, **{name: key == mode for key, name in FIELDS.items()})
     model = lowlat.load(tmp_path, dtype="fp32")
+    with pytest.raises(UserError, match="generates no text"):
+        model.generate(PROMPTS[0])
     with embedding_server(model) as (_, client):
         answer = client.embeddings.create(model=model.name, input=PROMPTS, encoding_format="float")
     assert answer.usage.prompt_tokens == sum(map(len, PROMPTS))
@@ -127,8 +129,8 @@ def test_the_same_bits_alone_and_in_a_batch(mode: PoolingMode) -> None:
         together = embed(texts)
         assert [embed([text])[0] for text in texts] == together
         assert together[0] == together[3] != together[1]
+        until(lambda: server.is_idle)
         server.model.engine.check_integrity()
-        assert server.is_idle
 
 
 def test_many_texts_are_embedded_in_their_order() -> None:
@@ -204,3 +206,11 @@ def test_newer_files_name_the_mode(tmp_path: Path) -> None:
     write_modules(tmp_path, "Transformer", "Pooling", "Normalize", pooling_mode="lasttoken")
     assert read_pooling(tmp_path) == Pooling(mode="lasttoken", normalize=True)
     assert read_pooling(tmp_path / "none") is None
+
+
+def test_a_base_model_alone_is_no_language_model(tmp_path: Path) -> None:
+    """Its head would be made up."""
+    kind, base = BASES["llama"]
+    base(kind(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="architectures"):
+        lowlat.load(tmp_path, dtype="fp32")

@@ -1,6 +1,7 @@
 """Pooling of hidden states into embeddings: by hand, chunk by chunk, and through the engine."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from lowlat.engine.pooling import PoolingState
 from lowlat.engine.request import Chunk, PoolingMode, RequestOptions
 from lowlat.engine.runner import ModelRunner
 from tests.fakes import gqa_config, tiny_model
+
+from .disk_engines import PROMPT, disk_engine, outputs
 
 MODES: tuple[PoolingMode, ...] = ("cls", "mean", "lasttoken")
 STATES = torch.randn(11, 7, generator=torch.Generator().manual_seed(3))
@@ -87,3 +90,10 @@ def test_the_engine_pools_every_token(mode: PoolingMode) -> None:
         expected = {"cls": hidden[0], "mean": hidden.mean(0), "lasttoken": hidden[-1]}[mode]
         torch.testing.assert_close(embedding, expected.double())
         runner.release(pages)
+
+
+def test_no_token_comes_from_the_cache_on_disk(tmp_path: Path) -> None:
+    outputs(disk_engine(tmp_path))
+    (warm,) = embed(disk_engine(tmp_path), [PROMPT], "mean")
+    (cold,) = embed(disk_engine(tmp_path / "empty"), [PROMPT], "mean")
+    torch.testing.assert_close(warm, cold)
