@@ -43,12 +43,20 @@ BoundMatrix make_fp8(const Array& weight, const Array& scale, const Optional& oc
   return bound;
 }
 
-BoundMatrix make_int8_rows(const Array& weight, const Array& scale, const Optional& occupied) {
-  BoundMatrix bound = by_rows(Storage::int8_rows, weight, Type::int8);
+BoundMatrix make_rows(Storage storage, Type type, const Array& weight, const Array& scale, const Optional& occupied) {
+  BoundMatrix bound = by_rows(storage, weight, type);
   bound.matrix.scale = elements<float>(scale, "scale", Type::fp32, {bound.matrix.rows});
   bound.owners.push_back(scale);
   attach_occupied(bound, occupied);
   return bound;
+}
+
+BoundMatrix make_fp8_rows(const Array& weight, const Array& scale, const Optional& occupied) {
+  return make_rows(Storage::fp8_rows, Type::uint8, weight, scale, occupied);
+}
+
+BoundMatrix make_int8_rows(const Array& weight, const Array& scale, const Optional& occupied) {
+  return make_rows(Storage::int8_rows, Type::int8, weight, scale, occupied);
 }
 
 // Weights in tiles of 16 rows and quantization groups of 32 columns.
@@ -118,6 +126,7 @@ void bind_matrix(nb::module_& module) {
   nb::class_<BoundMatrix>(module, "Matrix")
       .def_static("bf16", make_bf16, "weight"_a, nb::kw_only(), "occupied"_a = nb::none())
       .def_static("fp8", make_fp8, "weight"_a, "scale"_a, nb::kw_only(), "occupied"_a = nb::none())
+      .def_static("fp8_rows", make_fp8_rows, "weight"_a, "scale"_a, nb::kw_only(), "occupied"_a = nb::none())
       .def_static("int8_rows", make_int8_rows, "weight"_a, "scale"_a, nb::kw_only(), "occupied"_a = nb::none())
       .def_static("int8", make_int8, "weight"_a, "scale"_a, nb::kw_only(), "rows"_a, "columns"_a,
                   "occupied"_a = nb::none())

@@ -145,7 +145,7 @@ BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t 
   require(!a.kv_b.is_tiled(), "kv_b is not row-major");
   require_shape(a.kv_b, heads * (k_b ? value_dim : nope_dim + value_dim), a.latent_dim, "kv_b");
   if (a.k_b) {
-    require(!a.k_b->is_tiled() && a.k_b->storage != Storage::int8_rows, "k_b has an unsupported storage");
+    require(!a.k_b->is_tiled() && !a.k_b->has_row_scales(), "k_b has an unsupported storage");
     require_shape(*a.k_b, heads * a.latent_dim, nope_dim, "k_b");
     // Packed activations are found by address, so heads must not share padded ones.
     require(nope_dim % kGroup == 0, "k_b has columns that are no multiple of 32");

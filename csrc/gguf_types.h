@@ -1,5 +1,6 @@
-// The quantized types of GGUF files: number in files, columns and bytes of a block. The gguf package's
-// GGML_QUANT_SIZES holds the same numbers for Python.
+// Quantized types of weights in blocks: number, columns and bytes of a block. Those of GGUF files have the numbers and
+// sizes of the gguf package's GGML_QUANT_SIZES; numbers from 200 are int4 weights of safetensors files
+// (lowlat/ops/int4_blocks.py).
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,10 @@ namespace lowlat {
   X(TQ1_0, 34, 256, 54)      \
   X(TQ2_0, 35, 256, 66)      \
   X(MXFP4, 39, 32, 17)       \
-  X(NVFP4, 40, 64, 36)
+  X(NVFP4, 40, 64, 36)       \
+  X(INT4_BF16, 200, 32, 18)  \
+  X(INT4_32, 201, 32, 20)    \
+  X(INT4_128, 202, 128, 68)
 
 enum class GgufType : std::uint8_t {
 #define LOWLAT_NUMBER(name, number, columns, bytes) name = number,
@@ -59,23 +63,27 @@ constexpr const GgufTypeInfo* find_gguf_type(std::int64_t number) {
   return nullptr;
 }
 
-// The order of a block's elements: fp16 numbers, words of 4 bytes.
+// The order of a block's elements: bytes, numbers of 2 bytes, words of 4 bytes.
 struct GgufElements {
-  int halves, words;
+  int bytes, halves, words;
 };
 
 // Elements of the types that are faster interleaved (matrix.h); none for the others.
 constexpr GgufElements gguf_elements(GgufType type) {
   switch (type) {
     case GgufType::Q4_0:
-    case GgufType::IQ4_NL: return {1, 4};
-    case GgufType::Q4_1: return {2, 4};
-    case GgufType::Q5_0: return {1, 5};
-    case GgufType::Q5_1: return {2, 5};
-    case GgufType::Q8_0: return {1, 8};
-    case GgufType::Q4_K: return {2, 35};
-    case GgufType::IQ4_XS: return {2, 33};
-    default: return {0, 0};
+    case GgufType::INT4_BF16:
+    case GgufType::IQ4_NL: return {0, 1, 4};
+    case GgufType::Q4_1: return {0, 2, 4};
+    case GgufType::Q5_0: return {0, 1, 5};
+    case GgufType::Q5_1: return {0, 2, 5};
+    case GgufType::Q8_0: return {0, 1, 8};
+    case GgufType::Q4_K: return {0, 2, 35};
+    case GgufType::IQ4_XS: return {0, 2, 33};
+    case GgufType::MXFP4: return {1, 0, 4};
+    case GgufType::INT4_32: return {0, 0, 5};
+    case GgufType::INT4_128: return {0, 0, 17};
+    default: return {0, 0, 0};
   }
 }
 
@@ -86,6 +94,7 @@ template <class Body>
 inline void each_gguf_element(GgufType type, Body&& body) {
   const GgufElements elements = gguf_elements(type);
   std::int64_t offset = 0;
+  for (int i = 0; i < elements.bytes; ++i, ++offset) body(offset, 1);
   for (int i = 0; i < elements.halves; ++i, offset += 2) body(offset, 2);
   for (int i = 0; i < elements.words; ++i, offset += 4) body(offset, 4);
 }

@@ -14,14 +14,15 @@ using fp16 = std::uint16_t;
 constexpr int kTile = 16;   // rows of a tile: one per SIMD lane
 constexpr int kGroup = 32;  // columns that share a scale in int8 and int4; activation rows are padded to a multiple
 
-enum class Storage { bf16, fp8, int8_rows, int8, int4, gguf };
+enum class Storage { bf16, fp8, fp8_rows, int8_rows, int8, int4, gguf };
 
 // y = x W^T for W [rows, columns].
 //
-// bf16, fp8 and int8_rows are row-major with `stride` elements between rows, used in place, also in a memory-mapped
+// bf16, fp8, fp8_rows and int8_rows are row-major with `stride` elements between rows, used in place, also in a memory-mapped
 // file:
 //   fp8        e4m3, scale fp32 [ceil(rows / 128), ceil(columns / 128)]: a weight is bf16(value * scale of its block)
-//   int8_rows  scale fp32 [rows], on the sum of the row
+//   fp8_rows   e4m3, scale fp32 [rows], on the sum of the row
+//   int8_rows  likewise
 // gguf is row-major, too: `stride` bytes between rows, which are blocks of `type`, as in a GGUF file. If interleaved,
 // blocks of 16 rows form one, in which each element of a block (gguf_types.h) is followed by those of the other rows;
 // rows beyond the matrix are bytes of 0.
@@ -49,6 +50,7 @@ struct Matrix {
   std::int64_t tiles() const { return (rows + kTile - 1) / kTile; }
   std::int64_t tiles_across() const { return (columns + kTile - 1) / kTile; }
   std::int64_t groups() const { return (columns + kGroup - 1) / kGroup; }
+  bool has_row_scales() const { return storage == Storage::fp8_rows || storage == Storage::int8_rows; }
   bool is_tiled() const { return storage == Storage::int8 || storage == Storage::int4; }
   // Bytes of one group of a tile.
   std::int64_t group_bytes() const { return storage == Storage::int8 ? 512 : 256; }
@@ -64,7 +66,7 @@ struct Matrix {
     m.rows = count;
     m.first_row += first;
     m.data = static_cast<const char*>(data) + first * stride * element_bytes();
-    if (storage == Storage::int8_rows) m.scale = static_cast<const float*>(scale) + first;
+    if (has_row_scales()) m.scale = static_cast<const float*>(scale) + first;
     return m;
   }
 };

@@ -39,6 +39,10 @@ class Matrix:
         """e4m3 viewed as uint8 [rows, columns]; scale fp32 per block of 128 x 128."""
 
     @staticmethod
+    def fp8_rows(weight: Tensor, scale: Tensor, *, occupied: Tensor | None = None) -> Matrix:
+        """e4m3 viewed as uint8 [rows, columns], scale fp32 [rows]."""
+
+    @staticmethod
     def int8_rows(weight: Tensor, scale: Tensor, *, occupied: Tensor | None = None) -> Matrix:
         """int8 [rows, columns], scale fp32 [rows]."""
 

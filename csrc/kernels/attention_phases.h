@@ -195,11 +195,11 @@ inline void rotate_queries(const Pass& pass, const Attention& a, std::int64_t he
   rotate(q, a.rope_dim, turn.cos, turn.sin, a.interleave);
 }
 
-// NoPE queries of a head, rows `stride` apart. If W_UK is int8, its row scales are multiplied in.
+// NoPE queries of a head, rows `stride` apart. Row scales of W_UK are multiplied in.
 inline Activations head_queries(const Pass& pass, const Attention& a, const Matrix& w, std::int64_t head,
                                 std::int64_t first, std::int64_t tokens) {
   Activations q = rows_of_head(pass, a, head, first, tokens, w.rows, 3);
-  if (w.storage != Storage::int8_rows) return q;
+  if (!w.has_row_scales()) return q;
   const std::int64_t width = round_up(w.rows, 32);
   auto* scaled = pass.scratch.get<bf16>(4, tokens * width);
   for (std::int64_t t = 0; t < tokens; ++t) {

@@ -1,5 +1,5 @@
-// GEMV path for decoding: products of few activation rows, bound by weight bandwidth. Each weight is touched as
-// little as its storage allows: bf16, fp8 and int8 rows in file order, int8 and int4 groups as integers.
+// GEMV path for decoding: few activation rows, bound by weight bandwidth. Each weight is touched as little as its
+// storage allows: bf16, fp8 and int8 rows in file order, int8 and int4 groups as integers.
 #pragma once
 
 #include <utility>
@@ -30,10 +30,9 @@ inline const char* row_start(const Matrix& w, std::int64_t row) {
   return static_cast<const char*>(w.data) + row * w.stride * w.element_bytes();
 }
 
-// The scale of a step of a row; 1 except for fp8.
+// The scale of a step of 128 columns of a row; 1 except for fp8 blocks.
 template <Storage storage>
 inline float step_scale(const Matrix& w, std::int64_t row, std::int64_t column) {
-  static_assert(kStep == 128);
   if constexpr (storage == Storage::fp8) return row_scales(w, row)[column / kStep];
   return 1.0f;
 }
@@ -41,7 +40,7 @@ inline float step_scale(const Matrix& w, std::int64_t row, std::int64_t column) 
 // 32 whole columns of a row, within one scale step.
 template <Storage storage>
 inline P row_major_pairs(const char* start, std::int64_t column, float scale) {
-  if constexpr (storage == Storage::fp8) {
+  if constexpr (storage == Storage::fp8 || storage == Storage::fp8_rows) {
     return pairs_of_fp8(reinterpret_cast<const std::uint8_t*>(start) + column, scale);
   }
   return whole_pairs<storage>(start, column);
@@ -264,13 +263,14 @@ inline void gemv_tile(const Matrix& w, std::int64_t tile, NextTile, const Activa
 
 #endif
 
-// GEMV with row-major weights (bf16, fp8, int8): tiles [first, last) of y = x W^T.
+// GEMV with row-major weights (bf16, fp8, int8 rows): tiles [first, last) of y = x W^T.
 inline void gemv_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                         float* out, std::int64_t out_stride) {
   for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
     const NextTile then = tile + 1 < last ? NextTile{&w, tile + 1} : next;
     switch (w.storage) {
       case Storage::fp8: gemv_tile<Storage::fp8>(w, tile, then, x, out, out_stride); break;
+      case Storage::fp8_rows: gemv_tile<Storage::fp8_rows>(w, tile, then, x, out, out_stride); break;
       case Storage::int8_rows: gemv_tile<Storage::int8_rows>(w, tile, then, x, out, out_stride); break;
       default: gemv_tile<Storage::bf16>(w, tile, then, x, out, out_stride);
     }

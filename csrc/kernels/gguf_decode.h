@@ -167,6 +167,33 @@ struct Decoder<GgufType::NVFP4> {
   }
 };
 
+// --- int4 of safetensors files ------------------------------------------------------------------------------------------
+
+// A bf16 scale; zero is 8.
+template <>
+struct Decoder<GgufType::INT4_BF16> {
+  static constexpr bool kHasMinimum = false;
+  static void decode(const std::uint8_t* b, const Target& to) {
+    to.set_scales(2, std::bit_cast<float>(short_at(b) << 16));
+    split_halves(b + 2, 8, to.value);
+  }
+};
+
+// A word: an fp32 scale whose last 8 bits are 0, and instead of them the integer that stands for zero, 0 to 16.
+template <int columns>
+struct ZeroPointDecoder {
+  static constexpr bool kHasMinimum = false;
+  static void decode(const std::uint8_t* b, const Target& to) {
+    const std::uint32_t word = word_at(b);
+    to.set_scales(columns / 16, std::bit_cast<float>(word & 0xffffff00u));
+    for (int c = 0; c < columns; c += 32) split_halves(b + 4 + c / 2, static_cast<int>(word & 255), to.value + c);
+  }
+};
+template <>
+struct Decoder<GgufType::INT4_32> : ZeroPointDecoder<32> {};
+template <>
+struct Decoder<GgufType::INT4_128> : ZeroPointDecoder<128> {};
+
 // --- K types ----------------------------------------------------------------------------------------------------------
 
 // Two bits per column: byte i of 32 holds columns i, 32 + i, 64 + i and 96 + i.

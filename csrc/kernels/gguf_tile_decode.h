@@ -90,6 +90,62 @@ struct TileDecoder<GgufType::Q8_0> {
   Words word(int i) const { return plus_128({word_of(block, 2 + 4 * i)}).v; }
 };
 
+template <>
+struct TileDecoder<GgufType::MXFP4> {
+  static constexpr int kGroup = 32, kGroups = 1, kZero = 12;
+  static constexpr bool kHasMinimum = false;
+  const std::uint8_t* block;
+  F scale, minimum = zero();
+  explicit TileDecoder(const std::uint8_t* at) : block(at), scale(halves_of_e8m0(at)) {}
+  void start(int) {}
+  Words word(int i) const {
+    const Words code = nibbles(word_of(block, 1 + 4 * (i % 4)), i < 4 ? 0 : 4);
+    return _mm512_shuffle_epi8(level_codes(kFp4Levels, kZero), code);
+  }
+
+ private:
+  static F halves_of_e8m0(const std::uint8_t* at) {
+    const Words e = _mm512_cvtepu8_epi32(sixteen(at));
+    const Words normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
+    const Words tiny = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), e);
+    const __mmask16 is_tiny = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+    return {_mm512_castsi512_ps(_mm512_mask_mov_epi32(normal, is_tiny, tiny))};
+  }
+};
+
+// --- int4 of safetensors files ------------------------------------------------------------------------------------------
+
+template <>
+struct TileDecoder<GgufType::INT4_BF16> : NibbleTile<2, 0, false> {
+  static constexpr int kZero = 8;
+  explicit TileDecoder(const std::uint8_t* at) : NibbleTile(at) { scale = load_bf16(reinterpret_cast<const bf16*>(at)); }
+};
+
+// The minimum is the scale times the integer that stands for zero, exact in fp32.
+template <int groups>
+struct ZeroPointTile {
+  static constexpr int kGroup = 32, kGroups = groups, kZero = 0;
+  static constexpr bool kHasMinimum = true;
+  const std::uint8_t* block;
+  F scale, minimum;
+  int group = 0;
+  explicit ZeroPointTile(const std::uint8_t* at) : block(at) {
+    const Words words = word_of(at, 0);
+    scale = {_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(~255)))};
+    minimum = mul(byte_of(words, 0), scale);
+  }
+  void start(int g) { group = g; }
+  Words word(int i) const { return nibbles(word_of(block, 4 + 16 * group + 4 * (i % 4)), i < 4 ? 0 : 4); }
+};
+template <>
+struct TileDecoder<GgufType::INT4_32> : ZeroPointTile<1> {
+  using ZeroPointTile::ZeroPointTile;
+};
+template <>
+struct TileDecoder<GgufType::INT4_128> : ZeroPointTile<4> {
+  using ZeroPointTile::ZeroPointTile;
+};
+
 // --- K types ------------------------------------------------------------------------------------------------------------
 
 // Scales and minima of Q4_K.

@@ -88,9 +88,9 @@ inline NextTile next_strip(const Matrix& w, std::int64_t strip, bool continues) 
 // Panels that multiply_strip() may need.
 inline std::int64_t strip_panels(const Matrix& w) { return 2 * num_panels(w.columns); }
 
-// Applies the row scales of int8_rows to the products of a tile.
+// Applies row scales to the products of a tile.
 inline void scale_rows(const Matrix& w, std::int64_t tile, std::int64_t rows, float* out, std::int64_t out_stride) {
-  if (w.storage != Storage::int8_rows) return;
+  if (!w.has_row_scales()) return;
   const F scale = load(static_cast<const float*>(w.scale) + tile * kTile, w.rows - tile * kTile);
   for (std::int64_t r = 0; r < rows; ++r) store(out + r * out_stride, mul(load(out + r * out_stride), scale));
 }

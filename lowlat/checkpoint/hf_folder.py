@@ -18,6 +18,7 @@ from lowlat.checkpoint.mapped_file import MappedFile
 from lowlat.checkpoint.safetensors.reader import SafetensorsFile
 from lowlat.checkpoint.shard_layout import INDEX_FILE, SINGLE_FILE
 from lowlat.checkpoint.tensor_source import StoredTensor, TensorSource
+from lowlat.checkpoint.vendors.source import vendor_source
 from lowlat.utils.errors import UserError
 from lowlat.utils.gguf_parts import existing_parts
 from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
@@ -84,7 +85,8 @@ def _open_folder(folder: Path) -> TensorSource:
         name: _FileTensor(file.extents[name].shape, file.extents[name].dtype, file, name)
         for name, file in files.items()
     }
-    return with_language_head(language_part(TensorSource(folder, config, tensors)))
+    source = language_part(TensorSource(folder, config, tensors))
+    return vendor_source(with_language_head(source))
 
 
 def read_json(path: Path) -> dict[str, Any]:

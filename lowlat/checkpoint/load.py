@@ -12,10 +12,10 @@ import torch
 
 from lowlat.checkpoint.dequantized_source import dequantized_source
 from lowlat.checkpoint.fill_parameters import fill_parameters
-from lowlat.checkpoint.gguf.stored_blocks import Readers, read_blocks, store_blocks
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.mapping import check_tensors, operations, resolve_mtp_modules
 from lowlat.checkpoint.mapping_operations import Operation
+from lowlat.checkpoint.stored_blocks import Readers, read_blocks, store_blocks
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import ModelConfig, Packing
@@ -53,11 +53,12 @@ def load_model(
 ) -> LoadedModel:
     """Load the model of `checkpoint`: a Hugging Face folder or a .gguf file, or one opened before.
 
-    dtype: "auto" keeps every tensor as stored (fp8 blocks included; GGUF's block formats become
-    fp32); fp64, fp32, bf16 and fp16 cast all of them; int8 and int4 quantize the projections
+    dtype: "auto" keeps every tensor as stored (fp8 blocks included; GGUF's block formats and the
+    quantized weights of `checkpoint.vendors` become fp32); fp64, fp32, bf16 and fp16 cast all of
+    them; int8 and int4 quantize the projections
     (`model.quant`) and cast the rest to bf16. Router biases are always fp32. Packed weights stay
     packed for auto, bf16 and their own dtype; for others they are dequantized. With `keeps_blocks`
-    so do matrices in GGUF blocks for auto and bf16, where native kernels run; other tensors of
+    so do matrices of these two kinds for auto and bf16, where native kernels run; other tensors of
     their file then become bf16.
 
     Nothing is allocated before all names and shapes match. On the CPU a tensor that needs no change
@@ -111,7 +112,7 @@ def _keep_blocks(
     dtype: str,
     device: torch.device,
 ) -> Readers:
-    """Readers of the matrices that stay in GGUF blocks; none without native kernels."""
+    """Readers of the quantized matrices that stay as stored; none without native kernels."""
     if dtype not in ("auto", "bf16") or device.type != "cpu" or not native.available():
         return {}
     return store_blocks(model, plan, source)

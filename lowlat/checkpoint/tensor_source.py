@@ -5,16 +5,43 @@ Every format presents Hugging Face tensor names, layouts and config fields. A st
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import quoted
+
+
+class Blocks(NamedTuple):
+    """A matrix as rows in blocks of a quantized type."""
+
+    kind: int
+    """Number of the type (`ops.gguf_blocks`)."""
+    rows: Callable[[], Tensor]
+    """Reads it, uint8 [rows, row_bytes]."""
+    in_file: bool = True
+    """Whether `rows` is a view of the mapped file, not a copy in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledRows:
+    """A matrix in fp8 (e4m3) with a scale per row."""
+
+    weight: Callable[[], Tensor]
+    """Reads the values [rows, columns], a view of the mapped file."""
+    scale: Callable[[], Tensor]
+    """Reads the scales, fp32 [rows]."""
+
+
+Quantized = tuple[Blocks, ...] | ScaledRows
+"""How a quantized matrix is kept: in blocks, as two matrices if it is a kv_b_proj of attn_k_b and
+attn_v_b; or with scaled rows. Empty for other tensors.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +57,10 @@ class StoredTensor(ABC):
     @abstractmethod
     def where(self) -> str:
         """'FILE: tensor NAME', the start of an error message about this tensor."""
+
+    def quantized(self) -> Quantized:
+        """The storage in which a quantized matrix is multiplied without expanding it."""
+        return ()
 
     @abstractmethod
     def read(self) -> Tensor:

@@ -32,7 +32,7 @@ class Subject:
     stored_bytes: int | None = None
     """Bytes of a checkpoint's tensors as loaded; None without a checkpoint."""
     in_blocks: bool = False
-    """Whether the weights are in GGUF blocks, which --dtype bf16 keeps as auto does."""
+    """Whether the weights are in blocks or fp8 rows, which --dtype bf16 keeps as auto does."""
 
 
 def info(
@@ -105,6 +105,7 @@ def open_subject(name: str, path: Path) -> Subject:
     from lowlat.checkpoint.hf_folder import open_checkpoint
     from lowlat.checkpoint.load import read_config
     from lowlat.checkpoint.mapping import resolve_mtp_modules
+    from lowlat.checkpoint.stored_blocks import stored_bytes
 
     source = open_checkpoint(path)
     config = resolve_mtp_modules(read_config(source), source)
@@ -116,6 +117,8 @@ def open_subject(name: str, path: Path) -> Subject:
             stored_bytes=sum(tensor.stop - tensor.start for tensor in tensors),
             in_blocks=any(tensor.kind not in PLAIN for tensor in tensors),
         )
+    if any(tensor.quantized() for tensor in source.tensors.values()):
+        return Subject(name=name, config=config, stored_bytes=stored_bytes(source), in_blocks=True)
     sizes = (
         math.prod(source.shape(tensor)) * source.dtype(tensor).itemsize for tensor in source.names()
     )

@@ -17,6 +17,7 @@ from lowlat.checkpoint.load import config_file, read_config
 from lowlat.checkpoint.mapping import resolve_mtp_modules
 from lowlat.checkpoint.resumable_writer import options_text
 from lowlat.checkpoint.tensor_source import TensorSource
+from lowlat.checkpoint.vendors.parts import VendorWeight
 from lowlat.config.model import ModelConfig
 from lowlat.convert.compression.budget import STEP, entry_budget
 from lowlat.convert.compression.methods import METHODS
@@ -93,6 +94,11 @@ def prepare_conversion(src: Path, dst: Path, options: ConversionOptions) -> Conv
         )
     tensors = open_checkpoint(src)
     config = resolve_mtp_modules(read_config(tensors), tensors)
+    if storage_type is None and _is_vendors(tensors):
+        raise UserError(
+            f"{src}: a conversion does not write the format of its quantized weights; choose the "
+            "number type with --dtype (bf16, fp8, int8, int4)"
+        )
     if is_same and storage_type == _quantized_type(config):
         raise UserError(f"{src}: nothing to convert; its weights are {storage_type} already")
     if options.to == "mla":
@@ -136,6 +142,11 @@ def source_fingerprint(src: Path) -> str:
         facts.append([file.name, stat.st_size, stat.st_mtime_ns])
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     return f"{src.resolve()} {digest}"
+
+
+def _is_vendors(source: TensorSource) -> bool:
+    """Whether weights are quantized as no conversion writes them (`checkpoint.vendors`)."""
+    return any(isinstance(tensor, VendorWeight) for tensor in source.tensors.values())
 
 
 def _quantized_type(config: ModelConfig) -> StorageType | None:

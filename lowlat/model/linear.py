@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lowlat.config.model import QuantConfig
 from lowlat.ops import gguf_blocks, native, native_kernels, quantized
-from lowlat.ops.fp8 import dequantize_blocks
+from lowlat.ops.fp8 import dequantize_blocks, dequantize_fp8_rows
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.quantized import (
     INT4_SHAPE,
@@ -28,7 +28,7 @@ from lowlat.ops.quantized import (
     quantize_rows,
 )
 
-Storage = Literal["plain", "fp8", "int8", "int4", "int8_rows", "gguf"]
+Storage = Literal["plain", "fp8", "int8", "int4", "fp8_rows", "int8_rows", "gguf"]
 """Storage formats of a weight."""
 
 
@@ -89,11 +89,13 @@ class Linear(nn.Module):
     fp8        weight [out, in], weight_scale_inv per block (`ops.fp8`)
     int8       weight and weight_scale in tiles (`ops.quantized`)
     int4       weight, weight_scale and weight_minimum in tiles
+    fp8_rows   weight [out, in], weight_scale [out]
     int8_rows  weight [out, in], weight_scale [out]
-    gguf       weight [out, row_bytes] in blocks of GGUF type `gguf_type`, or `is_interleaved` in
-               tiles of 16 rows (`ops.gguf_blocks.interleave`); an MLA up-projection may
-               be split instead: the values' rows of all heads in weight, the keys' rows, each head
-               transposed, in weight_keys [heads * in, row_bytes] of type `keys_type`
+    gguf       weight [out, row_bytes] in blocks of type `gguf_type`, GGUF's or of
+               `ops.int4_blocks`, or `is_interleaved` in tiles of 16 rows
+               (`ops.gguf_blocks.interleave`); an MLA up-projection may be split instead: the
+               values' rows of all heads in weight, the keys' rows, each head transposed, in
+               weight_keys [heads * in, row_bytes] of type `keys_type`
     """
 
     def __init__(
@@ -137,8 +139,14 @@ class Linear(nn.Module):
         group_shape = INT4_SHAPE if storage == "int4" else INT8_SHAPE
         self.weight = self._unfilled((tiles, groups, *group_shape), torch.uint8)
 
+    def store_fp8_rows(self) -> None:
+        """Replace the (still unfilled) weight by fp8 with a scale per row."""
+        self.storage = "fp8_rows"
+        self.weight_scale = self._unfilled((self.out_features,), torch.float32)
+        self.weight = self._unfilled((self.out_features, self.in_features), torch.float8_e4m3fn)
+
     def store_gguf(self, kind: int, *, interleaved: bool) -> None:
-        """Replace the (still unfilled) weight by rows in blocks of GGUF type number `kind`."""
+        """Replace the (still unfilled) weight by rows in blocks of type number `kind`."""
         self.storage, self.gguf_type, self.is_interleaved = "gguf", kind, interleaved
         shape = gguf_blocks.stored_shape(kind, self.out_features, self.in_features, interleaved)
         self.weight = self._unfilled(shape, torch.uint8)
@@ -169,6 +177,9 @@ class Linear(nn.Module):
             case "fp8":
                 assert self.weight_scale_inv is not None and self.block is not None
                 return dequantize_blocks(self.weight, self.weight_scale_inv, self.block, dtype)
+            case "fp8_rows":
+                assert self.weight_scale is not None
+                return dequantize_fp8_rows(self.weight, self.weight_scale, dtype)
             case "int8" | "int4" | "int8_rows":
                 parts = dict(self.named_parameters(recurse=False))
                 rows = slice(0, self.out_features)

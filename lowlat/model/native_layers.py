@@ -213,6 +213,9 @@ def weight_of(linear: Linear, *, sparse: bool = False):
         case "int4":
             scale, minimum = linear.weight_scale, linear.weight_minimum
             return matrix.int4(weight, scale, minimum, **size, occupied=occupied)
+        case "fp8_rows":
+            values = weight.view(torch.uint8)
+            return matrix.fp8_rows(values, linear.weight_scale, occupied=occupied)
         case "int8_rows":
             return matrix.int8_rows(weight, linear.weight_scale, occupied=occupied)
         case "gguf":

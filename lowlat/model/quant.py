@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Mapping
 
 import torch
-from gguf import GGMLQuantizationType
 from torch import nn
 
 from lowlat.config.model import Packing, QuantConfig
 from lowlat.model.linear import Embedding, Linear, Storage
+from lowlat.ops.gguf_blocks import type_name
 
 PLAIN = ("lm_head", "head", "eh_proj")
 """Projections that released fp8 checkpoints keep in bf16, as they do embedding, norms and gate."""
@@ -50,15 +50,18 @@ def packed_type(model: nn.Module) -> Packing | None:
 
 
 def weight_format(model: nn.Module, plain: torch.dtype) -> str:
-    """How most weights of `model` are stored: int8, int4, the names of up to two GGUF types, or
-    `plain`.
+    """How most weights of `model` are stored: int8, int4, fp8, the names of up to two GGUF types,
+    or `plain`.
     """
     sizes: Counter[int] = Counter()
     for module in model.modules():
         if isinstance(module, Linear | Embedding) and module.gguf_type is not None:
             sizes[module.gguf_type] += module.weight.nbytes
     if sizes:
-        return " and ".join(GGMLQuantizationType(kind).name for kind, _ in sizes.most_common(2))
+        names = dict.fromkeys(type_name(kind) for kind, _ in sizes.most_common())
+        return " and ".join(list(names)[:2])
+    if any(isinstance(one, Linear) and one.storage == "fp8_rows" for one in model.modules()):
+        return "fp8"
     return packed_type(model) or str(plain).removeprefix("torch.")
 
 

@@ -26,6 +26,13 @@ def dequantize_blocks(
     return (weight.to(torch.float32) * scale).to(dtype)
 
 
+def dequantize_fp8_rows(
+    weight: Float[Tensor, "out in"], scale: Float[Tensor, "out"], dtype: torch.dtype
+) -> Float[Tensor, "out in"]:
+    """The matrix of fp8 values times one scale per row, multiplied in fp32 and rounded once."""
+    return (weight.to(torch.float32) * scale[:, None]).to(dtype)
+
+
 def quantize_blocks(
     weight: Float[Tensor, "out in"], block: tuple[int, int], scale_fmt: str | None = None
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out_blocks in_blocks"]]:

@@ -1,6 +1,6 @@
-"""Values of GGUF's quantized blocks: sizes of blocks, dequantization.
+"""Values of quantized blocks, those of GGUF and of `int4_blocks`: sizes of blocks, dequantization.
 
-The gguf package is the reference implementation; the native kernel gives the same bits.
+The gguf package is the reference implementation of its types; native kernels give the same bits.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from gguf.quants import dequantize
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lowlat.ops import native
+from lowlat.ops import int4_blocks, native
 from lowlat.ops.quantized import TILE, Empty, num_tiles
 
 INTERLEAVING_LEVELS = ("amx", "avx512")
@@ -19,14 +19,26 @@ CHUNK_ELEMENTS = 2**22
 """Elements dequantized at a time, so that intermediates stay small."""
 
 
+def block_sizes(kind: int) -> tuple[int, int]:
+    """Columns and bytes of a block of type number `kind`."""
+    own = int4_blocks.SIZES.get(kind)
+    return GGML_QUANT_SIZES[GGMLQuantizationType(kind)] if own is None else own
+
+
+def type_name(kind: int) -> str:
+    """Name of type number `kind`, of a GGUF type as in files."""
+    own = int4_blocks.NAMES.get(kind)
+    return GGMLQuantizationType(kind).name if own is None else own
+
+
 def block_columns(kind: int) -> int:
-    """Columns of a block of GGUF type number `kind`."""
-    return GGML_QUANT_SIZES[GGMLQuantizationType(kind)][0]
+    """Columns of a block of type number `kind`."""
+    return block_sizes(kind)[0]
 
 
 def row_bytes(kind: int, columns: int) -> int:
     """Bytes of a row of `columns` values, which must be whole blocks."""
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    block, size = block_sizes(kind)
     assert columns % block == 0
     return columns // block * size
 
@@ -38,7 +50,7 @@ def stored_shape(kind: int, rows: int, columns: int, interleaved: bool) -> tuple
 
 def num_columns(kind: int, size: int) -> int:
     """Values of a row of `size` bytes."""
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    block, block_bytes = block_sizes(kind)
     return size // block_bytes * block
 
 
@@ -82,6 +94,9 @@ def dequantize_blocks(
     step = max(CHUNK_ELEMENTS // columns, 1)
     for first in range(0, rows, step):
         stored = weight[first : first + step].cpu().contiguous()
+        if kind in int4_blocks.NAMES:
+            values[first : first + step] = int4_blocks.dequantize_int4(stored, kind)
+            continue
         # as one long row: the gguf package walks rows in groups of 16, slow for short ones
         with np.errstate(all="ignore"):
             chunk = dequantize(stored.numpy().reshape(1, -1), GGMLQuantizationType(kind))

@@ -8,6 +8,7 @@ from .positions import QUERIES, ROPE, YARN
 from .routing import ROUTING
 from .sampling import SAMPLING
 from .training import TRAINING
+from .vendors import VENDORS
 
 OPS, MODEL, ATTENTION = "tests/unit/ops/", "tests/unit/model/", "tests/unit/attention/"
 POOL = "tests/unit/engine/test_pooling.py::"
@@ -390,4 +391,5 @@ MUTANTS = [
     *MTP,
     *POOLING,
     *TRAINING,
+    *VENDORS,
 ]

@@ -25,6 +25,18 @@ def int8_rows_matrix(w: Tensor, occupied: Tensor | None = None) -> "kernels.Matr
     return native.module().Matrix.int8_rows(*quantized.quantize_rows(w), occupied=occupied)
 
 
+def fp8_rows_matrix(w: Tensor, occupied: Tensor | None = None) -> "kernels.Matrix":
+    weight, scale = quantize_fp8_rows(w)
+    module = native.module()
+    return module.Matrix.fp8_rows(weight.view(torch.uint8), scale, occupied=occupied)
+
+
+def quantize_fp8_rows(w: Tensor) -> tuple[Tensor, Tensor]:
+    """fp8 values and a scale per row."""
+    scale = w.float().abs().amax(dim=1) / 448 + 1e-30
+    return (w.float() / scale[:, None]).to(torch.float8_e4m3fn), scale
+
+
 def fp8_matrix(w: Tensor, occupied: Tensor | None = None) -> "kernels.Matrix":
     weight, scale = quantize_blocks(w.float(), (128, 128))
     return native.module().Matrix.fp8(weight.view(torch.uint8), scale, occupied=occupied)

@@ -1,15 +1,18 @@
-"""Weights in GGUF blocks: values, GEMM and GEMV of every type, against the gguf package."""
+"""Weights in blocks: values, GEMM and GEMV of every type, against the gguf package; types of int4
+weights against `ops.int4_blocks`.
+"""
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowlat.ops import gguf_blocks, native
+from lowlat.ops import gguf_blocks, int4_blocks, native
+from lowlat.ops.gguf_blocks import block_sizes
 
 from . import kernels
 from .inputs import (
@@ -26,12 +29,16 @@ from .inputs import (
 
 pytestmark = needs_native
 
-TYPES = (
-    [GGMLQuantizationType(number) for number, *_ in native.module().gguf_types()]
-    if native.available()
-    else []
-)
-every_type_and_level = every_pair_with_level("kind", TYPES, ids=lambda kind: kind.name)
+TYPES = [number for number, *_ in native.module().gguf_types()] if native.available() else []
+WORDS = (int4_blocks.INT4_32, int4_blocks.INT4_128)
+
+
+def name_of(kind: int) -> str:
+    own = {200: "INT4_BF16", 201: "INT4_32", 202: "INT4_128"}
+    return own.get(kind) or GGMLQuantizationType(kind).name
+
+
+every_type_and_level = every_pair_with_level("kind", TYPES, ids=name_of)
 few = settings(max_examples=30)
 HALVES = {
     "Q4_0": (0,),
@@ -51,14 +58,24 @@ HALVES = {
 """Places of fp16 numbers in a block; 0 for types that are not listed."""
 
 
-def random_blocks(kind: GGMLQuantizationType, rows: int, blocks: int, seed: int) -> Tensor:
+def random_blocks(kind: int, rows: int, blocks: int, seed: int) -> Tensor:
     """Rows of random bytes: NaN, infinities and the smallest scales among them."""
     generator = torch.Generator().manual_seed(seed)
-    size = GGML_QUANT_SIZES[kind][1]
-    return torch.randint(0, 256, (rows, blocks * size), generator=generator, dtype=torch.uint8)
+    size = block_sizes(kind)[1]
+    shape = (rows, blocks * size)
+    return with_zero_points(
+        torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), kind
+    )
 
 
-def usual_blocks(kind: GGMLQuantizationType, rows: int, blocks: int, seed: int) -> Tensor:
+def with_zero_points(weights: Tensor, kind: int) -> Tensor:
+    """`weights` with zero points of at most 16."""
+    if kind in WORDS:
+        weights[:, :: block_sizes(kind)[1]] %= int4_blocks.MAX_ZERO + 1
+    return weights
+
+
+def usual_blocks(kind: int, rows: int, blocks: int, seed: int) -> Tensor:
     """Random blocks whose scales are of one size: about 2^-7."""
     weights = random_blocks(kind, rows, blocks, seed)
     each = weights.view(rows, blocks, -1)
@@ -68,15 +85,21 @@ def usual_blocks(kind: GGMLQuantizationType, rows: int, blocks: int, seed: int) 
         each[..., :4] = 32 + each[..., :4] % 32
     elif kind == GGMLQuantizationType.IQ1_M:
         each[..., 55] = 0x20 | each[..., 55] & 15
+    elif kind == int4_blocks.INT4_BF16:
+        each[..., 1] = 0x3C | each[..., 1] & 0x80
+    elif kind in WORDS:
+        each[..., 3] = 0x3C | each[..., 3] & 0x80
     else:
-        for at in HALVES.get(kind.name, (0,)):
+        for at in HALVES.get(name_of(kind), (0,)):
             each[..., at + 1] = 0x20 | each[..., at + 1] & 0x83
     return weights
 
 
-def exact(weights: Tensor, kind: GGMLQuantizationType) -> Tensor:
+def exact(weights: Tensor, kind: int) -> Tensor:
+    if kind in int4_blocks.NAMES:
+        return int4_blocks.dequantize_int4(weights, kind)
     with np.errstate(all="ignore"):
-        return torch.from_numpy(dequantize(weights.numpy(), kind))
+        return torch.from_numpy(dequantize(weights.numpy(), GGMLQuantizationType(kind)))
 
 
 def assert_same_numbers(one: Tensor, other: Tensor) -> None:
@@ -86,33 +109,33 @@ def assert_same_numbers(one: Tensor, other: Tensor) -> None:
     assert_same_bits(one.masked_fill(nan, 0), other.masked_fill(nan, 0))
 
 
-def test_the_table_is_that_of_the_gguf_package() -> None:
+def test_the_table_is_that_of_python() -> None:
     for number, name, columns, size, _ in native.module().gguf_types():
-        kind = GGMLQuantizationType(number)
-        assert (kind.name, (columns, size)) == (name, GGML_QUANT_SIZES[kind])
-        dequantize(np.zeros(size, dtype=np.uint8), kind)
+        assert (name_of(number), block_sizes(number)) == (name, (columns, size))
+        exact(torch.zeros(1, size, dtype=torch.uint8), number)
 
 
 @every_type_and_level
 @few
 @given(seed=seeds, blocks=st.integers(1, 20))
 def test_values_are_those_of_the_gguf_package(
-    level: str, kind: GGMLQuantizationType, seed: int, blocks: int
+    level: str, kind: int, seed: int, blocks: int
 ) -> None:
     weights = random_blocks(kind, 3, blocks, seed)
     expected = exact(weights, kind)
-    found = gguf_blocks.dequantize_natively(weights, int(kind), level=level)
+    found = gguf_blocks.dequantize_natively(weights, kind, level=level)
     assert_same_numbers(found, expected)
 
 
 @every_type_and_level
-def test_every_byte_of_every_place(level: str, kind: GGMLQuantizationType) -> None:
+def test_every_byte_of_every_place(level: str, kind: int) -> None:
     """Scales at their extremes: each byte of a block takes all values, the others being random."""
-    size = GGML_QUANT_SIZES[kind][1]
+    size = block_sizes(kind)[1]
     weights = usual_blocks(kind, 256 * size, 1, 7)
     for at in range(size):
         weights[256 * at : 256 * (at + 1), at] = torch.arange(256, dtype=torch.uint8)
-    found = gguf_blocks.dequantize_natively(weights, int(kind), level=level)
+    weights = with_zero_points(weights, kind)
+    found = gguf_blocks.dequantize_natively(weights, kind, level=level)
     assert_same_numbers(found, exact(weights, kind))
 
 
@@ -120,13 +143,13 @@ def test_every_byte_of_every_place(level: str, kind: GGMLQuantizationType) -> No
 @few
 @given(rows=st.integers(0, 20), blocks=st.integers(1, 10), kind_of_x=kinds, seed=seeds)
 def test_decode_products(
-    level: str, kind: GGMLQuantizationType, rows: int, blocks: int, kind_of_x: str, seed: int
+    level: str, kind: int, rows: int, blocks: int, kind_of_x: str, seed: int
 ) -> None:
     """GEMV: within the rounding of bf16 of the product of the exact weights."""
     weights = usual_blocks(kind, 37, blocks, seed)
     w = exact(weights, kind).double()
     x = draw((rows, w.shape[1]), kind_of_x, seed + 1)
-    matrix = native.module().Matrix.gguf(weights, type=int(kind))
+    matrix = native.module().Matrix.gguf(weights, type=kind)
     out = kernels.linear(x, matrix, is_decode=True, level=level)
     # An activation's step is 1/16256 of the largest of its 32.
     groups = x.double().abs().unflatten(1, (-1, 32))
@@ -147,13 +170,13 @@ def steps_of(w: Tensor) -> Tensor:
 @few
 @given(rows=st.integers(0, 40), blocks=st.integers(1, 6), seed=seeds)
 def test_prefill_products_are_those_of_bf16_weights(
-    level: str, kind: GGMLQuantizationType, rows: int, blocks: int, seed: int
+    level: str, kind: int, rows: int, blocks: int, seed: int
 ) -> None:
     """GEMM: the bits of a bf16 matrix of the values."""
     weights = usual_blocks(kind, 37, blocks, seed)
     dense = exact(weights, kind).bfloat16()
     x = draw((rows, dense.shape[1]), "normal", seed + 1)
-    packed = native.module().Matrix.gguf(weights, type=int(kind))
+    packed = native.module().Matrix.gguf(weights, type=kind)
     plain = native.module().Matrix.bf16(dense)
     out = kernels.linear(x, packed, level=level)
     assert_same_bits(out, kernels.linear(x, plain, level=level))
@@ -161,10 +184,10 @@ def test_prefill_products_are_those_of_bf16_weights(
 
 @every_type_and_level
 @pytest.mark.parametrize("decode", [False, True], ids=["", "decode"])
-def test_rows_stand_alone(level: str, kind: GGMLQuantizationType, decode: bool) -> None:
+def test_rows_stand_alone(level: str, kind: int, decode: bool) -> None:
     """27 rows cross every size of a block of accumulators."""
-    weights = usual_blocks(kind, 50, 256 * 9 // GGML_QUANT_SIZES[kind][0] // 4, 3)
-    matrix = native.module().Matrix.gguf(weights, type=int(kind))
+    weights = usual_blocks(kind, 50, 256 * 9 // block_sizes(kind)[0] // 4, 3)
+    matrix = native.module().Matrix.gguf(weights, type=kind)
     x = draw((27, matrix.columns), "wide", 2)
     assert_rows_stand_alone(
         lambda rows: kernels.linear(rows, matrix, is_decode=decode, level=level), x
@@ -172,9 +195,9 @@ def test_rows_stand_alone(level: str, kind: GGMLQuantizationType, decode: bool) 
 
 
 @every_type_and_level
-def test_nan_and_infinity_come_out(level: str, kind: GGMLQuantizationType) -> None:
+def test_nan_and_infinity_come_out(level: str, kind: int) -> None:
     weights = usual_blocks(kind, 20, 8, 1)
-    matrix = native.module().Matrix.gguf(weights, type=int(kind))
+    matrix = native.module().Matrix.gguf(weights, type=kind)
     for bad in (torch.nan, torch.inf):
         x = draw((3, matrix.columns), "normal", 2)
         x[1, 40] = bad
@@ -184,27 +207,25 @@ def test_nan_and_infinity_come_out(level: str, kind: GGMLQuantizationType) -> No
 
 
 INTERLEAVED = (
-    [GGMLQuantizationType(number) for number, *_, can in native.module().gguf_types() if can]
+    [number for number, *_, can in native.module().gguf_types() if can]
     if native.available()
     else []
 )
-every_interleaved_and_level = every_pair_with_level("kind", INTERLEAVED, ids=lambda kind: kind.name)
+every_interleaved_and_level = every_pair_with_level("kind", INTERLEAVED, ids=name_of)
 
 
 @every_interleaved_and_level
 @few
 @given(rows=st.integers(0, 30), blocks=st.integers(1, 9), seed=seeds)
-def test_interleaved_rows(
-    level: str, kind: GGMLQuantizationType, rows: int, blocks: int, seed: int
-) -> None:
+def test_interleaved_rows(level: str, kind: int, rows: int, blocks: int, seed: int) -> None:
     """The same values, the same bits of prefill, and decode products as near as those of rows."""
     weights = usual_blocks(kind, 37, blocks, seed)
-    packed = gguf_blocks.interleave(weights, int(kind))
-    found = gguf_blocks.dequantize_natively(packed, int(kind), interleaved_rows=37, level=level)
+    packed = gguf_blocks.interleave(weights, kind)
+    found = gguf_blocks.dequantize_natively(packed, kind, interleaved_rows=37, level=level)
     w = exact(weights, kind)
     assert_same_numbers(found, w)
-    plain = native.module().Matrix.gguf(weights, type=int(kind))
-    matrix = native.module().Matrix.gguf(packed, type=int(kind), interleaved_rows=37)
+    plain = native.module().Matrix.gguf(weights, type=kind)
+    matrix = native.module().Matrix.gguf(packed, type=kind, interleaved_rows=37)
     x = draw((rows, w.shape[1]), "normal", seed + 1)
     assert_same_bits(kernels.linear(x, matrix, level=level), kernels.linear(x, plain, level=level))
     out = kernels.linear(x, matrix, is_decode=True, level=level)
@@ -215,9 +236,9 @@ def test_interleaved_rows(
 
 @every_interleaved_and_level
 @pytest.mark.parametrize("decode", [False, True], ids=["", "decode"])
-def test_interleaved_rows_stand_alone(level: str, kind: GGMLQuantizationType, decode: bool) -> None:
-    packed = gguf_blocks.interleave(usual_blocks(kind, 50, 9, 3), int(kind))
-    matrix = native.module().Matrix.gguf(packed, type=int(kind), interleaved_rows=50)
+def test_interleaved_rows_stand_alone(level: str, kind: int, decode: bool) -> None:
+    packed = gguf_blocks.interleave(usual_blocks(kind, 50, 9, 3), kind)
+    matrix = native.module().Matrix.gguf(packed, type=kind, interleaved_rows=50)
     x = draw((27, matrix.columns), "wide", 2)
     assert_rows_stand_alone(
         lambda rows: kernels.linear(rows, matrix, is_decode=decode, level=level), x

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
-from lowlat.checkpoint.gguf import stored_blocks
+from lowlat.checkpoint import stored_blocks
 from lowlat.checkpoint.load import load_model
 from lowlat.cli.info import info
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig

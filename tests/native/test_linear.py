@@ -28,7 +28,15 @@ from .inputs import (
     rows,
     seeds,
 )
-from .matrices import bf16_matrix, fp8_matrix, int4_matrix, int8_matrix, int8_rows_matrix
+from .matrices import (
+    bf16_matrix,
+    fp8_matrix,
+    fp8_rows_matrix,
+    int4_matrix,
+    int8_matrix,
+    int8_rows_matrix,
+    quantize_fp8_rows,
+)
 
 pytestmark = needs_native
 
@@ -113,8 +121,23 @@ def test_int8_rows(
     assert_within(out, exact, bound + 2 * UNIT * exact.abs())
 
 
+@every_level
+@many
+@given(rows=rows, columns=columns, outs=outs, seed=seeds, stream=streams)
+def test_fp8_rows(level: str, rows: int, columns: int, outs: int, seed: int, stream: bool) -> None:
+    x = draw((rows, columns), "wide", seed)
+    weight, scale = quantize_fp8_rows(draw((outs, columns), "wide", seed + 1))
+    matrix = native.module().Matrix.fp8_rows(weight.view(torch.uint8), scale)
+    out = kernels.linear(x, matrix, is_decode=stream, level=level)
+    whole = weight.bfloat16()
+    exact = x.double() @ whole.double().T * scale.double()
+    bound = bf16_bound(x, whole) * scale.double()
+    assert_within(out, exact, bound + 2 * UNIT * exact.abs())
+
+
 every_storage = pytest.mark.parametrize(
-    "matrix", [bf16_matrix, fp8_matrix, int8_rows_matrix, int8_matrix, int4_matrix]
+    "matrix",
+    [bf16_matrix, fp8_matrix, fp8_rows_matrix, int8_rows_matrix, int8_matrix, int4_matrix],
 )
 
 

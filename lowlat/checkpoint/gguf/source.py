@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -27,20 +27,11 @@ from lowlat.checkpoint.gguf.tensor_layout import (
     join_kv_b,
     unpermute,
 )
-from lowlat.checkpoint.tensor_source import StoredTensor, TensorSource
+from lowlat.checkpoint.tensor_source import Blocks, Quantized, StoredTensor, TensorSource
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import quoted
 
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)\.(weight|bias)")
-
-
-class GGUFBlocks(NamedTuple):
-    """A matrix in blocks of a quantized type."""
-
-    kind: int
-    """Number of the GGUF type."""
-    rows: Callable[[], Tensor]
-    """Reads it, uint8 [rows, row_bytes]: a view of the mapped file, unless rows are permuted."""
 
 
 @final
@@ -53,14 +44,15 @@ class _Computed(StoredTensor):
     """Names in the file."""
     compute: Callable[[int, int], Tensor]
     """Computes rows [start, stop) without reading the others."""
-    blocks: tuple[GGUFBlocks, ...]
-    """The matrix in blocks of its type; of a joined kv_b_proj attn_k_b and attn_v_b. Empty if a
-    part of it is plain.
-    """
+    blocks: tuple[Blocks, ...]
+    """The matrix in blocks of its type; empty if a part of it is plain."""
 
     @property
     def where(self) -> str:
         return f"{self.file.path_of(self.names[0])}: tensor {quoted(self.names[0])}"
+
+    def quantized(self) -> Quantized:
+        return self.blocks
 
     def read(self) -> Tensor:
         return self.compute(0, self.shape[0])
@@ -71,11 +63,6 @@ class _Computed(StoredTensor):
     def release(self) -> None:
         for name in self.names:
             self.file.release(name)
-
-
-def blocks_of(tensor: StoredTensor) -> tuple[GGUFBlocks, ...]:
-    """See `_Computed.blocks`; empty for tensors of other formats."""
-    return tensor.blocks if isinstance(tensor, _Computed) else ()
 
 
 def open_gguf(path: Path) -> TensorSource:
@@ -146,7 +133,7 @@ class _Layout:
         dtypes = {self._gguf.dtype(name) for name in names}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         kinds = [self._gguf.tensors[name].kind for name in names]
-        blocks = tuple(map(GGUFBlocks, map(int, kinds), readers))
+        blocks = tuple(map(Blocks, map(int, kinds), readers))
         if len(shape) != 2 or any(kind in PLAIN for kind in kinds):
             blocks = ()
         return _Computed(shape, dtype, self._gguf, names, compute, blocks)

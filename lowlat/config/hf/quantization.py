@@ -1,5 +1,5 @@
 """The `quantization_config` of config.json <-> storage fields of ModelConfig; METHODS has an entry
-for each quant_method.
+for each quant_method, `vendor_quantization` those that `checkpoint.vendors` presents as plain.
 
 fp8 are blocks as DeepSeek releases them. lowlat marks projections packed in int8 or int4 tiles:
 
@@ -14,6 +14,7 @@ lowlat's parameters, also in exactly converted models, whose latent is not padde
 from collections.abc import Callable
 from typing import Any
 
+from lowlat.config.hf.vendor_quantization import VENDORS, is_vendors, vendor_quantization
 from lowlat.config.model import ModelConfig, Packing, QuantConfig
 from lowlat.utils.json_fields import JsonFields
 
@@ -31,7 +32,11 @@ def storage_from_hf(fields: JsonFields, methods: tuple[str, ...] = ()) -> dict[s
     table = fields.table("quantization_config")
     if table is None:
         return {}
-    return METHODS[table.choice("quant_method", methods or tuple(METHODS))](table)
+    method = table.choice("quant_method", methods or tuple({**METHODS, **dict.fromkeys(VENDORS)}))
+    if not methods and is_vendors(table):
+        vendor_quantization(table)
+        return {}
+    return METHODS[method](table)
 
 
 def storage_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def test_damaged_packed_files_name_the_tensor(
         ({"group_size": 64}, "quantization_config.group_size 64 is not supported; supported: 32"),
         ({"tile_rows": 8}, "quantization_config.tile_rows 8 is not supported"),
         ({"desc_act": False}, r"quantization_config.desc_act \(false\) is unknown"),
-        ({"quant_method": "awq"}, '"awq" is not supported; supported: fp8, lowlat'),
+        ({"quant_method": "aqlm"}, '"aqlm" is not supported; supported: fp8, lowlat'),
     ],
 )
 def test_unknown_packing_names_the_field(

@@ -195,14 +195,13 @@ def test_fp8_quantisation():
         weight_block_size=(128, 64), scale_fmt="ue8m0", modules_to_not_convert=("a",)
     )
     for change in (
-        {"quant_method": "gptq"},
+        {"quant_method": "aqlm"},
         {"fmt": "e5m2"},
         {"activation_scheme": "static"},
         {"scale_fmt": "mxfp8"},
         {"expert_dtype": "fp4"},
         {"dequantize": True},
         {"modules_to_convert": ["model.embed_tokens"]},
-        {"weight_block_size": None},
         {"weight_block_size": [128]},
         {"weight_block_size": [128, 0]},
         {"weight_block_size": [True, 128]},

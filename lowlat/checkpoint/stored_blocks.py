@@ -1,8 +1,9 @@
-"""Keep weights in the blocks of their GGUF file: gives the modules of a model the file's types.
+"""Keep quantized weights as their file has them: gives the modules of a model the file's types.
 
-Rows stay views of the memory-mapped file, with two exceptions that are copies of the same size: the
-permuted rows of llama's q and k, and on AVX-512 types that are faster interleaved, if all weights
-fit into memory. Attention of exactly converted models is excluded: its padding lies inside blocks.
+GGUF blocks and fp8 rows stay views of the memory-mapped file, with two exceptions that are copies
+of the same size: the permuted rows of llama's q and k, and on AVX-512 types that are faster
+interleaved, if all weights fit into memory. 4-bit weights of safetensors files are always copied,
+into blocks. Attention of exactly converted models is excluded: its padding lies inside blocks.
 """
 
 import math
@@ -12,17 +13,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowlat.checkpoint.gguf.source import GGUFBlocks, blocks_of
 from lowlat.checkpoint.mapping_operations import Operation, Rename
-from lowlat.checkpoint.tensor_source import StoredTensor, TensorSource
+from lowlat.checkpoint.tensor_source import Blocks, ScaledRows, StoredTensor, TensorSource
 from lowlat.config.model import MLAConfig
 from lowlat.model.linear import Embedding, Linear
 from lowlat.model.mla import MLA
 from lowlat.model.transformer import Transformer
 from lowlat.ops.gguf_blocks import can_interleave, interleave, row_bytes
 from lowlat.ops.quantized import Empty
+from lowlat.utils.errors import UserError
 from lowlat.utils.huge_pages import HugePageAllocator
-from lowlat.utils.memory import is_larger_than_memory
+from lowlat.utils.memory import is_larger_than_memory, memory_limit
 from lowlat.utils.progress import Progress
 
 Readers = Mapping[str, Callable[[], Tensor]]
@@ -32,10 +33,12 @@ _WEIGHT = ".weight"
 
 
 def store_blocks(model: Transformer, plan: Sequence[Operation], source: TensorSource) -> Readers:
-    """Give every unfilled projection and embedding of `model` that `source` has in blocks this
-    storage. Returns how its parameters are read.
+    """Give every unfilled projection and embedding of `model` that `source` has quantized this
+    storage. Returns how its parameters are read. Raises UserError if they must be copied and do not
+    fit into memory.
     """
-    in_memory = not is_larger_than_memory(_weight_bytes(source))
+    size = stored_bytes(source)
+    in_memory = not is_larger_than_memory(size)
     readers: dict[str, Callable[[], Tensor]] = {}
     empty = HugePageAllocator().empty
     for step in plan:
@@ -43,16 +46,21 @@ def store_blocks(model: Transformer, plan: Sequence[Operation], source: TensorSo
             continue
         path = step.parameter.removesuffix(_WEIGHT)
         module = model.get_submodule(path)
-        match blocks_of(source.tensors[step.file]):
+        stored = source.tensors[step.file]
+        match stored.quantized():
+            case ScaledRows() as rows if isinstance(module, Linear):
+                module.store_fp8_rows()
+                readers[step.parameter] = rows.weight
+                readers[f"{step.parameter}_scale"] = rows.scale
             case (whole,) if isinstance(module, Linear | Embedding):
+                if not (whole.in_file or in_memory):
+                    raise _too_large(source, size)
                 # MLA's up-projections are read by heads, untied embeddings by tokens.
                 is_product = isinstance(module, Linear) or model.lm_head is None
                 is_product = is_product and not path.endswith("kv_b_proj")
                 interleaved = in_memory and is_product and can_interleave(whole.kind)
                 module.store_gguf(whole.kind, interleaved=interleaved)
-                stored = source.tensors[step.file]
-                read = partial(_interleaved, whole, stored, empty) if interleaved else whole.rows
-                readers[step.parameter] = read
+                readers[step.parameter] = partial(_rows, whole, stored, interleaved, empty)
             case (keys, values) if isinstance(module, Linear):
                 attention = model.get_submodule(path.rpartition(".")[0])
                 assert isinstance(attention, MLA)
@@ -75,28 +83,40 @@ def read_blocks(
     return filled
 
 
-def _weight_bytes(source: TensorSource) -> int:
-    """Bytes of all weights: matrices in blocks as stored, the others and MLA's up-projections in
-    bf16.
+def stored_bytes(source: TensorSource) -> int:
+    """Bytes of all weights in memory: quantized matrices as stored, the others and MLA's
+    up-projections of two parts in bf16.
     """
     total = 0
     for tensor in source.tensors.values():
-        match blocks_of(tensor):
+        match tensor.quantized():
             case (whole,):
                 total += tensor.shape[0] * row_bytes(whole.kind, tensor.shape[1])
+            case ScaledRows():
+                total += math.prod(tensor.shape) + tensor.shape[0] * torch.float32.itemsize
             case _:
                 total += math.prod(tensor.shape) * torch.bfloat16.itemsize
     return total
 
 
-def _interleaved(blocks: GGUFBlocks, stored: StoredTensor, empty: Empty) -> Tensor:
-    rows = interleave(blocks.rows(), blocks.kind, empty)
-    stored.release()
+def _rows(blocks: Blocks, stored: StoredTensor, interleaved: bool, empty: Empty) -> Tensor:
+    rows = blocks.rows()
+    if interleaved:
+        rows = interleave(rows, blocks.kind, empty)
+    if interleaved or not blocks.in_file:
+        stored.release()
     return rows
 
 
+def _too_large(source: TensorSource, size: int) -> UserError:
+    return UserError(
+        f"{source.path}: its 4-bit weights are copied, {size / 1e9:,.1f} GB of them, and "
+        f"{memory_limit() / 1e9:,.1f} GB of memory are there; use a GGUF file, which is mapped"
+    )
+
+
 def _store_halves(
-    module: Linear, path: str, dims: MLAConfig, keys: GGUFBlocks, values: GGUFBlocks
+    module: Linear, path: str, dims: MLAConfig, keys: Blocks, values: Blocks
 ) -> Readers:
     module.store_gguf_heads(keys.kind, values.kind, dims.num_attention_heads, dims.qk_nope_head_dim)
     return {f"{path}{_WEIGHT}": values.rows, f"{path}{_WEIGHT}_keys": keys.rows}

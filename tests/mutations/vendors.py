@@ -1,0 +1,65 @@
+"""Mistakes about weights that other programs quantized."""
+
+from .mutant import Mutant
+
+VALUES = "tests/unit/checkpoint/test_vendors.py::test_values_are_those_of_the_oracle"
+INT4 = "checkpoint/vendors/int4.py"
+
+VENDORS = [
+    Mutant(
+        "AWQ: columns of a word in order",
+        INT4,
+        "codes = codes[..., torch.tensor(AWQ_ORDER).argsort()]",
+        "pass",
+        VALUES + "[awq]",
+    ),
+    Mutant(
+        "AWQ: order of a word's columns inverted",
+        INT4,
+        "torch.tensor(AWQ_ORDER).argsort()",
+        "torch.tensor(AWQ_ORDER)",
+        VALUES + "[awq]",
+    ),
+    Mutant(
+        "GPTQ v1: zero points as stored",
+        INT4,
+        "zeros = zeros + 1",
+        "pass",
+        VALUES + "[gptq]",
+    ),
+    Mutant(
+        "GPTQ: zero points of v2 moved as those of v1",
+        INT4,
+        'if self.scheme.layout == "gptq":',
+        'if self.scheme.layout != "awq":',
+        VALUES + "[gptq-v2]",
+    ),
+    Mutant(
+        "int4: zero points of compressed-tensors ignored",
+        INT4,
+        "codes -= SYMMETRIC_ZERO if zero is None else zero.float()[:, index]",
+        "codes -= SYMMETRIC_ZERO",
+        VALUES + "[int4-asymmetric]",
+    ),
+    Mutant(
+        "int4 blocks: adjacent columns in a byte",
+        "ops/int4_blocks.py",
+        "codes.view(rows, blocks, width // 32, 2, 16).unbind(dim=3)",
+        "codes.view(rows, blocks, width // 32, 16, 2).unbind(dim=4)",
+        VALUES + "[int4]",
+    ),
+    Mutant(
+        "MXFP4: the second column in the low half",
+        "checkpoint/vendors/float_weights.py",
+        "torch.stack([pairs & 15, pairs >> 4], dim=-1)",
+        "torch.stack([pairs >> 4, pairs & 15], dim=-1)",
+        VALUES + "[mxfp4]",
+    ),
+    Mutant(
+        "fp8 rows: the first row's scale for all",
+        "checkpoint/vendors/float_weights.py",
+        "return scale.flatten().expand(self.shape[0]).contiguous()",
+        "return scale.flatten()[:1].expand(self.shape[0]).contiguous()",
+        VALUES + "[fp8-channel]",
+    ),
+]
