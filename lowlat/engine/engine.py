@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowlat.engine.cache_fingerprint import fingerprint_of
 from lowlat.engine.disk_cache import DiskCache, DiskCacheOptions
-from lowlat.engine.model_step import StepOutput, num_logits, one_line, run_step
+from lowlat.engine.model_step import StepOutput, num_logits, num_sampled, one_line, run_step
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.pooling import PoolingState
 from lowlat.engine.prefill_planner import PREFILL_CHUNK, PrefillPlanner
@@ -256,6 +256,9 @@ class Engine:
             return self._fail_not_finite(sequence)
         if sequence.request.options.pooling is not None:
             return self._pool(chunk, hidden, sequence.request.options.pooling)
+        if sequence.request.needs_prompt_logprobs:
+            self._score_prompt(chunk, rows, first)
+            first, count = first + count - num_sampled(chunk), num_sampled(chunk)
         if count == 0:
             self._kv_cache.advance(sequence, chunk.length)
             return []
@@ -278,6 +281,15 @@ class Engine:
             return []
         (end,) = self._requests.end(sequence, "stop")
         return [replace(end, embedding=state.result())]
+
+    def _score_prompt(self, chunk: ScheduledChunk, rows: StepLogits, first: int) -> None:
+        """Record the log-probabilities of the prompt tokens that the rows of a chunk predict."""
+        request = chunk.sequence.request
+        targets = request.prompt[chunk.start + 1 : chunk.start + 1 + chunk.length]
+        # A preempted sequence computes its prompt again from the start.
+        del request.prompt_logprobs[chunk.start :]
+        count = request.options.prompt_logprobs or 0
+        request.prompt_logprobs += rows.score(first, targets, count)
 
     def _verify(
         self, sequence: Sequence, rows: StepLogits, first: int, count: int

@@ -40,8 +40,8 @@ class KVCacheManager:
     def match(self, sequence: Sequence) -> None:
         """Replace the pages of a sequence by its prefix cache hits, if these cover more tokens. The
         last token is always computed, because its logits are needed; all of a prompt whose hidden
-        states are pooled."""
-        if self.prefix is None or sequence.request.options.pooling is not None:
+        states are pooled, or whose tokens are scored."""
+        if self.prefix is None or not sequence.request.reads_prefix_cache:
             return
         size = self._page_size
         count = (len(sequence.tokens) - 1) // size
@@ -63,9 +63,7 @@ class KVCacheManager:
     def begin_load(self, sequence: Sequence) -> bool:
         """Start to read the pages that follow a sequence's prefix cache hits from the disk; False
         if there are none."""
-        if self.prefix is None or self.loader is None:
-            return False
-        if sequence.request.options.pooling is not None:
+        if self.prefix is None or self.loader is None or not sequence.request.reads_prefix_cache:
             return False
         if sequence.num_cached != len(sequence.pages) * self._page_size:
             return False
@@ -96,7 +94,7 @@ class KVCacheManager:
 
     def is_next_page_of(self, leader: Sequence, sequence: Sequence) -> bool:
         """Whether `leader` is about to compute the page that `sequence` needs next."""
-        if sequence.request.options.pooling is not None:
+        if not sequence.request.reads_prefix_cache:
             return False
         size, have = self._page_size, sequence.num_cached
         needed = have + size

@@ -76,9 +76,16 @@ def _model_input(scheduled: ScheduledChunk) -> Chunk:
 
 def num_logits(chunk: ScheduledChunk) -> int:
     """Rows of logits that a chunk needs: one for its last known token and one per draft token; none
-    while its prompt continues in a later step, and none of an embedding's prompt."""
-    if chunk.sequence.request.options.pooling is not None:
+    while its prompt continues in a later step, and none of an embedding's prompt; all of a prompt
+    whose tokens are scored."""
+    request = chunk.sequence.request
+    if request.options.pooling is not None:
         return 0
+    return chunk.length if request.needs_prompt_logprobs else num_sampled(chunk)
+
+
+def num_sampled(chunk: ScheduledChunk) -> int:
+    """Rows of logits, the last ones of a chunk, from which tokens are sampled."""
     return max(0, chunk.start + chunk.length - len(chunk.sequence.tokens) + 1)
 
 

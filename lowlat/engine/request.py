@@ -39,8 +39,24 @@ class RequestOptions:
     pooling: PoolingMode | None = None
     """How the final hidden states of the prompt become an embedding; no token is generated then.
     None: tokens are generated."""
+    prompt_logprobs: int | None = None
+    """Compute the log-probability of each prompt token and of this many of the likeliest ones.
+    Needs the logits of all of them, so no prefix cache page is used."""
     is_offline: bool = False
     """Whether no client streams its tokens: its decoding does not reduce the prefill budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """Log-probability of a prompt token, given those before it."""
+
+    token: int
+    logprob: float
+    """Natural log of the token's probability under the softmax of the raw logits."""
+    rank: int
+    """1 for the likeliest token."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens and their log-probabilities, best first."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -106,6 +122,19 @@ class Request:
     """Clock in seconds when the first step of the prompt began."""
     num_matched: int = 0
     """Tokens of the prompt found in the prefix cache when it started."""
+    prompt_logprobs: list[PromptLogprob] = field(default_factory=list)
+    """Of all prompt tokens computed so far but the first; with options.prompt_logprobs."""
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether the logits of prompt tokens are still needed."""
+        wants = self.options.prompt_logprobs is not None
+        return wants and len(self.prompt_logprobs) < len(self.prompt) - 1
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """Whether cached tokens need not be computed: neither pooled nor scored."""
+        return self.options.pooling is None and not self.needs_prompt_logprobs
 
 
 @dataclass(frozen=True, slots=True)

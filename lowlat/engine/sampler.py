@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowlat.engine.constraint import ConstraintState
 from lowlat.engine.params import TokenSamplingParams
+from lowlat.engine.request import PromptLogprob
 from lowlat.ops import sampling
 
 
@@ -118,6 +119,23 @@ class StepLogits:
         if not self._is_finite[row]:
             return None
         return sampler.sample(self._logits[row], self._best[row])
+
+    @torch.inference_mode()
+    def score(self, first: int, targets: Sequence[int], count: int) -> list[PromptLogprob]:
+        """Log-probabilities of `targets`, predicted by the rows from `first` on, and of the `count`
+        likeliest tokens.
+        """
+        logprobs = torch.log_softmax(self._logits[first : first + len(targets)].cpu(), dim=-1)
+        chosen = logprobs.gather(1, torch.tensor(targets, dtype=torch.int64)[:, None])
+        ranks = (logprobs > chosen).sum(dim=1) + 1
+        scored = []
+        for row, target, value, rank in zip(
+            logprobs, targets, chosen.flatten().tolist(), ranks.tolist(), strict=True
+        ):
+            top = ranked(row, count)[:count] if count else []
+            best = tuple((int(token), float(row[token])) for token in top)
+            scored.append(PromptLogprob(target, value, rank, best))
+        return scored
 
 
 def apply_penalties(

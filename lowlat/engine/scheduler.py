@@ -26,6 +26,9 @@ vLLM)."""
 MIXED_TOKENS = 256
 """Prefill tokens of a step that also decodes, if no more sequences prefill than decode. They take
 about as long as a step of eight decoding sequences on a CPU."""
+PROMPT_LOGPROB_TOKENS = 128
+"""Prefill tokens per step of a prompt whose log-probabilities are requested: their logits take 4
+bytes per token and entry of the vocabulary."""
 MAX_SEQUENCES = 128
 """Default of `Limits.max_sequences`."""
 PRIORITY_SECONDS = 1.0
@@ -230,6 +233,8 @@ class Scheduler:
                 budget -= given
         for sequence, limit in planned.items():
             if sequence in self.running:
+                if sequence.request.needs_prompt_logprobs:
+                    limit = min(limit, PROMPT_LOGPROB_TOKENS)
                 length, path = self._planner.next_chunk(
                     sequence.num_cached,
                     len(sequence.request.prompt),

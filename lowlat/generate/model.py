@@ -25,7 +25,7 @@ from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES, DiskCacheOptions
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import integer_of
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
-from lowlat.engine.request import RequestOptions
+from lowlat.engine.request import PromptLogprob, RequestOptions
 from lowlat.engine.scoring import Score
 from lowlat.generate.completion import Completion, Stream
 from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
@@ -208,6 +208,27 @@ class Model:
     def nll(self, ids: Sequence[int]) -> Float[Tensor, " predicted"]:
         """Negative log-likelihood in nats (fp64) of each of `ids` but the first."""
         return scoring.nll(self.runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
+
+    def prompt_logprobs(
+        self, prompts: Sequence[Sequence[int]], *, top: int = 0
+    ) -> list[list[PromptLogprob]]:
+        """Log-probabilities of each prompt's token ids but the first, and of the `top` likeliest
+        tokens at each place, in one batch. A prompt may have one token less than the context.
+        """
+        options = RequestOptions(prompt_logprobs=top, is_offline=True)
+        params = SamplingParams(max_tokens=1)
+        added: list[TextRequest] = []
+        try:
+            for ids in prompts:
+                added.append(self.session.add(self._check_ids(ids), params, options))
+            while not all(request.is_finished for request in added):
+                self._step()
+        finally:
+            for request in added:
+                self.session.abort(request)
+        for request in added:
+            request.builders[0].result()  # raises if it failed
+        return [request.request.prompt_logprobs for request in added]
 
     def perplexity(
         self,

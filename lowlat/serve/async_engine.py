@@ -98,11 +98,12 @@ class AsyncEngine:
         cache_namespace: bytes = b"",
         priority: int = 0,
         deadline: float | None = None,
+        prompt_logprobs: int | None = None,
         keep_special: frozenset[int] = frozenset(),
         begins_text: bool = True,
         pooling: PoolingMode | None = None,
     ) -> Generation:
-        """Queue a request. deadline: seconds from now. cache_namespace and pooling: see
+        """Queue a request. deadline: seconds from now. cache_namespace, prompt_logprobs, pooling: see
         RequestOptions. keep_special, begins_text: see CompletionBuilder.
 
         Raises UserError if the model cannot serve the request, Overloaded, Draining and EngineDead.
@@ -115,6 +116,7 @@ class AsyncEngine:
             cache_namespace=cache_namespace,
             constraint=grammar,
             pooling=pooling,
+            prompt_logprobs=prompt_logprobs,
         )
         generation = Generation(
             prompt,
@@ -346,5 +348,6 @@ class AsyncEngine:
 def _record_times(generation: Generation, request: TextRequest, index: int) -> None:
     usage = request.builders[index].usage
     generation.cached_tokens = usage.cached_tokens
+    generation.prompt_logprobs = request.request.prompt_logprobs
     generation.prefill_seconds = usage.prefill_seconds
     generation.decode_seconds = max(generation.decode_seconds, usage.decode_seconds)

@@ -40,7 +40,18 @@ def contradictions() -> Iterator[Case]:
         ("two limits", CHAT, {"max_completion_tokens": 3}, "max_tokens"),
         ("top_logprobs without logprobs", CHAT, {"top_logprobs": 1}, "top_logprobs"),
         ("top_logprobs, logprobs false", CHAT, unlogged, "top_logprobs"),
-        ("echo with logprobs", COMPLETIONS, {"echo": True, "logprobs": 1}, "echo"),
+        (
+            "streamed echo with logprobs",
+            COMPLETIONS,
+            {"echo": True, "logprobs": 1, "stream": True},
+            "echo",
+        ),
+        (
+            "streamed prompt_logprobs",
+            CHAT,
+            {"prompt_logprobs": 1, "stream": True},
+            "prompt_logprobs",
+        ),
         ("best_of above n", COMPLETIONS, {"best_of": 2}, "best_of"),
         ("best_of below n", COMPLETIONS, {"best_of": 1, "n": 2}, "best_of"),
         ("two functions of one name", CHAT, two, "tools"),
@@ -79,7 +90,7 @@ def unsupported() -> Iterator[Case]:
         "audio best_of chat_template documents add_generation_prompt continue_final_message echo"
         " function_call functions guided_json guided_regex guided_grammar guided_choice"
         " guided_decoding_backend include_reasoning length_penalty lora_request mirostat"
-        " mm_processor_kwargs model_path num_beams prompt prompt_logprobs prompt_embeds"
+        " mm_processor_kwargs model_path num_beams prompt prompt_embeds"
         " repeat_penalty allowed_token_ids"
         " bad_words skip_special_tokens stop_token_ids spaces_between_special_tokens"
         " truncate_prompt_tokens typical_p use_beam_search web_search_options min_tokens"

@@ -127,6 +127,24 @@ HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
     "lists of ids": (COMPLETIONS, lambda: prompt(packed([[1000] * 6000] * 128))),
     "floats": (COMPLETIONS, lambda: prompt(filled(b"[", b"1.5,", b"]"))),
     "ids to detokenize": (DETOKENIZE, lambda: prompt(packed([97] * (1 << 20)), b"tokens")),
+    "log-probabilities of prompts": (
+        COMPLETIONS,
+        lambda: packed(
+            {"model": NAME, "prompt": [[97] * 500] * 128, "max_tokens": 0, "prompt_logprobs": 3}
+        ),
+    ),
+    "echoed log-probabilities": (
+        COMPLETIONS,
+        lambda: packed(
+            {
+                "model": NAME,
+                "prompt": [[97] * 500] * 32,
+                "max_tokens": 0,
+                "echo": True,
+                "logprobs": 3,
+            }
+        ),
+    ),
     "objects": (COMPLETIONS, lambda: prompt(filled(b"[", b"{},", b"]"))),
     "arrays": (COMPLETIONS, lambda: prompt(filled(b"[", b"[],", b"]"))),
     "texts": (COMPLETIONS, lambda: prompt(filled(b"[", b'"ab",', b"]"))),

@@ -1,8 +1,9 @@
-"""Mistakes in what the filters keep and in the draw."""
+"""Mistakes in what the filters keep, in the draw, and in log-probabilities of prompts."""
 
 from .mutant import Mutant
 
 TEST = "tests/unit/ops/test_sampling.py::"
+PROMPTS = "tests/unit/serve/test_prompt_logprobs.py::"
 
 SAMPLING = [
     Mutant(
@@ -46,5 +47,33 @@ SAMPLING = [
         "weights = ((scores - largest) / temperature).exp()",
         "weights = (scores - largest).exp()",
         TEST + "test_temperature_is_applied_before_the_filters",
+    ),
+    Mutant(
+        "prompt log-probabilities: about the token itself, not the next one",
+        "engine/engine.py",
+        "request.prompt[chunk.start + 1 : chunk.start + 1 + chunk.length]",
+        "request.prompt[chunk.start : chunk.start + chunk.length]",
+        PROMPTS + "test_the_engine_scores_prompts",
+    ),
+    Mutant(
+        "prompt log-probabilities: ranks counted from 0",
+        "engine/sampler.py",
+        "ranks = (logprobs > chosen).sum(dim=1) + 1",
+        "ranks = (logprobs > chosen).sum(dim=1)",
+        PROMPTS + "test_the_engine_scores_prompts",
+    ),
+    Mutant(
+        "prompt log-probabilities: of a preempted prompt twice",
+        "engine/engine.py",
+        "del request.prompt_logprobs[chunk.start :]",
+        "pass",
+        PROMPTS + "test_preempted_prompts_are_scored_again",
+    ),
+    Mutant(
+        "prompt log-probabilities: none of tokens found in the prefix cache",
+        "engine/kv_cache_manager.py",
+        "if self.prefix is None or not sequence.request.reads_prefix_cache:",
+        "if self.prefix is None:",
+        PROMPTS + "test_the_engine_scores_prompts",
     ),
 ]

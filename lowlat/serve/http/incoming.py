@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 GRACE_SECONDS = 1.0
 """A body that takes longer is slow."""
+HEAD_START_BYTES = 1024
+"""Counted in favour of each body, so that one that has just begun is not the slowest."""
 MAX_BYTES = 256 * 2**20
 """Memory for bodies that have not arrived completely."""
 
@@ -28,8 +30,9 @@ class IncomingBody:
 
     @property
     def rate(self) -> float:
-        """Bytes per second so far."""
-        return self.num_bytes / max(time.monotonic() - self._started, 1e-3)
+        """Bytes per second so far, with a head start."""
+        elapsed = time.monotonic() - self._started
+        return (self.num_bytes + HEAD_START_BYTES) / (elapsed + GRACE_SECONDS)
 
     def drop(self) -> None:
         """End the wait for the rest, by a TimeoutError."""

@@ -81,6 +81,7 @@ class ChatRequest(SamplingRequest):
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
         self.check_stream()
+        self.check_prompt_logprobs()
         self._check_lengths()
         self._check_constraints()
         self._check_tools()

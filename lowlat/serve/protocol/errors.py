@@ -38,10 +38,11 @@ CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 def context_error(context: int, detail: str, *, param: str) -> RequestError:
     """A request that exceeds the context of `context` tokens.
 
-    Clients (litellm, LangChain) recognize OpenAI's wording at the start of the message.
+    Clients recognize it by its message: litellm by OpenAI's wording, LangChain by the code.
     """
     return RequestError(
-        f"This model's maximum context length is {context} tokens. {detail}",
+        f"This model's maximum context length is {context} tokens. {detail} "
+        f"({CONTEXT_LENGTH_EXCEEDED})",
         param=param,
         code=CONTEXT_LENGTH_EXCEEDED,
     )

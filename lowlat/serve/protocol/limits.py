@@ -26,6 +26,8 @@ MAX_EMBEDDING_INPUTS = 2048
 """Texts of one embeddings request."""
 MAX_LOGPROBS = 128
 """Completions times (top_logprobs + 1): the number of log-probabilities per position."""
+MAX_PROMPT_LOGPROBS = 1 << 18
+"""Completions times prompt tokens times (logprobs + 1), with echo or prompt_logprobs."""
 MAX_PROMPT_TOKENS = 1 << 20
 """Token ids per prompt; the context length is checked later."""
 MAX_TOOLS = 128

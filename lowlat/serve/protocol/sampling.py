@@ -77,6 +77,9 @@ class SamplingRequest(GenerationRequest):
     stop: Stop | None = None
     ignore_eos: bool | None = None
     """Continue after the end-of-sequence token; not with structured outputs."""
+    prompt_logprobs: TopLogprobs | None = None
+    """Return the log-probability of each prompt token and of this many of the most likely ones;
+    not in a stream."""
     stream_options: StreamOptions | None = None
     user: Hint[HintText | None] = None
 
@@ -90,6 +93,13 @@ class SamplingRequest(GenerationRequest):
             raise RequestError(
                 "stream_options requires stream true; leave it out",
                 param="stream_options",
+            )
+
+    def check_prompt_logprobs(self) -> None:
+        """Raise RequestError for prompt_logprobs in a stream."""
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs cannot be streamed; leave stream out", param="prompt_logprobs"
             )
 
     def check_end(self) -> None:

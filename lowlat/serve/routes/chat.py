@@ -20,6 +20,7 @@ from lowlat.serve.protocol.base import WireModel, is_none
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import Post
+from lowlat.serve.routes.prompt_logprobs import PromptLogprobs, check_size, prompt_logprobs
 from lowlat.serve.routes.reply import (
     Reply,
     Timings,
@@ -99,6 +100,7 @@ class ChatCompletion(WireModel):
     choices: list[ChatChoice]
     usage: Usage
     lowlat: Timings
+    prompt_logprobs: PromptLogprobs | None = Field(default=None, exclude_if=is_none)
 
 
 class FunctionDelta(WireModel):
@@ -171,6 +173,9 @@ async def submit_chat(
     if reduces_max_tokens:
         prepared = prepared.with_max_tokens_up_to(state.model.context)
     ctx.ignored -= prepared.used_hints
+    if request.prompt_logprobs is not None:
+        field = "prompt_logprobs"
+        check_size([prepared.ids], request.prompt_logprobs, n=1, param=field)
     grammar = None
     if prepared.structured is not None:
         with _renamed_max_tokens(request):
@@ -181,6 +186,7 @@ async def submit_chat(
             prepared.ids,
             prepared.params,
             grammar=grammar,
+            prompt_logprobs=request.prompt_logprobs,
             keep_special=prepared.keep_special,
         )
     return prepared
@@ -257,7 +263,15 @@ class ChatReply(Reply):
             ],
             usage=usage_of(self._ctx),
             lowlat=timings_of(self._ctx),
+            prompt_logprobs=self._prompt_logprobs(),
         )
+
+    def _prompt_logprobs(self) -> PromptLogprobs | None:
+        top = self._request.prompt_logprobs
+        if top is None:
+            return None
+        tokenizer = self._ctx.state.model.tokenizer
+        return prompt_logprobs(tokenizer, self._ctx.prompt_logprobs(0), top=top)
 
     def add(self, number: int, delta: CompletionDelta) -> Iterable[bytes]:
         choice = self._choices[delta.index]

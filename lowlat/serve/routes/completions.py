@@ -5,12 +5,14 @@ none. Unsupported fields of OpenAI's API (suffix) are rejected by name.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from lowlat.engine import params
+from lowlat.engine.request import FinishReason
 from lowlat.generate.completion import CompletionDelta, TokenLogprob
 from lowlat.generate.grammar import CompiledGrammar
 from lowlat.generate.model import Model
@@ -21,10 +23,16 @@ from lowlat.serve.http.sse import DONE, error_event, event
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import TokenIds, WireModel, is_none
 from lowlat.serve.protocol.errors import RequestError, about
-from lowlat.serve.protocol.sampling import MaxTokens, SamplingRequest, TopLogprobs
+from lowlat.serve.protocol.sampling import SamplingRequest, TopLogprobs
 from lowlat.serve.protocol.structured_outputs import StructuredOutputs
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import Post
+from lowlat.serve.routes.prompt_logprobs import (
+    PromptLogprobs,
+    check_size,
+    prompt_logprobs,
+    text_offsets,
+)
 from lowlat.serve.routes.reply import (
     Reply,
     Timings,
@@ -50,12 +58,13 @@ class CompletionRequest(SamplingRequest):
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset({"suffix"})
 
     prompt: Prompt
-    max_tokens: MaxTokens | None = None
-    """Maximum number of generated tokens; default 16, or less at the end of the context."""
+    max_tokens: Annotated[int, Field(ge=0, le=params.MAX_TOKENS)] | None = None
+    """Maximum number of generated tokens; default 16, or less at the end of the context. 0 only
+    computes the prompt."""
     logprobs: TopLogprobs | None = None
     """Return each token's log-probability and those of this many of the most likely tokens."""
     echo: bool | None = None
-    """Whether the returned text starts with the prompt; not with logprobs."""
+    """Whether the returned text, and with logprobs its tokens, start with the prompt."""
     best_of: Annotated[int, Field(ge=1, le=params.MAX_N)] | None = None
     """Accepted only if equal to n."""
     structured_outputs: StructuredOutputs | None = None
@@ -66,8 +75,10 @@ class CompletionRequest(SamplingRequest):
         self.check_stream()
         if self.structured_outputs is not None:
             self.check_end()
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo with logprobs is not supported; leave one out", param="echo")
+        self.check_prompt_logprobs()
+        if self.echo and self.stream and self.logprobs is not None:
+            message = "echo with logprobs cannot be streamed; leave stream out"
+            raise RequestError(message, param="echo")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise RequestError("best_of must equal n; leave it out", param="best_of")
         completions = len(self.prompts) * (self.n or 1)
@@ -89,9 +100,22 @@ class CompletionRequest(SamplingRequest):
             case _:
                 return [item for item in self.prompt if isinstance(item, str | list)]
 
+    @property
+    def generates(self) -> bool:
+        """Whether the output has tokens."""
+        return self.max_tokens != 0
+
+    @property
+    def scored(self) -> tuple[int, str] | None:
+        """How many alternatives of each prompt token to compute, and the field that asks for it."""
+        echoed = self.logprobs if self.echo else None
+        if self.prompt_logprobs is None:
+            return None if echoed is None else (echoed, "logprobs")
+        return max(echoed or 0, self.prompt_logprobs), "prompt_logprobs"
+
     def to_params(self, remaining: int, *, reduces_max_tokens: bool = False) -> SamplingParams:
         """The engine's sampling params for a prompt with `remaining` context tokens after it."""
-        limit = self.max_tokens or DEFAULT_MAX_TOKENS
+        limit = self.max_tokens or (DEFAULT_MAX_TOKENS if self.generates else 1)
         if reduces_max_tokens or self.max_tokens is None:
             limit = max(1, min(limit, remaining))
         return self.sampling_params(max_tokens=limit, logprobs=self.logprobs)
@@ -102,8 +126,9 @@ class LegacyLogprobs(WireModel):
 
     tokens: list[str]
     """Text of each token; `bytes:\\xNN...` for an incomplete character."""
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """Null for the first token of an echoed prompt."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
     """Number of characters of the text before each token."""
 
@@ -115,6 +140,7 @@ class CompletionChoice(WireModel):
     logprobs: LegacyLogprobs | None
     finish_reason: Literal["stop", "length"] | None
     """In a stream null before the completion's last chunk."""
+    prompt_logprobs: PromptLogprobs | None = Field(default=None, exclude_if=is_none)
 
 
 class CompletionResponse(WireModel):
@@ -159,7 +185,13 @@ async def submit_completion(
         state.engine.check_room(len(prompts) - 1)
     for (ids, _), own, begins_text in zip(prompts, params, begin, strict=True):
         grammar = grammars.get(begins_text)
-        await ctx.submit(ids, own, grammar=grammar, begins_text=begins_text)
+        await ctx.submit(
+            ids,
+            own,
+            grammar=grammar,
+            prompt_logprobs=None if request.scored is None else request.scored[0],
+            begins_text=begins_text,
+        )
     return [echo for _, echo in prompts]
 
 
@@ -211,6 +243,9 @@ def _encode(
     ]
     for ids in encoded:
         engine.check(ids, to_params(model.context - len(ids)))
+    if request.scored is not None:
+        top, field = request.scored
+        check_size(encoded, top, n=request.n or 1, param=field)
     return [
         (ids, _echo(model, prompt) if request.echo else "")
         for ids, prompt in zip(encoded, prompts, strict=True)
@@ -241,6 +276,10 @@ class CompletionReply(Reply):
 
     def add(self, number: int, delta: CompletionDelta) -> Iterable[bytes]:
         index = number * self._n + delta.index
+        if not self._request.generates:
+            # The engine samples one token all the same, which is dropped and not counted.
+            self._ctx.num_tokens = 0
+            delta = replace(delta, text="", logprobs=(), finish_reason=_length(delta))
         text = delta.text if self._texts[index] else self._echoes[number] + delta.text
         self._texts[index].append(text)
         self._entries[index].extend(delta.logprobs)
@@ -279,7 +318,19 @@ class CompletionReply(Reply):
         reason: Literal["stop", "length"] | None,
     ) -> CompletionChoice:
         return CompletionChoice(
-            index=index, text=text, logprobs=self._logprobs(entries), finish_reason=reason
+            index=index,
+            text=text,
+            logprobs=self._logprobs(index, entries),
+            finish_reason=reason,
+            prompt_logprobs=self._prompt_logprobs(index),
+        )
+
+    def _prompt_logprobs(self, index: int) -> PromptLogprobs | None:
+        if self._request.prompt_logprobs is None:
+            return None
+        entries = self._ctx.prompt_logprobs(index // self._n)
+        return prompt_logprobs(
+            self._ctx.state.model.tokenizer, entries, top=self._request.prompt_logprobs
         )
 
     def _response(
@@ -294,19 +345,48 @@ class CompletionReply(Reply):
             lowlat=timings_of(self._ctx) if is_last else None,
         )
 
-    def _logprobs(self, entries: Sequence[TokenLogprob]) -> LegacyLogprobs | None:
-        if self._request.logprobs is None:
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> LegacyLogprobs | None:
+        top = self._request.logprobs
+        if top is None:
             return None
         tokenizer = self._ctx.state.model.tokenizer
-        return LegacyLogprobs(
-            tokens=[_token_text(tokenizer, entry.token) for entry in entries],
-            token_logprobs=[entry.logprob for entry in entries],
-            top_logprobs=[
-                {_token_text(tokenizer, token): value for token, value in entry.top}
-                for entry in entries
-            ],
-            text_offset=[entry.start for entry in entries],
-        )
+        found = LegacyLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        start = 0
+        if self._request.echo:
+            start = len(self._echoes[index // self._n])
+            self._add_prompt(found, index // self._n, top)
+        for entry in entries:
+            _add(found, tokenizer, entry.token, entry.logprob, entry.top, start + entry.start)
+        return found
+
+    def _add_prompt(self, found: LegacyLogprobs, number: int, top: int) -> None:
+        """Add the tokens of an echoed prompt; its first token has no log-probability."""
+        tokenizer, prompt = self._ctx.state.model.tokenizer, self._ctx.prompt(number)
+        offsets = text_offsets(tokenizer, prompt, self._echoes[number])
+        _add(found, tokenizer, prompt[0], None, None, offsets[0])
+        entries = self._ctx.prompt_logprobs(number)
+        for entry, offset in zip(entries, offsets[1:], strict=True):
+            _add(found, tokenizer, entry.token, entry.logprob, entry.top[:top], offset)
+
+
+def _add(
+    found: LegacyLogprobs,
+    tokenizer: Tokenizer,
+    token: int,
+    logprob: float | None,
+    top: Iterable[tuple[int, float]] | None,
+    offset: int,
+) -> None:
+    texts = None if top is None else {_token_text(tokenizer, other): value for other, value in top}
+    found.tokens.append(_token_text(tokenizer, token))
+    found.token_logprobs.append(logprob)
+    found.top_logprobs.append(texts)
+    found.text_offset.append(offset)
+
+
+def _length(delta: CompletionDelta) -> FinishReason | None:
+    """How a completion without output ends: also at an end-of-sequence token by its length."""
+    return "length" if delta.finish_reason == "stop" else delta.finish_reason
 
 
 def _token_text(tokenizer: Tokenizer, token: int) -> str:

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
-from lowlat.engine.request import PoolingMode
+from lowlat.engine.request import PoolingMode, PromptLogprob
 from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.grammar import CompiledGrammar
 from lowlat.generate.params import SamplingParams
@@ -96,6 +96,7 @@ class RequestContext:
         params: SamplingParams,
         *,
         grammar: CompiledGrammar | None = None,
+        prompt_logprobs: int | None = None,
         keep_special: frozenset[int] = frozenset(),
         begins_text: bool = True,
         pooling: PoolingMode | None = None,
@@ -114,6 +115,7 @@ class RequestContext:
             cache_namespace=self._cache_namespace,
             priority=self.priority,
             deadline=self._left(),
+            prompt_logprobs=prompt_logprobs,
             keep_special=keep_special,
             begins_text=begins_text,
             pooling=pooling,
@@ -170,6 +172,19 @@ class RequestContext:
             self.state.num_preparing -= 1
         if self._preparing is not None and not self._preparing.expired():
             self._preparing.reschedule(None)
+
+    def prompt(self, number: int) -> tuple[int, ...]:
+        """Token ids of a prompt."""
+        return self._generations[number].prompt
+
+    def prompt_logprobs(self, number: int) -> list[PromptLogprob]:
+        """Log-probabilities of a prompt's tokens but the first, once it has completed."""
+        return self._generations[number].prompt_logprobs
+
+    @property
+    def has_prompt_logprobs(self) -> bool:
+        """Whether the response may be large by them."""
+        return any(generation.prompt_logprobs for generation in self._generations)
 
     @property
     def seconds(self) -> float:

@@ -3,6 +3,7 @@
 An API implements a Reply; `respond` feeds it the deltas of the request and sends what it builds.
 """
 
+import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -70,6 +71,8 @@ async def respond(ctx: RequestContext, reply: Reply, *, stream: bool | None) -> 
     async with aclosing(ctx.deltas()) as deltas:
         async for number, delta in deltas:
             reply.add(number, delta)
+    if ctx.has_prompt_logprobs:
+        return await asyncio.to_thread(lambda: json_response(reply.response()))
     return json_response(reply.response())
 
 

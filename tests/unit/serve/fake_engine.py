@@ -58,6 +58,7 @@ class FakeGeneration(Generation):
         self.cached_tokens = 3
         self.prefill_seconds = 0.25
         self.decode_seconds = 0.5
+        self.prompt_logprobs = []
         self.is_cancelled = False
         self.is_finished = False
         self._asked = asked
@@ -132,6 +133,7 @@ class FakeEngine(AsyncEngine):
         cache_namespace: bytes = b"",
         priority: int = 0,
         deadline: float | None = None,
+        prompt_logprobs: int | None = None,
         keep_special: frozenset[int] = frozenset(),
         begins_text: bool = True,
         pooling: PoolingMode | None = None,

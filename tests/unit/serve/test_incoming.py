@@ -63,7 +63,7 @@ def test_places_are_bounded_over_all_owners(monkeypatch: pytest.MonkeyPatch) -> 
 
     async def main() -> None:
         bodies = IncomingBodies(max_slow=4)
-        tasks = [asyncio.create_task(arrive(bodies, [n + 1], f"o{n}")) for n in range(7)]
+        tasks = [asyncio.create_task(arrive(bodies, [500 * (n + 1)], f"o{n}")) for n in range(7)]
         await settle()
         assert sum(ended(tasks)) == 3 and not any(ended(tasks[4:]))
         await end(tasks)
@@ -80,6 +80,21 @@ def test_memory_is_bounded() -> None:
         tasks.append(asyncio.create_task(arrive(bodies, [300], "late")))
         await settle()
         assert 1 <= sum(ended(tasks[:10])) <= 3 and not tasks[10].done()
+        await end(tasks)
+
+    asyncio.run(main())
+
+
+def test_a_body_that_has_just_begun_is_not_the_slowest() -> None:
+    async def main() -> None:
+        bodies = IncomingBodies(max_slow=100)
+        tasks = [asyncio.create_task(arrive(bodies, [1], "a"))]
+        await settle()
+        tasks.append(asyncio.create_task(arrive(bodies, [], "b")))
+        await asyncio.sleep(0)
+        assert bodies.drop_slowest()
+        await settle()
+        assert ended(tasks) == [True, False]
         await end(tasks)
 
     asyncio.run(main())

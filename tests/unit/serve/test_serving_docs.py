@@ -116,6 +116,7 @@ def test_limits_are_those_of_the_code() -> None:
         "texts of an embeddings request": f"{limits.MAX_EMBEDDING_INPUTS:,}",
         "prompts times `n`; `n`": f"{limits.MAX_PROMPTS}; {params.MAX_N}",
         "completions per request x (`top_logprobs` + 1)": f"{limits.MAX_LOGPROBS}",
+        "prompt tokens x (`logprobs` + 1)": f"{limits.MAX_PROMPT_LOGPROBS:,}",
         "`stop`": f"{MAX_STOPS} texts of {MAX_STOP_LENGTH} characters",
         "`logit_bias`": f"{params.MAX_LOGIT_BIAS:,} tokens",
         "tools; their descriptions": f"{limits.MAX_TOOLS}; {limits.MAX_DESCRIPTION:,} characters",
