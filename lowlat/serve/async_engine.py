@@ -103,8 +103,8 @@ class AsyncEngine:
         begins_text: bool = True,
         pooling: PoolingMode | None = None,
     ) -> Generation:
-        """Queue a request. deadline: seconds from now. cache_namespace, prompt_logprobs, pooling: see
-        RequestOptions. keep_special, begins_text: see CompletionBuilder.
+        """Queue a request. deadline: seconds from now. cache_namespace, prompt_logprobs and
+        pooling: see RequestOptions. keep_special, begins_text: see CompletionBuilder.
 
         Raises UserError if the model cannot serve the request, Overloaded, Draining and EngineDead.
         """
