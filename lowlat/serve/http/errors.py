@@ -39,6 +39,7 @@ _ANTHROPIC_TYPES = {
 ANTHROPIC_PATH = "/v1/messages"
 OLLAMA_PATHS = "/api/"
 _CODES = {404: "not_found", 405: "method_not_allowed"}
+_OVERFLOW = re.compile(r" length is (\d+) tokens\..* has (\d+) tokens")
 _FIELD = re.compile(r"(?:the |option ')?([a-z][a-z_]*)")
 
 
@@ -68,11 +69,13 @@ def anthropic_error(
 ) -> tuple[int, dict[str, object]]:
     """Anthropic's format, with param and code in addition.
 
-    Its clients know an overflow of the context by the words "prompt is too long". An unavailable
-    server has the status 529 instead of 503.
+    Its clients know an overflow of the context by the words "prompt is too long", and read the
+    sizes after them. An unavailable server has the status 529 instead of 503.
     """
     if code == "context_length_exceeded":
-        message += " (prompt is too long)"
+        sizes = _OVERFLOW.search(message)
+        numbers = "" if sizes is None else f": {sizes[2]} tokens > {sizes[1]} maximum"
+        message += f" (prompt is too long{numbers})"
     status = 529 if status == 503 else status
     kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     error = {"type": kind, "message": message, "param": param, "code": code}

@@ -127,10 +127,12 @@ def test_a_prompt_that_overflows_is_an_error(client: TestClient, engine: FakeEng
     long = [{"role": "user", "content": "x" * engine.model.context}]
     response = client.post(PATH, json={**BODY, "messages": long})
     assert response.status_code == 400
-    assert "prompt is too long" in response.json()["error"]["message"]
+    message = response.json()["error"]["message"]
     # It can be counted.
     count = client.post(f"{PATH}/count_tokens", json={"model": NAME, "messages": long}).json()
-    assert count["input_tokens"] > engine.model.context
+    sizes = f"{count['input_tokens']} tokens > {engine.model.context} maximum"
+    assert message.startswith(f"This model's maximum context length is {engine.model.context} ")
+    assert f"prompt is too long: {sizes}" in message
 
 
 def test_tokens_are_counted_as_they_are_sent(client: TestClient, engine: FakeEngine) -> None:
