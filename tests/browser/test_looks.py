@@ -26,8 +26,7 @@ TEXTS = [
     ".code-head span",
     ".code-head button",
     "pre code",
-    ".hljs-string",
-    ".hljs-built_in",
+    *(f".hljs-{kind}" for kind in "comment keyword string number title deletion".split()),
     "th",
     "td",
     "blockquote p",
@@ -58,6 +57,11 @@ def test_contrast(open_page: Open, scheme: str) -> None:
           const note = new ErrorNote({ retry() {}, stop() {} });
           note.update({ message: "No.", status: 400 }, true);
           document.querySelector(".assistant").append(note.element);
+          for (const kind of ["comment", "keyword", "number", "title", "deletion"]) {
+            const span = document.createElement("span");
+            span.className = `hljs-${kind}`;
+            document.querySelector("pre code").append(span);
+          }
           for (const hidden of document.querySelectorAll(".error-note[hidden]")) hidden.remove();
         }"""
     )
