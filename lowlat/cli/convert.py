@@ -76,8 +76,9 @@ class CacheOptions:
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="Calibration text, similar to what the model will see; may be repeated. Default: "
-            "the text of --text, or the bundled calibration text.",
+            help="Calibration text, similar to what the model will see; may be repeated. With "
+            "--dtype int8 or int4, scales are chosen on it. Default: the text of --text, or the "
+            "bundled calibration text.",
         ),
     ] = None
 
@@ -144,6 +145,7 @@ def convert(
         smaller_cache.layout,
         tuple(smaller_cache.calibrate or ()),
         to=to,
+        dtype=dtype,
     )
     recovery = RecoveryOptions(
         tokens=None if training.heal is None else options.parse_count(training.heal, "--heal"),
@@ -152,13 +154,16 @@ def convert(
     )
     given = {"to": to, "dtype": dtype, "file_format": file_format, "compression": compression}
     given["experts"] = experts
+    quantization_text = () if compression else tuple(smaller_cache.calibrate or ())
     remove_finished_work_folder(dst.absolute())
-    ConversionOptions(**given, recovery=recovery).check(dst)
+    ConversionOptions(**given, calibrate=quantization_text, recovery=recovery).check(dst)
     progress = make_progress()
     path = api.prepare(src, progress=progress)
     with _naming_partial_results(dst):
         if recovery.is_empty:
-            report = run_conversion(path, dst, **given, progress=progress)
+            report = run_conversion(
+                path, dst, **given, calibrate=quantization_text, progress=progress
+            )
         else:
             from lowlat.recovery.run import convert_with_recovery  # imports all of training
 

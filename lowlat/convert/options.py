@@ -18,6 +18,8 @@ from lowlat.utils.errors import UserError
 
 LAYOUTS: tuple[CacheLayout, ...] = ("standard", "free")
 STORAGE_TYPES: dict[str, StorageType] = {name: name for name in get_args(StorageType)}
+CALIBRATED: tuple[StorageType, ...] = ("int8", "int4")
+"""Storage types that choose scales on calibration text."""
 FORMATS = ("auto", "hf", "gguf")
 GGUF_SUFFIX = ".gguf"
 
@@ -82,6 +84,8 @@ class ConversionOptions:
     """To a smaller cache; None for an exact conversion."""
     experts: int | None = None
     """Routed experts to make of every dense layer; None to keep layers dense."""
+    calibrate: tuple[Path, ...] = ()
+    """Calibration text files of quantization; the bundled text if empty."""
     recovery: RecoveryOptions = RecoveryOptions()
     """Recovery training and evaluation."""
 
@@ -119,6 +123,7 @@ class ConversionOptions:
             )
         if self.compression is not None:
             _check_compression(self.compression, self.to)
+        _check_texts(self.calibrate)
         _check_recovery(self.recovery, self.compression)
         refuse_existing(dst.absolute())
 
@@ -130,6 +135,7 @@ def compression_options(
     calibrate: tuple[Path, ...],
     *,
     to: str | None,
+    dtype: str = "auto",
 ) -> CompressionOptions | None:
     """The compression options of the command line, None for each one not given, as a record; None
     for an exact conversion.
@@ -148,10 +154,11 @@ def compression_options(
         method = method or DEFAULT_METHOD
         return CompressionOptions(share=share, method=method, layout=layout, calibrate=calibrate)
     given = {"--method": method not in (None, "exact"), "--layout": layout is not None}
-    given |= {"--calibrate": bool(calibrate)}
     for option, is_given in given.items():
         if is_given:
             raise UserError(f"{option} needs --cache SHARE, the share of the cache to keep")
+    if calibrate and dtype not in CALIBRATED:
+        raise UserError("--calibrate needs --cache SHARE, or --dtype int8 or int4")
     return None
 
 
@@ -168,14 +175,18 @@ def _check_compression(compression: CompressionOptions, to: str | None) -> None:
             f"--method '{compression.method}' is unknown; choose one of "
             f"{', '.join((*METHODS, 'exact'))}"
         )
-    for path in compression.calibrate:  # read twice, so no pipe either
-        if path.exists() and not path.is_file():
-            raise UserError(f"--calibrate {path}: is not a regular file; give a text file")
+    _check_texts(compression.calibrate)
     if not 0 < compression.share < 1:
         raise UserError(
             f"--cache {compression.share:g}: give the share of the cache to keep, above 0 and "
             "below 1; without --cache the conversion is exact"
         )
+
+
+def _check_texts(texts: tuple[Path, ...]) -> None:
+    for path in texts:  # read twice, so no pipe either
+        if path.exists() and not path.is_file():
+            raise UserError(f"--calibrate {path}: is not a regular file; give a text file")
 
 
 def _check_recovery(recovery: RecoveryOptions, compression: CompressionOptions | None) -> None:

@@ -18,7 +18,7 @@ from lowlat.checkpoint.resumable_writer import partial_path, require_free_space,
 from lowlat.checkpoint.save import text_files
 from lowlat.checkpoint.shard_layout import INDEX_FILE, plan_shards
 from lowlat.config.hf.writer import config_to_hf
-from lowlat.convert.compression.calibration import read_calibration
+from lowlat.convert.compression.calibration import Calibration, read_calibration
 from lowlat.convert.compression.compress import CompressionReport, compress
 from lowlat.convert.compression.scratch import digest_of, scratch_folder
 from lowlat.convert.conversion import (
@@ -27,10 +27,16 @@ from lowlat.convert.conversion import (
     is_attention,
     prepare_conversion,
 )
-from lowlat.convert.options import CompressionOptions, ConversionOptions
+from lowlat.convert.options import CALIBRATED, CompressionOptions, ConversionOptions
 from lowlat.convert.parameters.exact_mla import check_exact, mla_config, mla_parameters
 from lowlat.convert.parameters.upcycle import UpcycledWeights
 from lowlat.convert.parameters.weights import DerivedWeights, Weights, parameter_shapes
+from lowlat.convert.quantization.activations import (
+    Importance,
+    activation_windows,
+    importance_digest,
+    measure_activations,
+)
 from lowlat.convert.report import ConversionReport, compression_object, measure, report_files
 from lowlat.convert.storage.folder import PLAIN, StorageType, stored_config, stored_groups
 from lowlat.convert.storage.gguf import stored_gguf
@@ -54,6 +60,7 @@ def convert(
     file_format: str = "auto",
     compression: CompressionOptions | None = None,
     experts: int | None = None,
+    calibrate: tuple[Path, ...] = (),
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Convert the model at `src` (folder or .gguf) to `dst`, a Hugging Face folder or .gguf file.
@@ -62,14 +69,20 @@ def convert(
     Latent Attention: exactly, or with `compression` to a smaller KV cache. experts: sparse
     upcycling of a dense model (`convert.parameters.upcycle`). dtype "auto" keeps each tensor's
     type; fp8 blocks become bf16, GGUF blocks fp32. Quantised weights are dequantised in fp32
-    first. Router biases stay fp32.
+    first. Router biases stay fp32. int8 and int4 choose their scales by error weighted with the
+    activations of calibration text, the files `calibrate` or the bundled text.
 
     `dst` appears complete or not at all. After an interruption the same call resumes. Raises
     UserError for errors a user can cause: options, unsupported models, damaged files, an existing
     destination, a full disk.
     """
     options = ConversionOptions(
-        to=to, dtype=dtype, file_format=file_format, compression=compression, experts=experts
+        to=to,
+        dtype=dtype,
+        file_format=file_format,
+        compression=compression,
+        experts=experts,
+        calibrate=calibrate,
     )
     start = time.perf_counter()
     conversion = prepare_conversion(src, dst, options)
@@ -91,10 +104,17 @@ def convert(
             weights = _exact_mla_weights(base, storage_type) if to == "mla" else base
         if experts is not None:
             weights = UpcycledWeights(weights, experts)
+        importance: Importance = {}
+        if storage_type in CALIBRATED:
+            importance = _importance(conversion, weights, progress)
+            fingerprint["activations"] = importance_digest(importance)
         if conversion.writes_gguf:
-            files, extra = [stored_gguf(weights, storage_type, src, dst.name)], {}
+            files, extra = [stored_gguf(weights, storage_type, src, dst.name, importance)], {}
         else:
-            files, others = _folder_files(conversion, weights, is_unchanged=weights is base)
+            is_unchanged = weights is base
+            files, others = _folder_files(
+                conversion, weights, importance, is_unchanged=is_unchanged
+            )
             extra |= others
         title, is_file = f"Converting {src.name}", conversion.writes_gguf
         write_resumable(dst, files, extra, fingerprint, progress, title, is_file=is_file)
@@ -107,21 +127,11 @@ def _compressed_weights(
     conversion: Conversion, base: Weights, scratch: Path, progress: Progress
 ) -> tuple[Weights, CompressionReport]:
     """The source model compressed. Raises UserError as `compress`, and for unfit text."""
-    src, options = conversion.src, conversion.options.compression
+    options = conversion.options.compression
     assert options is not None
-    tokenizer = Tokenizer.from_folder(src) if src.is_dir() else Tokenizer.from_gguf(src)
-    context, vocab_size = base.config.max_position_embeddings, base.config.vocab_size
-    calibration = options.calibration
-    calibration = calibration or read_calibration(options.calibrate, tokenizer, context)
-    most = max(int(part.max()) for part in (calibration.windows, calibration.held_out))
-    if most >= vocab_size:
-        raise UserError(
-            f"{src}: its tokenizer returns token {most}, but the model has {vocab_size} tokens; "
-            "restore the tokenizer that belongs to it"
-        )
     return compress(
         base,
-        calibration,
+        _calibration(conversion),
         share=options.share,
         method=options.method,
         layout=options.layout,
@@ -129,6 +139,39 @@ def _compressed_weights(
         dtype=attention_dtype(base, conversion.storage_type),
         progress=progress,
     )
+
+
+def _calibration(conversion: Conversion) -> Calibration:
+    """Windows of the calibration text. Raises UserError for text or a tokenizer that is unfit."""
+    src, config, options = conversion.src, conversion.config, conversion.options
+    calibration, texts = None, options.calibrate
+    if options.compression is not None:
+        calibration, texts = options.compression.calibration, options.compression.calibrate
+    if calibration is None:
+        tokenizer = Tokenizer.from_folder(src) if src.is_dir() else Tokenizer.from_gguf(src)
+        calibration = read_calibration(texts, tokenizer, config.max_position_embeddings)
+    most = max(int(part.max()) for part in (calibration.windows, calibration.held_out))
+    if most >= config.vocab_size:
+        raise UserError(
+            f"{src}: its tokenizer returns token {most}, but the model has {config.vocab_size} "
+            "tokens; restore the tokenizer that belongs to it"
+        )
+    return calibration
+
+
+def _importance(conversion: Conversion, weights: Weights, progress: Progress) -> Importance:
+    """E[x^2] of the projections of `weights`; empty, with a warning, without usable text.
+
+    Raises UserError for text of --calibrate that is unfit.
+    """
+    try:
+        windows = _calibration(conversion).windows
+    except UserError as error:
+        if conversion.options.calibrate:
+            raise
+        _log.warning("scales are chosen by unweighted error, as no text can be used: %s", error)
+        return {}
+    return measure_activations(weights, activation_windows(windows), progress)
 
 
 def _exact_mla_weights(base: Weights, storage_type: StorageType | None) -> Weights:
@@ -160,11 +203,11 @@ def _check_disk_space(dst: Path, base: Weights, storage_type: StorageType | None
 
 
 def _folder_files(
-    conversion: Conversion, weights: Weights, *, is_unchanged: bool
+    conversion: Conversion, weights: Weights, importance: Importance, *, is_unchanged: bool
 ) -> tuple[list[FileLayout], dict[str, bytes]]:
     """Planned shards of a Hugging Face folder, and its config, tokenizer and index files."""
     raw = _config_fields(conversion, weights, is_unchanged=is_unchanged)
-    files, index = plan_shards(stored_groups(weights, conversion.storage_type))
+    files, index = plan_shards(stored_groups(weights, conversion.storage_type, importance))
     others = {"config.json": (json.dumps(raw, indent=2) + "\n").encode()}
     others |= _tokenizer_files(conversion.src, conversion.dst)
     return files, others | ({} if index is None else {INDEX_FILE: index})

@@ -1,8 +1,8 @@
 """int8 and int4 weights: quantization, storage and dequantization (reference implementation).
 
 32 columns of a row are a group (group size 32) and share fp16 numbers. int8 is symmetric; int4 is
-asymmetric, with a minimum in place of an integer zero point. Values are rounded to nearest (RTN):
-no GPTQ, no AWQ.
+asymmetric, with a minimum in place of an integer zero point. Values are rounded to nearest (RTN).
+Scales are those below (min-max), or chosen on calibration activations (`weighted_quantization`).
 
     int8 (GGUF's Q8_0)  value = scale * q,            q in -127..127, scale = max |value| / 127
     int4 (GGUF's Q4_1)  value = scale * q + minimum,  q in 0..15, scale = (max - min) / 15
@@ -83,12 +83,12 @@ def num_groups(columns: int) -> int:
 
 def quantize_int8(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> Int8Weight:
     """`dense` in int8 groups; scales are infinite or NaN for groups out of range."""
-    return Int8Weight(*_in_chunks(dense, _int8_chunk, empty))
+    return Int8Weight(*in_chunks(dense, _int8_chunk, empty))
 
 
 def quantize_int4(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> Int4Weight:
     """`dense` in int4 groups; scales or minima are infinite or NaN for groups out of range."""
-    return Int4Weight(*_in_chunks(dense, _int4_chunk, empty))
+    return Int4Weight(*in_chunks(dense, _int4_chunk, empty))
 
 
 def quantize_rows(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) -> Int8Rows:
@@ -97,7 +97,7 @@ def quantize_rows(dense: Float[Tensor, "out in"], empty: Empty = torch.empty) ->
     wide = dense.detach().to(torch.float32)
     scale = wide.abs().amax(dim=1) / INT8_MAX
     weight = empty(*dense.shape, dtype=torch.int8)
-    return Int8Rows(weight.copy_((wide / _divisor(scale)[:, None]).round()), scale)
+    return Int8Rows(weight.copy_((wide / divisor(scale)[:, None]).round()), scale)
 
 
 def dequantize_int8(
@@ -156,7 +156,7 @@ def int4_steps(
     return ordered.flatten(3).flatten(0, 1).to(torch.float32)
 
 
-def _in_chunks(
+def in_chunks(
     dense: Tensor, quantize: Callable[[Tensor], tuple[Tensor, ...]], empty: Empty
 ) -> tuple[Tensor, ...]:
     """Apply `quantize` to whole tiles of rows, in parallel, and concatenate."""
@@ -178,28 +178,80 @@ def _in_chunks(
 
 
 def _int8_chunk(rows: Float32[Tensor, "padded_rows in"]) -> tuple[Tensor, Tensor]:
-    groups = F.pad(rows, (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    groups = int8_groups(rows)
+    return int8_tiles(groups, max_scale(groups).to(torch.float16))
+
+
+def _int4_chunk(rows: Float32[Tensor, "padded_rows in"]) -> tuple[Tensor, Tensor, Tensor]:
+    groups = int4_groups(rows)
+    return int4_tiles(groups, *min_max_range(groups), rows.shape[1])
+
+
+def int8_groups(rows: Float32[Tensor, "rows in"]) -> Float32[Tensor, "rows groups 32"]:
+    """The groups of rows, the last of each filled up with zeros."""
+    return F.pad(rows, (0, -rows.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+
+
+def int4_groups(rows: Float32[Tensor, "rows in"]) -> Float32[Tensor, "rows groups 32"]:
+    """The groups of rows, the last of each filled up with its last column, which changes no minimum
+    and no maximum.
+    """
+    missing = -rows.shape[1] % GROUP
+    filled = torch.cat([rows, rows[:, -1:].expand(-1, missing)], dim=1) if missing else rows
+    return filled.unflatten(1, (-1, GROUP))
+
+
+def max_scale(groups: Float32[Tensor, "*rows columns"]) -> Float32[Tensor, "*rows"]:
+    """The int8 scale that reaches the largest magnitude."""
     low, high = groups.aminmax(dim=-1)
-    scale = (torch.maximum(high, -low) / INT8_MAX).to(torch.float16)
-    q = groups / _divisor(scale.to(torch.float32))[..., None]
-    q = q.round_().clamp_(-INT8_MAX, INT8_MAX).add_(INT8_OFFSET).to(torch.uint8)
+    return torch.maximum(high, -low) / INT8_MAX
+
+
+def min_max_range(
+    groups: Float32[Tensor, "*rows 32"],
+) -> tuple[Float16[Tensor, "*rows"], Float16[Tensor, "*rows"]]:
+    """The int4 scale and minimum that reach from the smallest to the largest value."""
+    low, high = groups.aminmax(dim=-1)
+    return ((high - low) / INT4_MAX).to(torch.float16), low.to(torch.float16)
+
+
+def int8_values(
+    groups: Float32[Tensor, "*rows columns"], scale: Float32[Tensor, "*rows"]
+) -> Float32[Tensor, "*rows columns"]:
+    """The q of int8 groups."""
+    return (groups / divisor(scale)[..., None]).round_().clamp_(-INT8_MAX, INT8_MAX)
+
+
+def int4_values(
+    groups: Float32[Tensor, "*rows columns"],
+    scale: Float32[Tensor, "*rows"],
+    minimum: Float32[Tensor, "*rows"],
+) -> Float32[Tensor, "*rows columns"]:
+    """The q of int4 groups."""
+    return ((groups - minimum[..., None]) / divisor(scale)[..., None]).round_().clamp_(0, INT4_MAX)
+
+
+def int8_tiles(
+    groups: Float32[Tensor, "padded_rows groups 32"], scale: Float16[Tensor, "padded_rows groups"]
+) -> tuple[Tensor, Tensor]:
+    """Groups rounded with these scales, in the order of `Int8Weight`."""
+    q = int8_values(groups, scale.to(torch.float32)).add_(INT8_OFFSET).to(torch.uint8)
     # rows x groups x 32 -> tiles x groups x steps x rows x parity x bytes
     tiles = q.unflatten(0, (-1, TILE)).unflatten(-1, (-1, 2, 2)).permute(0, 2, 3, 1, 5, 4)
     return tiles.contiguous(), _scales_in_tiles(scale)
 
 
-def _int4_chunk(rows: Float32[Tensor, "padded_rows in"]) -> tuple[Tensor, Tensor, Tensor]:
-    missing = -rows.shape[1] % GROUP
-    # repeated columns change no minimum and no maximum
-    filled = torch.cat([rows, rows[:, -1:].expand(-1, missing)], dim=1) if missing else rows
-    groups = filled.unflatten(1, (-1, GROUP))
-    low, high = groups.aminmax(dim=-1)
-    scale, minimum = ((high - low) / INT4_MAX).to(torch.float16), low.to(torch.float16)
-    q = (groups - minimum.to(torch.float32)[..., None]) / _divisor(scale.to(torch.float32))[
-        ..., None
-    ]
-    q = q.round_().clamp_(0, INT4_MAX).to(torch.uint8)
-    q[:, -1, GROUP - missing :] = 0
+def int4_tiles(
+    groups: Float32[Tensor, "padded_rows groups 32"],
+    scale: Float16[Tensor, "padded_rows groups"],
+    minimum: Float16[Tensor, "padded_rows groups"],
+    columns: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups of rows of `columns`, rounded with these scales and minima, in the order of
+    `Int4Weight`.
+    """
+    q = int4_values(groups, scale.to(torch.float32), minimum.to(torch.float32)).to(torch.uint8)
+    q.flatten(1)[:, columns:] = 0
     # rows x groups x 32 -> half x tiles x groups x steps x rows x parity x bytes
     tiles = q.unflatten(0, (-1, TILE)).unflatten(-1, (4, 2, 2, 2))
     halves = tiles.permute(5, 0, 2, 3, 1, 6, 4)
@@ -213,6 +265,6 @@ def _scales_in_tiles(
     return scale.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
 
 
-def _divisor(scale: Tensor) -> Tensor:
+def divisor(scale: Tensor) -> Tensor:
     """What a group is divided by: its scale, or 1 for groups without a range, which hold zeros."""
     return torch.where(scale == 0, 1.0, scale)

@@ -33,6 +33,7 @@ PRE_NAMES = (
     "deepseek-llm",
     "deepseek-coder",
     "qwen2",
+    "stablelm2",
     "smollm",
     "tekken",
     "glm4",

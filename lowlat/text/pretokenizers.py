@@ -96,6 +96,8 @@ def splitting(pre: str, origin: str) -> Splitting:
             return Splitting(patterns=(TEKKEN,), ignore_merges=True, adds_bos=True)
         case "qwen2" | "deepseek-r1-qwen":
             return Splitting(patterns=(QWEN2,), nfc=True)
+        case "stablelm2":
+            return Splitting(patterns=(QWEN2,))
         case "glm4":
             return Splitting(patterns=(LLAMA3,))
         case "deepseek-llm":

@@ -3,6 +3,7 @@
 Opt-in: LOWLAT_LLAMA_PYTHON names an interpreter that has llama-cpp-python.
 """
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowlat.api import load, prepare
 from lowlat.bench.agreement import logits_of
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
@@ -21,6 +23,7 @@ from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, Ro
 from lowlat.convert.run import convert
 from lowlat.model.transformer import Transformer
 from lowlat.peers.worker import Worker
+from lowlat.text.gguf_keys import PROBES
 from lowlat.text.tokenizer import Tokenizer
 from tests import configs
 from tests.configs import GQA, INTERLEAVED, LLAMA3, MLA, MOE, ROPE
@@ -167,6 +170,29 @@ def both_logits(
     return expected, logits_of(llama, TOKENS)
 
 
+TOKENIZE = """
+import json, sys
+from llama_cpp import Llama
+model = Llama(sys.argv[1], vocab_only=True, verbose=False)
+ids = [model.tokenize(text.encode(), special=True, add_bos=False) for text in sys.argv[2:]]
+print(json.dumps(ids))
+"""
+
+
+def test_a_trained_model(tmp_path: Path, llama: Worker) -> None:
+    """minnow, whose vocabulary `data build --train-bpe` made: tokens and logits."""
+    source, path = load("minnow", dtype="fp32"), tmp_path / "minnow.gguf"
+    convert(prepare("minnow"), path, dtype="fp32")
+    texts = [*PROBES, "cafe\u0301 <|im_start|>user\nhi<|im_end|>"]
+    command = [PYTHON, "-c", TOKENIZE, str(path), *texts]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert found == [source.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    ids = source.tokenizer.encode("She looked at him, and the cache was cold.")
+    llama.ask("load", model=str(path), precision="fp32", cache="fp32", threads=1, context=128)
+    expected = source.logits(ids).numpy()
+    assert np.abs(logits_of(llama, ids) - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
 CHAT = """
 import json, sys
 from llama_cpp import Llama
@@ -181,8 +207,6 @@ with open(sys.argv[2], "w") as out:
 
 def test_text(smollm_gguf: Path, tmp_path: Path) -> None:
     """A real model goes through a folder and speaks: its tokens and its answer are the source's."""
-    import json
-
     convert(smollm_gguf, tmp_path / "m", dtype="int4")
     convert(tmp_path / "m", tmp_path / "m.gguf")
     texts = ["Hello, <|im_start|>user\n world 123", "naïve 日本語\n\n  x  \t'll", "I'll 1.5e-3!"]

@@ -1,8 +1,8 @@
 """Encode rows as GGUF types: plain floats, and the quantized blocks Q8_0 and Q4_1.
 
 K-quants (Q4_K, Q6_K, ...) are read (`file`), not written. Blocks hold the numbers of
-`ops.quantized` without loss, in another byte order. No importance matrix (imatrix) is used. A block
-is 32 columns of a row:
+`ops.quantized` without loss, in another byte order. A block is 32 columns of a
+row:
 
     Q8_0  fp16 scale, 32 int8
     Q4_1  fp16 scale, fp16 minimum, 16 bytes: columns 0..15 in the low halves, 16..31 in the high
@@ -10,7 +10,7 @@ is 32 columns of a row:
 
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from lowlat.checkpoint.gguf.file import PLAIN
@@ -29,25 +29,33 @@ def fits(kind: GGMLQuantizationType, columns: int) -> bool:
     return columns % GGML_QUANT_SIZES[kind][0] == 0
 
 
-def encode(rows: Float[Tensor, "rows columns"], kind: GGMLQuantizationType) -> Tensor:
-    """`rows` encoded as `kind`: a tensor of these bytes.
+def encode(
+    rows: Float[Tensor, "rows columns"],
+    kind: GGMLQuantizationType,
+    importance: Float32[Tensor, " columns"] | None = None,
+) -> Tensor:
+    """`rows` encoded as `kind`: a tensor of these bytes. importance: as of `pack`.
 
     Raises OverflowError where values of a block are not finite or too large.
     """
     if kind in PLAIN:
         return rows.to(PLAIN[kind])
-    return QUANTIZED[kind](rows)
+    return QUANTIZED[kind](rows, importance)
 
 
-def _q8_0(rows: Float[Tensor, "rows columns"]) -> UInt8[Tensor, "rows blocks 34"]:
-    packed = Int8Weight(**_finite(pack(rows, "int8")))
+def _q8_0(
+    rows: Float[Tensor, "rows columns"], importance: Tensor | None
+) -> UInt8[Tensor, "rows blocks 34"]:
+    packed = Int8Weight(**_finite(pack(rows, "int8", importance=importance)))
     scale = numbers_by_row(packed.weight_scale)
     values = int8_steps(packed.weight).to(torch.int8)
     return torch.cat([_bytes(scale), _bytes(values)], dim=-1)[: len(rows)]
 
 
-def _q4_1(rows: Float[Tensor, "rows columns"]) -> UInt8[Tensor, "rows blocks 20"]:
-    packed = Int4Weight(**_finite(pack(rows, "int4")))
+def _q4_1(
+    rows: Float[Tensor, "rows columns"], importance: Tensor | None
+) -> UInt8[Tensor, "rows blocks 20"]:
+    packed = Int4Weight(**_finite(pack(rows, "int4", importance=importance)))
     scale, minimum = (numbers_by_row(part) for part in (packed.weight_scale, packed.weight_minimum))
     low, high = int4_steps(packed.weight).to(torch.uint8).chunk(2, dim=-1)
     return torch.cat([_bytes(scale), _bytes(minimum), low | high << 4], dim=-1)[: len(rows)]

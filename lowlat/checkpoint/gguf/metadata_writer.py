@@ -30,7 +30,8 @@ def architecture_of(config: ModelConfig) -> str:
     _require(not rope.llama_4_scaling_beta, "queries scaled by their position")
     _require(rope.long_pair_factors is None, "longrope with short and long factors")
     if isinstance(attention, MLAConfig):
-        _require(attention.kv_a_layernorm, "a latent without norm (exactly converted models)")
+        without = "a latent without norm (models converted to MLA; deepseek2 always has one)"
+        _require(attention.kv_a_layernorm, without)
         biases = attention.attention_bias or attention.q_bias or attention.o_bias
         _require(not biases, "latent attention with biases")
         _require(rope.rope_interleave, "rope_interleave false")

@@ -19,6 +19,7 @@ from lowlat.checkpoint.shard_layout import TensorGroup
 from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
 from lowlat.convert.parameters.weights import Weights, parameter_shapes
+from lowlat.convert.quantization.activations import Importance
 from lowlat.model.linear import Linear, Storage, pack
 from lowlat.model.transformer import Transformer
 from lowlat.ops.fp8 import quantize_blocks
@@ -47,12 +48,15 @@ def stored_config(config: ModelConfig, storage_type: StorageType | None) -> Mode
     return config
 
 
-def stored_groups(weights: Weights, storage_type: StorageType | None) -> Iterator[TensorGroup]:
+def stored_groups(
+    weights: Weights, storage_type: StorageType | None, importance: Importance | None = None
+) -> Iterator[TensorGroup]:
     """The tensors of a folder, in order. storage_type: None keeps every tensor's number type.
+    importance: of the activations, for int8 and int4.
 
     Chunks raise UserError, naming the tensor, for values out of range.
     """
-    return _Folder(weights, storage_type).groups()
+    return _Folder(weights, storage_type, importance or {}).groups()
 
 
 def plain_dtype(weights: Weights, parameter: str, storage_type: StorageType | None) -> torch.dtype:
@@ -83,8 +87,11 @@ def row_pieces(
 class _Folder:
     """Plans the tensors of a folder."""
 
-    def __init__(self, weights: Weights, storage_type: StorageType | None) -> None:
+    def __init__(
+        self, weights: Weights, storage_type: StorageType | None, importance: Importance
+    ) -> None:
         self._weights = weights
+        self._importance = importance
         self._storage_type: StorageType | None = storage_type
         self._config = stored_config(weights.config, storage_type)
         self._shapes = parameter_shapes(weights.config)
@@ -151,7 +158,11 @@ class _Folder:
 
         def quantized(rows: Tensor) -> Tensor:
             where = self._weights.where(source)
-            made = self._blocks(rows, where) if storage == "fp8" else _packed(rows, storage, where)
+            if storage == "fp8":
+                made = self._blocks(rows, where)
+            else:
+                importance = channel_importance(self._importance, step.parameter, rows)
+                made = _packed(rows, storage, where, importance)
             for part in parts[1:]:
                 scales[part].append(made[part])
             return made["weight"]
@@ -180,8 +191,16 @@ class _Folder:
         return fit(tensor, name, self._weights.where(name), False, dtype)
 
 
-def _packed(rows: Tensor, storage: Storage, where: str) -> Mapping[str, Tensor]:
-    parts = pack(rows, storage)
+def channel_importance(importance: Importance, parameter: str, rows: Tensor) -> Tensor:
+    """The importance of a projection's input channels; all 1 if it was not measured, such as that
+    of experts that no calibration token reached.
+    """
+    found = importance.get(parameter)
+    return torch.ones(rows.shape[1]) if found is None else found
+
+
+def _packed(rows: Tensor, storage: Storage, where: str, importance: Tensor) -> Mapping[str, Tensor]:
+    parts = pack(rows, storage, importance=importance)
     check_packed(parts, storage, where)
     return parts
 

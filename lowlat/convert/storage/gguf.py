@@ -30,7 +30,13 @@ from lowlat.checkpoint.gguf.tensor_layout import (
 from lowlat.checkpoint.load import read_config
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.convert.parameters.weights import Shapes, Weights, parameter_shapes
-from lowlat.convert.storage.folder import CHUNK_ELEMENTS, StorageType, row_pieces
+from lowlat.convert.quantization.activations import Importance
+from lowlat.convert.storage.folder import (
+    CHUNK_ELEMENTS,
+    StorageType,
+    channel_importance,
+    row_pieces,
+)
 from lowlat.text.folder import read_folder
 from lowlat.text.gguf_keys import end_keys, gguf_vocabulary, has_merges
 from lowlat.text.gguf_vocab import has_vocabulary, read_gguf
@@ -65,9 +71,14 @@ _log = logging.getLogger(__name__)
 
 
 def stored_gguf(
-    weights: Weights, storage_type: StorageType | None, text: Path, name: str
+    weights: Weights,
+    storage_type: StorageType | None,
+    text: Path,
+    name: str,
+    importance: Importance | None = None,
 ) -> FileLayout:
     """The planned file `name` of the model. storage_type: None keeps every tensor's number type.
+    importance: of the activations, for int8 and int4.
 
     text: folder or .gguf file with the vocabulary and chat template. Raises UserError if GGUF
     cannot express the model or its tokenizer; chunks raise it, naming the tensor, for values out of
@@ -78,7 +89,7 @@ def stored_gguf(
     keys = gguf_keys(config, arch)
     shapes = parameter_shapes(config)
     tensors = [
-        _tensor(weights, part, _kind(weights, part, storage_type), shapes)
+        _tensor(weights, part, _kind(weights, part, storage_type), shapes, importance or {})
         for part in gguf_tensor_mappings(config, arch, shapes)
     ]
     divisors = rope_divisors(config)
@@ -117,13 +128,20 @@ def _kept_entries(source: Path, arch: str, keys: dict[str, Any]) -> dict[str, by
 
 
 def _tensor(
-    weights: Weights, part: GGUFTensorMapping, ggml_type: GGMLType, shapes: Shapes
+    weights: Weights,
+    part: GGUFTensorMapping,
+    ggml_type: GGMLType,
+    shapes: Shapes,
+    importance: Importance,
 ) -> GGUFTensorSpec:
+    # the columns of transposed keys are not the projection's input channels
+    importance = {} if part.name.endswith("attn_k_b.weight") else importance
     size = math.prod(part.shape[:-1]) * row_bytes(ggml_type, part.shape[-1])
 
     def pieces() -> Iterator[Tensor]:
         for parameter in part.parameters:
-            encoded = partial(_encoded, ggml_type, parameter, weights.where(parameter))
+            where = weights.where(parameter)
+            encoded = partial(_encoded, ggml_type, parameter, where, importance)
             if part.change is None:
                 yield from row_pieces(weights, parameter, shapes[parameter], encoded)
             else:
@@ -145,11 +163,13 @@ def _changed(
     weights.release(parameter)
 
 
-def _encoded(ggml_type: GGMLType, parameter: str, where: str, rows: Tensor) -> Tensor:
+def _encoded(
+    ggml_type: GGMLType, parameter: str, where: str, importance: Importance, rows: Tensor
+) -> Tensor:
     if ggml_type in PLAIN:
         return fit(rows, parameter, where, False, PLAIN[ggml_type])
     try:
-        return encode(rows, ggml_type)
+        return encode(rows, ggml_type, channel_importance(importance, parameter, rows))
     except OverflowError as error:
         raise UserError(
             f"{where} has values that are not finite or too large for {ggml_type.name}; use "

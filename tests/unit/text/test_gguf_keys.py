@@ -11,6 +11,7 @@ import tokenizers
 from gguf import GGUFWriter
 from tokenizers import models
 
+from lowlat.data.vocabulary import train_bpe
 from lowlat.text.folder import read_folder
 from lowlat.text.gguf_keys import PRE_NAMES, PROBES, gguf_vocabulary, has_merges
 from lowlat.text.gguf_vocab import read_gguf
@@ -69,6 +70,17 @@ def test_the_way_of_cutting_is_found(
     assert after.added_tokens == before.added_tokens
     assert after.eos_ids >= before.eos_ids
     assert after.bos_id == before.bos_id
+
+
+def test_a_trained_vocabulary_has_a_name(tmp_path: Path) -> None:
+    """With combining accents, which NFC would compose."""
+    before = train_bpe(["cafe\u0301 au lait, the cat sat on 12 mats\n"] * 4, 300)
+    before.save(tmp_path)
+    parts = read_folder(tmp_path)
+    after = written(parts, 400, tmp_path)
+    assert gguf_vocabulary(parts, 400)["tokenizer.ggml.pre"] == "stablelm2"
+    for text in [*TEXTS, *PROBES, "cafe\u0301"]:
+        assert after.encode(text) == before.encode(text), text
 
 
 def test_no_two_ways_look_alike() -> None:

@@ -20,6 +20,7 @@ TEXT = "It's 12345\n  x_1"
         ("tekken", ["It", "'s", " ", "1", "2", "3", "4", "5", "\n", " ", " x", "_", "1"]),
         ("glm4", ["It", "'s", " ", "123", "45", "\n", " ", " x", "_", "1"]),
         ("qwen2", ["It", "'s", " ", "1", "2", "3", "4", "5", "\n", " ", " x", "_", "1"]),
+        ("stablelm2", ["It", "'s", " ", "1", "2", "3", "4", "5", "\n", " ", " x", "_", "1"]),
         ("deepseek-v3", ["It", "'s", " ", "123", "45", "\n", " ", " x", "_", "1"]),
         ("deepseek-llm", ["It", "'", "s", " ", "1", "2", "3", "4", "5", "\n", " ", " x", "_", "1"]),
         (
@@ -57,6 +58,12 @@ def test_the_gpt2_pattern_is_the_library_s() -> None:
 def test_the_qwen2_pattern_is_transformers_s() -> None:
     qwen2 = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2")
     assert splitting("qwen2", "file").patterns == (qwen2.PRETOKENIZE_REGEX,)
+
+
+def test_stablelm2_is_qwen2_without_nfc() -> None:
+    """Regression: a vocabulary trained without a normalizer, written with one."""
+    assert splitting("stablelm2", "file").patterns == splitting("qwen2", "file").patterns
+    assert splitting("stablelm2", "file").normalizer() is None
 
 
 @pytest.mark.parametrize("pre", ["llama-bpe", "tekken"])

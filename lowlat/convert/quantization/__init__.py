@@ -1,0 +1,1 @@
+"""Calibrated quantization: activation statistics of every projection, from calibration text."""

@@ -1,0 +1,98 @@
+"""Importance of projections: mean squares of their inputs in a run of the whole model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowlat.checkpoint.hf_folder import open_checkpoint
+from lowlat.checkpoint.load import load_model, read_config
+from lowlat.convert.parameters.weights import SourceWeights
+from lowlat.convert.quantization.activations import (
+    WINDOWS,
+    Importance,
+    activation_windows,
+    importance_digest,
+    measure_activations,
+)
+from lowlat.model.linear import Linear
+from lowlat.model.mla import MLA
+from lowlat.model.transformer import Transformer
+from lowlat.utils.progress import SilentProgress
+from tests.packed_attention import PackedAttention
+from tests.unit.checkpoint.builders import FAMILIES, write_model
+
+COUNT, LENGTH = 3, 12
+
+
+def windows_of(vocab_size: int) -> Tensor:
+    return torch.randint(vocab_size, (COUNT, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def measured(folder: Path) -> Importance:
+    source = open_checkpoint(folder)
+    config = read_config(source)
+    weights = SourceWeights(source, config, stored=config)
+    return measure_activations(
+        weights, windows_of(config.vocab_size), SilentProgress(), torch.float32
+    )
+
+
+def expected(model: Transformer) -> dict[str, Tensor]:
+    """Mean squares by hooks on all projections, in a run of all windows at once."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        found[name] = x.square().mean(0)
+
+    for path, module in model.named_modules():
+        if isinstance(module, Linear):
+            module.register_forward_pre_hook(
+                lambda _, args, name=f"{path}.weight": keep(name, args[0])
+            )
+        if isinstance(module, MLA):
+            rank, has_norm = module.dims.kv_lora_rank, module.dims.kv_a_layernorm
+            latent = module.kv_a_layernorm if has_norm else module.kv_a_proj_with_mqa
+            latent.register_forward_hook(
+                lambda _, args, out, name=f"{path}.kv_b_proj.weight", rank=rank: keep(
+                    name, out[:, :rank]
+                )
+            )
+    backend = PackedAttention([LENGTH] * COUNT)
+    with torch.no_grad():
+        ids = windows_of(model.config.vocab_size).flatten()
+        hidden = model(ids, backend.positions(), backend)
+        keep("lm_head.weight", hidden)
+    return found
+
+
+@pytest.mark.parametrize(
+    "family", ["mistral", "qwen2", "deepseek_v3-mtp", "axk1", "minicpm3", "qwen2-converted"]
+)
+def test_squares_are_those_of_the_whole_model(tmp_path: Path, family: str) -> None:
+    write_model(tmp_path / "m", FAMILIES[family])
+    found = measured(tmp_path / "m")
+    wanted = expected(load_model(tmp_path / "m", dtype="fp32").model)
+    assert found.keys() == wanted.keys()
+    for name, squares in wanted.items():
+        torch.testing.assert_close(found[name], squares, rtol=1e-3, atol=1e-6)
+
+
+def test_threads_do_not_matter(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", FAMILIES["deepseek_v3"])
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(importance_digest(measured(tmp_path / "m")))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
+def test_windows_are_spread() -> None:
+    windows = torch.arange(64)[:, None]
+    assert activation_windows(windows).flatten().tolist() == list(range(0, 64, 64 // WINDOWS))
+    assert len(activation_windows(windows[:9])) == 9
