@@ -35,8 +35,8 @@ Dtype = Annotated[
     str,
     typer.Option(
         help="Number type to store: auto (as in SRC), fp32, bf16, fp16, fp8 (128x128 blocks), int8 "
-        "or int4 (packed as on load; Q8_0 and Q4_1 in GGUF). Quantized weights of SRC are first "
-        "dequantized in fp32."
+        "or int4 (packed, scales chosen on calibration text; Q8_0 and Q4_1 in GGUF). Quantized "
+        "weights of SRC are first dequantized in fp32."
     ),
 ]
 Format = Annotated[

@@ -203,8 +203,8 @@ PACKED = [
     Mutant(
         "int4: sixteen steps instead of fifteen",
         "ops/quantized.py",
-        "scale, minimum = ((high - low) / INT4_MAX).to(torch.float16), low.to(torch.float16)",
-        "scale, minimum = ((high - low) / 16).to(torch.float16), low.to(torch.float16)",
+        "return ((high - low) / INT4_MAX).to(torch.float16), low.to(torch.float16)",
+        "return ((high - low) / 16).to(torch.float16), low.to(torch.float16)",
         OPS + "test_quantized.py::test_values_of_gguf_files_are_kept[int4]",
     ),
     Mutant(
@@ -227,6 +227,48 @@ PACKED = [
         '"int8": {"kv_b_proj": "int8_rows"},',
         '"int8": {},',
         MODEL + "test_quant.py::test_which_projections_are_packed[int8]",
+    ),
+    Mutant(
+        "weighted scales: the last candidate instead of the best",
+        "ops/weighted_quantization.py",
+        "is_better = (error < least) &",
+        "is_better = (error == error) &",
+        OPS + "test_weighted_quantization.py::test_no_group_is_worse_than_min_max[int4]",
+    ),
+    Mutant(
+        "weighted scales: least squares without weights",
+        "ops/weighted_quantization.py",
+        "weighted = weights * centred",
+        "weighted = centred",
+        OPS + "test_weighted_quantization.py::test_important_columns_are_closer",
+    ),
+    Mutant(
+        "weighted scales: ends of the range unused",
+        "ops/weighted_quantization.py",
+        " & (used[..., 0] == 0) & (used[..., 1] == INT4_MAX)",
+        "",
+        OPS + "test_weighted_quantization.py::test_quantized_values_lose_nothing[int4]",
+    ),
+    Mutant(
+        "weighted scales: values out of range are clipped",
+        "ops/weighted_quantization.py",
+        "return torch.where(error.isfinite(), error, -torch.inf)",
+        "return error.nan_to_num(torch.inf)",
+        OPS + "test_weighted_quantization.py::test_values_out_of_range_show_in_the_scales",
+    ),
+    Mutant(
+        "importance: every expert gets the tokens of all",
+        "convert/quantization/activations.py",
+        "tokens, places = (chosen == expert).nonzero(as_tuple=True)",
+        "tokens, places = (chosen >= 0).nonzero(as_tuple=True)",
+        "tests/unit/convert/test_activations.py::test_squares_are_those_of_the_whole_model",
+    ),
+    Mutant(
+        "importance: kv_b_proj gets the rotary key",
+        "convert/quantization/activations.py",
+        "_squares({name: out[..., :rank]})",
+        "_squares({name: out[..., -rank:]})",
+        "tests/unit/convert/test_activations.py::test_squares_are_those_of_the_whole_model",
     ),
 ]
 
