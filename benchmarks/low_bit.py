@@ -31,12 +31,9 @@ from lowlat.checkpoint.load import load_model, read_config
 from lowlat.checkpoint.save import save_model
 from lowlat.convert.compression.calibration import read_calibration
 from lowlat.convert.parameters.weights import SourceWeights, parameter_shapes
-from lowlat.convert.quantization.activations import (
-    Importance,
-    activation_windows,
-    measure_activations,
-)
+from lowlat.convert.quantization.activations import ActivationStatistics, activation_windows
 from lowlat.convert.run import convert
+from lowlat.ops.calibrated_quantization import ActivationCovariance
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.progress import make_progress
 
@@ -138,22 +135,25 @@ def _imatrix(folder: Path) -> dict[str, np.ndarray]:
     context = config.max_position_embeddings
     calibration = read_calibration([], Tokenizer.from_folder(folder), context)
     windows = activation_windows(calibration.windows)
-    importance = measure_activations(weights, windows, make_progress())
+    statistics = ActivationStatistics(weights, windows)
     found: dict[str, np.ndarray] = {}
     for part in gguf_tensor_mappings(config, architecture_of(config), parameter_shapes(config)):
-        own = _stacked(importance, part.name, part.parameters, part.shape)
+        own = _stacked(statistics, part.name, part.parameters, part.shape)
         if own is not None:
             found[part.name] = own
     return found
 
 
 def _stacked(
-    importance: Importance, name: str, parameters: tuple[str, ...], shape: tuple[int, ...]
+    statistics: ActivationStatistics, name: str, parameters: tuple[str, ...], shape: tuple[int, ...]
 ) -> np.ndarray | None:
-    measured = any(parameter in importance for parameter in parameters)
-    if not measured or name.endswith("attn_k_b.weight"):
+    """None for tensors without projection, and for transposed keys, whose columns are no input."""
+    if not parameters[0].endswith("_proj.weight") or name.endswith("attn_k_b.weight"):
         return None
-    parts = [importance.get(parameter, torch.ones(shape[-1])) for parameter in parameters]
+    parts: list[Tensor] = []
+    for parameter in parameters:
+        own = statistics.of(parameter, shape[-1])
+        parts.append(own.matrix.diagonal() if isinstance(own, ActivationCovariance) else own)
     copies = shape[0] if len(shape) == 3 and len(parts) == 1 else 1
     return torch.cat(parts * copies).numpy()
 

@@ -31,12 +31,7 @@ from lowlat.convert.options import CALIBRATED, CompressionOptions, ConversionOpt
 from lowlat.convert.parameters.exact_mla import check_exact, mla_config, mla_parameters
 from lowlat.convert.parameters.upcycle import UpcycledWeights
 from lowlat.convert.parameters.weights import DerivedWeights, Weights, parameter_shapes
-from lowlat.convert.quantization.activations import (
-    Importance,
-    activation_windows,
-    importance_digest,
-    measure_activations,
-)
+from lowlat.convert.quantization.activations import ActivationStatistics, activation_windows
 from lowlat.convert.report import ConversionReport, compression_object, measure, report_files
 from lowlat.convert.storage.folder import PLAIN, StorageType, stored_config, stored_groups
 from lowlat.convert.storage.gguf import stored_gguf
@@ -104,16 +99,21 @@ def convert(
             weights = _exact_mla_weights(base, storage_type) if to == "mla" else base
         if experts is not None:
             weights = UpcycledWeights(weights, experts)
-        importance: Importance = {}
+        statistics = None
         if storage_type in CALIBRATED:
-            importance = _importance(conversion, weights, progress)
-            fingerprint["activations"] = importance_digest(importance)
+            text = _quantization_text(conversion)
+            fingerprint["calibration text"] = "none" if text is None else text.digest()
+            layers = weights.config.num_hidden_layers
+            measuring = progress.task("Measuring activations", layers, "items")
+            task = until_written.enter_context(measuring)
+            windows = None if text is None else activation_windows(text.windows)
+            statistics = ActivationStatistics(weights, windows, task)
         if conversion.writes_gguf:
-            files, extra = [stored_gguf(weights, storage_type, src, dst.name, importance)], {}
+            files, extra = [stored_gguf(weights, storage_type, src, dst.name, statistics)], {}
         else:
             is_unchanged = weights is base
             files, others = _folder_files(
-                conversion, weights, importance, is_unchanged=is_unchanged
+                conversion, weights, statistics, is_unchanged=is_unchanged
             )
             extra |= others
         title, is_file = f"Converting {src.name}", conversion.writes_gguf
@@ -159,19 +159,18 @@ def _calibration(conversion: Conversion) -> Calibration:
     return calibration
 
 
-def _importance(conversion: Conversion, weights: Weights, progress: Progress) -> Importance:
-    """E[x^2] of the projections of `weights`; empty, with a warning, without usable text.
+def _quantization_text(conversion: Conversion) -> Calibration | None:
+    """Text to measure activations on; None, with a warning, without usable text.
 
     Raises UserError for text of --calibrate that is unfit.
     """
     try:
-        windows = _calibration(conversion).windows
+        return _calibration(conversion)
     except UserError as error:
         if conversion.options.calibrate:
             raise
         _log.warning("scales are chosen by unweighted error, as no text can be used: %s", error)
-        return {}
-    return measure_activations(weights, activation_windows(windows), progress)
+        return None
 
 
 def _exact_mla_weights(base: Weights, storage_type: StorageType | None) -> Weights:
@@ -203,11 +202,15 @@ def _check_disk_space(dst: Path, base: Weights, storage_type: StorageType | None
 
 
 def _folder_files(
-    conversion: Conversion, weights: Weights, importance: Importance, *, is_unchanged: bool
+    conversion: Conversion,
+    weights: Weights,
+    statistics: ActivationStatistics | None,
+    *,
+    is_unchanged: bool,
 ) -> tuple[list[FileLayout], dict[str, bytes]]:
     """Planned shards of a Hugging Face folder, and its config, tokenizer and index files."""
     raw = _config_fields(conversion, weights, is_unchanged=is_unchanged)
-    files, index = plan_shards(stored_groups(weights, conversion.storage_type, importance))
+    files, index = plan_shards(stored_groups(weights, conversion.storage_type, statistics))
     others = {"config.json": (json.dumps(raw, indent=2) + "\n").encode()}
     others |= _tokenizer_files(conversion.src, conversion.dst)
     return files, others | ({} if index is None else {INDEX_FILE: index})

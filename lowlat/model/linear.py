@@ -1,15 +1,16 @@
 """Linear with plain, fp8, int8 or int4 weights, RMSNorm and Embedding; arithmetic is in `ops`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from lowlat.config.model import QuantConfig
-from lowlat.ops import gguf_blocks, native, native_kernels, quantized, weighted_quantization
+from lowlat.ops import gguf_blocks, native, native_kernels, quantized
+from lowlat.ops.calibrated_quantization import Importance, quantize_calibrated
 from lowlat.ops.fp8 import dequantize_blocks, dequantize_fp8_rows
 from lowlat.ops.norm import rms_norm
 from lowlat.ops.quantized import (
@@ -42,18 +43,19 @@ def pack(
     dense: Float[Tensor, "out in"],
     storage: Storage,
     empty: Empty = torch.empty,
-    importance: Float32[Tensor, " in"] | None = None,
+    importance: Importance | None = None,
 ) -> dict[str, Shaped[Tensor, "..."]]:
     """Quantize `dense` to a packed storage: weight, weight_scale, weight_minimum, allocated by
     `empty`.
 
-    importance: E[x^2] of the input channels; scales are then searched for the least weighted error
-    (`weighted_quantization`), otherwise they cover the range of the weights (min-max), which takes
-    a fraction of the time. Scales are non-finite where `dense` is non-finite or exceeds the range
-    of the storage.
+    importance: of the input channels; weights are then quantized by activation-weighted error
+    (`calibrated_quantization`), otherwise scales cover the range of the weights (min-max), which
+    takes a fraction of the time. Scales are non-finite where `dense` is non-finite or exceeds the
+    range of the storage.
     """
     if importance is not None:
-        return _WEIGHTED[storage](dense, importance, empty)._asdict()
+        assert storage in ("int4", "int8", "int8_rows")
+        return quantize_calibrated(dense, storage, importance, empty)._asdict()
     kernels = native_kernels if has_native_kernel(dense) else quantized
     if storage == "int4":
         return kernels.quantize_int4(dense, empty)._asdict()
@@ -61,14 +63,6 @@ def pack(
         return kernels.quantize_int8(dense, empty)._asdict()
     assert storage == "int8_rows"
     return quantize_rows(dense, empty)._asdict()
-
-
-Packed = Int4Weight | Int8Weight | Int8Rows
-_WEIGHTED: Mapping[Storage, Callable[[Tensor, Tensor, Empty], Packed]] = {
-    "int4": weighted_quantization.quantize_int4_weighted,
-    "int8": weighted_quantization.quantize_int8_weighted,
-    "int8_rows": weighted_quantization.quantize_rows_weighted,
-}
 
 
 def unpack_rows(

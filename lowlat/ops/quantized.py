@@ -157,11 +157,14 @@ def int4_steps(
 
 
 def in_chunks(
-    dense: Tensor, quantize: Callable[[Tensor], tuple[Tensor, ...]], empty: Empty
+    dense: Tensor,
+    quantize: Callable[[Tensor], tuple[Tensor, ...]],
+    empty: Empty,
+    elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Tensor, ...]:
-    """Apply `quantize` to whole tiles of rows, in parallel, and concatenate."""
+    """Apply `quantize` to whole tiles of rows of about `elements`, in parallel, and concatenate."""
     dense = dense.detach()
-    step = max(CHUNK_ELEMENTS // dense.shape[1] // TILE, 1) * TILE
+    step = max(elements // dense.shape[1] // TILE, 1) * TILE
 
     def chunk(first: int) -> tuple[Tensor, ...]:
         rows = dense[first : first + step].to(torch.float32)
@@ -250,8 +253,18 @@ def int4_tiles(
     """Groups of rows of `columns`, rounded with these scales and minima, in the order of
     `Int4Weight`.
     """
-    q = int4_values(groups, scale.to(torch.float32), minimum.to(torch.float32)).to(torch.uint8)
+    q = int4_values(groups, scale.to(torch.float32), minimum.to(torch.float32))
     q.flatten(1)[:, columns:] = 0
+    return pack_int4(q, scale, minimum)
+
+
+def pack_int4(
+    values: Float32[Tensor, "padded_rows groups 32"],
+    scale: Float16[Tensor, "padded_rows groups"],
+    minimum: Float16[Tensor, "padded_rows groups"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The q of rows, with their scales and minima, in the order of `Int4Weight`."""
+    q = values.to(torch.uint8)
     # rows x groups x 32 -> half x tiles x groups x steps x rows x parity x bytes
     tiles = q.unflatten(0, (-1, TILE)).unflatten(-1, (4, 2, 2, 2))
     halves = tiles.permute(5, 0, 2, 3, 1, 6, 4)

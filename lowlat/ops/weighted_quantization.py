@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float16, Float32
 from torch import Tensor
 
 from lowlat.ops.quantized import (
@@ -93,7 +93,14 @@ def _relative(importance: Float32[Tensor, " in"]) -> Float32[Tensor, " in"]:
 def _int4_chunk(
     rows: Float32[Tensor, "padded_rows in"], importance: Float32[Tensor, " in"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups, weights = int4_groups(rows), _in_groups(importance)
+    groups = int4_groups(rows)
+    return int4_tiles(groups, *int4_search(groups, in_groups(importance)), rows.shape[1])
+
+
+def int4_search(
+    groups: Float32[Tensor, "*rows 32"], weights: Float32[Tensor, "*broadcast 32"]
+) -> tuple[Float16[Tensor, "*rows"], Float16[Tensor, "*rows"]]:
+    """Scales and minima of least weighted error."""
     scale, minimum = min_max_range(groups)
     least = _error(groups, weights, _int4_dequantized(groups, scale, minimum))
     least, ends = _unless_overflown(least), torch.stack(groups.aminmax(dim=-1), dim=-1)
@@ -104,7 +111,7 @@ def _int4_chunk(
         least = torch.where(is_better, error, least)
         scale = torch.where(is_better, candidate[0], scale)
         minimum = torch.where(is_better, candidate[1], minimum)
-    return int4_tiles(groups, scale, minimum, rows.shape[1])
+    return scale, minimum
 
 
 def _int4_candidates(groups: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -144,7 +151,7 @@ def _int8_chunk(
     rows: Float32[Tensor, "padded_rows in"], importance: Float32[Tensor, " in"]
 ) -> tuple[Tensor, Tensor]:
     groups = int8_groups(rows)
-    scale = _int8_scale(groups, _in_groups(importance), torch.float16)
+    scale = _int8_scale(groups, in_groups(importance), torch.float16)
     return int8_tiles(groups, scale.to(torch.float16))
 
 
@@ -173,7 +180,7 @@ def _int8_scale(
     return found
 
 
-def _in_groups(importance: Float32[Tensor, " in"]) -> Float32[Tensor, "groups 32"]:
+def in_groups(importance: Float32[Tensor, " in"]) -> Float32[Tensor, "groups 32"]:
     """Importance by group; 0 for the columns that fill the last one."""
     missing = -len(importance) % GROUP
     return torch.nn.functional.pad(importance, (0, missing)).unflatten(0, (-1, GROUP))

@@ -261,14 +261,14 @@ PACKED = [
         "convert/quantization/activations.py",
         "tokens, places = (chosen == expert).nonzero(as_tuple=True)",
         "tokens, places = (chosen >= 0).nonzero(as_tuple=True)",
-        "tests/unit/convert/test_activations.py::test_squares_are_those_of_the_whole_model",
+        "tests/unit/convert/test_activations.py::test_statistics_are_those_of_the_whole_model",
     ),
     Mutant(
         "importance: kv_b_proj gets the rotary key",
         "convert/quantization/activations.py",
-        "_squares({name: out[..., :rank]})",
-        "_squares({name: out[..., -rank:]})",
-        "tests/unit/convert/test_activations.py::test_squares_are_those_of_the_whole_model",
+        "self._record(name, out[..., :rank])",
+        "self._record(name, out[..., -rank:])",
+        "tests/unit/convert/test_activations.py::test_statistics_are_those_of_the_whole_model",
     ),
 ]
 

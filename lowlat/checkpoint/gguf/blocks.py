@@ -10,11 +10,12 @@ row:
 
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowlat.checkpoint.gguf.file import PLAIN
 from lowlat.model.linear import pack
+from lowlat.ops.calibrated_quantization import Importance
 from lowlat.ops.quantized import Int4Weight, Int8Weight, int4_steps, int8_steps, numbers_by_row
 
 
@@ -32,7 +33,7 @@ def fits(kind: GGMLQuantizationType, columns: int) -> bool:
 def encode(
     rows: Float[Tensor, "rows columns"],
     kind: GGMLQuantizationType,
-    importance: Float32[Tensor, " columns"] | None = None,
+    importance: Importance | None = None,
 ) -> Tensor:
     """`rows` encoded as `kind`: a tensor of these bytes. importance: as of `pack`.
 
@@ -44,7 +45,7 @@ def encode(
 
 
 def _q8_0(
-    rows: Float[Tensor, "rows columns"], importance: Tensor | None
+    rows: Float[Tensor, "rows columns"], importance: Importance | None
 ) -> UInt8[Tensor, "rows blocks 34"]:
     packed = Int8Weight(**_finite(pack(rows, "int8", importance=importance)))
     scale = numbers_by_row(packed.weight_scale)
@@ -53,7 +54,7 @@ def _q8_0(
 
 
 def _q4_1(
-    rows: Float[Tensor, "rows columns"], importance: Tensor | None
+    rows: Float[Tensor, "rows columns"], importance: Importance | None
 ) -> UInt8[Tensor, "rows blocks 20"]:
     packed = Int4Weight(**_finite(pack(rows, "int4", importance=importance)))
     scale, minimum = (numbers_by_row(part) for part in (packed.weight_scale, packed.weight_minimum))

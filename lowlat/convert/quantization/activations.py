@@ -1,16 +1,16 @@
-"""Mean squares of the activations that enter every projection: the importance matrix (imatrix) of
-int8 and int4 quantization.
+"""Activation statistics of every projection on calibration text, for calibrated int8 and int4
+quantization: E[x^2] (importance matrix) or E[x x^T].
 
-The model runs layer by layer on calibration text, with the attention, shared experts and one routed
-expert per thread in memory. Windows of text and experts are computed by single-threaded workers and
-summed in order, so the results do not depend on the number of threads.
+The model runs layer by layer, as its weights are written. Memory holds a layer's attention, shared
+experts and statistics, and one routed expert per thread. Windows of text and experts are computed
+by single-threaded workers and summed in order, so results do not depend on the number of threads.
 """
 
-import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -18,6 +18,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
 from lowlat.attention.flash import FlashAttention
+from lowlat.config.model import ModelConfig
 from lowlat.convert.compression.layer_runner import fast_dtype
 from lowlat.convert.parameters.weights import Weights
 from lowlat.model.block import DecoderLayer
@@ -25,19 +26,22 @@ from lowlat.model.linear import Linear, RMSNorm, scaled
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MLP, MoE
 from lowlat.model.rotary import RotaryEmbeddings
+from lowlat.ops.calibrated_quantization import ActivationCovariance, Importance
 from lowlat.ops.rope import RotaryTable
 from lowlat.ops.routing import Routing
-from lowlat.utils.progress import Progress
+from lowlat.utils.progress import Task
 
 WINDOWS = 16
 """Windows of text to measure on."""
+MAX_COVARIANCE = 4096
+"""Widest input whose covariance is measured; wider ones get mean squares. Its factorization takes
+seconds, and grows with the third power.
+"""
+MAX_EXPERT_BYTES = 2**31
+"""Most bytes of the covariances of a layer's routed experts; more experts get mean squares."""
 EXPERTS = "mlp.experts."
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-Importance = Mapping[str, Float32[Tensor, " in"]]
-"""E[x^2] per input channel, by the name of a projection's weight; projections that no token of the
-calibration text reached are missing.
-"""
+HEAD = "lm_head.weight"
 
 
 def activation_windows(windows: Int[Tensor, "windows length"]) -> Int[Tensor, "few length"]:
@@ -45,73 +49,124 @@ def activation_windows(windows: Int[Tensor, "windows length"]) -> Int[Tensor, "f
     return windows[:: -(-len(windows) // WINDOWS)]
 
 
-def importance_digest(importance: Importance) -> str:
-    """A short hash, to resume a conversion only with the same importance."""
-    digest = hashlib.sha256()
-    for name in sorted(importance):
-        digest.update(name.encode() + importance[name].numpy().tobytes())
-    return digest.hexdigest()[:12]
+@final
+class ActivationStatistics:
+    """Statistics of the inputs of `weights`' projections on `windows` of text; one layer at a time
+    is in memory, so ask for parameters in the order of layers.
 
-
-@torch.no_grad()
-def measure_activations(
-    weights: Weights,
-    windows: Int[Tensor, "windows length"],
-    progress: Progress,
-    dtype: torch.dtype | None = None,
-) -> Importance:
-    """The importance of all projections of the decoder layers and of the LM head.
-
-    dtype: of matrix products (default: the CPU's fastest). MTP modules are not measured.
+    windows: None without calibration text. task: is advanced by the layers. dtype: of matrix
+    products (default: the CPU's fastest).
     """
-    config, dtype = weights.config, dtype or fast_dtype()
-    embedding = weights.read("embed_tokens.weight")[windows].float()
-    weights.release("embed_tokens.weight")
-    streams = [scaled(window, config.scale_emb) for window in embedding]
-    rotary = RotaryEmbeddings(config)
-    table = rotary(torch.arange(windows.shape[1]))
-    sums = _Sums()
-    with (
-        progress.task("Measuring activations", config.num_hidden_layers, "items") as task,
-        _workers() as pool,
-    ):
-        for number in range(config.num_hidden_layers):
-            layer = _Layer(weights, number, dtype, rotary.of(number, table), sums, pool)
-            streams = layer.advance(streams)
-            task.advance(1)
-    norm = RMSNorm(
-        config.hidden_size, config.rms_norm_eps, dtype=torch.float32, factor=config.output_scale
-    )
-    norm.weight.data = weights.read("norm.weight").float()
-    for x in streams:
-        sums.add(_squares({"lm_head.weight": norm(x)}))
-    return sums.means()
+
+    def __init__(
+        self,
+        weights: Weights,
+        windows: Int[Tensor, "windows length"] | None,
+        task: Task | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._weights, self._windows = weights, windows
+        self._task, self._dtype = task, dtype or fast_dtype()
+        self._next, self._streams = 0, list[Tensor]()
+        self._found: dict[str, Importance] = {}
+
+    @torch.no_grad()
+    def of(self, parameter: str, columns: int) -> Importance:
+        """The importance of a projection's input channels. All 1 if it is not measured: without
+        text, in MTP modules, and for experts that no token of the text reached.
+        """
+        wanted = self._layer_of(parameter)
+        if self._windows is not None and wanted is not None:
+            if wanted < self._next - 1:
+                self._next = 0
+            while self._next <= wanted:
+                self._advance()
+        return self._found.get(parameter, torch.ones(columns))
+
+    def _layer_of(self, parameter: str) -> int | None:
+        """The layer; the LM head is measured after the last one."""
+        if parameter == HEAD:
+            return self._weights.config.num_hidden_layers
+        return int(parameter.split(".")[1]) if parameter.startswith("layers.") else None
+
+    def _advance(self) -> None:
+        assert self._windows is not None
+        config, number, sums = self._weights.config, self._next, _Sums()
+        if number == 0:
+            embedding = self._weights.read("embed_tokens.weight")[self._windows].float()
+            self._weights.release("embed_tokens.weight")
+            self._streams = [scaled(window, config.scale_emb) for window in embedding]
+        if number == config.num_hidden_layers:
+            norm = self._final_norm()
+            for x in self._streams:
+                sums.add({HEAD: _Moments.of(HEAD, norm(x))})
+        else:
+            rotary = RotaryEmbeddings(config)
+            rope = rotary.of(number, rotary(torch.arange(self._windows.shape[1])))
+            with _workers() as pool:
+                layer = _Layer(self._weights, number, self._dtype, rope, sums, pool)
+                self._streams = layer.advance(self._streams)
+            if self._task is not None:
+                self._task.advance(1)
+        self._next, self._found = number + 1, sums.statistics()
+
+    def _final_norm(self) -> RMSNorm:
+        config = self._weights.config
+        norm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, dtype=torch.float32, factor=config.output_scale
+        )
+        norm.weight.data = self._weights.read("norm.weight").float()
+        return norm
 
 
-Squares = dict[str, tuple[Tensor, int]]
-"""By weight: the sum of squares per channel, and the number of tokens."""
+@dataclass(slots=True)
+class _Moments:
+    """Sums over tokens of one input."""
+
+    names: list[str]
+    """Weights of the projections that share it."""
+    total: Tensor
+    """Of x x^T, or of x^2."""
+    tokens: int
+
+    @classmethod
+    def of(
+        cls, name: str, x: Float[Tensor, "tokens in"], *, with_covariance: bool = True
+    ) -> "_Moments":
+        wide = x.float()
+        if with_covariance and wide.shape[1] <= MAX_COVARIANCE:
+            return cls([name], wide.T @ wide, len(x))
+        return cls([name], wide.square().sum(0), len(x))
 
 
-def _squares(inputs: Mapping[str, Float[Tensor, "tokens in"]]) -> Squares:
-    return {name: (x.float().square().sum(0).double(), len(x)) for name, x in inputs.items()}
+Found = dict[str, _Moments]
+"""By the first of the names."""
 
 
 @final
 class _Sums:
-    """Sums of squares over all windows."""
+    """Sums over all windows."""
 
     def __init__(self) -> None:
-        self._sums: Squares = {}
+        self._sums: Found = {}
 
-    def add(self, found: Squares) -> None:
-        for name, (squares, tokens) in found.items():
+    def add(self, found: Found) -> None:
+        for name, moments in found.items():
             if name in self._sums:
-                before, count = self._sums[name]
-                squares, tokens = before + squares, count + tokens
-            self._sums[name] = squares, tokens
+                self._sums[name].total += moments.total
+                self._sums[name].tokens += moments.tokens
+            else:
+                self._sums[name] = moments
 
-    def means(self) -> dict[str, Float32[Tensor, " in"]]:
-        return {name: (total / count).float() for name, (total, count) in self._sums.items()}
+    def statistics(self) -> dict[str, Importance]:
+        """By weight. Inputs that are not finite are left out: scales cannot depend on them."""
+        result: dict[str, Importance] = {}
+        for moments in self._sums.values():
+            mean = moments.total / moments.tokens
+            if bool(mean.isfinite().all()):
+                own = mean if mean.dim() == 1 else ActivationCovariance(mean)
+                result |= dict.fromkeys(moments.names, own)
+        return result
 
 
 @contextmanager
@@ -149,9 +204,10 @@ class _Layer:
         self._layer.load_state_dict(state, assign=True)
         self._layer.requires_grad_(False)
         self._inputs = _RecordedInputs(self._layer, self._prefix)
+        self._with_covariance = _expert_bytes(weights.config) <= MAX_EXPERT_BYTES
 
     def advance(self, streams: list[Tensor]) -> list[Tensor]:
-        """The residual streams after the layer; adds the squares of its projections' inputs."""
+        """The residual streams after the layer; adds the statistics of its projections."""
         middle = self._measured(self._attend, streams)
         mlp = self._layer.mlp
         normed = [self._layer.post_attention_layernorm(x).to(self._dtype) for x in middle]
@@ -178,15 +234,15 @@ class _Layer:
     def _measured(
         self, function: Callable[[Tensor], Tensor], windows: list[Tensor]
     ) -> list[Tensor]:
-        """The function of every window; adds the squares of the inputs that it records."""
+        """The function of every window; adds the statistics of the inputs that it records."""
 
-        def run(x: Tensor) -> tuple[Tensor, Squares]:
+        def run(x: Tensor) -> tuple[Tensor, Found]:
             return self._inputs.during(lambda: function(x))
 
         outputs: list[Tensor] = []
-        for out, squares in self._pool.map(run, windows):
+        for out, found in self._pool.map(run, windows):
             outputs.append(out)
-            self._sums.add(squares)
+            self._sums.add(found)
         return outputs
 
     def _routed(
@@ -196,25 +252,26 @@ class _Layer:
         chosen = torch.cat([routing.experts for routing in routings])
         factors = torch.cat([routing.weights for routing in routings])
 
-        def run(expert: int) -> tuple[Tensor, Tensor, Squares]:
+        def run(expert: int) -> tuple[Tensor, Tensor, Found]:
             tokens, places = (chosen == expert).nonzero(as_tuple=True)
-            out, squares = self._expert(expert, x[tokens])
-            return tokens, out.float() * factors[tokens, places, None], squares
+            out, found = self._expert(expert, x[tokens])
+            return tokens, out.float() * factors[tokens, places, None], found
 
         added = torch.zeros(x.shape, dtype=torch.float32)
-        for tokens, out, squares in self._pool.map(run, chosen.unique().tolist()):
+        for tokens, out, found in self._pool.map(run, chosen.unique().tolist()):
             added.index_add_(0, tokens, out)
-            self._sums.add(squares)
+            self._sums.add(found)
         return added
 
-    def _expert(self, expert: int, rows: Tensor) -> tuple[Tensor, Squares]:
+    def _expert(self, expert: int, rows: Tensor) -> tuple[Tensor, Found]:
         config, name = self._weights.config, f"{EXPERTS}{expert}."
         assert config.moe is not None
         with torch.device("meta"):
             mlp = MLP(config.hidden_size, config.moe.moe_intermediate_size, dtype=self._dtype)
         names = [f"{each}.weight" for each in PROJECTIONS]
         mlp.load_state_dict({each: self._read(name + each) for each in names}, assign=True)
-        return _RecordedInputs(mlp, self._prefix + name).during(lambda: mlp(rows))
+        recorded = _RecordedInputs(mlp, self._prefix + name, with_covariance=self._with_covariance)
+        return recorded.during(lambda: mlp(rows))
 
     def _read(self, name: str) -> Tensor:
         """A tensor in the dtype of products; norms, routers and biases in fp32."""
@@ -224,12 +281,21 @@ class _Layer:
         return tensor
 
 
+def _expert_bytes(config: ModelConfig) -> int:
+    """Bytes of the covariances of a layer's routed experts."""
+    if config.moe is None:
+        return 0
+    widths = config.hidden_size, config.moe.moe_intermediate_size
+    return 4 * config.moe.n_routed_experts * sum(width**2 for width in widths)
+
+
 @final
 class _RecordedInputs:
     """Hooks that record the inputs of all projections below a module, per thread."""
 
-    def __init__(self, module: nn.Module, prefix: str) -> None:
+    def __init__(self, module: nn.Module, prefix: str, *, with_covariance: bool = True) -> None:
         self._local = threading.local()
+        self._with_covariance = with_covariance
         for path, child in module.named_modules():
             name = f"{prefix}{path}.weight"
             if isinstance(child, Linear):
@@ -237,14 +303,14 @@ class _RecordedInputs:
             elif isinstance(child, MLA):
                 self._record_latent(child, f"{prefix}{path}.kv_b_proj.weight")
 
-    def during(self, function: Callable[[], Tensor]) -> tuple[Tensor, Squares]:
-        """The result of `function`, and the squares of the inputs while it ran."""
-        self._local.found = {}
+    def during(self, function: Callable[[], Tensor]) -> tuple[Tensor, Found]:
+        """The result of `function`, and the statistics of the inputs while it ran."""
+        self._local.found, self._local.last = {}, (None, None)
         return function(), self._local.found
 
     def _recorder(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._local.found |= _squares({name: args[0].flatten(0, -2)})
+            self._record(name, args[0])
 
         return record
 
@@ -253,7 +319,16 @@ class _RecordedInputs:
         rank, normed = attention.dims.kv_lora_rank, attention.dims.kv_a_layernorm
 
         def record(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            self._local.found |= _squares({name: out[..., :rank]})
+            self._record(name, out[..., :rank])
 
         source = attention.kv_a_layernorm if normed else attention.kv_a_proj_with_mqa
         source.register_forward_hook(record)
+
+    def _record(self, name: str, x: Float[Tensor, "*tokens in"]) -> None:
+        local = self._local
+        before, moments = local.last
+        if x is before:  # q, k and v, gate and up share their input
+            moments.names.append(name)
+            return
+        moments = _Moments.of(name, x.flatten(0, -2), with_covariance=self._with_covariance)
+        local.found[name], local.last = moments, (x, moments)

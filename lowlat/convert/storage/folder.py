@@ -19,9 +19,10 @@ from lowlat.checkpoint.shard_layout import TensorGroup
 from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
 from lowlat.convert.parameters.weights import Weights, parameter_shapes
-from lowlat.convert.quantization.activations import Importance
+from lowlat.convert.quantization.activations import ActivationStatistics
 from lowlat.model.linear import Linear, Storage, pack
 from lowlat.model.transformer import Transformer
+from lowlat.ops.calibrated_quantization import Importance
 from lowlat.ops.fp8 import quantize_blocks
 from lowlat.utils.device import DTYPES
 from lowlat.utils.errors import UserError
@@ -49,14 +50,16 @@ def stored_config(config: ModelConfig, storage_type: StorageType | None) -> Mode
 
 
 def stored_groups(
-    weights: Weights, storage_type: StorageType | None, importance: Importance | None = None
+    weights: Weights,
+    storage_type: StorageType | None,
+    statistics: ActivationStatistics | None = None,
 ) -> Iterator[TensorGroup]:
     """The tensors of a folder, in order. storage_type: None keeps every tensor's number type.
-    importance: of the activations, for int8 and int4.
+    statistics: of the activations, for int8 and int4.
 
     Chunks raise UserError, naming the tensor, for values out of range.
     """
-    return _Folder(weights, storage_type, importance or {}).groups()
+    return _Folder(weights, storage_type, statistics).groups()
 
 
 def plain_dtype(weights: Weights, parameter: str, storage_type: StorageType | None) -> torch.dtype:
@@ -88,10 +91,13 @@ class _Folder:
     """Plans the tensors of a folder."""
 
     def __init__(
-        self, weights: Weights, storage_type: StorageType | None, importance: Importance
+        self,
+        weights: Weights,
+        storage_type: StorageType | None,
+        statistics: ActivationStatistics | None,
     ) -> None:
         self._weights = weights
-        self._importance = importance
+        self._statistics = statistics or ActivationStatistics(weights, None)
         self._storage_type: StorageType | None = storage_type
         self._config = stored_config(weights.config, storage_type)
         self._shapes = parameter_shapes(weights.config)
@@ -161,7 +167,7 @@ class _Folder:
             if storage == "fp8":
                 made = self._blocks(rows, where)
             else:
-                importance = channel_importance(self._importance, step.parameter, rows)
+                importance = self._statistics.of(step.parameter, rows.shape[1])
                 made = _packed(rows, storage, where, importance)
             for part in parts[1:]:
                 scales[part].append(made[part])
@@ -191,15 +197,9 @@ class _Folder:
         return fit(tensor, name, self._weights.where(name), False, dtype)
 
 
-def channel_importance(importance: Importance, parameter: str, rows: Tensor) -> Tensor:
-    """The importance of a projection's input channels; all 1 if it was not measured, such as that
-    of experts that no calibration token reached.
-    """
-    found = importance.get(parameter)
-    return torch.ones(rows.shape[1]) if found is None else found
-
-
-def _packed(rows: Tensor, storage: Storage, where: str, importance: Tensor) -> Mapping[str, Tensor]:
+def _packed(
+    rows: Tensor, storage: Storage, where: str, importance: Importance
+) -> Mapping[str, Tensor]:
     parts = pack(rows, storage, importance=importance)
     check_packed(parts, storage, where)
     return parts

@@ -30,11 +30,10 @@ from lowlat.checkpoint.gguf.tensor_layout import (
 from lowlat.checkpoint.load import read_config
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.convert.parameters.weights import Shapes, Weights, parameter_shapes
-from lowlat.convert.quantization.activations import Importance
+from lowlat.convert.quantization.activations import ActivationStatistics
 from lowlat.convert.storage.folder import (
     CHUNK_ELEMENTS,
     StorageType,
-    channel_importance,
     row_pieces,
 )
 from lowlat.text.folder import read_folder
@@ -75,10 +74,10 @@ def stored_gguf(
     storage_type: StorageType | None,
     text: Path,
     name: str,
-    importance: Importance | None = None,
+    statistics: ActivationStatistics | None = None,
 ) -> FileLayout:
     """The planned file `name` of the model. storage_type: None keeps every tensor's number type.
-    importance: of the activations, for int8 and int4.
+    statistics: of the activations, for int8 and int4.
 
     text: folder or .gguf file with the vocabulary and chat template. Raises UserError if GGUF
     cannot express the model or its tokenizer; chunks raise it, naming the tensor, for values out of
@@ -88,8 +87,9 @@ def stored_gguf(
     arch = architecture_of(config)
     keys = gguf_keys(config, arch)
     shapes = parameter_shapes(config)
+    statistics = statistics or ActivationStatistics(weights, None)
     tensors = [
-        _tensor(weights, part, _kind(weights, part, storage_type), shapes, importance or {})
+        _tensor(weights, part, _kind(weights, part, storage_type), shapes, statistics)
         for part in gguf_tensor_mappings(config, arch, shapes)
     ]
     divisors = rope_divisors(config)
@@ -132,16 +132,17 @@ def _tensor(
     part: GGUFTensorMapping,
     ggml_type: GGMLType,
     shapes: Shapes,
-    importance: Importance,
+    statistics: ActivationStatistics,
 ) -> GGUFTensorSpec:
     # the columns of transposed keys are not the projection's input channels
-    importance = {} if part.name.endswith("attn_k_b.weight") else importance
+    is_transposed = part.name.endswith("attn_k_b.weight")
     size = math.prod(part.shape[:-1]) * row_bytes(ggml_type, part.shape[-1])
 
     def pieces() -> Iterator[Tensor]:
         for parameter in part.parameters:
             where = weights.where(parameter)
-            encoded = partial(_encoded, ggml_type, parameter, where, importance)
+            measured = "" if is_transposed else parameter
+            encoded = partial(_encoded, ggml_type, parameter, where, statistics, measured)
             if part.change is None:
                 yield from row_pieces(weights, parameter, shapes[parameter], encoded)
             else:
@@ -164,12 +165,17 @@ def _changed(
 
 
 def _encoded(
-    ggml_type: GGMLType, parameter: str, where: str, importance: Importance, rows: Tensor
+    ggml_type: GGMLType,
+    parameter: str,
+    where: str,
+    statistics: ActivationStatistics,
+    measured: str,
+    rows: Tensor,
 ) -> Tensor:
     if ggml_type in PLAIN:
         return fit(rows, parameter, where, False, PLAIN[ggml_type])
     try:
-        return encode(rows, ggml_type, channel_importance(importance, parameter, rows))
+        return encode(rows, ggml_type, statistics.of(measured, rows.shape[1]))
     except OverflowError as error:
         raise UserError(
             f"{where} has values that are not finite or too large for {ggml_type.name}; use "

@@ -8,18 +8,17 @@ from torch import Tensor
 
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
-from lowlat.convert.parameters.weights import SourceWeights
+from lowlat.convert.parameters.weights import SourceWeights, parameter_shapes
+from lowlat.convert.quantization import activations
 from lowlat.convert.quantization.activations import (
     WINDOWS,
-    Importance,
+    ActivationStatistics,
     activation_windows,
-    importance_digest,
-    measure_activations,
 )
 from lowlat.model.linear import Linear
 from lowlat.model.mla import MLA
 from lowlat.model.transformer import Transformer
-from lowlat.utils.progress import SilentProgress
+from lowlat.ops.calibrated_quantization import ActivationCovariance
 from tests.packed_attention import PackedAttention
 from tests.unit.checkpoint.builders import FAMILIES, write_model
 
@@ -30,21 +29,27 @@ def windows_of(vocab_size: int) -> Tensor:
     return torch.randint(vocab_size, (COUNT, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def measured(folder: Path) -> Importance:
+def measured(folder: Path) -> dict[str, Tensor]:
+    """Of all projections, covariances or squares; those of MTP modules are all 1."""
     source = open_checkpoint(folder)
     config = read_config(source)
     weights = SourceWeights(source, config, stored=config)
-    return measure_activations(
-        weights, windows_of(config.vocab_size), SilentProgress(), torch.float32
-    )
+    windows = windows_of(config.vocab_size)
+    statistics = ActivationStatistics(weights, windows, dtype=torch.float32)
+    found: dict[str, Tensor] = {}
+    for name, shape in parameter_shapes(config).items():
+        if name.endswith(("_proj.weight", "lm_head.weight")):
+            own = statistics.of(name, shape[1])
+            found[name] = own.matrix if isinstance(own, ActivationCovariance) else own
+    return found
 
 
 def expected(model: Transformer) -> dict[str, Tensor]:
-    """Mean squares by hooks on all projections, in a run of all windows at once."""
+    """Covariances by hooks on all projections, in a run of all windows at once."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str, x: Tensor) -> None:
-        found[name] = x.square().mean(0)
+        found[name] = x.T @ x / len(x)
 
     for path, module in model.named_modules():
         if isinstance(module, Linear):
@@ -70,13 +75,24 @@ def expected(model: Transformer) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "family", ["mistral", "qwen2", "deepseek_v3-mtp", "axk1", "minicpm3", "qwen2-converted"]
 )
-def test_squares_are_those_of_the_whole_model(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("is_small", [False, True])
+def test_statistics_are_those_of_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, is_small: bool
+) -> None:
+    """is_small: with mean squares only, as of wide inputs."""
+    if is_small:
+        monkeypatch.setattr(activations, "MAX_COVARIANCE", 0)
     write_model(tmp_path / "m", FAMILIES[family])
     found = measured(tmp_path / "m")
     wanted = expected(load_model(tmp_path / "m", dtype="fp32").model)
-    assert found.keys() == wanted.keys()
-    for name, squares in wanted.items():
-        torch.testing.assert_close(found[name], squares, rtol=1e-3, atol=1e-6)
+    if is_small:
+        wanted = {name: covariance.diagonal() for name, covariance in wanted.items()}
+    for name, own in found.items():
+        if name not in wanted:
+            assert name.startswith("mtp.") or (".experts." in name and (own == 1).all())
+            continue
+        torch.testing.assert_close(own, wanted[name], rtol=1e-3, atol=1e-5)
+    assert len(found) > 0 and any(".down_proj" in name for name in found.keys() & wanted.keys())
 
 
 def test_threads_do_not_matter(tmp_path: Path) -> None:
@@ -85,11 +101,11 @@ def test_threads_do_not_matter(tmp_path: Path) -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(importance_digest(measured(tmp_path / "m")))
+            found.append(measured(tmp_path / "m"))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    assert found[0] == found[1]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_windows_are_spread() -> None:

@@ -44,7 +44,8 @@ def drawn(seed: int, rows: int, columns: int, spread: float) -> tuple[Tensor, Te
 
 def errors(weight: Tensor, importance: Tensor, values: Tensor, group: int) -> Tensor:
     """Weighted squared error of each group."""
-    relative = (importance / importance.mean()).clamp(min=LEAST_IMPORTANCE)
+    mean = importance.mean() if importance.any() else 1.0
+    relative = (importance / mean).clamp(min=LEAST_IMPORTANCE)
     squares = (values - weight).double().square() * relative
     squares = torch.nn.functional.pad(squares, (0, -squares.shape[1] % group))
     return squares.unflatten(1, (-1, group)).sum(-1)
