@@ -91,7 +91,8 @@ def test_statistics_are_those_of_the_whole_model(
         if name not in wanted:
             assert name.startswith("mtp.") or (".experts." in name and (own == 1).all())
             continue
-        torch.testing.assert_close(own, wanted[name], rtol=1e-3, atol=1e-5)
+        atol = 1e-4 * float(wanted[name].abs().max())
+        torch.testing.assert_close(own, wanted[name], rtol=1e-3, atol=atol)
     assert len(found) > 0 and any(".down_proj" in name for name in found.keys() & wanted.keys())
 
 
