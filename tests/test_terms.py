@@ -104,7 +104,7 @@ TERMS = {
     "HF_ENDPOINT": "lowlat/checkpoint/fetch/hub.py",
     "resume a download": "lowlat/checkpoint/fetch/resumable_download.py",
     "max_shard_size": "lowlat/checkpoint/shard_layout.py",
-    "imatrix": "lowlat/checkpoint/gguf/blocks.py",
+    "imatrix": "lowlat/ops/weighted_quantization.py",
     "sharded checkpoint": "lowlat/checkpoint/shard_layout.py",
     "key mapping": "lowlat/checkpoint/mapping.py",
     "calibration data": "lowlat/convert/compression/calibration.py",

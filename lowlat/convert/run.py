@@ -30,7 +30,12 @@ from lowlat.convert.conversion import (
 from lowlat.convert.options import CALIBRATED, CompressionOptions, ConversionOptions
 from lowlat.convert.parameters.exact_mla import check_exact, mla_config, mla_parameters
 from lowlat.convert.parameters.upcycle import UpcycledWeights
-from lowlat.convert.parameters.weights import DerivedWeights, Weights, parameter_shapes
+from lowlat.convert.parameters.weights import (
+    DerivedWeights,
+    SourceWeights,
+    Weights,
+    parameter_shapes,
+)
 from lowlat.convert.quantization.activations import ActivationStatistics, activation_windows
 from lowlat.convert.report import ConversionReport, compression_object, measure, report_files
 from lowlat.convert.storage.folder import PLAIN, StorageType, stored_config, stored_groups
@@ -81,46 +86,65 @@ def convert(
     )
     start = time.perf_counter()
     conversion = prepare_conversion(src, dst, options)
-    base, storage_type = conversion.base(), conversion.storage_type
     fingerprint = conversion.fingerprint()
     progress = progress or SilentProgress()
     with ExitStack() as until_written:
-        extra, compressed = {}, None
-        if compression is not None:
-            _check_disk_space(dst.absolute(), base, storage_type)
-            scratch = until_written.enter_context(scratch_folder(dst))
-            weights, compressed = _compressed_weights(conversion, base, scratch, progress)
-            # A partial result must contain the same tensors, but the calibration text may have
-            # changed, and another CPU may round differently.
-            fingerprint["calibration"] = digest_of(scratch)
-            report = compression_object(compressed, conversion.config, weights.config)
-            extra |= report_files(report)
-        else:
-            weights = _exact_mla_weights(base, storage_type) if to == "mla" else base
-        if experts is not None:
-            weights = UpcycledWeights(weights, experts)
-        statistics = None
-        if storage_type in CALIBRATED:
-            text = _quantization_text(conversion)
-            fingerprint["calibration text"] = "none" if text is None else text.digest()
-            layers = weights.config.num_hidden_layers
-            measuring = progress.task("Measuring activations", layers, "items")
-            task = until_written.enter_context(measuring)
-            windows = None if text is None else activation_windows(text.windows)
-            statistics = ActivationStatistics(weights, windows, task)
+        weights, compressed = _converted(conversion, fingerprint, until_written, progress)
+        statistics = _statistics(conversion, weights, fingerprint, until_written, progress)
         if conversion.writes_gguf:
-            files, extra = [stored_gguf(weights, storage_type, src, dst.name, statistics)], {}
+            storage_type, extra = conversion.storage_type, {}
+            files = [stored_gguf(weights, storage_type, src, dst.name, statistics)]
         else:
-            is_unchanged = weights is base
-            files, others = _folder_files(
-                conversion, weights, statistics, is_unchanged=is_unchanged
-            )
-            extra |= others
+            files, extra = _folder_files(conversion, weights, statistics)
+            if compressed is not None:
+                report = compression_object(compressed, conversion.config, weights.config)
+                extra = report_files(report) | extra
         title, is_file = f"Converting {src.name}", conversion.writes_gguf
         write_resumable(dst, files, extra, fingerprint, progress, title, is_file=is_file)
     seconds = time.perf_counter() - start
     report = measure(src, dst, conversion.config, weights.config, seconds)
     return replace(report, compression=compressed)
+
+
+def _converted(
+    conversion: Conversion,
+    fingerprint: dict[str, str],
+    until_written: ExitStack,
+    progress: Progress,
+) -> tuple[Weights, CompressionReport | None]:
+    """The weights of the converted model, before they are rounded."""
+    base, storage_type = conversion.base(), conversion.storage_type
+    options, compressed = conversion.options, None
+    if options.compression is not None:
+        _check_disk_space(conversion.dst.absolute(), base, storage_type)
+        scratch = until_written.enter_context(scratch_folder(conversion.dst))
+        weights, compressed = _compressed_weights(conversion, base, scratch, progress)
+        # A partial result must contain the same tensors, but the calibration text may have
+        # changed, and another CPU may round differently.
+        fingerprint["calibration"] = digest_of(scratch)
+    else:
+        weights = _exact_mla_weights(base, storage_type) if options.to == "mla" else base
+    if options.experts is not None:
+        weights = UpcycledWeights(weights, options.experts)
+    return weights, compressed
+
+
+def _statistics(
+    conversion: Conversion,
+    weights: Weights,
+    fingerprint: dict[str, str],
+    until_written: ExitStack,
+    progress: Progress,
+) -> ActivationStatistics | None:
+    """Activation statistics for int8 and int4; None for other types."""
+    if conversion.storage_type not in CALIBRATED:
+        return None
+    text, layers = _quantization_text(conversion), weights.config.num_hidden_layers
+    fingerprint["calibration text"] = "none" if text is None else text.digest()
+    if text is None:
+        return ActivationStatistics(weights, None)
+    task = until_written.enter_context(progress.task("Measuring activations", layers, "items"))
+    return ActivationStatistics(weights, activation_windows(text.windows), task)
 
 
 def _compressed_weights(
@@ -202,13 +226,10 @@ def _check_disk_space(dst: Path, base: Weights, storage_type: StorageType | None
 
 
 def _folder_files(
-    conversion: Conversion,
-    weights: Weights,
-    statistics: ActivationStatistics | None,
-    *,
-    is_unchanged: bool,
+    conversion: Conversion, weights: Weights, statistics: ActivationStatistics | None
 ) -> tuple[list[FileLayout], dict[str, bytes]]:
     """Planned shards of a Hugging Face folder, and its config, tokenizer and index files."""
+    is_unchanged = isinstance(weights, SourceWeights)
     raw = _config_fields(conversion, weights, is_unchanged=is_unchanged)
     files, index = plan_shards(stored_groups(weights, conversion.storage_type, statistics))
     others = {"config.json": (json.dumps(raw, indent=2) + "\n").encode()}

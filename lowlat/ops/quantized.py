@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float16, Float32, Int8, UInt8
+from jaxtyping import Float, Float16, Float32, Int8, Shaped, UInt8
 from torch import Tensor
 
 TILE = 16
@@ -157,11 +157,11 @@ def int4_steps(
 
 
 def in_chunks(
-    dense: Tensor,
-    quantize: Callable[[Tensor], tuple[Tensor, ...]],
+    dense: Float[Tensor, "out in"],
+    quantize: Callable[[Float32[Tensor, "rows in"]], tuple[Shaped[Tensor, "..."], ...]],
     empty: Empty,
     elements: int = CHUNK_ELEMENTS,
-) -> tuple[Tensor, ...]:
+) -> tuple[Shaped[Tensor, "..."], ...]:
     """Apply `quantize` to whole tiles of rows of about `elements`, in parallel, and concatenate."""
     dense = dense.detach()
     step = max(elements // dense.shape[1] // TILE, 1) * TILE
@@ -278,6 +278,6 @@ def _scales_in_tiles(
     return scale.unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
 
 
-def divisor(scale: Tensor) -> Tensor:
+def divisor(scale: Float32[Tensor, "*rows"]) -> Float32[Tensor, "*rows"]:
     """What a group is divided by: its scale, or 1 for groups without a range, which hold zeros."""
     return torch.where(scale == 0, 1.0, scale)

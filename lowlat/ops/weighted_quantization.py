@@ -1,5 +1,5 @@
-"""Search of int8 and int4 scales by activation-weighted error (importance matrix), in place of
-min-max ranges.
+"""Search of int8 and int4 scales by activation-weighted error (importance matrix,
+imatrix), in place of min-max ranges.
 
 The error of a row's product with an input x is approximated by the diagonal of E[x x^T]:
 
