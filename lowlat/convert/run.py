@@ -144,7 +144,8 @@ def _statistics(
     if text is None:
         return ActivationStatistics(weights, None)
     task = until_written.enter_context(progress.task("Measuring activations", layers, "items"))
-    return ActivationStatistics(weights, activation_windows(text.windows), task)
+    windows, with_covariance = activation_windows(text.windows), conversion.storage_type == "int4"
+    return ActivationStatistics(weights, windows, task, with_covariance=with_covariance)
 
 
 def _compressed_weights(

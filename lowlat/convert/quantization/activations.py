@@ -55,7 +55,7 @@ class ActivationStatistics:
     is in memory, so ask for parameters in the order of layers.
 
     windows: None without calibration text. task: is advanced by the layers. dtype: of matrix
-    products (default: the CPU's fastest).
+    products (default: the CPU's fastest). with_covariance: int8 needs mean squares only.
     """
 
     def __init__(
@@ -64,9 +64,11 @@ class ActivationStatistics:
         windows: Int[Tensor, "windows length"] | None,
         task: Task | None = None,
         dtype: torch.dtype | None = None,
+        with_covariance: bool = True,
     ) -> None:
         self._weights, self._windows = weights, windows
         self._task, self._dtype = task, dtype or fast_dtype()
+        self._with_covariance = with_covariance
         self._next, self._streams = 0, list[Tensor]()
         self._found: dict[str, Importance] = {}
 
@@ -99,12 +101,20 @@ class ActivationStatistics:
         if number == config.num_hidden_layers:
             norm = self._final_norm()
             for x in self._streams:
-                sums.add({HEAD: _Moments.of(HEAD, norm(x))})
+                sums.add({HEAD: _Moments.of(HEAD, norm(x), with_covariance=self._with_covariance)})
         else:
             rotary = RotaryEmbeddings(config)
             rope = rotary.of(number, rotary(torch.arange(self._windows.shape[1])))
             with _workers() as pool:
-                layer = _Layer(self._weights, number, self._dtype, rope, sums, pool)
+                layer = _Layer(
+                    self._weights,
+                    number,
+                    self._dtype,
+                    rope,
+                    sums,
+                    pool,
+                    with_covariance=self._with_covariance,
+                )
                 self._streams = layer.advance(self._streams)
             if self._task is not None:
                 self._task.advance(1)
@@ -130,9 +140,7 @@ class _Moments:
     tokens: int
 
     @classmethod
-    def of(
-        cls, name: str, x: Float[Tensor, "tokens in"], *, with_covariance: bool = True
-    ) -> "_Moments":
+    def of(cls, name: str, x: Float[Tensor, "tokens in"], *, with_covariance: bool) -> "_Moments":
         wide = x.float()
         if with_covariance and wide.shape[1] <= MAX_COVARIANCE:
             return cls([name], wide.T @ wide, len(x))
@@ -192,6 +200,8 @@ class _Layer:
         rope: RotaryTable,
         sums: _Sums,
         pool: ThreadPoolExecutor,
+        *,
+        with_covariance: bool,
     ) -> None:
         self._weights, self._prefix, self._dtype = weights, f"layers.{number}.", dtype
         self._rope, self._sums, self._pool = rope, sums, pool
@@ -203,8 +213,8 @@ class _Layer:
             self._layer.mlp.experts = nn.Module()
         self._layer.load_state_dict(state, assign=True)
         self._layer.requires_grad_(False)
-        self._inputs = _RecordedInputs(self._layer, self._prefix)
-        self._with_covariance = _expert_bytes(weights.config) <= MAX_EXPERT_BYTES
+        self._inputs = _RecordedInputs(self._layer, self._prefix, with_covariance=with_covariance)
+        self._of_experts = with_covariance and _expert_bytes(weights.config) <= MAX_EXPERT_BYTES
 
     def advance(self, streams: list[Tensor]) -> list[Tensor]:
         """The residual streams after the layer; adds the statistics of its projections."""
@@ -270,7 +280,8 @@ class _Layer:
             mlp = MLP(config.hidden_size, config.moe.moe_intermediate_size, dtype=self._dtype)
         names = [f"{each}.weight" for each in PROJECTIONS]
         mlp.load_state_dict({each: self._read(name + each) for each in names}, assign=True)
-        recorded = _RecordedInputs(mlp, self._prefix + name, with_covariance=self._with_covariance)
+        mlp.requires_grad_(False)  # no_grad does not reach other threads
+        recorded = _RecordedInputs(mlp, self._prefix + name, with_covariance=self._of_experts)
         return recorded.during(lambda: mlp(rows))
 
     def _read(self, name: str) -> Tensor:
@@ -293,7 +304,7 @@ def _expert_bytes(config: ModelConfig) -> int:
 class _RecordedInputs:
     """Hooks that record the inputs of all projections below a module, per thread."""
 
-    def __init__(self, module: nn.Module, prefix: str, *, with_covariance: bool = True) -> None:
+    def __init__(self, module: nn.Module, prefix: str, *, with_covariance: bool) -> None:
         self._local = threading.local()
         self._with_covariance = with_covariance
         for path, child in module.named_modules():
