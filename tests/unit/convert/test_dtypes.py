@@ -44,6 +44,7 @@ def test_written_as_loaded(tmp_path: Path, family: str, dtype: str) -> None:
         assert_same_bits(found, expected)
 
 
+@torch.no_grad()
 def assert_better_scales(found: Transformer, expected: Transformer, exact: Transformer) -> None:
     """Projections are closer to `exact` than those of `expected`, quantized by min-max; everything
     else is the same.
