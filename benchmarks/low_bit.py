@@ -33,6 +33,7 @@ from lowlat.convert.compression.calibration import read_calibration
 from lowlat.convert.parameters.weights import SourceWeights, parameter_shapes
 from lowlat.convert.quantization.activations import ActivationStatistics, activation_windows
 from lowlat.convert.run import convert
+from lowlat.model.linear import Linear
 from lowlat.ops.calibrated_quantization import ActivationCovariance
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.progress import make_progress
@@ -168,9 +169,8 @@ def _bits(path: Path) -> float:
                     bits += 8 * int(tensor.n_bytes)
                     weights += int(tensor.n_elements)
         return bits / weights
-    model = load_model(path).model
-    for name, module in model.layers.named_modules():
-        if name.endswith("_proj"):
+    for module in load_model(path).model.layers.modules():
+        if isinstance(module, Linear):
             bits += 8 * sum(own.nbytes for own in module.parameters())
             weights += module.in_features * module.out_features
     return bits / weights
