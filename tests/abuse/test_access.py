@@ -72,7 +72,7 @@ WRONG_KEYS: dict[str, dict[str, str]] = {
     "null": {"Authorization": "Bearer null"},
     "a hash of the key": {"Authorization": f"Bearer {cookie_value(KEY)}"},
     "OpenAI's other header": {"api-key": KEY},
-    "x-api-key": {"X-API-Key": KEY},
+    "x-api-key, cut off": {"X-API-Key": KEY[:-1]},
     "a proxy's header": {"Proxy-Authorization": f"Bearer {KEY}"},
     "forwarded": {"X-Forwarded-For": "127.0.0.1", "X-Real-IP": "127.0.0.1"},
     "another path": {"X-Original-URL": "/health", "X-Rewrite-URL": "/health"},
