@@ -5,6 +5,7 @@ thread of `page_writer`; `prefix_loader` reads pages of waiting requests. Only t
 calls it, except `close`.
 """
 
+import math
 import time
 import weakref
 from collections import OrderedDict
@@ -23,6 +24,8 @@ from lowlat.engine.stats import DiskCacheRecorder
 from lowlat.utils.errors import UserError
 
 DEFAULT_DISK_BYTES = 10 * 2**30
+COPY_SHARE = 0.02
+"""Share of a step's time that copying pages to the writer's buffers may take after it."""
 TOUCH_SECONDS = 60.0
 """A page's time of last use on disk is at most this much too old."""
 
@@ -106,9 +109,15 @@ class DiskCache:
             self._pending.pop(content.key, None)
         self._writer.remove(contents)
 
-    def copy_pending(self) -> bool:
-        """Copy pages to free buffers and queue them for the writer; whether some are left."""
+    def copy_pending(self, seconds: float = math.inf) -> bool:
+        """Copy pages to free buffers and queue them for the writer, at least one page, for at most
+        `seconds`; whether some are left."""
+        end = time.perf_counter() + seconds
+        num_copied = 0
         while self._pending:
+            if num_copied > 0 and time.perf_counter() >= end:
+                return True
+            num_copied += 1
             buffer = self._writer.take_buffer()
             if buffer is None:
                 return True

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from lowlat.engine.cache_fingerprint import fingerprint_of
-from lowlat.engine.disk_cache import DiskCache, DiskCacheOptions
+from lowlat.engine.disk_cache import COPY_SHARE, DiskCache, DiskCacheOptions
 from lowlat.engine.model_step import StepOutput, num_logits, num_sampled, one_line, run_step
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.pooling import PoolingState
@@ -172,12 +172,13 @@ class Engine:
         events += self._sample(output)
         self._step_seconds = time.perf_counter() - started
         self._observe(output.chunks, self._step_seconds)
-        self.copy_pending()
+        if self.disk is not None:
+            self.disk.copy_pending(COPY_SHARE * self._step_seconds)
         return events
 
     def copy_pending(self) -> bool:
-        """Hand pages of the prefix cache to the disk's writer, as many as it takes now; whether
-        some are left. Does not wait."""
+        """Without a step to run, hand pages of the prefix cache to the disk's writer, as many as it
+        takes now; whether some are left. Does not wait for the disk."""
         return self.disk is not None and self.disk.copy_pending()
 
     def copy_all(self) -> None:
