@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.engine.runner import ModelRunner
+from lowlat.engine.tensor_memory import as_memory
 from lowlat.model.linear import Linear
 from lowlat.model.native import weight_bytes
 from lowlat.model.transformer import Transformer
@@ -75,14 +76,14 @@ def weights_digest(model: Transformer) -> str:
 
 
 def _tensor_digest(tensor: Tensor, is_sampled: bool) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = xxhash.xxh3_128()
     if not is_sampled or len(flat) <= SAMPLES * SAMPLE_BYTES:
-        digest.update(memoryview(flat))
+        digest.update(as_memory(flat))
         return digest.digest()
     for sample in range(SAMPLES):
         start = (len(flat) - SAMPLE_BYTES) * sample // (SAMPLES - 1)
-        digest.update(memoryview(flat[start : start + SAMPLE_BYTES]))
+        digest.update(as_memory(flat[start : start + SAMPLE_BYTES]))
     return digest.digest()
 
 

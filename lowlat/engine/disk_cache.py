@@ -21,6 +21,7 @@ from lowlat.engine.page_writer import CLOSE_SECONDS, PageWriter
 from lowlat.engine.prefix import IndexedPage, PageContent, PrefixCache
 from lowlat.engine.runner import ModelRunner
 from lowlat.engine.stats import DiskCacheRecorder
+from lowlat.engine.tensor_memory import as_memory
 from lowlat.utils.errors import UserError
 
 DEFAULT_DISK_BYTES = 10 * 2**30
@@ -73,7 +74,7 @@ class DiskCache:
         self._touched: dict[bytes, float] = {}
         """Times of last use of sequences, by the key of their last page."""
         self._buffer = torch.empty(page_format.file_bytes, dtype=torch.uint8)
-        self._view = memoryview(self._buffer.numpy())
+        self._view = as_memory(self._buffer)
         # Also at the end of the interpreter.
         self._finalizer = weakref.finalize(self, self._writer.close)
 

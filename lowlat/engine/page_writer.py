@@ -20,6 +20,7 @@ from lowlat.engine.disk_budget import DiskBudget
 from lowlat.engine.page_folder import PageFolder, touch
 from lowlat.engine.prefix import PageContent
 from lowlat.engine.stats import DiskCacheRecorder
+from lowlat.engine.tensor_memory import as_memory
 from lowlat.utils.disk_errors import NO_SPACE, reason_and_remedy
 from lowlat.utils.idle_priority import lower_thread_priority
 
@@ -103,8 +104,14 @@ class PageWriter:
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Finish the queued jobs and end the thread."""
+        if threading.current_thread() is self._thread:
+            # Garbage collection in a job: the thread runs the queued jobs after this one.
+            self._wake.put(False)
+            return
         self.flush(seconds)
         self._wake.put(False)
+        # A thread that outlives the interpreter is killed wherever it is.
+        self._thread.join(seconds)
 
     def _queue(self, job: Job) -> None:
         self._jobs.append(job)
@@ -151,7 +158,7 @@ class PageWriter:
             size = self._folder.format.file_bytes
             self._recorder.evicted(self._budget.reserve(size))
             try:
-                self._folder.write(content, memoryview(buffer.numpy()), used_at)
+                self._folder.write(content, as_memory(buffer), used_at)
             except BaseException:
                 self._budget.give_back(size)
                 raise
