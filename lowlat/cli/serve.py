@@ -39,6 +39,13 @@ class ServerOptions:
             help="Host name to accept in requests, such as that of a proxy; may be repeated."
         ),
     ] = None
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin of web pages that may call the API (CORS), such as https://example.org;"
+            " may be repeated."
+        ),
+    ] = None
     served_model_name: Annotated[
         str | None,
         typer.Option(help="Model name in the API; default: MODEL, or the last part of a path."),
@@ -143,6 +150,7 @@ def _config(model: str, server: ServerOptions, limits: LimitOptions) -> "ServeCo
         model_name=server.served_model_name or _served_name(model),
         api_keys=() if server.api_key_file is None else read_keys(server.api_key_file),
         allowed_hosts=tuple(server.allowed_host or ()),
+        allowed_origins=tuple(server.allowed_origin or ()),
         request_seconds=limits.request_timeout,
         drain_seconds=limits.drain_seconds,
     )

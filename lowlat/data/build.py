@@ -21,8 +21,9 @@ from lowlat.data.manifest import (
 from lowlat.data.selection import BuildOptions, Selection
 from lowlat.data.sources import size_of
 from lowlat.data.tokenizing import BatchTokenizer
-from lowlat.data.vocabulary import begin_of_text, end_of_text, fim_tokens, train_bpe
+from lowlat.data.vocabulary import begin_of_text, end_of_text, train_bpe
 from lowlat.data.writer import SplitWriter, write_manifest, write_tokenizer
+from lowlat.text.fim_tokens import fim_tokens
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.atomic_files import atomic_folder
 from lowlat.utils.errors import UserError

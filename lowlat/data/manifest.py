@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lowlat.text.fim_tokens import FimTokens
 from lowlat.utils.json_fields import JsonFields
 
 VERSION = 1
@@ -27,17 +28,6 @@ MAX_COUNT = 2**53
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FimTokens:
-    """Ids of the fill-in-the-middle tokens: before the first part of a document, the last, and the
-    part between them, which the model completes.
-    """
-
-    prefix: int
-    suffix: int
-    middle: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

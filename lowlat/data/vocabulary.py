@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from lowlat.checkpoint.fetch.model_names import ModelPreset, resolve
 from lowlat.checkpoint.fetch.pypi import fetch_pypi
-from lowlat.data.manifest import FimTokens
+from lowlat.text.fim_tokens import FIM
 from lowlat.text.parts import TokenizerParts, set_bos_eos
 from lowlat.text.pretokenizers import QWEN2
 from lowlat.text.token_bytes import byte_alphabet
@@ -21,7 +21,6 @@ from lowlat.utils.progress import Progress
 
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
-FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 NUM_RESERVED = 8
 SPECIAL = (
     *(BEGIN, END, PAD, TURN, END_OF_TURN, *FIM),
@@ -42,12 +41,6 @@ CHAT_TEMPLATE = (
 )
 """ChatML."""
 
-KNOWN_FIM = (
-    FIM,
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
-    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
-)
-"""Fill-in-the-middle tokens by family: prefix, suffix, middle."""
 KNOWN_ENDS = ("<|endoftext|>", END)
 """End-of-text tokens, which chat models have besides their eos token, the end of a turn."""
 
@@ -131,13 +124,3 @@ def begin_of_text(tokenizer: Tokenizer) -> int | None:
     """Id that the tokenizer puts before a text, if any: documents begin as prompts do."""
     bos = tokenizer.bos_id
     return bos if bos is not None and tokenizer.encode("")[:1] == [bos] else None
-
-
-def fim_tokens(tokenizer: Tokenizer) -> FimTokens | None:
-    """Fill-in-the-middle tokens, if the tokenizer has those of a known family."""
-    ids = {text: index for index, text in tokenizer.added_tokens.items()}
-    for family in KNOWN_FIM:
-        if set(family) <= ids.keys():
-            prefix, suffix, middle = (ids[token] for token in family)
-            return FimTokens(prefix=prefix, suffix=suffix, middle=middle)
-    return None

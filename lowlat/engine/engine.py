@@ -94,7 +94,9 @@ class Engine:
         self.speculator = Speculator(runner) if speculates else None
         vocab_size = runner.model.config.vocab_size
         self._pooling: WeakKeyDictionary[Sequence, PoolingState] = WeakKeyDictionary()
-        self._requests = RequestTable(self.scheduler, self.recorder, vocab_size=vocab_size)
+        self._requests = RequestTable(
+            self.scheduler, self.recorder, vocab_size=vocab_size, eos_ids=eos_ids
+        )
 
     @property
     def has_work(self) -> bool:
@@ -131,12 +133,32 @@ class Engine:
                 f"n {params.n} exceeds the {max_sequences} completions that may run at once; lower "
                 "n"
             )
-        if params.logit_bias and max(params.logit_bias) >= vocab_size:
+        self._check_ids(params, vocab_size)
+        if params.min_tokens > max_output:
             raise UserError(
-                f"logit_bias names token {max(params.logit_bias)}, outside the vocabulary of "
-                f"{vocab_size}"
+                f"min_tokens {params.min_tokens} exceeds the {max_output} tokens that fit the "
+                "context; lower it"
             )
         return max_output
+
+    def _check_ids(self, params: TokenSamplingParams, vocab_size: int) -> None:
+        """Raise UserError for token ids outside the vocabulary, and if no token may follow."""
+        allowed = params.allowed_token_ids or ()
+        for name, ids in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+            ("allowed_token_ids", allowed),
+        ):
+            if ids and max(ids) >= vocab_size:
+                raise UserError(
+                    f"{name} names token {max(ids)}, outside the vocabulary of {vocab_size}"
+                )
+        ends = self.eos_ids.union(params.stop_token_ids)
+        if params.min_tokens > 0 and allowed and ends.issuperset(allowed):
+            raise UserError(
+                "allowed_token_ids has only tokens that end the completion, which min_tokens "
+                "forbids; allow others"
+            )
 
     def add(
         self,
@@ -309,7 +331,7 @@ class Engine:
                 sampled = rows.sample(first + place, self._requests.sampler(sequence))
                 if sampled is None:
                     return [*events, *self._fail_not_finite(sequence)]
-                event = self._requests.append(sequence, sampled, self.eos_ids)
+                event = self._requests.append(sequence, sampled)
             except Exception as error:
                 # Only an output constraint raises UserError here: a limit of its grammar.
                 is_grammar = isinstance(error, UserError)

@@ -17,6 +17,8 @@ MAX_N = 128
 MAX_TOP_K = 1 << 20
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_ALLOWED_TOKEN_IDS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,12 @@ class TokenSamplingParams:
     """Independent completions of the one prompt (parallel sampling)."""
     ignore_eos: bool = False
     """Continue after the end-of-sequence token."""
+    min_tokens: int = 0
+    """No end-of-sequence or stop token before this many tokens; stop strings still end."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the completion; they are not part of its text."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only token ids that may be generated; None allows all."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -71,6 +79,7 @@ class TokenSamplingParams:
             raise UserError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
         self._check_floats()
         self._check_logit_bias()
+        self._check_ids()
         if self.is_greedy:
             self._check_greedy()
 
@@ -92,6 +101,25 @@ class TokenSamplingParams:
         for token, bias in self.logit_bias.items():
             _check_int("logit_bias: a token id", token, 0, (1 << 31) - 1)
             _check_float(f"logit_bias of token {token}", bias, -100.0, 100.0)
+
+    def _check_ids(self) -> None:
+        _check_int("min_tokens", self.min_tokens, 0, MAX_TOKENS)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UserError(
+                f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}; lower it"
+            )
+        for name, ids, most in (
+            ("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS),
+            ("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS),
+        ):
+            if ids is None:
+                continue
+            if not isinstance(ids, tuple) or len(ids) > most:
+                raise UserError(f"{name} must be a tuple of at most {most} token ids")
+            for token in ids:
+                _check_int(f"{name}: a token id", token, 0, (1 << 31) - 1)
+        if self.allowed_token_ids == ():
+            raise UserError("allowed_token_ids is empty; list tokens, or leave it out")
 
     def _check_greedy(self) -> None:
         # Every filter keeps the likeliest token, which is the one temperature 0 takes. top_k 1 and

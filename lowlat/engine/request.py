@@ -34,6 +34,8 @@ class RequestOptions:
     scheduling; nothing is shared across namespaces."""
     stop_token_ids: frozenset[int] = frozenset()
     """Stop tokens: each ends a completion, as the model's own end-of-sequence tokens do."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of token ids that outputs do not contain."""
     constraint: Constraint | None = None
     """The compiled grammar of a structured output."""
     pooling: PoolingMode | None = None

@@ -17,7 +17,16 @@ class RequestTable:
     """Unfinished requests by id. A sequence that ends leaves the scheduler and releases its
     pages."""
 
-    def __init__(self, scheduler: Scheduler, recorder: StatsRecorder, *, vocab_size: int) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        recorder: StatsRecorder,
+        *,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+    ) -> None:
+        """eos_ids: the model's end-of-sequence tokens."""
+        self._eos_ids = eos_ids
         self._scheduler = scheduler
         self._recorder = recorder
         self._vocab_size = vocab_size
@@ -80,15 +89,11 @@ class RequestTable:
         request = first.request
         return [self._new_sequence(request, index) for index in range(1, request.params.n)]
 
-    def append(
-        self, sequence: Sequence, sampled: SampledToken, eos_ids: frozenset[int]
-    ) -> TokenEvent:
+    def append(self, sequence: Sequence, sampled: SampledToken) -> TokenEvent:
         """Append a sampled token; the sequence may end with it."""
         request, token = sequence.request, sampled.token
         sampler = self._samplers[sequence]
-        is_end = token in request.options.stop_token_ids or (
-            token in eos_ids and not request.params.ignore_eos
-        )
+        is_end = token in self._end_ids(request)
         if not is_end:
             sampler.record(token)
         sequence.tokens.append(token)
@@ -148,8 +153,15 @@ class RequestTable:
             index,
             self._vocab_size,
             None if constraint is None else constraint.start(),
+            end_ids=self._end_ids(request),
+            bad_words=request.options.bad_words,
         )
         return sequence
+
+    def _end_ids(self, request: Request) -> frozenset[int]:
+        """The tokens that end completions of `request`."""
+        ids = request.options.stop_token_ids.union(request.params.stop_token_ids)
+        return ids if request.params.ignore_eos else ids | self._eos_ids
 
     def _time(self, sequence: Sequence) -> None:
         now = time.perf_counter()

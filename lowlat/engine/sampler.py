@@ -1,10 +1,11 @@
 """Sampler: logits to tokens, with penalties, logit bias, grammar masks, top-k, top-p and min-p.
 
-The order is: repetition, frequency and presence penalty, logit bias, grammar mask, temperature,
-top-k, top-p, min-p, draw; `ops.sampling` implements the last five. The order is fixed: there is no
-list of logits processors. Probabilities are computed in
-fp64 on the CPU from fp32 logits. A sequence draws one number per token from its own generator, so
-its tokens do not depend on the batch composition. Equal scores rank by token id, lowest first.
+The order is: repetition, frequency and presence penalty, logit bias, token bans (min_tokens,
+allowed_token_ids, bad words), grammar mask, temperature, top-k, top-p, min-p, draw; `ops.sampling`
+implements the last five. The order is fixed: there is no list of logits processors. Probabilities
+are computed in fp64 on the CPU from fp32 logits. A sequence draws one number per token from its own
+generator, so its tokens do not depend on the batch composition. Equal scores rank by token id,
+lowest first.
 Log-probabilities (logprobs) are of the model's own logits.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from lowlat.engine.constraint import ConstraintState
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.request import PromptLogprob
+from lowlat.engine.token_bans import TokenBans
 from lowlat.ops import sampling
 
 
@@ -49,14 +51,25 @@ class SequenceSampler:
         index: int,
         vocab_size: int,
         constraint: ConstraintState | None = None,
+        *,
+        end_ids: frozenset[int] = frozenset(),
+        bad_words: Sequence[tuple[int, ...]] = (),
     ) -> None:
+        """end_ids, bad_words: see TokenBans."""
         self.params = params
         self.constraint = constraint
         # Text seeds are hashed whole: every (seed, index) pair starts an unrelated stream.
         self._random = random.Random(None if params.seed is None else f"{params.seed}:{index}")
         self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
-        self._is_raw = not params.has_penalties and not params.logit_bias and constraint is None
+        bans = TokenBans(params, end_ids=end_ids, bad_words=bad_words, vocab_size=vocab_size)
+        self._bans = bans if bans.any else None
+        self._is_raw = (
+            not params.has_penalties
+            and not params.logit_bias
+            and constraint is None
+            and self._bans is None
+        )
         if params.has_penalties:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
             self._seen[torch.tensor(list(prompt), dtype=torch.int64)] = True
@@ -67,6 +80,8 @@ class SequenceSampler:
         if self.params.has_penalties:
             self._seen[token] = True
             self._counts[token] += 1
+        if self._bans is not None:
+            self._bans.record(token)
         if self.constraint is not None:
             self.constraint.accept(token)
 
@@ -91,6 +106,8 @@ class SequenceSampler:
             logits = apply_penalties(logits, self._seen, self._counts, params)
         if params.logit_bias:
             logits = logits.index_add(0, self._bias_ids, self._bias.to(logits.dtype))
+        if self._bans is not None:
+            logits = self._bans.apply(logits)
         if self.constraint is not None:
             logits = logits.masked_fill(~self.constraint.mask(), -math.inf)
         if params.is_greedy:

@@ -14,6 +14,8 @@ from lowlat.utils.errors import UserError
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LENGTH = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +28,8 @@ class SamplingParams(TokenSamplingParams):
 
     stop: tuple[str, ...] = ()
     """Strings that end the completion; they are not part of its text."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that the completion does not contain as tokens, alone or after a space."""
     structured: StructuredOutput | None = None
     """Structured output, of `lowlat.generate.structured`. Needs the package llguidance."""
 
@@ -36,6 +40,7 @@ class SamplingParams(TokenSamplingParams):
         for text in self.stop:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
                 raise UserError(f"stop: every string must have 1 to {MAX_STOP_LENGTH} characters")
+        self._check_bad_words()
         if self.structured is not None and not isinstance(self.structured, StructuredOutput):
             raise UserError(
                 "structured must be a JsonObject, JsonSchema, Regex, Choice or Grammar of "
@@ -44,9 +49,30 @@ class SamplingParams(TokenSamplingParams):
         if self.structured is not None and self.ignore_eos:
             raise UserError("structured outputs end; set ignore_eos to False")
 
+    def _check_bad_words(self) -> None:
+        if not isinstance(self.bad_words, tuple) or len(self.bad_words) > MAX_BAD_WORDS:
+            raise UserError(f"bad_words must be a tuple of at most {MAX_BAD_WORDS} strings")
+        for text in self.bad_words:
+            if not isinstance(text, str) or not 1 <= len(text) <= MAX_BAD_WORD_LENGTH:
+                raise UserError(
+                    f"bad_words: every string must have 1 to {MAX_BAD_WORD_LENGTH} characters"
+                )
+        if self.bad_words and self.allowed_token_ids is not None:
+            raise UserError("bad_words cannot be combined with allowed_token_ids; leave one out")
+        if self.structured is not None and self.limits_tokens:
+            raise UserError(
+                "structured outputs cannot be combined with min_tokens, allowed_token_ids or"
+                " bad_words; leave them out"
+            )
+
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether tokens are banned."""
+        return bool(self.bad_words or self.min_tokens or self.allowed_token_ids is not None)
+
 
 class SamplingOptions(TypedDict, total=False):
-    """The fields of SamplingParams as keyword arguments; `stop` may also be one string."""
+    """The fields of SamplingParams as keyword arguments; tuples may be lists, `stop` one string."""
 
     max_tokens: int | None
     temperature: int | float
@@ -62,6 +88,10 @@ class SamplingOptions(TypedDict, total=False):
     n: int
     stop: str | Sequence[str] | None
     ignore_eos: bool
+    min_tokens: int
+    stop_token_ids: Sequence[int]
+    allowed_token_ids: Sequence[int] | None
+    bad_words: Sequence[str]
     structured: StructuredOutput | None
 
 
@@ -71,7 +101,12 @@ def make_params(options: SamplingOptions) -> SamplingParams:
     if unknown:
         known = ", ".join(SamplingParams.__dataclass_fields__)
         raise UserError(f"option '{unknown[0]}' is unknown; the sampling options are {known}")
-    return SamplingParams(**{**options, "stop": _stops(options.get("stop"))})
+    lists = {
+        name: tuple(value)
+        for name in ("stop_token_ids", "allowed_token_ids", "bad_words")
+        if isinstance(value := options.get(name), list)
+    }
+    return SamplingParams(**{**options, "stop": _stops(options.get("stop")), **lists})
 
 
 def _stops(stop: object) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ thread-safe: one thread adds, steps and aborts.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowlat.engine.engine import Engine
 from lowlat.engine.request import FinishReason, Request, RequestOptions, TokenEvent
@@ -16,6 +16,15 @@ from lowlat.generate.params import SamplingParams
 from lowlat.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """The token sequences of `words`, at the beginning of a text and after a space."""
+    texts = [text for word in words for text in (word, f" {word.lstrip()}")]
+    encoded = (
+        tokenizer.encode(text, add_special_tokens=False, parse_special=False) for text in texts
+    )
+    return tuple(dict.fromkeys(tuple(ids) for ids in encoded if ids))
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +73,8 @@ class GenerationSession:
         options = options or RequestOptions()
         if params.structured is not None and options.constraint is None:
             raise AssertionError("a structured output comes with its compiled grammar")
+        if params.bad_words:
+            options = replace(options, bad_words=bad_word_ids(self._tokenizer, params.bad_words))
         request = self.engine.add(prompt, params, options)
         try:
             builders = tuple(

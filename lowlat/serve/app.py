@@ -24,11 +24,13 @@ from lowlat.serve.http.security import SecurityMiddleware
 from lowlat.serve.http.workers import WorkerPool
 from lowlat.serve.metrics import Metrics
 from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.response_store import ResponseStore
 from lowlat.serve.routes.endpoint import JsonEndpoint
 from lowlat.serve.routes.models import InfoRoutes
 from lowlat.serve.routes.ollama_models import OllamaRoutes
 from lowlat.serve.routes.openapi import openapi_route
 from lowlat.serve.routes.operations import POSTS
+from lowlat.serve.routes.stored_responses import StoredResponseRoutes
 from lowlat.serve.state import ServerState
 from lowlat.serve.structured_outputs import StructuredOutputManager
 from lowlat.utils.errors import UserError
@@ -48,6 +50,7 @@ def make_state(engine: AsyncEngine, config: ServeConfig) -> ServerState:
             max_waiting=config.max_waiting_grammars,
             max_bytes=config.max_grammar_bytes,
         ),
+        responses=ResponseStore(config.max_response_bytes),
         started_at=int(time.time()),
     )
 
@@ -62,6 +65,7 @@ def build_app(state: ServerState) -> Starlette:
         *(Route(post.path, JsonEndpoint(state, post), methods=["POST"]) for post in POSTS),
         *InfoRoutes(state).routes(),
         *OllamaRoutes(state).routes(),
+        *StoredResponseRoutes(state).routes(),
         metrics.route(),
         openapi_route(state),
         *page_routes(

@@ -19,6 +19,9 @@ MAX_KEY_LENGTH = 512
 MAX_KEYS = 1024
 MAX_KEYS_BYTES = 2**20
 _KEY = re.compile(rf"[!-~]{{{MIN_KEY_LENGTH},{MAX_KEY_LENGTH}}}")
+_ORIGIN = re.compile(
+    r"https?://(?:[a-z0-9](?:[a-z0-9.-]{0,252}[a-z0-9])?|\[[0-9a-f:.]{2,45}\])(?::[0-9]{1,5})?"
+)
 _HOST_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 
 
@@ -36,6 +39,8 @@ class ServeConfig:
     """API keys; empty: no authentication, which only a loopback address allows."""
     allowed_hosts: tuple[str, ...] = ()
     """Accepted Host names in addition to loopback names and `host`."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of other pages that may call the API (CORS), such as `https://example.org`."""
     max_body_bytes: int = limits.MAX_BODY_BYTES
     """Largest request body; more gets 413."""
     max_connections: int = 2048
@@ -53,6 +58,8 @@ class ServeConfig:
     """Grammars that may wait to be compiled, half of them per API key; more get 429."""
     max_grammar_bytes: int = 2**30
     """Memory for grammars of active requests, half of it per API key; more get 429."""
+    max_response_bytes: int = 256 * 2**20
+    """Memory for stored responses; the least recently used give way."""
     header_seconds: int | float = 10.0
     """Time to receive a request's line and headers."""
     body_seconds: int | float = 30.0
@@ -78,6 +85,7 @@ class ServeConfig:
         _check_range("max_waiting_work", self.max_waiting_work, 1, 100_000)
         _check_range("max_waiting_grammars", self.max_waiting_grammars, 1, 100_000)
         _check_range("max_grammar_bytes", self.max_grammar_bytes, 2**20, 2**40)
+        _check_range("max_response_bytes", self.max_response_bytes, 2**20, 2**40)
         _check_range("keep_alive_seconds", self.keep_alive_seconds, 1, 3600)
         for name in ("header_seconds", "body_seconds", "send_seconds", "ping_seconds"):
             _check_range(name, getattr(self, name), 0.01, 3600.0)
@@ -85,6 +93,12 @@ class ServeConfig:
         if self.request_seconds is not None:
             _check_range("request_timeout", self.request_seconds, 0.01, limits.MAX_DEADLINE_SECONDS)
         self._check_hosts()
+        for origin in self.allowed_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise UserError(
+                    "allowed-origin must be like https://example.org or http://localhost:3000,"
+                    f" in lower case and without a path, got {origin!r}"
+                )
         self._check_keys()
 
     def _check_hosts(self) -> None:

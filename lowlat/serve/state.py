@@ -13,6 +13,7 @@ from lowlat.serve.http.incoming import IncomingBodies
 from lowlat.serve.http.workers import WorkerPool
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.validation import one_line
+from lowlat.serve.response_store import ResponseStore
 from lowlat.serve.structured_outputs import StructuredOutputManager
 
 
@@ -25,6 +26,7 @@ class ServerState:
     workers: WorkerPool
     bodies: IncomingBodies
     structured_outputs: StructuredOutputManager
+    responses: ResponseStore
     started_at: int
     """Unix time in seconds when the app was created."""
     is_draining: bool = False

@@ -36,9 +36,13 @@ def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    continues: bool = False,
     **template_vars: Any,
 ) -> list[int]:
     """Token ids of the prompt for the next assistant message after `messages`.
+
+    continues: the prompt ends with the content of the last message, which the output continues
+    (assistant prefill).
 
     No text in `messages` or `tools` becomes an added token (except one of blanks only): there
     "<|im_end|>" is ordinary text, also if only template and text together spell it. Without such
@@ -46,17 +50,36 @@ def encode_chat(
     UserError if the model has no template or the template fails.
     """
     sent = {"messages": list(messages), "tools": None if tools is None else list(tools)}
-    text = tokenizer.apply_chat_template(**sent, **template_vars)
+    end = ""
+    if continues:
+        end = next(_unused(json.dumps(sent, ensure_ascii=False)))
+        last = messages[-1]
+        sent["messages"] = [*messages[:-1], {**last, "content": f"{last['content']}{end}"}]
+        template_vars["add_generation_prompt"] = False
+
+    def render(sent: Mapping[str, Any]) -> str:
+        return _until(tokenizer.apply_chat_template(**sent, **template_vars), end)
+
+    text = render(sent)
     ids = tokenizer.encode(text, add_special_tokens=False)
     control = {id: text for id, text in tokenizer.added_tokens.items() if not text.isspace()}
     marks = _Marks(sent, list(control.values()), tokenizer.template_for(tools) or "")
     if not marks.any:
         return ids
-    marked = tokenizer.apply_chat_template(**marks.apply(sent), **template_vars)
+    marked = render(marks.apply(sent))
     spans = [span for span in tokenizer.encode_spans(marked) if span[0] in control]
     if [id for id in ids if id in control] == [id for id, _, _ in spans]:
         return ids
     return _encode_between(tokenizer, marked, spans, marks.restore)
+
+
+def _until(text: str, end: str) -> str:
+    """`text` up to `end`, which it must have once; all of it if `end` is ""."""
+    if not end:
+        return text
+    if text.count(end) != 1:
+        raise UserError("the chat template does not end with the last message; do not continue it")
+    return text[: text.index(end)]
 
 
 def _encode_between(

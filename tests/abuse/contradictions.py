@@ -87,18 +87,16 @@ def reasoning() -> dict[str, Any]:
 def unsupported() -> Iterator[Case]:
     """Fields of OpenAI's API and of other servers that are not here: named, never ignored."""
     chat = (
-        "audio best_of chat_template documents add_generation_prompt continue_final_message echo"
-        " function_call functions guided_json guided_regex guided_grammar guided_choice"
+        "audio best_of chat_template documents echo suffix function_call functions"
         " guided_decoding_backend include_reasoning length_penalty lora_request mirostat"
         " mm_processor_kwargs model_path num_beams prompt prompt_embeds"
-        " repeat_penalty allowed_token_ids"
-        " bad_words skip_special_tokens stop_token_ids spaces_between_special_tokens"
-        " truncate_prompt_tokens typical_p use_beam_search web_search_options min_tokens"
-        " kv_transfer_params cache_salt request_id logits_processors return_token_ids"
+        " repeat_penalty skip_special_tokens spaces_between_special_tokens"
+        " truncate_prompt_tokens typical_p use_beam_search web_search_options"
+        " kv_transfer_params cache_salt request_id logits_processors"
     )
     for name in chat.split():
         yield bad_field(f"a chat with {name}", CHAT, {name: 1}, name, "not supported")
-    texts = "suffix messages chat_template best prompt_embeds min_tokens tools response_format"
+    texts = "messages chat_template best prompt_embeds tools response_format"
     for name in texts.split():
         yield bad_field(f"a completion with {name}", COMPLETIONS, {name: 1}, name, "not supported")
     responses = "messages max_tokens prompt n stop seed logit_bias top_logprobs moderation"

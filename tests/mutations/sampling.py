@@ -4,8 +4,23 @@ from .mutant import Mutant
 
 TEST = "tests/unit/ops/test_sampling.py::"
 PROMPTS = "tests/unit/serve/test_prompt_logprobs.py::"
+BANS = "tests/unit/engine/test_token_bans.py::"
 
 SAMPLING = [
+    Mutant(
+        "sampling: ends banned for one token too long",
+        "engine/token_bans.py",
+        "self._num_outputs < self._min_tokens",
+        "self._num_outputs <= self._min_tokens",
+        BANS + "test_min_tokens_bans_the_ends_up_to_its_count",
+    ),
+    Mutant(
+        "sampling: the first token of a bad word banned",
+        "engine/token_bans.py",
+        "word[-1] for word",
+        "word[0] for word",
+        BANS + "test_bad_words_ban_their_last_token_after_the_others",
+    ),
     Mutant(
         "sampling: the token that crosses top_p dropped",
         "ops/sampling.py",

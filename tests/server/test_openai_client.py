@@ -4,6 +4,7 @@ The output of random weights means nothing; the test checks its format.
 """
 
 import json
+import re
 from collections.abc import Iterator
 
 import openai
@@ -201,6 +202,36 @@ def test_extensions(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_fields_of_vllm(client: openai.OpenAI) -> None:
+    def content(**body: object) -> str:
+        answer = client.chat.completions.create(
+            model=NAME, messages=HELLO, seed=1, extra_body={**NO_THOUGHTS, **body}
+        )
+        return answer.choices[0].message.content or ""
+
+    assert re.fullmatch("[0-9]{3}", content(guided_regex="[0-9]{3}"))
+    assert content(guided_choice=["north", "south"]) in ("north", "south")
+    assert set(json.loads(content(guided_json=WEATHER["function"]["parameters"]))) == {
+        "city", "days"
+    }  # fmt: skip
+    few = {"allowed_token_ids": [ord("a"), ord("b")], "max_tokens": 20}
+    assert set(content(**few, min_tokens=20, top_k=-1)) == {"a", "b"}
+    assert content(**few, stop_token_ids=[ord("b")]).strip("a") == ""
+    words = {"bad_words": ["a"], "logit_bias": {str(ord("a")): 100}, "max_tokens": 20}
+    assert "a" not in content(**words)
+    answer = client.completions.create(
+        model=NAME, prompt="Hi", max_tokens=3, extra_body={"return_token_ids": True}
+    )
+    choice = answer.choices[0].model_dump()
+    assert (choice["prompt_token_ids"], len(choice["token_ids"])) == ([*b"Hi"], 3)
+    whole = client.completions.create(model=NAME, prompt="Hi", max_tokens=-1, seed=2)
+    assert whole.choices[0].finish_reason in ("stop", "length")
+    messages = [*HELLO, {"role": "assistant", "content": "The answer"}]
+    prefill = {"continue_final_message": True, "add_generation_prompt": False, "max_tokens": 3}
+    answer = client.chat.completions.create(model=NAME, messages=messages, extra_body=prefill)
+    assert answer.usage is not None and answer.usage.completion_tokens == 3
+
+
 def test_completions(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model=NAME, prompt=["a", "b"], max_tokens=4, echo=True, seed=1
@@ -250,6 +281,49 @@ def test_responses_with_tools(client: openai.OpenAI) -> None:
         max_output_tokens=3,
     )
     assert after.status in ("incomplete", "completed")
+
+
+def test_stored_responses(client: openai.OpenAI) -> None:
+    options = {"model": NAME, "max_output_tokens": 6}
+    first = client.responses.create(**options, input="Hello")
+    second = client.responses.create(**options, input="More", previous_response_id=first.id)
+    assert second.previous_response_id == first.id
+    assert client.responses.retrieve(second.id) == second
+    items = list(client.responses.input_items.list(second.id, limit=1, order="asc"))
+    assert [item.type for item in items] == ["message"] * 3
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(first.id)
+    with pytest.raises(openai.BadRequestError, match="is not stored") as caught:
+        client.responses.create(**options, input="x", previous_response_id=first.id)
+    assert caught.value.code == "previous_response_not_found"
+    # It holds the conversation before it.
+    assert client.responses.create(**options, input="x", previous_response_id=second.id).output
+
+
+def test_a_custom_tool_with_a_grammar(client: openai.OpenAI) -> None:
+    definition = 'start: "+\\"" DIGIT LF "\\\\"\n%import common.DIGIT\n%import common.LF'
+    tool = {
+        "type": "custom",
+        "name": "patch",
+        "format": {"type": "grammar", "syntax": "lark", "definition": definition},
+    }
+    response = client.responses.create(
+        model=NAME,
+        input="Hello",
+        tools=[tool],
+        tool_choice={"type": "custom", "name": "patch"},
+        reasoning={"effort": "none"},
+    )
+    (call,) = response.output
+    assert call.type == "custom_tool_call"
+    assert re.fullmatch(r'\+"[0-9]\n\\', call.input)
+    result = {"type": "custom_tool_call_output", "call_id": call.call_id, "output": "done"}
+    more = client.responses.create(
+        model=NAME, input=[result], tools=[tool], previous_response_id=response.id,
+        tool_choice="none", max_output_tokens=4,
+    )  # fmt: skip
+    assert more.status in ("completed", "incomplete")
 
 
 def test_responses_with_a_schema(client: openai.OpenAI) -> None:

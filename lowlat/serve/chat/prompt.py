@@ -5,10 +5,11 @@ Rejects fields that the model's chat template does not support. Errors raised by
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lowlat.generate import structured
 from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
 from lowlat.generate.structured import StructuredOutput
@@ -22,6 +23,7 @@ from lowlat.serve.protocol.messages import Function, NamedTool, Tool
 from lowlat.serve.tool_parsers.base import ToolFunction
 from lowlat.text.chat_prompt import encode_chat
 
+TextConstraints = Mapping[str, structured.Regex | structured.Grammar]
 NO_ARGUMENTS: dict[str, object] = {"type": "object", "properties": {}}
 """Schema that templates render for a function without parameters, as in training data."""
 
@@ -37,6 +39,8 @@ class PreparedChat:
     """The constraint on the output; None: free text."""
     keep_special: frozenset[int]
     """Special tokens whose text the parser needs."""
+    begins_text: bool
+    """See CompletionBuilder."""
     make_parser: Callable[[], OutputParser]
     """Creates the parser of one completion."""
     used_hints: frozenset[str]
@@ -50,9 +54,12 @@ class PreparedChat:
         return replace(self, params=replace(self.params, max_tokens=context - len(self.ids)))
 
 
-def prepare_chat(model: Model, request: ChatRequest) -> PreparedChat:
+def prepare_chat(
+    model: Model, request: ChatRequest, texts: TextConstraints | None = None
+) -> PreparedChat:
     """Check `request` against the features of `model` and encode its prompt.
 
+    `texts`: constraints on the inputs of functions that stand for custom tools, by name.
     Raises RequestError about a field this model does not support, UserError for contradictory
     sampling options.
     """
@@ -63,16 +70,23 @@ def prepare_chat(model: Model, request: ChatRequest) -> PreparedChat:
     ids = _encode(model, features, request, tools, {**from_hints, **given})
     _check_length(model, ids)
     thinking = features.thinking(ids)
-    structured = _constraint(features, request, tools, thinking)
-    if structured is not None:
+    constraint = _constraint(features, request, tools, thinking, texts or {})
+    if constraint is not None:
         request.check_end()
+        if request.continue_final_message:
+            raise RequestError(
+                "continue_final_message cannot be combined with structured outputs or forced tools;"
+                " leave it out",
+                param="continue_final_message",
+            )
     schemas = {tool.function.name: _schema(tool.function) for tool in tools}
     parser = features.tools if tools else None
     return PreparedChat(
         ids=tuple(ids),
         params=request.to_params(),
-        structured=structured,
+        structured=constraint,
         keep_special=features.keep_special(thinking=thinking, tools=bool(tools)),
+        begins_text=not request.continue_final_message,
         make_parser=lambda: OutputParser(
             marks=features.reasoning, thinking=thinking, tools=parser, schemas=schemas
         ),
@@ -113,7 +127,14 @@ def _encode(
     check_text_size(model, (str(message.get("content") or "") for message in messages), "messages")
     described = [_described(tool.function) for tool in tools] or None
     with about("messages"):
-        return encode_chat(model.tokenizer, messages, tools=described, **variables)
+        return encode_chat(
+            model.tokenizer,
+            messages,
+            tools=described,
+            continues=request.continue_final_message is True,
+            add_generation_prompt=request.add_generation_prompt is not False,
+            **variables,
+        )
 
 
 def _check_length(model: Model, ids: Sequence[int]) -> None:
@@ -163,30 +184,42 @@ def _given_variables(features: TemplateFeatures, request: ChatRequest) -> dict[s
 
 
 def _constraint(
-    features: TemplateFeatures, request: ChatRequest, tools: list[Tool], thinking: ReasoningMode
+    features: TemplateFeatures,
+    request: ChatRequest,
+    tools: list[Tool],
+    thinking: ReasoningMode,
+    texts: TextConstraints,
 ) -> StructuredOutput | None:
     """The constraint on the whole output, including reasoning and tool calls."""
-    given = request.structured_outputs or request.response_format
+    format = request.response_format
     with about(request.constraint_field):
-        output = None if given is None else given.to_output()
+        output = request.guided_output() or (None if format is None else format.to_output())
+        calls = _tool_call_constraint(
+            features, request, tools, texts, is_structured=output is not None
+        )
         return constrained_output(
             features.tokenizer,
             output=output,
-            calls=_tool_call_constraint(features, request, tools, is_structured=output is not None),
+            calls=calls,
             marks=features.reasoning,
             thinking=thinking,
         )
 
 
 def _tool_call_constraint(
-    features: TemplateFeatures, request: ChatRequest, tools: list[Tool], *, is_structured: bool
+    features: TemplateFeatures,
+    request: ChatRequest,
+    tools: list[Tool],
+    texts: TextConstraints,
+    *,
+    is_structured: bool,
 ) -> ToolCallConstraint | None:
     """The constraint on tool calls; None: calls are free, or no tools are offered."""
     choice = request.tool_choice
     if features.tools is None or not tools:
         return None
     required = choice == "required" or isinstance(choice, NamedTool)
-    is_strict = any(tool.function.strict for tool in tools)
+    is_strict = bool(texts) or any(tool.function.strict for tool in tools)
     parallel = request.parallel_tool_calls is not False and not isinstance(choice, NamedTool)
     if not (required or is_structured or is_strict or not parallel):
         return None
@@ -197,6 +230,7 @@ def _tool_call_constraint(
                 tool.function, is_strict=required or tool.function.strict is True
             ),
             path=f"tools[{index}].function.parameters",
+            text=texts.get(tool.function.name),
         )
         for index, tool in enumerate(tools)
         if not isinstance(choice, NamedTool) or tool.function.name == choice.function.name

@@ -1,7 +1,7 @@
 """Access control middleware: header size and framing, Host, Origin and API key checks.
 
-Refuses by default: only OPEN_PATHS and the login need no key. Sends no CORS headers, so pages of
-other origins cannot read responses.
+Refuses by default: only OPEN_PATHS and the login need no key. Without --allowed-origin no CORS
+headers are sent, so pages of other origins cannot read responses.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lowlat.serve.config import ServeConfig, is_address, is_loopback
+from lowlat.serve.http.cors import Cors
 from lowlat.serve.http.errors import error_response
 from lowlat.serve.http.pages import COOKIE, LOGIN_PATH, cookie_value, login_page
 from lowlat.serve.protocol import limits
@@ -39,12 +40,16 @@ class SecurityMiddleware:
         self._app = app
         self._keys = [_Key(key) for key in config.api_keys]
         self._is_wildcard = config.is_wildcard
+        self._cors = Cors(config.allowed_origins)
         self._hosts = {name.lower().rstrip(".") for name in (config.host, *config.allowed_hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
+            origins = [value for name, value in scope["headers"] if name == b"origin"]
+            if len(origins) == 1 and self._cors.allows(origins[0]):
+                send = self._cors.sending(send, origins[0])
             refusal = self._refusal(scope)
             await (self._app if refusal is None else refusal)(scope, receive, send)
         else:
@@ -63,9 +68,14 @@ class SecurityMiddleware:
                 code="host_not_allowed",
             )
         origins = [value for name, value in headers if name == b"origin"]
-        if any(not _is_same(origin, hosts[0]) for origin in origins):
+        is_allowed = len(origins) == 1 and self._cors.allows(origins[0])
+        if is_allowed and (preflight := self._cors.preflight(scope["method"], headers)):
+            return preflight
+        if not is_allowed and any(not _is_same(origin, hosts[0]) for origin in origins):
             return error_response(
-                403, "requests from other origins are not allowed", code="origin_not_allowed"
+                403,
+                "requests from other origins are not allowed; allow them with --allowed-origin",
+                code="origin_not_allowed",
             )
         return self._check_key(scope, headers)
 

@@ -82,7 +82,7 @@ def check_entries(most: int) -> BeforeValidator:
 
 
 Name = Annotated[str, Field(min_length=1, max_length=limits.MAX_NAME)]
-FunctionName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{limits.MAX_NAME}}}$")]
+FunctionName = Annotated[str, Field(pattern=rf"^[a-zA-Z0-9_-]{{1,{limits.MAX_FUNCTION_NAME}}}$")]
 Id = Annotated[str, Field(min_length=1, max_length=limits.MAX_ID)]
 Description = Annotated[str, Field(max_length=limits.MAX_DESCRIPTION)]
 JsonSchemaObject = dict[str, object]

@@ -13,16 +13,23 @@ from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import Name, check_entries
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.hints import Hint, Ignored, TemplateHint
-from lowlat.serve.protocol.messages import Message, NamedTool, Tool, ToolChoice
+from lowlat.serve.protocol.messages import (
+    AssistantMessage,
+    Message,
+    NamedTool,
+    Tool,
+    ToolChoice,
+    text_of,
+)
 from lowlat.serve.protocol.sampling import (
     HintText,
-    MaxTokens,
     Metadata,
     ReasoningEffort,
     SamplingRequest,
     TopLogprobs,
+    UnlimitedTokens,
 )
-from lowlat.serve.protocol.structured_outputs import ResponseFormat, StructuredOutputs, TextFormat
+from lowlat.serve.protocol.structured_outputs import ResponseFormat, TextFormat
 
 TemplateVariable = bool | int | Annotated[str, Field(max_length=limits.MAX_ID)]
 
@@ -35,9 +42,10 @@ class ChatRequest(SamplingRequest):
     )
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
-    max_completion_tokens: MaxTokens | None = None
-    """Maximum number of generated tokens, reasoning included; default: the rest of the context."""
-    max_tokens: MaxTokens | None = None
+    max_completion_tokens: UnlimitedTokens | None = None
+    """Maximum number of generated tokens, reasoning included; default and -1: the rest of the
+    context."""
+    max_tokens: UnlimitedTokens | None = None
     """Deprecated name of max_completion_tokens."""
     logprobs: bool | None = None
     """Whether to return each token's log-probability."""
@@ -52,8 +60,6 @@ class ChatRequest(SamplingRequest):
     parallel_tool_calls: Annotated[bool | None, Ignored(when=lambda chat: not chat.tools)] = None
     """Whether the model may call several functions at once. Default true."""
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    """Constraints that response_format does not offer, as in vLLM."""
     chat_template_kwargs: (
         Annotated[
             dict[Name, TemplateVariable],
@@ -67,6 +73,10 @@ class ChatRequest(SamplingRequest):
     """Turns reasoning on or off if the chat template can; none and minimal turn it off."""
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     """Text only."""
+    add_generation_prompt: bool | None = None
+    """Whether the prompt ends with the beginning of an assistant message. Default true."""
+    continue_final_message: bool | None = None
+    """Whether the output continues the last message, an assistant's (prefill)."""
     metadata: Hint[Metadata | None] = None
     safety_identifier: Hint[HintText | None] = None
     store: Annotated[bool | None, Ignored(when=lambda chat: chat.store)] = None
@@ -85,7 +95,22 @@ class ChatRequest(SamplingRequest):
         self._check_lengths()
         self._check_constraints()
         self._check_tools()
+        if self.continue_final_message:
+            self._check_prefill()
         return self
+
+    def _check_prefill(self) -> None:
+        last = self.messages[-1]
+        if not isinstance(last, AssistantMessage) or last.tool_calls or not text_of(last.content):
+            raise RequestError(
+                "continue_final_message requires an assistant message with text at the end",
+                param="continue_final_message",
+            )
+        if self.add_generation_prompt:
+            raise RequestError(
+                "continue_final_message requires add_generation_prompt false; set it",
+                param="add_generation_prompt",
+            )
 
     def _check_lengths(self) -> None:
         given = {self.max_tokens, self.max_completion_tokens} - {None}
@@ -103,11 +128,7 @@ class ChatRequest(SamplingRequest):
             self.check_logprobs(top, completions=self.n or 1, param="top_logprobs")
 
     def _check_constraints(self) -> None:
-        if self._has_format and self.structured_outputs is not None:
-            raise RequestError(
-                "response_format and structured_outputs exclude each other; set one",
-                param="structured_outputs",
-            )
+        self.check_guided(*(["response_format"] if self._has_format else []))
 
     def _check_tools(self) -> None:
         names = [tool.function.name for tool in self.tools or []]
@@ -130,14 +151,15 @@ class ChatRequest(SamplingRequest):
     @property
     def constraint_field(self) -> str:
         """The field that constrains the output, if one does."""
-        if self.structured_outputs is not None:
-            return "structured_outputs"
+        if self.guided_fields:
+            return self.guided_fields[0]
         return "response_format" if self._has_format else "tools"
 
     @property
     def completion_limit(self) -> int | None:
         """Maximum number of generated tokens; None: the rest of the context."""
-        return self.max_tokens or self.max_completion_tokens
+        given = self.max_tokens or self.max_completion_tokens
+        return None if given == -1 else given
 
     def to_params(self) -> SamplingParams:
         return self.sampling_params(

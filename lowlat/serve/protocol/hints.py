@@ -26,6 +26,8 @@ class Ignored:
 
     when: Callable[[Any], bool] | None = None
     """Whether the field of this object is without effect; None: it always is."""
+    label: str | None = None
+    """Its name in the header, if the object as a whole is without effect."""
 
     def __get_pydantic_json_schema__(
         self, core_schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -58,7 +60,7 @@ def _ignored(model: StrictModel, prefix: str) -> Iterator[str]:
     for name in hints.keys() & model.model_fields_set:
         when = hints[name].when
         if getattr(model, name) is not None and (when is None or when(model)):
-            yield f"{prefix}{name}"
+            yield f"{prefix}{hints[name].label or name}"
     for name in nested:
         value = getattr(model, name)
         for item in value if isinstance(value, list) else (value,):

@@ -33,7 +33,9 @@ MAX_PROMPT_TOKENS = 1 << 20
 MAX_TOOLS = 128
 """Functions per chat, and tool calls per message."""
 MAX_NAME = 64
-"""Characters of the name of a function, participant or schema."""
+"""Characters of the name of a participant, or of a key of metadata."""
+MAX_FUNCTION_NAME = 128
+"""Characters of the name of a function or schema."""
 MAX_ID = 256
 """Characters of an id or a user name."""
 MAX_DESCRIPTION = 64 * 2**10

@@ -10,16 +10,25 @@ from pydantic import Field
 
 from lowlat.engine import params
 from lowlat.generate.params import (
+    MAX_BAD_WORD_LENGTH,
+    MAX_BAD_WORDS,
     MAX_STOP_LENGTH,
     MAX_STOPS,
     SamplingOptions,
     SamplingParams,
     make_params,
 )
+from lowlat.generate.structured import StructuredOutput
 from lowlat.serve.protocol import limits
-from lowlat.serve.protocol.base import GenerationRequest, StrictModel, check_entries
+from lowlat.serve.protocol.base import (
+    GenerationRequest,
+    JsonSchemaObject,
+    StrictModel,
+    check_entries,
+)
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.hints import Hint
+from lowlat.serve.protocol.structured_outputs import GUIDED, StructuredOutputs, guided_output
 
 DEFAULT_TEMPERATURE = 1.0
 LOWEST_TEMPERATURE = 1e-4
@@ -34,6 +43,10 @@ LogitBias = Annotated[
     check_entries(params.MAX_LOGIT_BIAS),
 ]
 MaxTokens = Annotated[int, Field(ge=1, le=params.MAX_TOKENS)]
+UnlimitedTokens = MaxTokens | Literal[-1]
+"""-1, as in llama.cpp: up to the end of the context."""
+VocabularyId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]
 TopLogprobs = Annotated[int, Field(ge=0, le=params.MAX_LOGPROBS)]
 Metadata = Annotated[
     dict[
@@ -62,8 +75,8 @@ class SamplingRequest(GenerationRequest):
     """Divides the logits; 0 means greedy decoding. Default 1."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """Nucleus sampling: keep the fewest most likely tokens of this total probability."""
-    top_k: Annotated[int, Field(ge=0, le=params.MAX_TOP_K)] | None = None
-    """Keep the k most likely tokens; 0 keeps all."""
+    top_k: Annotated[int, Field(ge=-1, le=params.MAX_TOP_K)] | None = None
+    """Keep the k most likely tokens; 0 and -1 keep all."""
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """Keep tokens of at least this probability relative to the most likely one."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
@@ -80,12 +93,61 @@ class SamplingRequest(GenerationRequest):
     prompt_logprobs: TopLogprobs | None = None
     """Return the log-probability of each prompt token and of this many of the most likely ones;
     not in a stream."""
+    min_tokens: Annotated[int, Field(ge=0, le=params.MAX_TOKENS)] | None = None
+    """No end-of-sequence or stop token before this many tokens; not with structured outputs."""
+    stop_token_ids: (
+        Annotated[list[VocabularyId], Field(max_length=params.MAX_STOP_TOKEN_IDS)] | None
+    ) = None
+    """Token ids that end the completion."""
+    allowed_token_ids: (
+        Annotated[
+            list[VocabularyId],
+            Field(fail_fast=True, min_length=1, max_length=params.MAX_ALLOWED_TOKEN_IDS),
+        ]
+        | None
+    ) = None
+    """The only token ids that may be generated; not with structured outputs or bad_words."""
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
+    """Texts that the output must not contain as tokens; not with structured outputs."""
+    structured_outputs: StructuredOutputs | None = None
+    """Constraint on the output, as in vLLM."""
+    guided_json: JsonSchemaObject | str | None = None
+    """Older spelling of structured_outputs.json; the schema may also be a JSON text."""
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    return_token_ids: bool | None = None
+    """Whether to return the token ids of prompt and output."""
     stream_options: StreamOptions | None = None
     user: Hint[HintText | None] = None
 
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage is True
+
+    @property
+    def guided_fields(self) -> list[str]:
+        """The fields that set a constraint in vLLM's spellings."""
+        names = ("structured_outputs", *GUIDED)
+        return [name for name in names if getattr(self, name) is not None]
+
+    def guided_output(self) -> StructuredOutput | None:
+        """The constraint that they set. Raises UserError above a limit."""
+        match self.guided_fields:
+            case []:
+                return None
+            case ["structured_outputs"] if self.structured_outputs is not None:
+                return self.structured_outputs.to_output()
+            case [name, *_]:
+                return guided_output(name, getattr(self, name))
+
+    def check_guided(self, *others: str) -> None:
+        """Raise RequestError for two constraints; `others`: further fields that set one."""
+        names = [*others, *self.guided_fields]
+        if len(names) > 1:
+            raise RequestError(
+                f"{names[0]} and {names[1]} exclude each other; set one", param=names[1]
+            )
 
     def check_stream(self) -> None:
         """Raise RequestError for stream_options without a stream."""
@@ -103,7 +165,13 @@ class SamplingRequest(GenerationRequest):
             )
 
     def check_end(self) -> None:
-        """Raise RequestError for ignore_eos with a structured output, which ends the text."""
+        """Raise RequestError for fields that contradict a structured output."""
+        for name in ("min_tokens", "allowed_token_ids", "bad_words"):
+            if getattr(self, name):
+                raise RequestError(
+                    f"{name} cannot be combined with structured outputs or tools; leave it out",
+                    param=name,
+                )
         if self.ignore_eos:
             raise RequestError(
                 "ignore_eos cannot be combined with structured outputs; leave it out",
@@ -126,6 +194,8 @@ class SamplingRequest(GenerationRequest):
         shared = SamplingRequest.model_fields.keys() & SamplingParams.__dataclass_fields__.keys()
         options: dict[str, Any] = {"temperature": DEFAULT_TEMPERATURE}
         options |= self.model_dump(include=set(shared), exclude_none=True)
+        if self.top_k == -1:
+            options["top_k"] = 0
         if self.logit_bias is not None:
             options["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         if options["temperature"] < LOWEST_TEMPERATURE:

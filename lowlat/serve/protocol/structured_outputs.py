@@ -53,6 +53,10 @@ ResponseFormat = Annotated[
 ]
 
 
+GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+"""Fields of older versions of vLLM, each for one field of StructuredOutputs."""
+
+
 class StructuredOutputs(StrictModel):
     """Exactly one of a JSON schema, a regular expression, a choice of texts, a Lark grammar."""
 
@@ -89,3 +93,18 @@ class StructuredOutputs(StrictModel):
         if self.choice is not None:
             return structured.Choice(options=tuple(self.choice))
         return structured.Grammar(lark=self.grammar or "")
+
+
+def guided_output(name: str, value: object) -> structured.StructuredOutput:
+    """The constraint that the field `name` of GUIDED sets. Raises RequestError or UserError."""
+    match name, value:
+        case "guided_json", str():
+            return structured.JsonSchema(schema=value)
+        case "guided_json", dict():
+            return structured.JsonSchema(schema=json.dumps(value))
+        case "guided_regex", str():
+            return structured.Regex(pattern=value)
+        case "guided_choice", list():
+            return structured.Choice(options=tuple(value))
+        case _:
+            return structured.Grammar(lark=str(value))

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from lowlat.generate.completion import CompletionDelta, TokenLogprob
 from lowlat.serve.chat.output_parser import OutputParser
-from lowlat.serve.chat.prompt import PreparedChat, prepare_chat
+from lowlat.serve.chat.prompt import PreparedChat, TextConstraints, prepare_chat
 from lowlat.serve.http.errors import renamed_fields
 from lowlat.serve.http.sse import DONE, error_event, event
 from lowlat.serve.protocol.base import WireModel, is_none
@@ -89,6 +89,8 @@ class ChatChoice(WireModel):
     message: ChatMessage
     logprobs: ChoiceLogprobs | None
     finish_reason: ChatFinishReason
+    token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    """With return_token_ids: all generated tokens."""
 
 
 class ChatCompletion(WireModel):
@@ -98,6 +100,8 @@ class ChatCompletion(WireModel):
     """Unix time in seconds."""
     model: str
     choices: list[ChatChoice]
+    prompt_token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    """With return_token_ids."""
     usage: Usage
     lowlat: Timings
     prompt_logprobs: PromptLogprobs | None = Field(default=None, exclude_if=is_none)
@@ -131,6 +135,8 @@ class ChunkChoice(WireModel):
     delta: MessageDelta
     logprobs: ChoiceLogprobs | None = None
     finish_reason: ChatFinishReason | None = None
+    token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    """With return_token_ids: the tokens since the choice's last chunk that has them."""
 
 
 class ChatCompletionChunk(WireModel):
@@ -141,6 +147,8 @@ class ChatCompletionChunk(WireModel):
     created: int
     model: str
     choices: list[ChunkChoice]
+    prompt_token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    """With return_token_ids, in the first chunk of a choice."""
     usage: Usage | None = Field(default=None, exclude_if=is_none)
     lowlat: Timings | None = Field(default=None, exclude_if=is_none)
 
@@ -162,14 +170,19 @@ CHAT = Post(
 
 
 async def submit_chat(
-    ctx: RequestContext, request: ChatRequest, *, reduces_max_tokens: bool = False
+    ctx: RequestContext,
+    request: ChatRequest,
+    texts: TextConstraints | None = None,
+    *,
+    reduces_max_tokens: bool = False,
 ) -> PreparedChat:
     """Submit the chat to the engine; returns the prepared request with its parser.
 
-    reduces_max_tokens: whether max_tokens may exceed the context, and ends there then.
+    texts: see prepare_chat. reduces_max_tokens: whether max_tokens may exceed the context, and ends
+    there then.
     """
     state = ctx.state
-    prepared = await state.workers.run(prepare_chat, state.model, request)
+    prepared = await state.workers.run(prepare_chat, state.model, request, texts)
     if reduces_max_tokens:
         prepared = prepared.with_max_tokens_up_to(state.model.context)
     ctx.ignored -= prepared.used_hints
@@ -188,6 +201,7 @@ async def submit_chat(
             grammar=grammar,
             prompt_logprobs=request.prompt_logprobs,
             keep_special=prepared.keep_special,
+            begins_text=prepared.begins_text,
         )
     return prepared
 
@@ -205,6 +219,7 @@ class _Choice:
         self.reasoning: list[str] = []
         self.calls: list[ChatToolCall] = []
         self.logprobs: list[TokenLogprob] = []
+        self.tokens: list[int] = []
         self.finish_reason: ChatFinishReason | None = None
         self.has_begun = False
 
@@ -212,6 +227,7 @@ class _Choice:
         """Parse and collect `delta`; returns the parts that are now certain."""
         parts = self.parser.push(delta.text)
         self.logprobs.extend(delta.logprobs)
+        self.tokens.extend(delta.tokens)
         self.finish_reason = finish_reason(delta)
         if self.finish_reason is not None:
             parts += self.parser.finish()
@@ -258,9 +274,11 @@ class ChatReply(Reply):
                     message=choice.message(),
                     logprobs=self._logprobs(choice.logprobs) if self._request.logprobs else None,
                     finish_reason=choice.finish_reason or "stop",
+                    token_ids=choice.tokens if self._request.return_token_ids else None,
                 )
                 for index, choice in enumerate(self._choices)
             ],
+            prompt_token_ids=self._prompt_ids(),
             usage=usage_of(self._ctx),
             lowlat=timings_of(self._ctx),
             prompt_logprobs=self._prompt_logprobs(),
@@ -273,10 +291,21 @@ class ChatReply(Reply):
         tokenizer = self._ctx.state.model.tokenizer
         return prompt_logprobs(tokenizer, self._ctx.prompt_logprobs(0), top=top)
 
+    def _prompt_ids(self) -> list[int] | None:
+        return list(self._ctx.prompt(0)) if self._request.return_token_ids else None
+
     def add(self, number: int, delta: CompletionDelta) -> Iterable[bytes]:
         choice = self._choices[delta.index]
-        parts = choice.add(delta)
-        return (self._event(self._chunk([c])) for c in self._chunks(choice, delta, parts))
+        return self._events(choice, delta, choice.add(delta))
+
+    def _events(
+        self, choice: _Choice, delta: CompletionDelta, parts: list[Part]
+    ) -> Iterator[bytes]:
+        prompt_ids = None if choice.has_begun else self._prompt_ids()
+        for chunk_choice in self._chunks(choice, delta, parts):
+            chunk = self._chunk([chunk_choice])
+            chunk.prompt_token_ids, prompt_ids = prompt_ids, None
+            yield self._event(chunk)
 
     def opening(self) -> Iterable[bytes]:
         return ()
@@ -311,10 +340,12 @@ class ChatReply(Reply):
         logprobs = None
         if delta.logprobs:
             logprobs = self._logprobs(delta.logprobs)
+        ids = list(delta.tokens) if self._request.return_token_ids and delta.tokens else None
+        if logprobs is not None or ids is not None:
             gains = gains or [MessageDelta(content="")]
         for gain in gains:
-            yield ChunkChoice(index=delta.index, delta=gain, logprobs=logprobs)
-            logprobs = None
+            yield ChunkChoice(index=delta.index, delta=gain, logprobs=logprobs, token_ids=ids)
+            logprobs = ids = None
         if choice.finish_reason is not None:
             yield ChunkChoice(
                 index=delta.index, delta=MessageDelta(), finish_reason=choice.finish_reason

@@ -1,17 +1,16 @@
 """POST /v1/completions: request and response models, the reply and its SSE chunks.
 
 Tokens and grammars are prepared off the event loop. Either all prompts of a request are admitted or
-none. Unsupported fields of OpenAI's API (suffix) are rejected by name.
+none.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from starlette.responses import Response
 
-from lowlat.engine import params
 from lowlat.engine.request import FinishReason
 from lowlat.generate.completion import CompletionDelta, TokenLogprob
 from lowlat.generate.grammar import CompiledGrammar
@@ -20,11 +19,9 @@ from lowlat.generate.params import SamplingParams
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.chat.prompt import check_text_size
 from lowlat.serve.http.sse import DONE, error_event, event
-from lowlat.serve.protocol import limits
-from lowlat.serve.protocol.base import TokenIds, WireModel, is_none
+from lowlat.serve.protocol.base import WireModel, is_none
+from lowlat.serve.protocol.completions import CompletionRequest
 from lowlat.serve.protocol.errors import RequestError, about
-from lowlat.serve.protocol.sampling import SamplingRequest, TopLogprobs
-from lowlat.serve.protocol.structured_outputs import StructuredOutputs
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import Post
 from lowlat.serve.routes.prompt_logprobs import (
@@ -42,83 +39,8 @@ from lowlat.serve.routes.reply import (
     timings_of,
     usage_of,
 )
+from lowlat.text.fim_tokens import fim_tokens
 from lowlat.text.tokenizer import Tokenizer
-
-DEFAULT_MAX_TOKENS = 16
-"""Default of OpenAI's API."""
-
-Texts = Annotated[list[str], Field(min_length=1, max_length=limits.MAX_PROMPTS)]
-IdLists = Annotated[list[TokenIds], Field(min_length=1, max_length=limits.MAX_PROMPTS)]
-Prompt = str | Texts | TokenIds | IdLists
-
-
-class CompletionRequest(SamplingRequest):
-    """Prompts to complete, as text or token ids."""
-
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset({"suffix"})
-
-    prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0, le=params.MAX_TOKENS)] | None = None
-    """Maximum number of generated tokens; default 16, or less at the end of the context. 0 only
-    computes the prompt."""
-    logprobs: TopLogprobs | None = None
-    """Return each token's log-probability and those of this many of the most likely tokens."""
-    echo: bool | None = None
-    """Whether the returned text, and with logprobs its tokens, start with the prompt."""
-    best_of: Annotated[int, Field(ge=1, le=params.MAX_N)] | None = None
-    """Accepted only if equal to n."""
-    structured_outputs: StructuredOutputs | None = None
-    """Constraint on the output."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "CompletionRequest":
-        self.check_stream()
-        if self.structured_outputs is not None:
-            self.check_end()
-        self.check_prompt_logprobs()
-        if self.echo and self.stream and self.logprobs is not None:
-            message = "echo with logprobs cannot be streamed; leave stream out"
-            raise RequestError(message, param="echo")
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise RequestError("best_of must equal n; leave it out", param="best_of")
-        completions = len(self.prompts) * (self.n or 1)
-        if completions > limits.MAX_PROMPTS:
-            message = f"prompts times n exceed {limits.MAX_PROMPTS} completions; send fewer"
-            raise RequestError(message, param="n")
-        if self.logprobs is not None:
-            self.check_logprobs(self.logprobs, completions=completions, param="logprobs")
-        return self
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """Each prompt, as text or as token ids."""
-        match self.prompt:
-            case str():
-                return [self.prompt]
-            case [int(), *_]:
-                return [[token for token in self.prompt if isinstance(token, int)]]
-            case _:
-                return [item for item in self.prompt if isinstance(item, str | list)]
-
-    @property
-    def generates(self) -> bool:
-        """Whether the output has tokens."""
-        return self.max_tokens != 0
-
-    @property
-    def scored(self) -> tuple[int, str] | None:
-        """How many alternatives of each prompt token to compute, and the field that asks for it."""
-        echoed = self.logprobs if self.echo else None
-        if self.prompt_logprobs is None:
-            return None if echoed is None else (echoed, "logprobs")
-        return max(echoed or 0, self.prompt_logprobs), "prompt_logprobs"
-
-    def to_params(self, remaining: int, *, reduces_max_tokens: bool = False) -> SamplingParams:
-        """The engine's sampling params for a prompt with `remaining` context tokens after it."""
-        limit = self.max_tokens or (DEFAULT_MAX_TOKENS if self.generates else 1)
-        if reduces_max_tokens or self.max_tokens is None:
-            limit = max(1, min(limit, remaining))
-        return self.sampling_params(max_tokens=limit, logprobs=self.logprobs)
 
 
 class LegacyLogprobs(WireModel):
@@ -141,6 +63,10 @@ class CompletionChoice(WireModel):
     finish_reason: Literal["stop", "length"] | None
     """In a stream null before the completion's last chunk."""
     prompt_logprobs: PromptLogprobs | None = Field(default=None, exclude_if=is_none)
+    prompt_token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    """With return_token_ids; in a stream only in the completion's first chunk."""
+    token_ids: list[int] | None = Field(default=None, exclude_if=is_none)
+    """With return_token_ids: all generated tokens, or those of the chunk."""
 
 
 class CompletionResponse(WireModel):
@@ -208,11 +134,11 @@ async def _grammars(
     ctx: RequestContext, request: CompletionRequest, kinds: set[bool]
 ) -> dict[bool, CompiledGrammar]:
     """The grammars of the outputs, by whether the output begins a text or continues one."""
-    if request.structured_outputs is None:
-        return {}
-    param = "structured_outputs"
+    param = next(iter(request.guided_fields), "")
     with about(param):
-        output = request.structured_outputs.to_output()
+        output = request.guided_output()
+    if output is None:
+        return {}
     return {
         begins_text: await ctx.compile(output, param=param, begins_text=begins_text)
         for begins_text in kinds
@@ -239,7 +165,8 @@ def _encode(
         if isinstance(prompt, str):
             check_text_size(model, [prompt], "prompt")
     encoded = [
-        model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts
+        _ids(model, prompt, request.suffix) if isinstance(prompt, str) else prompt
+        for prompt in prompts
     ]
     for ids in encoded:
         engine.check(ids, to_params(model.context - len(ids)))
@@ -250,6 +177,26 @@ def _encode(
         (ids, _echo(model, prompt) if request.echo else "")
         for ids, prompt in zip(encoded, prompts, strict=True)
     ]
+
+
+def _ids(model: Model, prompt: str, suffix: str | None) -> list[int]:
+    """A prompt's token ids; with `suffix` for fill-in-the-middle: prefix, suffix, middle."""
+    if suffix is None:
+        return model.tokenizer.encode(prompt)
+    marks = fim_tokens(model.tokenizer)
+    if marks is None:
+        raise RequestError(
+            "suffix: this model has no fill-in-the-middle tokens such as <|fim_prefix|>; leave it"
+            " out",
+            param="suffix",
+        )
+    check_text_size(model, [suffix], "suffix")
+    before, after = (
+        model.tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+        for text in (prompt, suffix)
+    )
+    begin = model.tokenizer.encode("")
+    return [*begin, marks.prefix, *before, marks.suffix, *after, marks.middle]
 
 
 def _echo(model: Model, prompt: str | list[int]) -> str:
@@ -271,6 +218,7 @@ class CompletionReply(Reply):
         self._echoes = echoes
         count = self._n * len(echoes)
         self._texts: list[list[str]] = [[] for _ in range(count)]
+        self._tokens: list[list[int]] = [[] for _ in range(count)]
         self._entries: list[list[TokenLogprob]] = [[] for _ in range(count)]
         self._reasons: list[Literal["stop", "length"] | None] = [None] * count
 
@@ -279,18 +227,20 @@ class CompletionReply(Reply):
         if not self._request.generates:
             # The engine samples one token all the same, which is dropped and not counted.
             self._ctx.num_tokens = 0
-            delta = replace(delta, text="", logprobs=(), finish_reason=_length(delta))
-        text = delta.text if self._texts[index] else self._echoes[number] + delta.text
+            delta = replace(delta, text="", tokens=(), logprobs=(), finish_reason=_length(delta))
+        is_first = not self._texts[index]
+        text = self._echoes[number] + delta.text if is_first else delta.text
         self._texts[index].append(text)
+        self._tokens[index].extend(delta.tokens)
         self._entries[index].extend(delta.logprobs)
         self._reasons[index] = finish_reason(delta)
-        return self._events(index, text, delta)
+        return self._events(index, text, delta, is_first=is_first)
 
     def response(self) -> CompletionResponse:
-        each = zip(self._texts, self._entries, self._reasons, strict=True)
+        each = zip(self._texts, self._entries, self._reasons, self._tokens, strict=True)
         choices = [
-            self._choice(index, "".join(texts), entries, reason)
-            for index, (texts, entries, reason) in enumerate(each)
+            self._choice(index, "".join(texts), entries, reason, tokens)
+            for index, (texts, entries, reason, tokens) in enumerate(each)
         ]
         return self._response(choices, is_last=True)
 
@@ -305,9 +255,15 @@ class CompletionReply(Reply):
     def failure(self, status: int, message: str, param: str | None, code: str | None) -> bytes:
         return error_event(status, message, param, code)
 
-    def _events(self, index: int, text: str, delta: CompletionDelta) -> Iterator[bytes]:
-        if text or delta.logprobs or delta.finish_reason:
-            choice = self._choice(index, text, delta.logprobs, finish_reason(delta))
+    def _events(
+        self, index: int, text: str, delta: CompletionDelta, *, is_first: bool
+    ) -> Iterator[bytes]:
+        has_ids = self._request.return_token_ids and delta.tokens
+        if text or delta.logprobs or delta.finish_reason or has_ids:
+            reason = finish_reason(delta)
+            choice = self._choice(index, text, delta.logprobs, reason, delta.tokens)
+            if not is_first:
+                choice.prompt_token_ids = None
             yield event(self._response([choice]).model_dump_json())
 
     def _choice(
@@ -316,13 +272,17 @@ class CompletionReply(Reply):
         text: str,
         entries: Sequence[TokenLogprob],
         reason: Literal["stop", "length"] | None,
+        tokens: Sequence[int],
     ) -> CompletionChoice:
+        has_ids = self._request.return_token_ids
         return CompletionChoice(
             index=index,
             text=text,
             logprobs=self._logprobs(index, entries),
             finish_reason=reason,
             prompt_logprobs=self._prompt_logprobs(index),
+            prompt_token_ids=list(self._ctx.prompt(index // self._n)) if has_ids else None,
+            token_ids=list(tokens) if has_ids else None,
         )
 
     def _prompt_logprobs(self, index: int) -> PromptLogprobs | None:

@@ -46,7 +46,7 @@ class RequestContext:
         self.constraint_field = ""
         """The request field that constrains the output, for errors of its grammar."""
         self._num_completions = 0
-        self._cache_namespace = cache_namespace
+        self.cache_namespace = cache_namespace
         self._generations: list[Generation] = []
         self._is_preparing = True
         self._preparing: asyncio.Timeout | None = None
@@ -86,7 +86,7 @@ class RequestContext:
             output,
             param=param,
             owner=self._owner,
-            cache_namespace=self._cache_namespace,
+            cache_namespace=self.cache_namespace,
             begins_text=begins_text,
         )
 
@@ -112,7 +112,7 @@ class RequestContext:
             prompt,
             params,
             grammar=grammar,
-            cache_namespace=self._cache_namespace,
+            cache_namespace=self.cache_namespace,
             priority=self.priority,
             deadline=self._left(),
             prompt_logprobs=prompt_logprobs,

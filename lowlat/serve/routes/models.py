@@ -1,8 +1,9 @@
-"""GET /v1/models, /health and /ready.
+"""GET /v1/models, /health, /ready and /version.
 
 /health reports whether the engine makes progress, /ready whether new requests are accepted.
 """
 
+from importlib.metadata import version
 from typing import Literal
 
 from starlette.requests import Request
@@ -48,6 +49,11 @@ class Status(WireModel):
     status: Literal["ok"] = "ok"
 
 
+class Version(WireModel):
+    version: str
+    """Version of lowlat."""
+
+
 class InfoRoutes:
     """GET routes of one server; the model card is built once."""
 
@@ -61,6 +67,7 @@ class InfoRoutes:
             Route("/v1/models/{id:path}", self.get_model),
             Route("/health", self.health),
             Route("/ready", self.ready),
+            Route("/version", self.version),
         ]
 
     async def list_models(self, request: Request) -> Response:
@@ -75,6 +82,9 @@ class InfoRoutes:
         if not self._state.engine.is_healthy:
             raise EngineDead
         return json_response(Status())
+
+    async def version(self, request: Request) -> Response:
+        return json_response(Version(version=version("lowlat")))
 
     async def ready(self, request: Request) -> Response:
         """200 while new requests are accepted."""

@@ -13,7 +13,7 @@ from lowlat.model.quant import weight_format
 from lowlat.serve.protocol.base import WireModel
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import Post, json_response
-from lowlat.serve.routes.models import model_card
+from lowlat.serve.routes.models import Version, model_card
 from lowlat.serve.routes.ollama_request import OllamaShowRequest
 from lowlat.serve.state import ServerState
 
@@ -71,10 +71,6 @@ class ModelDescription(WireModel):
     model_info: dict[str, int | str]
     capabilities: list[str]
     modified_at: str
-
-
-class Version(WireModel):
-    version: str
 
 
 class OllamaRoutes:

@@ -21,11 +21,11 @@ from lowlat.serve.protocol.base import (
     StrictModel,
 )
 from lowlat.serve.protocol.chat import ChatRequest
+from lowlat.serve.protocol.completions import CompletionRequest
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.hints import Hint, TemplateHint
 from lowlat.serve.protocol.sampling import SamplingRequest, Stop, TopLogprobs
 from lowlat.serve.protocol.validation import validate
-from lowlat.serve.routes.completions import CompletionRequest
 
 DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
 """Ollama's sampling defaults."""

@@ -28,7 +28,7 @@ Json = dict[str, Any]
 
 _REFUSALS = {
     "400": "A field is invalid or not supported; param names it.",
-    "404": "The model does not exist.",
+    "404": "The model or the response does not exist.",
     "408": "The body arrived too slowly, or the deadline passed.",
     "413": "The body is too large.",
     "415": "The Content-Type is not application/json.",
@@ -73,7 +73,8 @@ def document(state: ServerState) -> Json:
     for operation in POSTS:
         paths[operation.path] = {"post": _post(operation, refs, has_keys)}
     for operation in GETS:
-        paths[operation.path] = {"get": _get(operation, refs, state, has_keys)}
+        described = _get(operation, refs, state, has_keys)
+        paths.setdefault(operation.path, {})[operation.method] = described
     components: Json = {"schemas": schemas}
     if has_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -135,8 +136,9 @@ def _get(
 ) -> Json:
     schema = {"type": "string"} if operation.response is None else refs[operation.response]
     kind = "text/plain" if operation.response is None else "application/json"
+    name = operation.path.strip("/").replace("/", "_").replace("{id}", "one")
     described: Json = {
-        "operationId": operation.path.strip("/").replace("/", "_").replace("{id}", "one"),
+        "operationId": name if operation.method == "get" else f"{operation.method}_{name}",
         "summary": operation.summary,
         "responses": {
             "200": {"description": operation.summary, "content": {kind: {"schema": schema}}},
@@ -145,15 +147,21 @@ def _get(
         **_security(operation.path, has_keys),
     }
     if operation.parameter is not None:
+        named: Json = {"type": "string"}
+        if operation.values == "models":
+            named["enum"] = [state.model_name]
         described["parameters"] = [
-            {
-                "name": operation.parameter,
-                "in": "path",
-                "required": True,
-                "schema": {"type": "string", "enum": [state.model_name]},
-            }
+            {"name": operation.parameter, "in": "path", "required": True, "schema": named},
+            *_query(operation.query),
         ]
     return described
+
+
+def _query(model: type[BaseModel] | None) -> list[Json]:
+    if model is None:
+        return []
+    fields = model.model_json_schema()["properties"].items()
+    return [{"name": name, "in": "query", "schema": schema} for name, schema in fields]
 
 
 def _refusals(

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -12,7 +13,7 @@ from lowlat.serve.routes.anthropic import COUNT_TOKENS, MESSAGES
 from lowlat.serve.routes.chat import CHAT
 from lowlat.serve.routes.completions import COMPLETIONS
 from lowlat.serve.routes.embeddings import EMBEDDINGS, OLLAMA_EMBED
-from lowlat.serve.routes.models import ModelCard, ModelList, Status
+from lowlat.serve.routes.models import ModelCard, ModelList, Status, Version
 from lowlat.serve.routes.ollama import CHAT as OLLAMA_CHAT
 from lowlat.serve.routes.ollama import GENERATE as OLLAMA_GENERATE
 from lowlat.serve.routes.ollama_models import (
@@ -22,9 +23,9 @@ from lowlat.serve.routes.ollama_models import (
     OllamaError,
     OllamaModels,
     RunningModels,
-    Version,
 )
-from lowlat.serve.routes.responses import RESPONSES
+from lowlat.serve.routes.responses import RESPONSES, ResponseObject
+from lowlat.serve.routes.stored_responses import DeletedResponse, InputItemList, PageQuery
 from lowlat.serve.routes.tokens import DETOKENIZE, TOKENIZE
 
 
@@ -38,6 +39,11 @@ class Get:
     parameter: str | None = None
     """Name of the path parameter."""
     error: type[BaseModel] = ErrorResponse
+    values: Literal["models", "stored responses"] = "models"
+    """What the path parameter names."""
+    method: Literal["get", "delete"] = "get"
+    query: type[BaseModel] | None = None
+    """Model of the query parameters."""
 
 
 POSTS = (
@@ -80,7 +86,31 @@ GETS = (
         response=Version,
         error=OllamaError,
     ),
+    Get(
+        path="/v1/responses/{id}",
+        summary="A stored response.",
+        response=ResponseObject,
+        parameter="id",
+        values="stored responses",
+    ),
+    Get(
+        path="/v1/responses/{id}",
+        summary="Deletes a stored response.",
+        response=DeletedResponse,
+        parameter="id",
+        values="stored responses",
+        method="delete",
+    ),
+    Get(
+        path="/v1/responses/{id}/input_items",
+        summary="The input items of a stored response.",
+        response=InputItemList,
+        parameter="id",
+        values="stored responses",
+        query=PageQuery,
+    ),
     Get(path="/health", summary="Liveness: whether the engine makes progress.", response=Status),
     Get(path="/ready", summary="Readiness: whether new requests are accepted.", response=Status),
+    Get(path="/version", summary="The version of lowlat.", response=Version),
     Get(path="/metrics", summary="Metrics in Prometheus' text format.", response=None),
 )

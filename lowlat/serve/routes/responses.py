@@ -4,10 +4,10 @@ Errors about fields of the chat are renamed to the fields of this API.
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
 from lowlat.generate.completion import CompletionDelta
@@ -15,67 +15,18 @@ from lowlat.serve.chat.output_parser import OutputParser
 from lowlat.serve.http.errors import renamed_fields
 from lowlat.serve.http.sse import event
 from lowlat.serve.protocol.base import WireModel
+from lowlat.serve.protocol.response_items import FlatNamedTool, ResponseTool
 from lowlat.serve.protocol.sampling import DEFAULT_TEMPERATURE
 from lowlat.serve.protocol.structured_outputs import TextFormat
+from lowlat.serve.response_store import StoredResponse
 from lowlat.serve.routes.chat import submit_chat
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import Post
-from lowlat.serve.routes.reply import Reply, new_id, respond
-from lowlat.serve.routes.responses_request import (
-    FlatFunction,
-    FlatNamedTool,
-    ItemStatus,
-    ResponsesRequest,
-    TextFormatChoice,
-    as_chat,
-)
-from lowlat.serve.tool_parsers.state import (
-    ContentPart,
-    Part,
-    ReasoningPart,
-    ToolCallArguments,
-    ToolCallStart,
-)
-
-
-class OutputTextPart(WireModel):
-    type: Literal["output_text"] = "output_text"
-    text: str
-    annotations: list[str] = Field(default_factory=list)
-    logprobs: list[str] = Field(default_factory=list)
-
-
-class ReasoningTextPart(WireModel):
-    type: Literal["reasoning_text"] = "reasoning_text"
-    text: str
-
-
-class MessageItem(WireModel):
-    id: str
-    type: Literal["message"] = "message"
-    role: Literal["assistant"] = "assistant"
-    status: ItemStatus = "in_progress"
-    content: list[OutputTextPart] = Field(default_factory=list)
-
-
-class ReasoningItem(WireModel):
-    id: str
-    type: Literal["reasoning"] = "reasoning"
-    summary: list[str] = Field(default_factory=list)
-    status: ItemStatus = "in_progress"
-    content: list[ReasoningTextPart] = Field(default_factory=list)
-
-
-class FunctionCallItem(WireModel):
-    id: str
-    type: Literal["function_call"] = "function_call"
-    status: ItemStatus = "in_progress"
-    call_id: str
-    name: str
-    arguments: str = ""
-
-
-OutputItem = MessageItem | ReasoningItem | FunctionCallItem
+from lowlat.serve.routes.reply import Reply, respond
+from lowlat.serve.routes.response_tools import CalledTool
+from lowlat.serve.routes.responses_output import Event, Output, OutputItem, dump
+from lowlat.serve.routes.responses_request import ResponsesRequest, TextFormatChoice, as_chat
+from lowlat.serve.routes.stored_responses import conversation, earlier_items, stored_response
 
 
 class InputDetails(WireModel):
@@ -124,12 +75,12 @@ class ResponseObject(WireModel):
     model: str
     output: list[OutputItem]
     parallel_tool_calls: bool
-    previous_response_id: None = None
-    store: Literal[False] = False
+    previous_response_id: str | None = None
+    store: bool
     temperature: float
     text: TextSettings
     tool_choice: Literal["none", "auto", "required"] | FlatNamedTool
-    tools: list[FlatFunction]
+    tools: list[ResponseTool]
     top_p: float
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
@@ -159,12 +110,18 @@ _FIELDS = {
 
 async def create_response(ctx: RequestContext, request: ResponsesRequest) -> Response:
     """Generate a response, streamed if the request asks for it."""
+    state, previous, items = ctx.state, None, b""
+    if request.previous_response_id is not None:
+        previous = stored_response(ctx.state, ctx.cache_namespace, request.previous_response_id)
+    earlier = await state.workers.run(earlier_items, previous)
     with renamed_fields(_FIELDS):
-        chat = await ctx.state.workers.run(as_chat, request)
-        prepared = await submit_chat(ctx, chat)
+        chat, tools = await state.workers.run(as_chat, request, earlier)
+        prepared = await submit_chat(ctx, chat, tools.texts)
+    if request.store is not False:
+        items = await state.workers.run(conversation, earlier, request.items)
     ctx.ignored -= {_FIELDS[name] for name in prepared.used_hints}
     ctx.constraint_field = _FIELDS.get(ctx.constraint_field, ctx.constraint_field)
-    reply = ResponsesReply(ctx, request, prepared.make_parser())
+    reply = ResponsesReply(ctx, request, prepared.make_parser(), tools.called, items)
     return await respond(ctx, reply, stream=request.stream)
 
 
@@ -177,104 +134,21 @@ RESPONSES = Post(
 )
 
 
-Event = tuple[str, dict[str, Any]]
-"""Type and fields."""
-
-
-class Output:
-    """The output items so far; the last one may still grow."""
-
-    def __init__(self) -> None:
-        self.items: list[OutputItem] = []
-        self._is_open = False
-
-    def push(self, part: Part) -> Iterator[Event]:
-        """Add `part`; yields its events."""
-        match part:
-            case ContentPart():
-                if not (self._is_open and isinstance(self.items[-1], MessageItem)):
-                    text = OutputTextPart(text="")
-                    yield from self._open(MessageItem(id=new_id("msg_"), content=[text]))
-                yield self._grow(part.text)
-            case ReasoningPart():
-                if not (self._is_open and isinstance(self.items[-1], ReasoningItem)):
-                    text = ReasoningTextPart(text="")
-                    yield from self._open(ReasoningItem(id=new_id("rs_"), content=[text]))
-                yield self._grow(part.text)
-            case ToolCallStart():
-                item = FunctionCallItem(id=new_id("fc_"), call_id=part.id, name=part.name)
-                yield from self._open(item)
-            case ToolCallArguments():
-                item = self.items[-1]
-                assert isinstance(item, FunctionCallItem)
-                item.arguments += part.text
-                yield self._event("response.function_call_arguments.delta", delta=part.text)
-
-    def close(self, status: ItemStatus = "completed") -> Iterator[Event]:
-        """Finish the last item if it is open; yields its events."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        item = self.items[-1]
-        item.status = status
-        if isinstance(item, FunctionCallItem):
-            fields = {"name": item.name, "arguments": item.arguments}
-            yield self._event("response.function_call_arguments.done", **fields)
-        else:
-            part = item.content[0]
-            yield self._text_event(part, "done", text=part.text)
-            yield self._part_event("done", part)
-        yield self._item_event("done", _dump(item))
-
-    def _open(self, item: OutputItem) -> Iterator[Event]:
-        yield from self.close()
-        self.items.append(item)
-        self._is_open = True
-        if isinstance(item, FunctionCallItem):
-            yield self._item_event("added", _dump(item))
-        else:
-            # Its part is added by an event of its own.
-            yield self._item_event("added", {**_dump(item), "content": []})
-            yield self._part_event("added", item.content[0])
-
-    def _grow(self, text: str) -> Event:
-        item = self.items[-1]
-        assert not isinstance(item, FunctionCallItem)
-        part = item.content[0]
-        part.text += text
-        return self._text_event(part, "delta", delta=text)
-
-    def _text_event(
-        self, part: OutputTextPart | ReasoningTextPart, kind: str, **fields: object
-    ) -> Event:
-        more = {"logprobs": []} if isinstance(part, OutputTextPart) else {}
-        return self._event(f"response.{part.type}.{kind}", content_index=0, **fields, **more)
-
-    def _part_event(self, kind: str, part: BaseModel) -> Event:
-        return self._event(f"response.content_part.{kind}", content_index=0, part=_dump(part))
-
-    def _item_event(self, kind: str, item: dict[str, Any]) -> Event:
-        fields = {"output_index": len(self.items) - 1, "item": item}
-        return f"response.output_item.{kind}", fields
-
-    def _event(self, kind: str, **fields: object) -> Event:
-        """An event about the last item."""
-        last = len(self.items) - 1
-        return kind, {"item_id": self.items[last].id, "output_index": last, **fields}
-
-
-def _dump(model: BaseModel) -> dict[str, Any]:
-    return model.model_dump(by_alias=True)
-
-
 class ResponsesReply(Reply):
     def __init__(
-        self, ctx: RequestContext, request: ResponsesRequest, parser: OutputParser
+        self,
+        ctx: RequestContext,
+        request: ResponsesRequest,
+        parser: OutputParser,
+        called: Mapping[str, CalledTool],
+        items: bytes = b"",
     ) -> None:
+        """`called`: see Output. `items`: the conversation to store; empty: nothing is stored."""
         super().__init__(ctx, id_prefix="resp_")
+        self._items = items
         self._request = request
         self._parser = parser
-        self._output = Output()
+        self._output = Output(called)
         self._reasoning_tokens = 0
         self._final_status: Literal["completed", "incomplete"] = "completed"
         self._number = 0
@@ -284,22 +158,24 @@ class ResponsesReply(Reply):
         return (self._encode(*event) for event in events)
 
     def response(self) -> ResponseObject:
-        return self._response(self._final_status)
+        response = self._response(self._final_status)
+        self._store(response)
+        return response
 
     def opening(self) -> Iterable[bytes]:
-        response = _dump(self._response("in_progress"))
+        response = dump(self._response("in_progress"))
         for kind in ("response.created", "response.in_progress"):
             yield self._encode(kind, {"response": response})
 
     def closing(self) -> Iterable[bytes]:
-        response = _dump(self._response(self._final_status))
-        yield self._encode(f"response.{self._final_status}", {"response": response})
+        response = self.response()
+        yield self._encode(f"response.{self._final_status}", {"response": dump(response)})
 
     def failure(self, status: int, message: str, param: str | None, code: str | None) -> bytes:
         response = self._response("failed")
         code = code or ("server_error" if status >= 500 else "invalid_prompt")
         response.error = ResponseError(code=code, message=message)
-        return self._encode("response.failed", {"response": _dump(response)})
+        return self._encode("response.failed", {"response": dump(response)})
 
     def _take(self, delta: CompletionDelta) -> Iterator[Event]:
         before = self._parser.reasoning
@@ -332,6 +208,8 @@ class ResponsesReply(Reply):
             metadata=request.metadata or {},
             model=request.model,
             output=self._output.items,
+            previous_response_id=request.previous_response_id,
+            store=bool(self._items),
             parallel_tool_calls=request.parallel_tool_calls is not False,
             temperature=(
                 DEFAULT_TEMPERATURE if request.temperature is None else request.temperature
@@ -343,6 +221,12 @@ class ResponsesReply(Reply):
             usage=None if status == "in_progress" else self._usage(),
             user=request.user,
         )
+
+    def _store(self, response: ResponseObject) -> None:
+        if self._items:
+            data = response.model_dump_json(by_alias=True).encode()
+            stored = StoredResponse(items=self._items, response=data)
+            self._ctx.state.responses.put(self._ctx.cache_namespace, self._id, stored)
 
     def _usage(self) -> ResponseUsage:
         ctx = self._ctx

@@ -1,13 +1,14 @@
 """ResponsesRequest: the body of POST /v1/responses, and its conversion to a chat request.
 
-The text subset of OpenAI's Responses API. Nothing is stored, so fields that refer to an earlier
-response are rejected by name.
+The text subset of OpenAI's Responses API. Items and tools are in `protocol.response_items`.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
+from lowlat.serve.chat.freeform import arguments_of
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import (
     Description,
@@ -21,120 +22,22 @@ from lowlat.serve.protocol.base import (
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.hints import Hint, Ignored, TemplateHint
-from lowlat.serve.protocol.messages import CacheControl
+from lowlat.serve.protocol.response_items import (
+    CustomToolCall,
+    CustomToolCallOutput,
+    FlatNamedTool,
+    FunctionCall,
+    FunctionCallOutput,
+    InputItem,
+    InputMessage,
+    Reasoning,
+    ResponseTool,
+    text_of_items,
+)
 from lowlat.serve.protocol.sampling import HintText, MaxTokens, Metadata, ReasoningEffort
 from lowlat.serve.protocol.structured_outputs import JsonObjectFormat, TextFormat
-from lowlat.serve.protocol.validation import UNKNOWN_KIND, validate
-
-Nothing = Annotated[list[str], Field(max_length=0)]
-ItemStatus = Literal["in_progress", "completed", "incomplete"]
-
-
-class InputText(StrictModel):
-    type: Literal["input_text"]
-    text: str
-    cache_control: CacheControl = None
-
-
-class OutputText(StrictModel):
-    """A text part of an earlier output."""
-
-    type: Literal["output_text"]
-    text: str
-    annotations: Nothing | None = None
-    logprobs: Nothing | None = None
-    cache_control: CacheControl = None
-
-
-TextItem = Annotated[InputText | OutputText, Field(discriminator="type")]
-
-
-class InputMessage(StrictModel):
-    """A message of the conversation."""
-
-    type: Literal["message"] | None = None
-    role: Literal["user", "assistant", "system", "developer"]
-    content: (
-        str | Annotated[list[TextItem], Field(min_length=1, max_length=limits.MAX_CONTENT_PARTS)]
-    )
-    id: Id | None = None
-    status: ItemStatus | None = None
-    phase: None = None
-
-
-class FunctionCall(StrictModel):
-    """A function call of an earlier output."""
-
-    type: Literal["function_call"]
-    call_id: Id
-    name: FunctionName
-    arguments: str
-    id: Id | None = None
-    status: ItemStatus | None = None
-
-
-class FunctionCallOutput(StrictModel):
-    """The result of a function call."""
-
-    type: Literal["function_call_output"]
-    call_id: Id
-    output: str
-    id: Id | None = None
-    status: ItemStatus | None = None
-
-
-class ReasoningText(StrictModel):
-    type: Literal["reasoning_text"]
-    text: str
-
-
-class Reasoning(StrictModel):
-    """The reasoning before the output that follows."""
-
-    type: Literal["reasoning"]
-    id: Id | None = None
-    summary: Nothing | None = None
-    content: Annotated[list[ReasoningText], Field(max_length=limits.MAX_CONTENT_PARTS)]
-    encrypted_content: None = None
-    status: ItemStatus | None = None
-
-
-def _kind_of(item: object) -> str | None:
-    """The type of an input item; messages may omit it."""
-    if not isinstance(item, dict):
-        return None
-    kind = item.get("type", "message")
-    return "message" if kind is None else kind if isinstance(kind, str) else None
-
-
-InputItem = Annotated[
-    Annotated[InputMessage, Tag("message")]
-    | Annotated[FunctionCall, Tag("function_call")]
-    | Annotated[FunctionCallOutput, Tag("function_call_output")]
-    | Annotated[Reasoning, Tag("reasoning")],
-    Discriminator(
-        _kind_of,
-        custom_error_type=UNKNOWN_KIND,
-        custom_error_message=("must be message, function_call, function_call_output or reasoning"),
-    ),
-]
-
-
-class FlatFunction(StrictModel):
-    """A function the model may call."""
-
-    type: Literal["function"]
-    name: FunctionName
-    description: Description | None = None
-    parameters: JsonSchemaObject | None = None
-    strict: bool | None = None
-
-
-class FlatNamedTool(StrictModel):
-    """Forces a call of this function."""
-
-    type: Literal["function"]
-    name: FunctionName
+from lowlat.serve.protocol.validation import validate
+from lowlat.serve.routes.response_tools import ChatTools, chat_tools, flat_name
 
 
 class FlatSchemaFormat(StrictModel):
@@ -196,7 +99,7 @@ class ResponsesRequest(GenerationRequest):
     text: TextOptions | None = None
     """The output format."""
     tools: Annotated[
-        Annotated[list[FlatFunction], Field(max_length=limits.MAX_TOOLS)] | None,
+        Annotated[list[ResponseTool], Field(max_length=limits.MAX_TOOLS)] | None,
         Ignored(when=lambda given: not given.tools),
     ] = None
     tool_choice: Annotated[
@@ -210,8 +113,10 @@ class ResponsesRequest(GenerationRequest):
     """Returned in the response."""
     user: Hint[HintText | None] = None
     safety_identifier: Hint[HintText | None] = None
-    store: OnlyFalse | None = None
-    """Nothing is stored."""
+    store: bool | None = None
+    """Whether later requests may continue this response, as long as memory allows. Default true."""
+    previous_response_id: Id | None = None
+    """A stored response, whose input and output precede the input."""
     background: OnlyFalse | None = None
     service_tier: Hint[HintText | None] = None
     truncation: Annotated[
@@ -227,7 +132,6 @@ class ResponsesRequest(GenerationRequest):
     prompt_cache_key: Hint[HintText | None] = None
     prompt_cache_retention: Hint[HintText | None] = None
     client_metadata: Hint[dict[str, object] | None] = None
-    previous_response_id: None = None
     conversation: None = None
 
     @model_validator(mode="after")
@@ -236,74 +140,92 @@ class ResponsesRequest(GenerationRequest):
             raise RequestError("input must not end with reasoning", param="input")
         return self
 
+    @property
+    def items(self) -> list[InputItem]:
+        """The input as items."""
+        if isinstance(self.input, list):
+            return self.input
+        return [InputMessage(type="message", role="user", content=self.input)]
 
-def as_chat(request: ResponsesRequest) -> ChatRequest:
-    """`request` as a chat. Raises RequestError if it exceeds a limit of chats."""
+
+def as_chat(
+    request: ResponsesRequest, earlier: Sequence[InputItem] = ()
+) -> tuple[ChatRequest, ChatTools]:
+    """`request` as a chat after the `earlier` items, and its tools.
+
+    Raises RequestError if it exceeds a limit of chats.
+    """
     messages: list[dict[str, Any]] = []
     if request.instructions is not None:
         messages.append({"role": "system", "content": request.instructions})
-    if isinstance(request.input, str):
-        messages.append({"role": "user", "content": request.input})
-    else:
-        for item in request.input:
-            _add(messages, item)
+    for item in (*earlier, *request.items):
+        _add(messages, item)
     if len(messages) > limits.MAX_MESSAGES:
         raise RequestError(
-            f"input: more than {limits.MAX_MESSAGES} messages, instructions included",
+            f"input: more than {limits.MAX_MESSAGES} messages, instructions and earlier responses"
+            " included",
             param="input",
         )
+    tools = chat_tools(request.tools or ())
     format, choice = request.text and request.text.format, request.tool_choice
     if isinstance(choice, FlatNamedTool):
-        choice = _nested(choice, "function")
+        choice = {"type": "function", "function": {"name": choice.name}}
     chat = {
         "model": request.model,
         "messages": messages,
         "max_completion_tokens": request.max_output_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
-        "tools": [_nested(tool, "function") for tool in request.tools or ()] or None,
+        "tools": tools.functions or None,
         "tool_choice": choice,
-        "parallel_tool_calls": request.parallel_tool_calls if request.tools else None,
+        "parallel_tool_calls": request.parallel_tool_calls,
         "reasoning_effort": request.reasoning and request.reasoning.effort,
-        "response_format": (
-            _nested(format, "json_schema") if isinstance(format, FlatSchemaFormat) else format
-        ),
+        "response_format": _nested(format) if isinstance(format, FlatSchemaFormat) else format,
     }
-    return validate(ChatRequest, chat)
+    return validate(ChatRequest, chat), tools
 
 
-def _nested(flat: FlatFunction | FlatNamedTool | FlatSchemaFormat, name: str) -> dict[str, Any]:
-    """An object of this API as chats have it: all fields but the type inside the field `name`."""
-    return {"type": flat.type, name: flat.model_dump(by_alias=True, exclude={"type"})}
+def _nested(format: FlatSchemaFormat) -> dict[str, Any]:
+    """The format as chats have it: all fields but the type inside the field json_schema."""
+    fields = format.model_dump(by_alias=True, exclude={"type"})
+    return {"type": format.type, "json_schema": fields}
 
 
 def _add(messages: list[dict[str, Any]], item: InputItem) -> None:
     """Append an item; reasoning, text and calls in a row form one assistant message."""
     match item:
-        case FunctionCallOutput():
-            messages.append({"role": "tool", "content": item.output, "tool_call_id": item.call_id})
+        case FunctionCallOutput() | CustomToolCallOutput():
+            content = text_of_items(item.output)
+            messages.append({"role": "tool", "content": content, "tool_call_id": item.call_id})
         case FunctionCall():
-            function = {"name": item.name, "arguments": item.arguments}
-            call = {"id": item.call_id, "type": "function", "function": function}
-            calls = _assistant(messages).setdefault("tool_calls", [])
-            calls.append(call)
-            if len(calls) > limits.MAX_TOOLS:
-                raise RequestError(
-                    f"input: more than {limits.MAX_TOOLS} function calls in a row", param="input"
-                )
+            _add_call(messages, item, item.arguments)
+        case CustomToolCall():
+            _add_call(messages, item, arguments_of(item.input))
         case Reasoning():
-            thought = "".join(part.text for part in item.content)
-            messages.append({"role": "assistant", "reasoning_content": thought})
+            parts = item.content or item.summary or ()
+            if thought := "".join(part.text for part in parts):
+                messages.append({"role": "assistant", "reasoning_content": thought})
         case InputMessage():
-            content = item.content
-            if not isinstance(content, str):
-                content = "".join(part.text for part in content)
+            content = text_of_items(item.content)
             if item.role != "assistant":
                 messages.append({"role": item.role, "content": content})
             elif {"content", "tool_calls"} & _assistant(messages).keys():
                 messages.append({"role": "assistant", "content": content})
             else:
                 messages[-1]["content"] = content
+
+
+def _add_call(
+    messages: list[dict[str, Any]], item: FunctionCall | CustomToolCall, arguments: str
+) -> None:
+    name = flat_name(item.namespace, item.name, "input")
+    function = {"name": name, "arguments": arguments}
+    calls = _assistant(messages).setdefault("tool_calls", [])
+    calls.append({"id": item.call_id, "type": "function", "function": function})
+    if len(calls) > limits.MAX_TOOLS:
+        raise RequestError(
+            f"input: more than {limits.MAX_TOOLS} function calls in a row", param="input"
+        )
 
 
 def _assistant(messages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lowlat.generate import structured
 from lowlat.serve.tool_parsers.lark import LarkBuilder, Rule
 from lowlat.serve.tool_parsers.reader import Steps
 from lowlat.serve.tool_parsers.state import ParserState
@@ -26,6 +27,8 @@ class ToolFunction:
     """JSON schema of the arguments, an object."""
     path: str = "tools"
     """Its path in the request, for error messages."""
+    text: structured.Regex | structured.Grammar | None = None
+    """Constraint on the only argument, `input`, of a custom tool."""
 
 
 class ToolParser(ABC):

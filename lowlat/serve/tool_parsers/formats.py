@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from lowlat.serve.tool_parsers.base import NAME, ToolFunction, ToolParser
 from lowlat.serve.tool_parsers.lark import LarkBuilder, Rule
+from lowlat.serve.tool_parsers.quoted_grammar import json_quoted
 from lowlat.serve.tool_parsers.reader import Malformed, Steps
 from lowlat.serve.tool_parsers.state import ParserState
 
@@ -23,9 +24,15 @@ class _JsonToolParser(ToolParser):
     """The grammar's `body`: texts, in one of them NAME, and ARGUMENTS."""
 
     def body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
-        arguments = grammar.json(function.schema)
+        arguments = _arguments(grammar, function)
         texts = [item.replace(NAME, function.name) if NAME in item else item for item in self.call]
         return grammar.sequence(*(arguments if text == ARGUMENTS else text for text in texts))
+
+
+def _arguments(grammar: LarkBuilder, function: ToolFunction) -> Rule:
+    if function.text is None:
+        return grammar.json(function.schema)
+    return grammar.sequence('{"input": "', grammar.nested(json_quoted(function.text)), '"}')
 
 
 class HermesToolParser(_JsonToolParser):

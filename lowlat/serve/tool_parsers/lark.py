@@ -67,6 +67,10 @@ class LarkBuilder:
         """JSON that matches a schema, given as text."""
         return self.rule(f"%json {schema}")
 
+    def nested(self, lark: str) -> Rule:
+        """A whole Lark grammar, with rule names of its own."""
+        return self.rule(f"%lark {{\n{lark}\n}}")
+
     def pattern(self, regex: str) -> Rule:
         """Text that matches `regex`, as a terminal (uppercase name)."""
         name = f"T{len(self._rules)}"

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lowlat.serve.protocol import limits
 from lowlat.serve.tool_parsers.json_scanner import ObjectScanner, read_string, read_value
 from lowlat.serve.tool_parsers.reader import IncrementalReader, Malformed, Steps
 
-NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{limits.MAX_FUNCTION_NAME}}}")
 SPACE = " \t\r\n"
 
 Schemas = Mapping[str, Mapping[str, Any]]

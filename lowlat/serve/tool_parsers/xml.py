@@ -21,6 +21,7 @@ from lowlat.serve.tool_parsers.parameters import (
     json_schema,
     json_type_of,
     json_types,
+    not_enforceable,
     read_parameters,
     read_text_constraints,
     schema_error,
@@ -92,6 +93,8 @@ class _Tagged(ToolParser):
         return key, to_json(raw, allowed)
 
     def body(self, grammar: LarkBuilder, function: ToolFunction) -> Rule:
+        if function.text is not None:
+            raise not_enforceable(f"{function.path}.format", "unquoted text")
         head = self.head.replace(NAME, function.name)
         return grammar.sequence(head, *self._pairs(grammar, function), self.tail)
 

@@ -15,8 +15,9 @@ from lowlat.data.manifest import (
     id_type,
 )
 from lowlat.data.packing import PackedChats, PackedSequences
-from lowlat.data.vocabulary import CHAT_TEMPLATE, FIM, end_of_text, fim_tokens
+from lowlat.data.vocabulary import CHAT_TEMPLATE, end_of_text
 from lowlat.data.writer import SplitWriter, write_manifest, write_tokenizer
+from lowlat.text.fim_tokens import FIM, fim_tokens
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.atomic_files import atomic_folder
 from tests.fakes import byte_backend, wrapped

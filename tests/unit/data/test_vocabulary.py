@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.data.manifest import FimTokens
 from lowlat.data.vocabulary import (
     MIN_VOCAB,
     SPECIAL,
     begin_of_text,
     end_of_text,
-    fim_tokens,
     load_tokenizer,
     train_bpe,
 )
+from lowlat.text.fim_tokens import FimTokens, fim_tokens
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 

@@ -20,8 +20,9 @@ NAME = "tiny"
 
 def tiny(tokenizer: Tokenizer | None = None, *, context: int = 97) -> Model:
     """A model named NAME; its engine is never asked."""
-    config = gqa_config(max_position_embeddings=context)
-    return Model(tiny_model(config), tokenizer or byte_tokenizer(), name=NAME)
+    tokenizer = tokenizer or byte_tokenizer()
+    config = gqa_config(max_position_embeddings=context, vocab_size=tokenizer.vocab_size)
+    return Model(tiny_model(config), tokenizer, name=NAME)
 
 
 @dataclass(kw_only=True)

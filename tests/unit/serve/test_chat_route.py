@@ -233,7 +233,7 @@ def test_every_generation_is_given_up_at_the_end(client: TestClient, engine: Fak
         ({"priority": 101}, "priority"),
         ({"priority": -101}, "priority"),
         ({"deadline_seconds": 0}, "deadline_seconds"),
-        ({"min_tokens": 3}, "min_tokens"),
+        ({"min_tokens": -3}, "min_tokens"),
     ],
 )
 def test_refusals_name_the_field(

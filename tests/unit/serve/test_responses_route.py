@@ -13,7 +13,8 @@ from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode, Reasoni
 from lowlat.serve.protocol.messages import AssistantMessage
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.reply import respond
-from lowlat.serve.routes.responses import Output, ResponseObject, ResponsesReply
+from lowlat.serve.routes.responses import ResponseObject, ResponsesReply
+from lowlat.serve.routes.responses_output import Output
 from lowlat.serve.routes.responses_request import ResponsesRequest, as_chat
 from lowlat.serve.tool_parsers.state import (
     ContentPart,
@@ -104,7 +105,7 @@ def test_tokens_of_reasoning(
     parser = OutputParser(marks=ReasoningTags("<think>", "</think>"), thinking=thinking)
     request = ResponsesRequest.model_validate(BODY)
     context = ScriptedContext(steps)
-    reply = ResponsesReply(context, request, parser)
+    reply = ResponsesReply(context, request, parser, {})
     response = asyncio.run(respond(context, reply, stream=False))
     answer = ResponseObject.model_validate_json(bytes(response.body))
     assert answer.usage is not None
@@ -151,7 +152,7 @@ def test_an_error_is_reported(client: TestClient, engine: FakeEngine) -> None:
 
 
 def test_items_of_all_kinds() -> None:
-    output = Output()
+    output = Output({})
     parts = [
         ReasoningPart("hm"),
         ReasoningPart("m"),
@@ -199,7 +200,7 @@ def test_items_become_messages() -> None:
         {"role": "assistant", "content": "f"},
     ]
     request = ResponsesRequest.model_validate({**BODY, "input": items, "instructions": "i"})
-    messages = as_chat(request).messages
+    messages = as_chat(request)[0].messages
     roles = [message.role for message in messages]
     assert roles == [
         "system",
@@ -220,7 +221,7 @@ def test_tools_and_formats_are_converted() -> None:
     text = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}
     choice = {"type": "function", "name": "f"}
     body = {**BODY, "tools": [TOOL], "tool_choice": choice, "text": text}
-    chat = as_chat(ResponsesRequest.model_validate(body)).model_dump(by_alias=True)
+    chat = as_chat(ResponsesRequest.model_validate(body))[0].model_dump(by_alias=True)
     assert chat["tools"][0]["function"]["name"] == "f"
     assert chat["tools"][0]["function"]["strict"] is True
     assert chat["tool_choice"]["function"]["name"] == "f"
@@ -241,7 +242,6 @@ def test_harmless_fields_are_accepted(client: TestClient, change: dict[str, Any]
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"store": True}, "store"),
         ({"background": True}, "background"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "c"}, "conversation"),
@@ -256,7 +256,7 @@ def test_harmless_fields_are_accepted(client: TestClient, change: dict[str, Any]
             {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "u"}]}]},
             "input[0].content[0].type",
         ),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "file_search"}]}, "tools[0].type"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"messages": []}, "messages"),

@@ -18,8 +18,8 @@ from lowlat.serve.http import incoming
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import StrictModel
 from lowlat.serve.protocol.chat import ChatRequest
+from lowlat.serve.protocol.completions import CompletionRequest
 from lowlat.serve.protocol.hints import hints_of
-from lowlat.serve.routes.completions import CompletionRequest
 from lowlat.serve.routes.operations import GETS, POSTS
 from lowlat.serve.routes.responses_request import ResponsesRequest
 
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/serving.md").read_text()
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "n", "stop", "logit_bias")
 SAMPLING += ("presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos")
+SAMPLING += ("min_tokens", "stop_token_ids", "allowed_token_ids", "bad_words")
 
 
 def section(title: str) -> str:
@@ -129,6 +130,7 @@ def test_limits_are_those_of_the_code() -> None:
         "grammars of active requests; per API key": (
             f"{config.max_grammar_bytes // 2**20:,} MiB; half of that"
         ),
+        "stored responses": f"{config.max_response_bytes // 2**20} MiB",
         "`priority`": f"-{limits.MAX_PRIORITY} to {limits.MAX_PRIORITY}",
         "`deadline_seconds`": f"{limits.MAX_DEADLINE_SECONDS / 3600:g} hours",
         "client that does not read its response": f"{config.send_seconds:g} s",
