@@ -168,7 +168,7 @@ def test_prompt_logprobs_of_a_chat(served: TestClient) -> None:
         ("completions", {"prompt": "x", "stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
         ("completions", {"prompt": "x", "prompt_logprobs": 21}, "prompt_logprobs"),
         ("completions", {"prompt": "x", "prompt_logprobs": -1}, "prompt_logprobs"),
-        ("completions", {"prompt": "x", "max_tokens": -1}, "max_tokens"),
+        ("completions", {"prompt": "x", "max_tokens": -2}, "max_tokens"),
         ("completions", {"prompt": "x", "max_tokens": False}, "max_tokens"),
         (
             "chat/completions",

@@ -77,7 +77,6 @@ def test_guided_spellings(
         ({"bad_words": ["x"], "allowed_token_ids": [1]}, "bad_words"),
         ({"bad_words": [""]}, "bad_words[0]"),
         ({"min_tokens": 5, "max_tokens": 3}, "min_tokens"),
-        ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -2}, "max_tokens"),
         ({"top_k": -2}, "top_k"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
