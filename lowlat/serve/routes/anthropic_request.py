@@ -30,7 +30,7 @@ from lowlat.serve.protocol.validation import validate
 BILLING = "x-anthropic-billing-header:"
 """Begins a system block of Claude Code that is no instruction, and differs between sessions."""
 Json = dict[str, object]
-Empty = Annotated[list[object], Field(max_length=0)]
+Empty = Annotated[list[str], Field(max_length=0)]
 
 
 class TextBlock(StrictModel):

@@ -35,7 +35,7 @@ IGNORED_OPTIONS = (
 ).split()
 
 ModelName = Annotated[Id, AfterValidator(lambda name: name.removesuffix(":latest"))]
-Images = Annotated[list[object], Field(max_length=0)]
+Images = Annotated[list[str], Field(max_length=0)]
 HintNumber = Hint[int | None]
 HintSwitch = Hint[bool | None]
 KeepAlive = Hint[int | float | str | None]
