@@ -21,7 +21,6 @@ from lowlat.serve.protocol.base import (
     StrictModel,
 )
 from lowlat.serve.protocol.chat import ChatRequest
-from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.hints import Hint, Ignored, TemplateHint
 from lowlat.serve.protocol.messages import CacheControl
 from lowlat.serve.protocol.sampling import HintText, MaxTokens, ReasoningEffort, StopString
@@ -195,6 +194,7 @@ FIELDS = {
     "max_completion_tokens": "max_tokens",
     "stop": "stop_sequences",
     "response_format": "output_config.format",
+    "continue_final_message": "messages",
     "reasoning_effort": "output_config.effort",
     "chat_template_kwargs": "thinking",
     "tools": "tools",
@@ -216,11 +216,7 @@ def as_chat(features: TemplateFeatures, request: CountTokensRequest) -> ChatRequ
         chat["response_format"] = {"type": "json_schema", "json_schema": schema}
     if isinstance(request, MessagesRequest):
         if isinstance(request.messages[-1], AssistantTurn):
-            raise RequestError(
-                "messages: the last message is the assistant's, and continuing it (prefill) is not"
-                " supported; end with a user message",
-                param="messages",
-            )
+            chat |= {"continue_final_message": True, "add_generation_prompt": False}
         chat |= request.model_dump(include={"max_tokens", "temperature", "top_p", "top_k"})
         chat["stop"] = request.stop_sequences
     return validate(ChatRequest, chat)

@@ -111,7 +111,7 @@ async def ollama_generate(ctx: RequestContext, request: OllamaGenerateRequest) -
             "done_reason": "load",
         }
         return json_response(OllamaGeneration(response="", **loaded))
-    if request.raw or ctx.state.model.tokenizer.chat_template is None:
+    if request.is_plain or ctx.state.model.tokenizer.chat_template is None:
         with renamed_fields(FIELDS):
             completion = await ctx.state.workers.run(completion_of, request)
             await submit_completion(ctx, completion, reduces_max_tokens=True)

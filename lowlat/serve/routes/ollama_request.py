@@ -142,19 +142,27 @@ class OllamaGenerateRequest(OllamaRequest):
     """Whether the prompt is continued as it is, without the chat template."""
     images: Images | None = None
     suffix: str | None = None
+    """Text after the answer, for models with fill-in-the-middle tokens."""
     template: str | None = None
     context: list[int] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "OllamaGenerateRequest":
-        for name in ("suffix", "template", "context"):
+        for name in ("template", "context"):
             if getattr(self, name):
                 raise RequestError(f"{name} is not supported; leave it out", param=name)
-        if self.raw and self.system:
-            raise RequestError("system cannot be combined with raw; leave it out", param="system")
-        if self.raw and self.think:
-            raise RequestError("think cannot be combined with raw; leave it out", param="think")
+        if self.is_plain:
+            for name in ("system", "think"):
+                if getattr(self, name):
+                    raise RequestError(
+                        f"{name} cannot be combined with raw or suffix; leave it out", param=name
+                    )
         return self
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the prompt is completed without the chat template."""
+        return bool(self.raw or self.suffix)
 
 
 class OllamaShowRequest(ApiRequest):
@@ -202,6 +210,7 @@ def completion_of(request: OllamaGenerateRequest) -> CompletionRequest:
     completion = {
         **_sampling(request),
         "prompt": request.prompt,
+        "suffix": request.suffix or None,
         "max_tokens": _max_tokens(request) or limits.MAX_PROMPT_TOKENS,
     }
     if request.format:

@@ -259,7 +259,10 @@ def test_hints_are_named(engine: FakeEngine, make_client: MakeClient) -> None:
         ({"max_tokens": None}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"mcp_servers": [{}]}, "mcp_servers is not supported"),
-        ({"messages": [*HI, {"role": "assistant", "content": "I"}]}, "prefill"),
+        (
+            {"messages": [*HI, {"role": "assistant", "content": ""}]},
+            "messages requires an assistant message with text at the end",
+        ),
         ({"stop_sequences": ["", "x"]}, "stop_sequences[0]"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
@@ -349,3 +352,13 @@ def test_a_waiting_stream_gets_pings(make_client: MakeClient, engine: FakeEngine
 
 def test_counting_takes_no_max_tokens() -> None:
     assert "max_tokens" not in CountTokensRequest.model_fields
+
+
+def test_a_final_assistant_message_is_continued(client: TestClient, engine: FakeEngine) -> None:
+    """Prefill."""
+    begun = {"role": "assistant", "content": "I say"}
+    assert client.post(PATH, json={**BODY, "messages": [*HI, begun]}).status_code == 200
+    text = bytes(id for id in engine.asked[0].prompt if id < 256)
+    assert text.endswith(b"I say")
+    # Neither an end nor a new turn follows.
+    assert engine.asked[0].prompt[-1] == ord("y")

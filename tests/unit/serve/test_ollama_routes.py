@@ -11,6 +11,7 @@ from lowlat.serve.generation import Overloaded
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.hints import HEADER
 from lowlat.serve.routes.ollama_request import OllamaChatRequest, chat_of
+from tests.fakes import byte_backend, byte_tokenizer, wrapped
 
 from .conftest import MakeClient
 from .fake_engine import NAME, Answer, FakeEngine, tiny
@@ -148,8 +149,6 @@ def test_prompts_go_through_the_template_unless_raw(client: TestClient, engine: 
 def test_a_model_without_a_template_continues_prompts(
     engine: FakeEngine, make_client: MakeClient
 ) -> None:
-    from tests.fakes import byte_tokenizer
-
     engine.model = tiny(byte_tokenizer(None))
     client = make_client()
     assert client.post(GENERATE, json=PROMPT).json()["response"] == "Hello"
@@ -177,7 +176,8 @@ def test_logprobs(client: TestClient, path: str) -> None:
     ("path", "change", "message"),
     [
         (GENERATE, {"template": "x"}, "template is not supported"),
-        (GENERATE, {"suffix": "x"}, "suffix is not supported"),
+        (GENERATE, {"suffix": "x"}, "suffix: this model has no fill-in-the-middle tokens"),
+        (GENERATE, {"suffix": "x", "think": True}, "think cannot be combined with raw or suffix"),
         (GENERATE, {"context": [1]}, "context is not supported"),
         (GENERATE, {"raw": True, "system": "x"}, "system cannot be combined with raw"),
         (GENERATE, {"images": ["x"]}, "images"),
@@ -227,3 +227,11 @@ def test_descriptions(engine: FakeEngine, make_client: MakeClient) -> None:
     assert shown["model_info"]["llama.context_length"] == engine.model.context
     assert "<tool_call>" in shown["template"]
     assert client.get("/api/version").json().keys() == {"version"}
+
+
+def test_a_suffix_is_filled_in(engine: FakeEngine, make_client: MakeClient) -> None:
+    marks = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+    engine.model = tiny(wrapped(byte_backend(["<s>", "</s>", *marks])))
+    answer = make_client().post(GENERATE, json={**PROMPT, "suffix": "!"}).json()
+    assert answer["response"] == "Hello"
+    assert engine.asked[0].prompt == [258, *b"Hi", 259, *b"!", 260]
