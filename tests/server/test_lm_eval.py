@@ -174,7 +174,8 @@ def test_through_the_api(
         model="tiny",
         tokenizer=str(folder),
         tokenizer_backend="huggingface",
-        max_length=MAX_LENGTH,
+        # Of prompt and output together.
+        max_length=MAX_LENGTH + 2,
         batch_size=3,
     )
     same(evaluate(model, tasks), reference)
@@ -218,9 +219,10 @@ def test_the_command(folder: Path, tmp_path: Path, tasks: list[dict[str, Any]]) 
     command = [sys.executable, "-m", "lowlat.bench.lm_eval", "--model", "lowlat"]
     command += ["--model_args", f"model={folder},dtype=fp32", "--tasks", "tiny_choice"]
     command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=offline)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "tiny_choice" in done.stdout and "acc_norm" in done.stdout
     command[6] = "model=/no/such/model"
-    failed = subprocess.run(command, capture_output=True, text=True)
+    failed = subprocess.run(command, capture_output=True, text=True, env=offline)
     assert failed.returncode == 2 and failed.stderr.strip().splitlines()[-1].startswith("error:")
