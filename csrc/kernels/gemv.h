@@ -40,9 +40,9 @@ inline float step_scale(const Matrix& w, std::int64_t row, std::int64_t column) 
 // 32 whole columns of a row, within one scale step.
 template <Storage storage>
 inline P row_major_pairs(const char* start, std::int64_t column, float scale) {
-  if constexpr (storage == Storage::fp8 || storage == Storage::fp8_rows) {
-    return pairs_of_fp8(reinterpret_cast<const std::uint8_t*>(start) + column, scale);
-  }
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(start) + column;
+  if constexpr (storage == Storage::fp8) return pairs_of_fp8(bytes, scale);
+  if constexpr (storage == Storage::fp8_rows) return pairs_of_fp8(bytes);
   return whole_pairs<storage>(start, column);
 }
 

@@ -57,7 +57,8 @@ inline P row_pairs(const Matrix& w, std::int64_t row, std::int64_t column) {
     bytes = edge;
   }
   if (w.storage == Storage::int8_rows) return pairs_of_int8(reinterpret_cast<const std::int8_t*>(bytes));
-  return pairs_of_fp8(bytes, w.storage == Storage::fp8_rows ? 1.0f : row_scales(w, row)[column / 128]);
+  if (w.storage == Storage::fp8_rows) return pairs_of_fp8(bytes);
+  return pairs_of_fp8(bytes, row_scales(w, row)[column / 128]);
 }
 
 // Columns [column, column + 32) of a tile of row-major weights.

@@ -167,6 +167,8 @@ inline P pairs_of_fp8(const std::uint8_t* p, float scale) {
   };
   return {to_bf16({widen(p), widen(p + 8)}), to_bf16({widen(p + 16), widen(p + 24)})};
 }
+// The same without a scale, exactly.
+inline P pairs_of_fp8(const std::uint8_t* p) { return pairs_of_fp8(p, 1.0f); }
 
 // 32 values rounded to bf16, in their order.
 inline P pairs_in_order(F first, F last) { return {to_bf16(first), to_bf16(last)}; }

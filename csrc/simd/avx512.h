@@ -151,24 +151,26 @@ inline P pairs_of_int8(const std::int8_t* p, float scale) {
   const F low = mul(load_int8(p), set1(scale)), high = mul(load_int8(p + 16), set1(scale));
   return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v))};
 }
-// bf16(value * scale) of 32 values of fp8-e4m3.
+// 32 values of fp8-e4m3 as bf16, exactly. In integers: arithmetic on subnormal numbers takes a hundred cycles.
+inline P pairs_of_fp8(const std::uint8_t* p) {
+  const auto all = [](int bits) { return _mm512_set1_epi16(static_cast<short>(bits)); };
+  const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i magnitude = _mm512_and_si512(bytes, all(0x7f));
+  // The exponent is biased by 7 instead of 127. Subnormal numbers are the multiples 0 to 7 of 2^-9.
+  __m512i value = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), all(120 << 7));
+  const __m512i small = _mm512_broadcast_i32x4(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+  value = _mm512_mask_permutexvar_epi16(value, _mm512_cmplt_epi16_mask(magnitude, all(8)), magnitude, small);
+  value = _mm512_mask_mov_epi16(value, _mm512_cmpeq_epi16_mask(magnitude, all(0x7f)), all(0x7fc0));
+  return {_mm512_or_si512(value, _mm512_slli_epi16(_mm512_andnot_si512(all(0x7f), bytes), 8))};
+}
+// bf16(value * scale) of the same.
 inline P pairs_of_fp8(const std::uint8_t* p, float scale) {
-  const __m512i to_top = _mm512_set_epi32(0x0f808080, 0x0e808080, 0x0d808080, 0x0c808080, 0x0b808080, 0x0a808080,
-                                          0x09808080, 0x08808080, 0x07808080, 0x06808080, 0x05808080, 0x04808080,
-                                          0x03808080, 0x02808080, 0x01808080, 0x00808080);
-  const auto widen = [&](const std::uint8_t* q) {
-    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
-    // Four bits down from the top of its lane, the exponent of a byte is where that of fp32 is, biased by 7 instead of
-    // 127: a factor of 2^120.
-    const __m512i moved = _mm512_srai_epi32(_mm512_shuffle_epi8(bytes, to_top), 4);
-    const __m512 tiny = _mm512_castsi512_ps(_mm512_and_si512(moved, _mm512_set1_epi32(static_cast<int>(0x87f00000))));
-    return _mm512_mul_ps(_mm512_mul_ps(tiny, _mm512_set1_ps(0x1p120f)), _mm512_set1_ps(scale));
+  const __m512i exact = pairs_of_fp8(p).v;
+  const auto scaled = [&](__m256i half) {
+    return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)), _mm512_set1_ps(scale));
   };
-  const __m256i magnitudes = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-                                              _mm256_set1_epi8(0x7f));
-  const __mmask32 nan = _mm256_cmpeq_epi8_mask(magnitudes, _mm256_set1_epi8(0x7f));
-  const auto values = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(widen(p + 16), widen(p)));
-  return {_mm512_mask_mov_epi16(values, nan, _mm512_set1_epi16(0x7fc0))};
+  const __m512 low = scaled(_mm512_castsi512_si256(exact)), high = scaled(_mm512_extracti64x4_epi64(exact, 1));
+  return {reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low))};
 }
 
 // 32 values rounded to bf16, in their order, for values that are not subnormal.

@@ -214,6 +214,8 @@ inline P pairs_of_fp8(const std::uint8_t* p, float scale) {
   };
   return pairs_in_order(widened(p), widened(p + 16));
 }
+// The same without a scale, exactly.
+inline P pairs_of_fp8(const std::uint8_t* p) { return pairs_of_fp8(p, 1.0f); }
 
 // The integer in some bits of every 32-bit lane.
 template <int shift, int mask>

@@ -194,6 +194,8 @@ inline P pairs_of_fp8(const std::uint8_t* p, float scale) {
   };
   return lanes<P>([&](int i) { return number(p[2 * i]) | number(p[2 * i + 1]) << 16; });
 }
+// The same without a scale, exactly.
+inline P pairs_of_fp8(const std::uint8_t* p) { return pairs_of_fp8(p, 1.0f); }
 
 // 32 values rounded to bf16, in their order.
 inline P pairs_in_order(F first, F last) {
