@@ -42,23 +42,32 @@ def fits_a_word(scale: Float[Tensor, "*any"]) -> bool:
     return not bool((scale.float().contiguous().view(torch.int32) & 255).any())
 
 
+def halves_apart(pairs: UInt8[Tensor, "*any 16"]) -> UInt8[Tensor, "*any 16"]:
+    """Bytes of columns 2 i and 2 i + 1 -> bytes of columns i and 16 + i, of 32 columns each; the
+    first column is in the low half.
+    """
+    first, last = pairs.unflatten(-1, (2, 8)).unbind(dim=-2)
+    even, odd = first & 15 | last << 4, first >> 4 | last & 0xF0
+    return torch.stack([even, odd], dim=-1).flatten(-2)
+
+
 def encode_int4(
     kind: int,
-    codes: UInt8[Tensor, "rows columns"],
+    pairs: UInt8[Tensor, "rows half_columns"],
     scale: Float[Tensor, "rows blocks"],
     zero: UInt8[Tensor, "rows blocks"] | None = None,
 ) -> UInt8[Tensor, "rows row_bytes"]:
-    """Rows in blocks of type `kind`, with one scale and zero per block."""
+    """Rows in blocks of type `kind`, with one scale and zero per block; `pairs`: the codes of two
+    adjacent columns per byte, the first in the low half.
+    """
     width, _ = SIZES[kind]
-    rows, blocks = scale.shape
-    low, high = codes.view(rows, blocks, width // 32, 2, 16).unbind(dim=3)
+    codes = halves_apart(pairs.view(*scale.shape, width // 32, 16)).flatten(2)
     if kind in (Q4_0, INT4_BF16):
         header = scale.to(torch.float16 if kind == Q4_0 else torch.bfloat16)[..., None]
     else:
         word = scale.float().contiguous().view(torch.int32)
         header = (word | (SYMMETRIC_ZERO if zero is None else zero.int()))[..., None]
-    parts = (header.contiguous().view(torch.uint8), (low | high << 4).flatten(2))
-    return torch.cat(parts, dim=-1).flatten(1)
+    return torch.cat([header.contiguous().view(torch.uint8), codes], dim=-1).flatten(1)
 
 
 def dequantize_int4(

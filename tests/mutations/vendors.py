@@ -44,15 +44,15 @@ VENDORS = [
     Mutant(
         "int4 blocks: adjacent columns in a byte",
         "ops/int4_blocks.py",
-        "codes.view(rows, blocks, width // 32, 2, 16).unbind(dim=3)",
-        "codes.view(rows, blocks, width // 32, 16, 2).unbind(dim=4)",
+        "codes = halves_apart(pairs.view(*scale.shape, width // 32, 16)).flatten(2)",
+        "codes = pairs.view(*scale.shape, width // 2)",
         VALUES + "[int4]",
     ),
     Mutant(
         "MXFP4: the second column in the low half",
-        "checkpoint/vendors/float_weights.py",
-        "torch.stack([pairs & 15, pairs >> 4], dim=-1)",
-        "torch.stack([pairs >> 4, pairs & 15], dim=-1)",
+        "ops/int4_blocks.py",
+        "even, odd = first & 15 | last << 4, first >> 4 | last & 0xF0",
+        "odd, even = first & 15 | last << 4, first >> 4 | last & 0xF0",
         VALUES + "[mxfp4]",
     ),
     Mutant(

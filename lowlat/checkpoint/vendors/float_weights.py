@@ -28,6 +28,7 @@ from lowlat.checkpoint.vendors.parts import (
 )
 from lowlat.ops.fp8 import dequantize_fp8_rows
 from lowlat.ops.gguf_blocks import dequantize_blocks
+from lowlat.ops.int4_blocks import halves_apart
 from lowlat.utils.errors import UserError
 
 MXFP4 = int(GGMLQuantizationType.MXFP4)
@@ -84,11 +85,8 @@ class _MXFP4(VendorWeight):
                 f"{self.source.where(self.parts[1])} holds scales that are not finite; the "
                 "checkpoint is damaged"
             )
-        pairs = values.reshape(stop - start, -1, 16)
-        low, high = (
-            torch.stack([pairs & 15, pairs >> 4], dim=-1).view(*pairs.shape[:2], 2, 16).unbind(2)
-        )
-        return torch.cat([scales[..., None], low | high << 4], dim=-1).flatten(1)
+        codes = halves_apart(values.reshape(stop - start, -1, 16))
+        return torch.cat([scales[..., None], codes], dim=-1).flatten(1)
 
     def _part(self, name: str, start: int, stop: int) -> Tensor:
         if self.place is None:

@@ -67,8 +67,8 @@ class _Int4(VendorWeight):
     """Name of the zero points."""
 
     @abstractmethod
-    def codes(self, start: int, stop: int) -> UInt8[Tensor, "rows columns"]:
-        """Codes of rows [start, stop)."""
+    def pairs(self, start: int, stop: int) -> UInt8[Tensor, "rows half_columns"]:
+        """Codes of rows [start, stop), two adjacent columns per byte, the first in the low half."""
 
     @abstractmethod
     def scales(self, start: int, stop: int) -> Float[Tensor, "rows groups"]:
@@ -87,7 +87,8 @@ class _Int4(VendorWeight):
         if index is None:
             index = torch.arange(self.shape[1]) // self.group
         scale = check_finite(self.scales(start, stop).float(), self.source.where(self.scale))
-        codes = self.codes(start, stop).float()
+        pairs = self.pairs(start, stop)
+        codes = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(1).float()
         codes -= SYMMETRIC_ZERO if zero is None else zero.float()[:, index]
         return codes.mul_(scale[:, index])
 
@@ -119,7 +120,7 @@ class _Int4(VendorWeight):
                 )
             result[start:stop] = encode_int4(
                 kind,
-                self.codes(start, stop),
+                self.pairs(start, stop),
                 scale.repeat_interleave(times, dim=1),
                 None if zero is None else zero.repeat_interleave(times, dim=1),
             )
@@ -132,7 +133,7 @@ class _Int4(VendorWeight):
 @final
 @dataclass(frozen=True, slots=True)
 class _PackQuantized(_Int4):
-    def codes(self, start: int, stop: int) -> UInt8[Tensor, "rows columns"]:
+    def pairs(self, start: int, stop: int) -> UInt8[Tensor, "rows half_columns"]:
         packed, _, size, *_ = self.parts
         found = tuple(self.source.read(size).tolist())
         if found != self.shape:
@@ -140,7 +141,7 @@ class _PackQuantized(_Int4):
                 f"{self.source.where(size)} is {list(found)}, but the packed weight has "
                 f"{list(self.shape)}; the checkpoint is damaged, download it again"
             )
-        return unpack_words(self.source.read(packed)[start:stop]).flatten(1)
+        return self.source.read(packed)[start:stop].view(torch.uint8)
 
     def scales(self, start: int, stop: int) -> Float[Tensor, "rows groups"]:
         return self.source.read(self.scale)[start:stop]
@@ -178,12 +179,12 @@ def _pack_quantized(source: TensorSource, module: str, scheme: Scheme) -> Vendor
 class _Gptq(_Int4):
     scheme: Scheme
 
-    def codes(self, start: int, stop: int) -> UInt8[Tensor, "rows columns"]:
+    def pairs(self, start: int, stop: int) -> UInt8[Tensor, "rows half_columns"]:
         words = self.source.read(self.parts[0])
         if self.scheme.layout == "awq":
-            return self._of_outputs(words, start, stop)
-        codes = unpack_words(words[:, start:stop].contiguous())  # [in / 8, rows, 8]
-        return codes.permute(1, 0, 2).flatten(1)
+            codes = self._of_outputs(words, start, stop)
+            return codes[:, ::2] | codes[:, 1::2] << 4
+        return words[:, start:stop].t().contiguous().view(torch.uint8)
 
     def scales(self, start: int, stop: int) -> Float[Tensor, "rows groups"]:
         return self.source.read(self.scale)[:, start:stop].t().contiguous()

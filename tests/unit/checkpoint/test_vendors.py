@@ -131,7 +131,8 @@ def test_the_numbers_of_a_file_come_back(tmp_path: Path) -> None:
     codes = torch.randint(0, 16, (5, 256), generator=generator, dtype=torch.uint8)
     zero = torch.randint(0, 17, (5, 2), generator=generator, dtype=torch.uint8)
     scale = torch.randn(5, 2, generator=generator).half()
-    rows = int4_blocks.encode_int4(int4_blocks.INT4_128, codes, scale, zero).view(5, 2, 68)
+    pairs = codes[:, ::2] | codes[:, 1::2] << 4
+    rows = int4_blocks.encode_int4(int4_blocks.INT4_128, pairs, scale, zero).view(5, 2, 68)
     words = rows[..., :4].contiguous().view(torch.int32)[..., 0]
     assert torch.equal((words & 255).to(torch.uint8), zero)
     assert torch.equal((words & ~255).view(torch.float32), scale.float())
