@@ -26,6 +26,7 @@ NAMES = {INT4_BF16: "int4", INT4_32: "int4", INT4_128: "int4"}
 SYMMETRIC_ZERO = 8
 """The code that stands for zero in the types without zero points."""
 MAX_ZERO = 16
+_LOW = 0x0F0F0F0F0F0F0F0F
 
 
 def int4_type(columns: int, group: int, scale: torch.dtype, *, has_zeros: bool) -> int:
@@ -46,9 +47,10 @@ def halves_apart(pairs: UInt8[Tensor, "*any 16"]) -> UInt8[Tensor, "*any 16"]:
     """Bytes of columns 2 i and 2 i + 1 -> bytes of columns i and 16 + i, of 32 columns each; the
     first column is in the low half.
     """
-    first, last = pairs.unflatten(-1, (2, 8)).unbind(dim=-2)
-    even, odd = first & 15 | last << 4, first >> 4 | last & 0xF0
-    return torch.stack([even, odd], dim=-1).flatten(-2)
+    first, last = pairs.contiguous().view(torch.int64).unbind(dim=-1)  # 8 bytes at a time
+    even, odd = first & _LOW | (last & _LOW) << 4, first >> 4 & _LOW | last & ~_LOW
+    both = [half.view(torch.uint8).unflatten(-1, (-1, 8)) for half in (even, odd)]
+    return torch.stack(both, dim=-1).flatten(-2)
 
 
 def encode_int4(

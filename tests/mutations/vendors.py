@@ -51,8 +51,8 @@ VENDORS = [
     Mutant(
         "MXFP4: the second column in the low half",
         "ops/int4_blocks.py",
-        "even, odd = first & 15 | last << 4, first >> 4 | last & 0xF0",
-        "odd, even = first & 15 | last << 4, first >> 4 | last & 0xF0",
+        "even, odd = first & _LOW |",
+        "odd, even = first & _LOW |",
         VALUES + "[mxfp4]",
     ),
     Mutant(
