@@ -50,3 +50,16 @@ def test_too_long(page: Page, errors: Errors) -> None:
     send(page, "hello " * 1000)
     expect(answers(page).get_by_role("alert")).to_contain_text("4096")
     expect(stop_button(page)).to_be_hidden()
+
+
+def test_continue(page: Page) -> None:
+    """An answer that was cut off continues with the model's own next tokens, in place."""
+    page.get_by_label("Max tokens").fill("3")
+    answer = ask(page, "hello")
+    assert answer_text(answer) == "abc"
+    for text in ("abcdef", "abcdefghi"):
+        page.get_by_role("button", name="Continue").click()
+        expect(answer.locator(":scope > .markdown")).to_have_text(text)
+        expect(answer.locator(".stats")).to_contain_text(f"{len(text)} tokens")
+    # <s> <user> and <assistant>, five letters, </s>, the answer.
+    expect(page.locator("#usage-text .tokens")).to_have_text("18 / 4,096 tokens")
