@@ -190,7 +190,7 @@ def _beyond(schema: Json) -> Iterator[tuple[str, Any]]:
     if "maxLength" in schema:
         yield "maxLength", "x" * (schema["maxLength"] + 1)
     if "pattern" in schema:
-        for text in ("", "a b", "é", "a\n", "x" * 65):
+        for text in ("", "a b", "é", "a\n", "x" * 129):
             yield f"pattern {text[:3]!r}", text
     if schema.get("minItems"):
         yield "minItems", []
