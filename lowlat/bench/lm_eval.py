@@ -6,13 +6,13 @@ load by itself. Needs the package lm-eval.
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from lowlat.api import load
 from lowlat.generate.model import Model
-from lowlat.generate.params import SamplingParams, make_params
+from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
 from lowlat.utils.errors import UserError
 
 try:
@@ -31,7 +31,7 @@ MAX_GEN_TOKS = 256
 """lm-eval's default of generated tokens."""
 _KNOWN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p", "seed"}
 
-Scored = tuple[tuple[str, str] | None, list[int], list[int]]
+Scored = tuple[tuple[str, str], list[int], list[int]]
 """(context and continuation as text, ids of the context, ids of the continuation)."""
 
 
@@ -105,7 +105,7 @@ class LowlatLM(TemplateLM):
             windows = get_rolling_token_windows(
                 self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
             )
-            scored: list[Scored] = [(None, *make_disjoint_window(window)) for window in windows]
+            scored: list[Scored] = [(("", ""), *make_disjoint_window(window)) for window in windows]
             totals.append(sum(value for value, _ in self._loglikelihood_tokens(scored)))
         return totals
 
@@ -152,19 +152,19 @@ def _params(options: dict[str, Any]) -> SamplingParams:
             f"generation option '{unknown[0]}' is not supported; known are "
             f"{', '.join(sorted(_KNOWN))}"
         )
-    given = {name: options[name] for name in ("top_p", "top_k", "min_p", "seed") if name in options}
+    given: dict[str, Any] = {
+        name: options[name] for name in ("top_p", "top_k", "min_p", "seed") if name in options
+    }
     temperature = options.get("temperature", 0.0)
     if not options.get("do_sample", temperature > 0.0):
         # Filters change nothing in greedy decoding.
         temperature, given = 0.0, {}
-    return make_params(
-        {
-            "max_tokens": int(options.get("max_gen_toks", MAX_GEN_TOKS)),
-            "temperature": temperature,
-            "stop": options.get("until"),
-            **given,
-        }
-    )
+    given |= {
+        "max_tokens": int(options.get("max_gen_toks", MAX_GEN_TOKS)),
+        "temperature": temperature,
+        "stop": options.get("until"),
+    }
+    return make_params(cast(SamplingOptions, given))
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

@@ -63,7 +63,9 @@ class StrictModel(BaseModel):
         most = len(cls.model_fields) + limits.MAX_UNKNOWN_FIELDS
         if isinstance(value, dict) and len(value) > most:
             raise PydanticCustomError(
-                "too_many_fields", f"Input should have at most {most} fields, not {len(value)}"
+                "too_many_fields",
+                "Input should have at most {most} fields, not {given}",
+                {"most": most, "given": len(value)},
             )
         return value
 
@@ -74,7 +76,9 @@ def check_entries(most: int) -> BeforeValidator:
     def check(value: object) -> object:
         if isinstance(value, dict) and len(value) > most:
             raise PydanticCustomError(
-                "too_long", f"Input should have at most {most} entries, not {len(value)}"
+                "too_long",
+                "Input should have at most {most} entries, not {given}",
+                {"most": most, "given": len(value)},
             )
         return value
 
