@@ -310,9 +310,9 @@ class Engine:
         request = chunk.sequence.request
         targets = request.prompt[chunk.start + 1 : chunk.start + 1 + chunk.length]
         # A preempted sequence computes its prompt again from the start.
-        del request.prompt_logprobs[chunk.start :]
+        request.prompt_logprobs.truncate(chunk.start)
         count = request.options.prompt_logprobs or 0
-        request.prompt_logprobs += rows.score(first, targets, count)
+        request.prompt_logprobs.extend(rows.score(first, targets, count))
 
     def _verify(
         self, sequence: Sequence, rows: StepLogits, first: int, count: int

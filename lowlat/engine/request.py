@@ -12,6 +12,7 @@ from typing import Literal
 from lowlat.attention.path import AttentionPath
 from lowlat.engine.constraint import Constraint
 from lowlat.engine.params import TokenSamplingParams
+from lowlat.engine.prompt_logprobs import PromptLogprobs
 
 PoolingMode = Literal["cls", "mean", "lasttoken"]
 """Hidden state of the first token, mean over all tokens, hidden state of the last token."""
@@ -46,19 +47,6 @@ class RequestOptions:
     Needs the logits of all of them, so no prefix cache page is used."""
     is_offline: bool = False
     """Whether no client streams its tokens: its decoding does not reduce the prefill budget."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptLogprob:
-    """Log-probability of a prompt token, given those before it."""
-
-    token: int
-    logprob: float
-    """Natural log of the token's probability under the softmax of the raw logits."""
-    rank: int
-    """1 for the likeliest token."""
-    top: tuple[tuple[int, float], ...]
-    """The likeliest tokens and their log-probabilities, best first."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -124,7 +112,7 @@ class Request:
     """Clock in seconds when the first step of the prompt began."""
     num_matched: int = 0
     """Tokens of the prompt found in the prefix cache when it started."""
-    prompt_logprobs: list[PromptLogprob] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs = field(default_factory=PromptLogprobs)
     """Of all prompt tokens computed so far but the first; with options.prompt_logprobs."""
 
     @property

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowlat.engine.constraint import ConstraintState
 from lowlat.engine.params import TokenSamplingParams
-from lowlat.engine.request import PromptLogprob
+from lowlat.engine.prompt_logprobs import PromptLogprob
 from lowlat.engine.token_bans import TokenBans
 from lowlat.ops import sampling
 

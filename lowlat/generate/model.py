@@ -25,7 +25,8 @@ from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES, DiskCacheOptions
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import integer_of
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
-from lowlat.engine.request import PromptLogprob, RequestOptions
+from lowlat.engine.prompt_logprobs import PromptLogprob
+from lowlat.engine.request import RequestOptions
 from lowlat.engine.scoring import Score
 from lowlat.generate.completion import Completion, Stream
 from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
@@ -211,7 +212,7 @@ class Model:
 
     def prompt_logprobs(
         self, prompts: Sequence[Sequence[int]], *, top: int = 0
-    ) -> list[list[PromptLogprob]]:
+    ) -> list[Sequence[PromptLogprob]]:
         """Log-probabilities of each prompt's token ids but the first, and of the `top` likeliest
         tokens at each place, in one batch. A prompt may have one token less than the context.
         """

@@ -6,7 +6,8 @@ Owns the records between the event loop and the engine's thread; `serve.async_en
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from lowlat.engine.request import FinishReason, PromptLogprob, RequestOptions
+from lowlat.engine.prompt_logprobs import PromptLogprob
+from lowlat.engine.request import FinishReason, RequestOptions
 from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.params import SamplingParams
 from lowlat.generate.session import TextRequest, end_delta
@@ -55,7 +56,7 @@ class Generation:
         """From the first step of the prompt to the first token."""
         self.decode_seconds = 0.0
         """From the first token to the last, of the completion that took longest."""
-        self.prompt_logprobs: list[PromptLogprob] = []
+        self.prompt_logprobs: Sequence[PromptLogprob] = ()
         """Those that the options ask for; complete from the first delta on."""
         self._cancel = cancel
         self._deltas: asyncio.Queue[CompletionDelta] = asyncio.Queue()

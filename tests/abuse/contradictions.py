@@ -159,16 +159,21 @@ def contents(url: str) -> Iterator[Case]:
     for role in ("robot", "System", "function", "assistant ", "", "ｕｓｅｒ", "user\0"):  # noqa: RUF001
         change = {"messages": [{"role": role, "content": "x"}]}
         yield bad_field(f"the role {role!r}", CHAT, change, "messages[0].role")
-    for name in ("a b", "é", "x" * 65, "", "a;b", "../x", "{{ 7 * 7 }}", "f\n"):
+    for name in ("a b", "é", "x" * 129, "", "a;b", "../x", "{{ 7 * 7 }}", "f\n"):
         for path, given in ((CHAT, tool(name)), (RESPONSES, {"type": "function", "name": name})):
             place = "tools[0].function.name" if path == CHAT else "tools[0].name"
             yield bad_field(f"{path}: a function {name!r}"[:60], path, {"tools": [given]}, place)
-    for kind in ("web_search", "file_search", "code_interpreter", "mcp", "custom"):
+    for kind in ("file_search", "code_interpreter", "mcp"):
         change = {"tools": [{"type": kind, "name": "x", "server_url": url}]}
         yield bad_field(
             f"the tool {kind}", RESPONSES, {"tools": [{"type": kind, "name": "x"}]}, "tools[0].type"
         )
         yield bad_field(f"the tool {kind} with more", RESPONSES, change, "tools[0].type")
+    for given in ({"type": "web_search"}, {"type": "custom", "name": "x"}):
+        change = {"tools": [{**given, "server_url": url}]}
+        yield bad_field(
+            f"the tool {given['type']} with a URL", RESPONSES, change, "tools[0].server_url"
+        )
 
 
 ARGUMENTS = {

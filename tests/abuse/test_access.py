@@ -102,7 +102,9 @@ def test_all_routes_open_to_a_right_key(locked: Local) -> None:
     for method, path in routes(locked):
         for key in (KEY, OTHER):
             reply = ask(locked, method, path, {"Authorization": f"Bearer {key}"})
-            assert reply.status in (200, 303, 400), (method, path, reply)
+            # No response has the name that stands for it in a path.
+            unknown = (404,) if "{" in path else ()
+            assert reply.status in (200, 303, 400, *unknown), (method, path, reply)
 
 
 def twisted(path: str) -> Iterator[str]:
@@ -198,7 +200,8 @@ def test_the_own_origin_is_answered(open_server: Local) -> None:
     here = f"{HOST}:{open_server.port}"
     for method, path in routes(open_server):
         reply = ask(open_server, method, path, {"Host": here, "Origin": f"http://{here}"})
-        assert reply.status in (200, 400), (method, path, reply)
+        unknown = (404,) if "{" in path else ()
+        assert reply.status in (200, 400, *unknown), (method, path, reply)
         assert not any(name.startswith("access-control") for name in reply.headers)
 
 

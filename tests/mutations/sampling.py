@@ -80,7 +80,7 @@ SAMPLING = [
     Mutant(
         "prompt log-probabilities: of a preempted prompt twice",
         "engine/engine.py",
-        "del request.prompt_logprobs[chunk.start :]",
+        "request.prompt_logprobs.truncate(chunk.start)",
         "pass",
         PROMPTS + "test_preempted_prompts_are_scored_again",
     ),

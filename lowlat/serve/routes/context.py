@@ -8,7 +8,8 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
-from lowlat.engine.request import PoolingMode, PromptLogprob
+from lowlat.engine.prompt_logprobs import PromptLogprob
+from lowlat.engine.request import PoolingMode
 from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.grammar import CompiledGrammar
 from lowlat.generate.params import SamplingParams
@@ -177,7 +178,7 @@ class RequestContext:
         """Token ids of a prompt."""
         return self._generations[number].prompt
 
-    def prompt_logprobs(self, number: int) -> list[PromptLogprob]:
+    def prompt_logprobs(self, number: int) -> Sequence[PromptLogprob]:
         """Log-probabilities of a prompt's tokens but the first, once it has completed."""
         return self._generations[number].prompt_logprobs
 

@@ -5,9 +5,9 @@ The engine computes them (`engine.sampler`). A prompt may have many tokens, so r
 are built off the event loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from lowlat.engine.request import PromptLogprob
+from lowlat.engine.prompt_logprobs import PromptLogprob
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import WireModel
 from lowlat.serve.protocol.errors import RequestError
@@ -24,8 +24,10 @@ class PromptTokenLogprob(WireModel):
     """Its text, with U+FFFD for incomplete characters."""
 
 
-PromptLogprobs = list[dict[int, PromptTokenLogprob] | None]
+PromptLogprobs = Iterable[dict[int, PromptTokenLogprob] | None]
 """For each prompt token the logprobs of it and of the likeliest tokens, by id; the first is null.
+Built while it is serialized, entry by entry: whole, a quarter of a million objects would hold the
+interpreter's lock for most of a second.
 """
 
 
@@ -42,17 +44,16 @@ def check_size(prompts: Sequence[Sequence[int]], top: int, *, n: int, param: str
 
 def prompt_logprobs(
     tokenizer: Tokenizer, entries: Sequence[PromptLogprob], *, top: int
-) -> PromptLogprobs:
+) -> Iterator[dict[int, PromptTokenLogprob] | None]:
     """`entries` in vLLM's format, with `top` of the likeliest tokens."""
-    found: PromptLogprobs = [None]
+    yield None
     for entry in entries:
         shown = {
             token: _shown(tokenizer, token, logprob, rank)
             for rank, (token, logprob) in enumerate(entry.top[:top], 1)
         }
         shown.setdefault(entry.token, _shown(tokenizer, entry.token, entry.logprob, entry.rank))
-        found.append(shown)
-    return found
+        yield shown
 
 
 def _shown(tokenizer: Tokenizer, token: int, logprob: float, rank: int) -> PromptTokenLogprob:
