@@ -136,8 +136,11 @@ def _statistics(
     until_written: ExitStack,
     progress: Progress,
 ) -> ActivationStatistics | None:
-    """Activation statistics for int8 and int4; None for other types."""
-    if conversion.storage_type not in CALIBRATED:
+    """Activation statistics for int8 and int4; None for other types, and for a packed model that is
+    only stored in another format, whose min-max scales give its numbers back.
+    """
+    is_repacked = conversion.options.dtype == "auto" and isinstance(weights, SourceWeights)
+    if conversion.storage_type not in CALIBRATED or is_repacked:
         return None
     text, layers = _quantization_text(conversion), weights.config.num_hidden_layers
     fingerprint["calibration text"] = "none" if text is None else text.digest()

@@ -1,6 +1,6 @@
 """Linear with plain, fp8, int8 or int4 weights, RMSNorm and Embedding; arithmetic is in `ops`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -43,19 +43,25 @@ def pack(
     dense: Float[Tensor, "out in"],
     storage: Storage,
     empty: Empty = torch.empty,
-    importance: Importance | None = None,
+    importance: Callable[[], Importance] | None = None,
 ) -> dict[str, Shaped[Tensor, "..."]]:
     """Quantize `dense` to a packed storage: weight, weight_scale, weight_minimum, allocated by
     `empty`.
 
-    importance: of the input channels; weights are then quantized by activation-weighted error
-    (`calibrated_quantization`), otherwise scales cover the range of the weights (min-max), which
-    takes a fraction of the time. Scales are non-finite where `dense` is non-finite or exceeds the
-    range of the storage.
+    importance: measures that of the input channels; weights are then quantized by
+    activation-weighted error (`calibrated_quantization`). It is not called if scales that cover the
+    range of the weights (min-max), which take a fraction of the time, have no error. Scales are
+    non-finite where `dense` is, or exceeds the range of the storage.
     """
     if importance is not None:
         assert storage in ("int4", "int8", "int8_rows")
-        return quantize_calibrated(dense, storage, importance, empty)._asdict()
+        plain = pack(dense, storage, empty)
+        rows, columns = dense.shape
+        if torch.equal(
+            unpack_rows(plain, storage, slice(0, rows), columns, torch.float32), dense.float()
+        ):
+            return plain
+        return quantize_calibrated(dense, storage, importance(), empty)._asdict()
     kernels = native_kernels if has_native_kernel(dense) else quantized
     if storage == "int4":
         return kernels.quantize_int4(dense, empty)._asdict()

@@ -412,15 +412,15 @@ POOLING = [
     Mutant(
         "pooling: hidden states of cached tokens left out",
         "engine/kv_cache_manager.py",
-        "if self.prefix is None or sequence.request.options.pooling is not None:",
+        "if self.prefix is None or not sequence.request.reads_prefix_cache:",
         "if self.prefix is None:",
         POOL + "test_the_engine_pools_every_token",
     ),
     Mutant(
         "pooling: hidden states of tokens cached on disk left out",
         "engine/kv_cache_manager.py",
-        "options.pooling is not None:\n            return False\n        if seq",
-        "options.pooling == 0:\n            return False\n        if seq",
+        "self.loader is None or not sequence.request.reads_prefix_cache:",
+        "self.loader is None:",
         POOL + "test_no_token_comes_from_the_cache_on_disk",
     ),
 ]

@@ -8,6 +8,8 @@ row:
     Q4_1  fp16 scale, fp16 minimum, 16 bytes: columns 0..15 in the low halves, 16..31 in the high
 """
 
+from collections.abc import Callable
+
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from jaxtyping import Float, UInt8
@@ -33,7 +35,7 @@ def fits(kind: GGMLQuantizationType, columns: int) -> bool:
 def encode(
     rows: Float[Tensor, "rows columns"],
     kind: GGMLQuantizationType,
-    importance: Importance | None = None,
+    importance: Callable[[], Importance] | None = None,
 ) -> Tensor:
     """`rows` encoded as `kind`: a tensor of these bytes. importance: as of `pack`.
 
@@ -45,7 +47,7 @@ def encode(
 
 
 def _q8_0(
-    rows: Float[Tensor, "rows columns"], importance: Importance | None
+    rows: Float[Tensor, "rows columns"], importance: Callable[[], Importance] | None
 ) -> UInt8[Tensor, "rows blocks 34"]:
     packed = Int8Weight(**_finite(pack(rows, "int8", importance=importance)))
     scale = numbers_by_row(packed.weight_scale)
@@ -54,7 +56,7 @@ def _q8_0(
 
 
 def _q4_1(
-    rows: Float[Tensor, "rows columns"], importance: Importance | None
+    rows: Float[Tensor, "rows columns"], importance: Callable[[], Importance] | None
 ) -> UInt8[Tensor, "rows blocks 20"]:
     packed = Int4Weight(**_finite(pack(rows, "int4", importance=importance)))
     scale, minimum = (numbers_by_row(part) for part in (packed.weight_scale, packed.weight_minimum))

@@ -97,7 +97,7 @@ class _Folder:
         statistics: ActivationStatistics | None,
     ) -> None:
         self._weights = weights
-        self._statistics = statistics or ActivationStatistics(weights, None)
+        self._statistics = statistics
         self._storage_type: StorageType | None = storage_type
         self._config = stored_config(weights.config, storage_type)
         self._shapes = parameter_shapes(weights.config)
@@ -167,7 +167,9 @@ class _Folder:
             if storage == "fp8":
                 made = self._blocks(rows, where)
             else:
-                importance = self._statistics.of(step.parameter, rows.shape[1])
+                importance = None
+                if self._statistics is not None:
+                    importance = partial(self._statistics.of, step.parameter, rows.shape[1])
                 made = _packed(rows, storage, where, importance)
             for part in parts[1:]:
                 scales[part].append(made[part])
@@ -198,7 +200,7 @@ class _Folder:
 
 
 def _packed(
-    rows: Tensor, storage: Storage, where: str, importance: Importance
+    rows: Tensor, storage: Storage, where: str, importance: Callable[[], Importance] | None
 ) -> Mapping[str, Tensor]:
     parts = pack(rows, storage, importance=importance)
     check_packed(parts, storage, where)

@@ -36,6 +36,7 @@ from lowlat.convert.storage.folder import (
     StorageType,
     row_pieces,
 )
+from lowlat.ops.calibrated_quantization import Importance
 from lowlat.text.folder import read_folder
 from lowlat.text.gguf_keys import end_keys, gguf_vocabulary, has_merges
 from lowlat.text.gguf_vocab import has_vocabulary, read_gguf
@@ -87,7 +88,6 @@ def stored_gguf(
     arch = architecture_of(config)
     keys = gguf_keys(config, arch)
     shapes = parameter_shapes(config)
-    statistics = statistics or ActivationStatistics(weights, None)
     tensors = [
         _tensor(weights, part, _kind(weights, part, storage_type), shapes, statistics)
         for part in gguf_tensor_mappings(config, arch, shapes)
@@ -132,7 +132,7 @@ def _tensor(
     part: GGUFTensorMapping,
     ggml_type: GGMLType,
     shapes: Shapes,
-    statistics: ActivationStatistics,
+    statistics: ActivationStatistics | None,
 ) -> GGUFTensorSpec:
     # the columns of transposed keys are not the projection's input channels
     is_transposed = part.name.endswith("attn_k_b.weight")
@@ -142,7 +142,8 @@ def _tensor(
         for parameter in part.parameters:
             where = weights.where(parameter)
             measured = "" if is_transposed else parameter
-            encoded = partial(_encoded, ggml_type, parameter, where, statistics, measured)
+            importance = statistics and partial(statistics.of, measured)
+            encoded = partial(_encoded, ggml_type, parameter, where, importance)
             if part.change is None:
                 yield from row_pieces(weights, parameter, shapes[parameter], encoded)
             else:
@@ -168,14 +169,14 @@ def _encoded(
     ggml_type: GGMLType,
     parameter: str,
     where: str,
-    statistics: ActivationStatistics,
-    measured: str,
+    importance: Callable[[int], Importance] | None,
     rows: Tensor,
 ) -> Tensor:
     if ggml_type in PLAIN:
         return fit(rows, parameter, where, False, PLAIN[ggml_type])
     try:
-        return encode(rows, ggml_type, statistics.of(measured, rows.shape[1]))
+        columns = rows.shape[1]
+        return encode(rows, ggml_type, importance and partial(importance, columns))
     except OverflowError as error:
         raise UserError(
             f"{where} has values that are not finite or too large for {ggml_type.name}; use "
