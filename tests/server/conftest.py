@@ -53,6 +53,8 @@ def serving(*options: str) -> Iterator[Server]:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n", server.logged()
+            # The server has its own; clients of one that is killed are refused, and need not wait.
+            listener.close()
             yield server
             if process.poll() is None:
                 process.terminate()
