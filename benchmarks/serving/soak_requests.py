@@ -126,7 +126,7 @@ class Mix:
             ("NaN", COMPLETIONS, b'{"model": "m", "prompt": "a", "temperature": NaN}'),
             ("no prompt", COMPLETIONS, {"model": self._model}),
             ("unknown field", COMPLETIONS, good | {"wishes": 3}),
-            ("negative tokens", COMPLETIONS, good | {"max_tokens": -1}),
+            ("negative tokens", COMPLETIONS, good | {"max_tokens": -2}),
             ("tokens as text", COMPLETIONS, good | {"max_tokens": "4"}),
             ("boolean tokens", COMPLETIONS, good | {"max_tokens": True}),
             ("hot", COMPLETIONS, good | {"temperature": 1e9}),
