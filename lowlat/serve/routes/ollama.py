@@ -87,13 +87,7 @@ class OllamaGeneration(OllamaReply):
 async def ollama_chat(ctx: RequestContext, request: OllamaChatRequest) -> Response:
     """Complete a chat, streamed unless stream is false (Ollama's API)."""
     if not request.messages:
-        loaded = {
-            "model": request.model,
-            "created_at": timestamp(),
-            "done": True,
-            "done_reason": "load",
-        }
-        return json_response(OllamaChat(message=MessageOutput(), **loaded))
+        return json_response(OllamaChat(message=MessageOutput(), **_loaded(request)))
     with renamed_fields(FIELDS):
         chat = await ctx.state.workers.run(chat_of, _features(ctx), request)
         prepared = await submit_chat(ctx, chat, reduces_max_tokens=True)
@@ -104,13 +98,7 @@ async def ollama_chat(ctx: RequestContext, request: OllamaChatRequest) -> Respon
 async def ollama_generate(ctx: RequestContext, request: OllamaGenerateRequest) -> Response:
     """Answer or continue a prompt, streamed unless stream is false (Ollama's API)."""
     if not request.prompt:
-        loaded = {
-            "model": request.model,
-            "created_at": timestamp(),
-            "done": True,
-            "done_reason": "load",
-        }
-        return json_response(OllamaGeneration(response="", **loaded))
+        return json_response(OllamaGeneration(response="", **_loaded(request)))
     if request.is_plain or ctx.state.model.tokenizer.chat_template is None:
         with renamed_fields(FIELDS):
             completion = await ctx.state.workers.run(completion_of, request)
