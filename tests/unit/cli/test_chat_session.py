@@ -71,6 +71,7 @@ def test_a_session_is_resumed_with_its_cache(root: Path, loaded: list[tuple[str,
 
 def test_sessions_are_private(root: Path, loaded: list[tuple[str, Model]]) -> None:
     chat("tiny", *GREEDY, "--session", "a", "--once", LONG)
+    loaded[-1][1].close()  # as the end of the program does: writes the pages
     assert stat.S_IMODE((root / "a").stat().st_mode) == 0o700
     assert list((root / "a/pages").glob("*/*/*"))
 
@@ -91,6 +92,7 @@ def test_list_and_delete(root: Path, loaded: list[tuple[str, Model]]) -> None:
     assert "no sessions" in chat("sessions").stdout
     for name in ("one", "two"):
         chat("tiny", *GREEDY, "--session", name, "--once", LONG)
+        loaded[-1][1].close()  # as the end of the program does: writes the pages
     os.utime(root / "one/conversation.json", (0, 0))
     listed = json.loads(chat("sessions", "--json").stdout)["sessions"]
     assert [(row["name"], row["messages"]) for row in listed] == [("two", 2), ("one", 2)]
