@@ -11,9 +11,7 @@ llama.cpp's K types at int4's bits, interpolated between Q4_K_M and Q5_K_M on a 
 """
 
 import argparse
-import json
 import math
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from gguf import GGUFReader
+from llama_quantizer import BF16, quantize
 from torch import Tensor
 
 import lowlat
@@ -40,29 +39,8 @@ from lowlat.utils.progress import make_progress
 
 WINDOW = 512
 PACKED = ("int4", "int8")
-FTYPES = {"Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17}
-"""llama.cpp's numbers of mixed types."""
+K_TYPES = ("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M")
 ENDS = ("Q4_K_M", "Q5_K_M")
-QUANTIZE = """
-import ctypes, json, sys
-import llama_cpp
-import numpy as np
-source, imatrix, jobs = sys.argv[1], np.load(sys.argv[2]), json.loads(sys.argv[3])
-entries = (llama_cpp.llama_model_imatrix_data * (len(imatrix.files) + 1))()
-kept = []
-for entry, name in zip(entries, imatrix.files):
-    data = np.ascontiguousarray(imatrix[name], dtype=np.float32)
-    kept.append(data)
-    entry.name, entry.size = name.encode(), data.size
-    entry.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-for path, ftype in jobs:
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = ftype, 1
-    params.token_embedding_type = params.output_tensor_type = 30  # bf16
-    params.imatrix = entries
-    if llama_cpp.llama_model_quantize(source.encode(), path.encode(), ctypes.byref(params)):
-        sys.exit(f"cannot quantize to {path}")
-"""
 
 
 @dataclass
@@ -118,13 +96,17 @@ def _packed_folders(folder: Path, work: Path) -> dict[str, Path]:
 
 def _k_types(folder: Path, python: str, work: Path) -> dict[str, Path]:
     """llama.cpp's formats."""
-    source, imatrix = work / "bf16.gguf", work / "imatrix.npz"
+    source, result = work / "bf16.gguf", {name: work / f"{name}.gguf" for name in K_TYPES}
     convert(folder, source, dtype="bf16")
-    np.savez(imatrix, **_imatrix(folder))  # pyright: ignore[reportArgumentType]
-    result = {name: work / f"{name}.gguf" for name in FTYPES}
-    jobs = [(str(path), FTYPES[name]) for name, path in result.items()]
-    command = [python, "-c", QUANTIZE, str(source), str(imatrix), json.dumps(jobs)]
-    subprocess.run(command, check=True, capture_output=True)
+    quantize(
+        python,
+        source,
+        _imatrix(folder),
+        result,
+        nthread=1,
+        token_embedding_type=BF16,
+        output_tensor_type=BF16,
+    )
     return result
 
 

@@ -10,8 +10,12 @@ from typing import Literal
 from lowlat.ops import native
 from lowlat.utils.errors import UserError
 
-DTYPES = ("bf16", "int8", "int4", "fp8", "fp32")
+STORED = "stored"
+"""Weights quantized in their file, timed as they are: GGUF blocks, vendors' low-bit types."""
+DTYPES = ("auto", "bf16", "int8", "int4", "fp8", "fp32")
 CACHES = ("auto", "bf16", "int8")
+QUANTIZED = (STORED, "int8", "int4")
+"""Weights that stay as their checkpoint has them."""
 PEERS = ("transformers", "llama.cpp", "vllm")
 PREFILL = "512,2048,8192"
 DECODE = "128,2048,8192,32768"
@@ -43,7 +47,7 @@ class Program:
 
     def precision(self, dtype: str) -> str:
         """The program's own name for weights of `dtype`."""
-        return GGUF_KINDS[dtype] if self.name == "llama.cpp" else dtype
+        return GGUF_KINDS.get(dtype, dtype) if self.name == "llama.cpp" else dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +56,8 @@ class BenchmarkPlan:
 
     cases: tuple[BenchmarkCase, ...]
     """Cases in measuring order."""
-    dtype: str = "bf16"
-    """Precision of lowlat's weights; peers use their nearest one."""
+    dtype: str = "auto"
+    """Precision of lowlat's weights; peers use their nearest one. `for_weights` resolves "auto"."""
     cache: str = "bf16"
     """Number type of the KV cache."""
     threads: int
@@ -69,6 +73,20 @@ class BenchmarkPlan:
         kept = [c for c in self.cases if c.tokens <= context or c.kind not in self.default_kinds]
         return replace(self, cases=tuple(kept or self.cases))
 
+    def for_weights(self, stored: str) -> "BenchmarkPlan":
+        """The plan with `stored`, the dtype of the checkpoint's weights, in place of "auto".
+
+        Raises UserError for a dtype as which quantized weights cannot be timed.
+        """
+        if self.dtype == "auto":
+            return replace(self, dtype=stored)
+        if stored in QUANTIZED and self.dtype not in (stored, "fp32"):
+            name = "quantized" if stored == STORED else stored
+            raise UserError(
+                f"--dtype {self.dtype}: the weights are {name} and stay so; leave it out"
+            )
+        return self
+
     @property
     def context(self) -> int:
         """Largest number of tokens in the KV cache after a case."""
@@ -79,7 +97,7 @@ def make_plan(
     *,
     prefill: str | None = None,
     decode: str | None = None,
-    dtype: str = "bf16",
+    dtype: str = "auto",
     cache: str = "auto",
     threads: int | None = None,
     peers: str = "",

@@ -7,6 +7,7 @@ import torch
 
 from lowlat import api
 from lowlat.attention.path import choose_path
+from lowlat.bench.benchmark_plan import STORED
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.engine.request import Chunk
 from lowlat.ops import native
@@ -26,8 +27,8 @@ class Lowlat(TimedModel):
         native.use_threads(threads)
         # a plain cache has the dtype of the computation
         options: dict[str, Any] = {"cache": cache} if cache == "int8" else {}
-        # fp8 blocks are a property of the checkpoint
-        dtype = "auto" if precision == "fp8" else precision
+        # fp8 blocks and GGUF blocks are a property of the checkpoint
+        dtype = "auto" if precision in ("fp8", STORED) else precision
         self.model = api.load(model, dtype=dtype, **options)
         self.runner = self.model.runner
         self.vocab_size = self.model.config.vocab_size

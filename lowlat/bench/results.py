@@ -12,6 +12,7 @@ from typing import Any
 from lowlat.bench.benchmark_plan import BenchmarkCase, BenchmarkPlan
 from lowlat.bench.measure import CaseResult, median_rates
 from lowlat.bench.roofline import TimeBound, time_bound
+from lowlat.bench.stored_weights import StoredWeights
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.ops import native
@@ -29,6 +30,7 @@ def build(
     machine: dict[str, Any],
     model: Path,
     config: ModelConfig,
+    weights: StoredWeights | None = None,
     plan: BenchmarkPlan,
     programs: Mapping[str, dict[str, Any]],
     rows: Sequence[CaseResult],
@@ -42,6 +44,7 @@ def build(
             config,
             case,
             dtype=plan.dtype,
+            weights=weights,
             cache=plan.cache,
             entry_bytes=entry_bytes,
             rates=median_rates(rates),

@@ -17,7 +17,8 @@ tiles, which kernels skip in exactly converted models.
 from collections import Counter
 from dataclasses import dataclass
 
-from lowlat.bench.benchmark_plan import BenchmarkCase
+from lowlat.bench.benchmark_plan import STORED, BenchmarkCase
+from lowlat.bench.stored_weights import StoredWeights
 from lowlat.config.model import AttentionConfig, GQAConfig, ModelConfig, TPAConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.config.weight_memory import read_bytes
@@ -26,6 +27,7 @@ RATES = {
     "fp32": "gemm_fp32",
     "bf16": "gemm_bf16",
     "fp8": "gemm_bf16",
+    STORED: "gemm_bf16",
     "int8": "gemm_int8",
     "int4": "gemm_int8",
 }
@@ -45,11 +47,18 @@ class StepCost:
 
 
 def step_cost(
-    config: ModelConfig, case: BenchmarkCase, *, dtype: str, entry_bytes: int, cache: str = "bf16"
+    config: ModelConfig,
+    case: BenchmarkCase,
+    *,
+    dtype: str,
+    weights: StoredWeights | None = None,
+    entry_bytes: int,
+    cache: str = "bf16",
 ) -> StepCost:
     """The cost of one case: the whole prompt, or one decode step.
 
-    entry_bytes: KV cache of one token in all layers. cache: its number type.
+    weights: those that stay quantized as stored; None for weights of `dtype`. entry_bytes: KV cache
+    of one token in all layers. cache: its number type.
     """
     count, tokens = count_parameters(config), case.tokens
     if case.kind == "prefill":
@@ -65,7 +74,9 @@ def step_cost(
     attention = attention_flops(config, queries=queries, keys=keys, pairs=pairs)
     is_int8 = case.kind == "decode" and cache == "int8"
     return StepCost(
-        weight_bytes=float(read_bytes(config, dtype, experts)),
+        weight_bytes=float(
+            weights.read_bytes(experts) if weights else read_bytes(config, dtype, experts)
+        ),
         cache_bytes=_entries_read(config, tokens) * entry_bytes / config.num_hidden_layers,
         weight_flops=weight_flops,
         attention_flops=attention,
@@ -163,12 +174,15 @@ def time_bound(
     case: BenchmarkCase,
     *,
     dtype: str,
+    weights: StoredWeights | None = None,
     entry_bytes: int,
     rates: dict[str, float],
     cache: str = "bf16",
 ) -> TimeBound:
     """Lower bound on the seconds per token of a case."""
-    cost = step_cost(config, case, dtype=dtype, entry_bytes=entry_bytes, cache=cache)
+    cost = step_cost(
+        config, case, dtype=dtype, weights=weights, entry_bytes=entry_bytes, cache=cache
+    )
     bound = step_seconds(cost, dtype, rates)
     tokens = case.tokens if case.kind == "prefill" else 1
     return TimeBound(overlapped=bound.overlapped / tokens, serial=bound.serial / tokens)

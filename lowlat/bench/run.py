@@ -13,11 +13,13 @@ from typing import Any
 from lowlat import api
 from lowlat.bench import agreement, results
 from lowlat.bench.agreement import Agreement
-from lowlat.bench.benchmark_plan import BenchmarkPlan, Program
+from lowlat.bench.benchmark_plan import STORED, BenchmarkPlan, Program
 from lowlat.bench.measure import CaseResult, measure
 from lowlat.bench.session import BenchmarkSession
+from lowlat.bench.stored_weights import stored_weights
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
+from lowlat.config.model import ModelConfig
 from lowlat.peers.worker import PeerError, Worker
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
@@ -46,25 +48,33 @@ def bench(model: str, plan: BenchmarkPlan, progress: Progress) -> dict[str, Any]
     Raises UserError for wrong input, and if the programs' logits disagree.
     """
     path = api.prepare(model, progress=progress).resolve()
-    if not path.is_dir():
-        raise UserError(f"{model}: bench needs a folder in the Hugging Face layout; give one")
-    config = read_config(open_checkpoint(path))
-    plan = plan.within(config.max_position_embeddings)
+    source = open_checkpoint(path)
+    config = read_config(source)
+    weights = stored_weights(source, config)
+    plan = plan.within(config.max_position_embeddings).for_weights(
+        _stored_dtype(config) if weights is None else STORED
+    )
     if plan.context > config.max_position_embeddings:
         raise UserError(
             f"{plan.context:,} tokens exceed the model's max_position_embeddings of "
             f"{config.max_position_embeddings:,}; give smaller lengths to --prefill and --decode"
         )
-    if config.packing is not None and plan.dtype not in (config.packing, "fp32"):
-        raise UserError(
-            f"{model}: holds {config.packing} weights, which stay so; give --dtype {config.packing}"
-        )
     programs = [Program(name="lowlat", python=sys.executable), *plan.peers]
     with tempfile.TemporaryDirectory(prefix="lowlat-bench-") as folder:
         session = BenchmarkSession(
-            plan=plan, model=path, config=config, folder=Path(folder), progress=progress
+            plan=plan,
+            model=path,
+            config=config,
+            weights=weights if plan.dtype == STORED else None,
+            folder=Path(folder),
+            progress=progress,
         )
         return _run(session, programs)
+
+
+def _stored_dtype(config: ModelConfig) -> str:
+    """The dtype of a checkpoint without `StoredWeights`; plain weights are timed in bf16."""
+    return config.packing or ("bf16" if config.quantization is None else "fp8")
 
 
 def _run(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, Any]:
@@ -91,6 +101,7 @@ def _run(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, An
         machine=results.describe_machine(),
         model=session.model,
         config=session.config,
+        weights=session.weights,
         plan=plan,
         programs={
             program.name: {

@@ -1,15 +1,18 @@
 """Benchmark session: programs, their model files, and loaded workers.
 
 Converts the checkpoint to GGUF for llama.cpp and to fp8 blocks for lowlat, once per precision, and
-caches the files. llama.cpp's fp32 file, the largest, is removed after the agreement check.
+caches the files. llama.cpp's fp32 file, the largest, is removed after the agreement check. A GGUF
+file with quantized weights is timed as it is by both.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.bench.benchmark_plan import GGUF_KINDS, BenchmarkPlan, Program
+from lowlat.bench.benchmark_plan import GGUF_KINDS, STORED, BenchmarkPlan, Program
+from lowlat.bench.stored_weights import StoredWeights
 from lowlat.checkpoint.fetch.cache_dir import cache_disk_errors, derived_dir
+from lowlat.checkpoint.hf_folder import weight_files
 from lowlat.config.model import ModelConfig
 from lowlat.convert.run import convert
 from lowlat.peers.worker import PeerError, Worker
@@ -44,8 +47,10 @@ class BenchmarkSession:
 
     plan: BenchmarkPlan
     model: Path
-    """The checkpoint folder."""
+    """The checkpoint folder or .gguf file."""
     config: ModelConfig
+    weights: StoredWeights | None = None
+    """Bytes of weights that are timed as stored."""
     folder: Path
     """Folder for logs; removed after the run."""
     progress: Progress
@@ -87,9 +92,18 @@ class BenchmarkSession:
 
     def _file(self, program: Program, dtype: str) -> Path:
         """The file or folder that `program` loads for `dtype`, converted if necessary."""
+        if program.name == "transformers" and self.model.is_file():
+            raise PeerError("loads folders, not .gguf files")
         if program.name == "llama.cpp":
-            return self._gguf(program, GGUF_KINDS[dtype])
+            return self._llama_file(program, dtype)
         return self._fp8_blocks() if program.name == "lowlat" and dtype == "fp8" else self.model
+
+    def _llama_file(self, program: Program, dtype: str) -> Path:
+        if dtype != STORED:
+            return self._gguf(program, GGUF_KINDS[dtype])
+        if self.model.is_dir():
+            raise PeerError("has no type for these quantized weights")
+        return self.model
 
     def _fp8_blocks(self) -> Path:
         """The model with its projections in fp8 blocks."""
@@ -108,7 +122,7 @@ class BenchmarkSession:
     def _derived(self) -> Path:
         """Folder of the files converted from this checkpoint."""
         key = [str(self.model.resolve())]
-        for file in sorted(self.model.glob("*.safetensors")):
+        for file in weight_files(self.model):
             stat = file.stat()
             key.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
         return derived_dir(f"bench-{self.model.name}", key)

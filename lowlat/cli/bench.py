@@ -37,8 +37,12 @@ class BenchmarkOptions:
         ),
     ] = None
     dtype: Annotated[
-        str, typer.Option(help="Number type of the weights: bf16, int8, int4, fp8 or fp32.")
-    ] = "bf16"
+        str,
+        typer.Option(
+            help="Number type of the weights: bf16, int8, int4, fp8, fp32, or auto (bf16, and "
+            "quantized weights as MODEL stores them)."
+        ),
+    ] = "auto"
     cache: Annotated[
         str,
         typer.Option(
@@ -64,7 +68,7 @@ class BenchmarkOptions:
 def bench(
     *,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Checkpoint folder, hub id, or 'default'.")
+        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or 'default'.")
     ],
     benchmark: BenchmarkOptions,
     out: Annotated[

@@ -34,7 +34,7 @@ def row(program: str, case: BenchmarkCase, *rates: float, reason: str | None = N
 
 
 def build() -> dict[str, Any]:
-    plan = make_plan(prefill="8", decode="16", threads=1)
+    plan = make_plan(prefill="8", decode="16", dtype="bf16", threads=1)
     prompt, step = plan.cases
     rows = [
         row("lowlat", prompt, 90.0, 100.0, 120.0),

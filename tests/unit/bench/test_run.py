@@ -107,8 +107,34 @@ def test_packed_weights_are_not_called_bf16(checkpoint: Path, tmp_path: Path) ->
     convert(checkpoint, tmp_path / "int4", dtype="int4")
     for dtype in ("bf16", "int8", "fp8"):
         plan = make_plan(prefill="", decode="9", dtype=dtype, threads=1)
-        with pytest.raises(UserError, match=r"holds int4 weights.*--dtype int4"):
+        with pytest.raises(UserError, match=rf"--dtype {dtype}: the weights are int4 and stay so"):
             run.bench(str(tmp_path / "int4"), plan, SilentProgress())
+
+
+def test_gguf_blocks_are_timed_as_stored(
+    fakes_only: None, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    convert(checkpoint, file, dtype="int4")
+    plan = make_plan(prefill="", decode="9", threads=1, rounds=1)
+    report = run.bench(str(file), plan, SilentProgress())
+    assert report["plan"]["dtype"] == "stored"
+    assert 0 < report["programs"]["lowlat"]["error_against_fp32"] < 0.1
+    for dtype in ("bf16", "int8"):
+        with pytest.raises(UserError, match=f"--dtype {dtype}: the weights are quantized"):
+            run.bench(str(file), make_plan(decode="9", dtype=dtype, threads=1), SilentProgress())
+
+
+def test_peers_that_cannot_load_the_file_are_not_measured(
+    fakes_only: None, checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    convert(checkpoint, file, dtype="int4")
+    plan = make_plan(prefill="", decode="9", peers=f"transformers={sys.executable}", threads=1)
+    with pytest.raises(
+        UserError, match=r"loads folders, not \.gguf files.*leave it out of --peers"
+    ):
+        run.bench(str(file), plan, SilentProgress())
 
 
 def test_contexts_beyond_the_model_are_refused_at_once(checkpoint: Path) -> None:
