@@ -132,7 +132,7 @@ def test_peers_that_cannot_load_the_file_are_not_measured(
     convert(checkpoint, file, dtype="int4")
     plan = make_plan(prefill="", decode="9", peers=f"transformers={sys.executable}", threads=1)
     with pytest.raises(
-        UserError, match=r"loads folders, not \.gguf files.*leave it out of --peers"
+        UserError, match=r"loads folders, not \.gguf files.*leave it out"
     ):
         run.bench(str(file), plan, SilentProgress())
 
