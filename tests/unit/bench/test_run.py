@@ -131,9 +131,7 @@ def test_peers_that_cannot_load_the_file_are_not_measured(
     file = tmp_path / "tiny.gguf"
     convert(checkpoint, file, dtype="int4")
     plan = make_plan(prefill="", decode="9", peers=f"transformers={sys.executable}", threads=1)
-    with pytest.raises(
-        UserError, match=r"loads folders, not \.gguf files.*leave it out"
-    ):
+    with pytest.raises(UserError, match=r"loads folders, not \.gguf files.*leave it out"):
         run.bench(str(file), plan, SilentProgress())
 
 
