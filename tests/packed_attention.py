@@ -12,6 +12,7 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.ops.attention import causal_attention
 from lowlat.ops.layout import EntryLayout
 from lowlat.ops.mla import expanded_mla
+from lowlat.ops.sparse_attention import IndexQueries, choose_tokens, sparse_mla
 
 
 class PackedAttention(AttentionBackend):
@@ -21,6 +22,7 @@ class PackedAttention(AttentionBackend):
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
+        self._chosen: list[Tensor] = []
 
     def positions(self, device: torch.device | str = "cpu") -> Int[Tensor, "tokens"]:
         """Positions of the packed tokens."""
@@ -43,6 +45,31 @@ class PackedAttention(AttentionBackend):
                 for nope, rope, own in parts
             ]
         )
+
+    def sparse_mla(
+        self,
+        layer: int,
+        q_nope: Float[Tensor, "tokens heads nope_dim"],
+        q_rope: Float[Tensor, "tokens heads rope_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
+        w_uk: Float[Tensor, "heads nope_dim latent"],
+        w_uv: Float[Tensor, "heads v_dim latent"],
+        scale: float,
+        index: IndexQueries | None,
+    ) -> Float[Tensor, "tokens heads v_dim"]:
+        width = w_uk.shape[-1] + q_rope.shape[-1]
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        spans = [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+        if index is not None:
+            self._chosen = [
+                choose_tokens(index.rows(own), entries[own, :-width], start=0) for own in spans
+            ]
+        outputs = []
+        for own, chosen in zip(spans, self._chosen, strict=True):
+            rows = entries[own, -width:].contiguous()
+            given = (q_nope[own], q_rope[own], rows, w_uk, w_uv)
+            outputs.append(sparse_mla(*given, chosen, start=0, scale=scale, dense=expanded_mla))
+        return torch.cat(outputs)
 
     def gqa(
         self,

@@ -22,7 +22,9 @@ PAGES = sorted(
 
 
 def quotes() -> list[tuple[str, str]]:
-    pages = [(ROOT / page).read_text() for page in ("docs/mla.md", "docs/attention.md")]
+    pages = [
+        (ROOT / page).read_text() for page in ("docs/mla.md", "docs/attention.md", "docs/sparse.md")
+    ]
     return [(match["code"], match["file"]) for text in pages for match in ROW.finditer(text)]
 
 

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowlat.ops.layout import EntryLayout
+from lowlat.ops.sparse_attention import IndexQueries
 
 
 class AttentionBackend(ABC):
@@ -28,6 +29,23 @@ class AttentionBackend(ABC):
     ) -> Float[Tensor, "tokens heads v_dim"]:
         """Multi-head Latent Attention (DeepSeek-V2 section 2.1). entries: [c_t ; k_R] of the new
         tokens, normalised and rotated. w_uk, w_uv: the up-projections of keys and values.
+        """
+
+    @abstractmethod
+    def sparse_mla(
+        self,
+        layer: int,
+        q_nope: Float[Tensor, "tokens heads nope_dim"],
+        q_rope: Float[Tensor, "tokens heads rope_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
+        w_uk: Float[Tensor, "heads nope_dim latent"],
+        w_uv: Float[Tensor, "heads v_dim latent"],
+        scale: float,
+        index: IndexQueries | None,
+    ) -> Float[Tensor, "tokens heads v_dim"]:
+        """As `mla`, each query over the tokens that its index scores choose (DSA). entries:
+        [k_I ; c_t ; k_R]. index None: entries have no k_I, and queries attend to the tokens chosen
+        in the last layer that had one.
         """
 
     @abstractmethod

@@ -12,17 +12,21 @@ from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.ops.attention import causal_attention
 from lowlat.ops.layout import EntryLayout
 from lowlat.ops.mla import absorbed_mla, expanded_mla
+from lowlat.ops.sparse_attention import IndexQueries, choose_tokens, sparse_mla
 
 
 class CachedAttention(AttentionBackend):
     """One step of decoding or chunked prefill.
 
-    MLA runs expanded for slices on the expanded path, absorbed for all others.
+    MLA runs expanded for slices on the expanded path, absorbed for all others and over chosen
+    tokens.
     """
 
     def __init__(self, cache: PagedCache, batch: AttentionBatch) -> None:
         self.cache = cache
         self.batch = batch
+        self._chosen: list[Tensor] = []
+        """Positions that each sequence's queries attend to, of the last layer that chose (DSA)."""
 
     def mla(
         self,
@@ -43,6 +47,44 @@ class CachedAttention(AttentionBackend):
             attend = expanded_mla if item.path == "expanded" else absorbed_mla
             context = self._context(layer, item, nope.dtype)
             outputs.append(attend(nope, rope, context, w_uk, w_uv, start=item.start, scale=scale))
+        return torch.cat(outputs)
+
+    def sparse_mla(
+        self,
+        layer: int,
+        q_nope: Float[Tensor, "tokens heads nope_dim"],
+        q_rope: Float[Tensor, "tokens heads rope_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
+        w_uk: Float[Tensor, "heads nope_dim latent"],
+        w_uv: Float[Tensor, "heads v_dim latent"],
+        scale: float,
+        index: IndexQueries | None,
+    ) -> Float[Tensor, "tokens heads v_dim"]:
+        self.cache.write(layer, self.batch.slots, entries)
+        if index is not None:
+            self._chosen = []
+        outputs, first = [], 0
+        width = w_uk.shape[-1] + q_rope.shape[-1]
+        for number, item in enumerate(self.batch.sequences):
+            own = slice(first, first + item.length)
+            context = self._context(layer, item, q_nope.dtype)
+            if index is not None:
+                keys = context[:, :-width]
+                self._chosen.append(choose_tokens(index.rows(own), keys, start=item.start))
+            outputs.append(
+                sparse_mla(
+                    q_nope[own],
+                    q_rope[own],
+                    context[:, -width:].contiguous(),
+                    w_uk,
+                    w_uv,
+                    self._chosen[number],
+                    start=item.start,
+                    scale=scale,
+                    dense=expanded_mla if item.path == "expanded" else absorbed_mla,
+                )
+            )
+            first += item.length
         return torch.cat(outputs)
 
     def gqa(

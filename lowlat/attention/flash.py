@@ -16,6 +16,7 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.ops import native_training_kernels
 from lowlat.ops.autograd import causal_attention
 from lowlat.ops.layout import EntryLayout
+from lowlat.ops.sparse_attention import IndexQueries, choose_tokens, sparse_mla
 
 
 class FlashAttention(AttentionBackend):
@@ -26,6 +27,8 @@ class FlashAttention(AttentionBackend):
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
         self._ends = torch.tensor(self.lengths).cumsum(0)
+        self._chosen: list[Tensor] = []
+        """Positions that each sequence's queries attend to, of the last layer that chose (DSA)."""
 
     def positions(self, device: torch.device | str = "cpu") -> Int[Tensor, "tokens"]:
         """Positions of the packed tokens."""
@@ -48,6 +51,40 @@ class FlashAttention(AttentionBackend):
         q = torch.cat([q_nope, q_rope], dim=-1)
         k = torch.cat([k_nope, k_rope.expand(-1, heads, -1)], dim=-1)
         return self._attend(q, k, v, scale, None)
+
+    def sparse_mla(
+        self,
+        layer: int,
+        q_nope: Float[Tensor, "tokens heads nope_dim"],
+        q_rope: Float[Tensor, "tokens heads rope_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
+        w_uk: Float[Tensor, "heads nope_dim latent"],
+        w_uv: Float[Tensor, "heads v_dim latent"],
+        scale: float,
+        index: IndexQueries | None,
+    ) -> Float[Tensor, "tokens heads v_dim"]:
+        width = w_uk.shape[-1] + q_rope.shape[-1]
+        keys, rows = entries[:, :-width], entries[:, -width:].contiguous()
+        if index is not None:
+            ends = self._ends.tolist()
+            spans = [
+                slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)
+            ]
+            self._chosen = [choose_tokens(index.rows(own), keys[own], start=0) for own in spans]
+        assert len(self._chosen) == len(self.lengths), "no layer has chosen tokens"
+        if not any(map(len, self._chosen)):
+            return self.mla(layer, q_nope, q_rope, rows, w_uk, w_uv, scale)
+
+        def dense(*inputs: Tensor, start: int, scale: float) -> Tensor:
+            return FlashAttention([len(inputs[0])]).mla(layer, *inputs, scale)
+
+        parts = zip(*(x.split(self.lengths) for x in (q_nope, q_rope, rows)), strict=True)
+        return torch.cat(
+            [
+                sparse_mla(*part, w_uk, w_uv, chosen, start=0, scale=scale, dense=dense)
+                for part, chosen in zip(parts, self._chosen, strict=True)
+            ]
+        )
 
     def gqa(
         self,

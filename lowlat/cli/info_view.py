@@ -92,7 +92,9 @@ def _parts(config: ModelConfig, count: ParameterCount) -> list[tuple[str, int, s
 def _attention(config: ModelConfig) -> str:
     attention, heads = config.attention, config.num_attention_heads
     if isinstance(attention, MLAConfig | GLAConfig | tuple):
-        return f"{heads} heads"
+        layers = range(config.num_hidden_layers)
+        own = sum(bool(getattr(config.attention_of(n), "index_key_dim", 0)) for n in layers)
+        return f"{heads} heads, {own} indexers" if own else f"{heads} heads"
     return f"{heads} heads of {attention.head_dim}"
 
 

@@ -194,6 +194,8 @@ def _subject(name: str, changes: list[str]) -> Subject:
     if changes:
         raise UserError("--set changes recipes; give a recipe instead of a model")
     config = find(name).config
+    if config.is_sparse:
+        raise UserError(f"'{name}' has sparse attention (DSA), which cannot be trained")
     known = PUBLISHED.get(name)
     if known is not None:
         return Subject(

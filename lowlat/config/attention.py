@@ -1,4 +1,5 @@
-"""Attention configurations: MLA, GQA, GLA, GTA, TPA, their short names and derived sizes.
+"""Attention configurations: MLA with or without sparse attention (DSA), GQA, GLA, GTA, TPA, their
+short names and derived sizes.
 
 All provide the same sizes: heads, widths of queries and values, KV cache entry. A model has one of
 them in every layer, or MLA with per-layer sizes. Equations are in docs/mla.md and
@@ -7,7 +8,7 @@ docs/attention.md.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class _LatentAttention:
@@ -25,8 +26,8 @@ class _LatentAttention:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
-    def entry_dim(self) -> int:
-        """Cached elements per token and layer: [c_t ; k_R], in GLA [c_1 ; ... ; c_g ; k_R]."""
+    def kv_a_dim(self) -> int:
+        """Rows of kv_a_proj_with_mqa: [c_t ; k_R], in GLA [c_1 ; ... ; c_g ; k_R]."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
@@ -49,6 +50,27 @@ class _OneWidth:
     def v_head_dim(self) -> int:
         """Value channels per head."""
         return self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexerConfig:
+    """Lightning indexer of DeepSeek Sparse Attention (DSA, DeepSeek-V3.2 section 2.1)."""
+
+    index_n_heads: int
+    """Heads H_I of the indexer."""
+    index_head_dim: int
+    """Channels of an index query and of the one index key; the first qk_rope_head_dim rotate."""
+    index_topk: int
+    """Tokens that a query attends to; up to this many, attention is dense."""
+    rope_interleave: bool = False
+    """Rotated pairs are channels (2i, 2i+1) if true, halves if false (V3.2), whatever MLA has."""
+    is_shared: bool = False
+    """The layer has no indexer: it attends to the tokens that the last indexer before it chose."""
+
+    @property
+    def key_dim(self) -> int:
+        """Elements of the index key in a KV cache entry."""
+        return 0 if self.is_shared else self.index_head_dim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,14 +98,34 @@ class MLAConfig(_LatentAttention):
     kv_a_layernorm: bool = True
     """RMSNorm on the latent. False for exactly converted models, whose latent must not be rescaled.
     """
+    indexer: IndexerConfig | None = None
+    """Sparse attention (DSA); None attends to all tokens."""
+
+    @property
+    def index_key_dim(self) -> int:
+        """Elements of the index key k_I in an entry; 0 without an indexer."""
+        return 0 if self.indexer is None else self.indexer.key_dim
+
+    @property
+    def entry_dim(self) -> int:
+        """Cached elements per token and layer: [k_I ; c_t ; k_R]."""
+        return self.index_key_dim + self.kv_a_dim
 
     @property
     def quantized_dim(self) -> int:
-        """Leading elements of an entry that an int8 cache stores in int8: c_t, while k_R stays
-        bf16. In converted models, whose k_R comes from the keys of GQA, all of the entry as with
-        GQA.
+        """Leading elements of an entry that an int8 cache stores in int8: k_I and c_t, while k_R
+        stays bf16. In converted models, whose k_R comes from the keys of GQA, all of the entry as
+        with GQA.
         """
-        return self.kv_lora_rank if self.kv_a_layernorm else self.entry_dim
+        rotated = self.qk_rope_head_dim if self.kv_a_layernorm else 0
+        return self.entry_dim - rotated
+
+    def within(self, context: int) -> "MLAConfig":
+        """This attention for sequences of up to `context` tokens: up to index_topk of them every
+        token is chosen, so it is dense.
+        """
+        is_dense = self.indexer is not None and context <= self.indexer.index_topk
+        return replace(self, indexer=None) if is_dense else self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +180,11 @@ class GLAConfig(_LatentAttention):
     """Rotary channels per query head and of the one key that all groups share."""
     v_head_dim: int
     """Value channels per head."""
+
+    @property
+    def entry_dim(self) -> int:
+        """Cached elements per token and layer."""
+        return self.kv_a_dim
 
     @property
     def group_rank(self) -> int:
@@ -244,7 +291,7 @@ def expansion_break_even(layers: Iterable[MLAConfig | GLAConfig | GTAConfig]) ->
     """
     saved = build = 0
     for layer in layers:
-        latent = layer.entry_dim - layer.qk_rope_head_dim
+        latent = layer.tied_dim if isinstance(layer, GTAConfig) else layer.kv_lora_rank
         expanded = layer.qk_nope_head_dim + layer.v_head_dim
         saved += 2 * latent - expanded
         build += latent * expanded
@@ -256,12 +303,49 @@ def distinct(attention: ModelAttention) -> tuple[AttentionConfig, ...]:
     return attention if isinstance(attention, tuple) else (attention,)
 
 
+def uniform(attention: ModelAttention) -> AttentionConfig | None:
+    """The attention of every layer, of which some may share a choice (DSA); None if layers differ
+    otherwise. The one returned shares none.
+    """
+    layers = {_unshared(layer) for layer in distinct(attention)}
+    return layers.pop() if len(layers) == 1 else None
+
+
+def _unshared(attention: AttentionConfig) -> AttentionConfig:
+    if not isinstance(attention, MLAConfig) or attention.indexer is None:
+        return attention
+    return replace(attention, indexer=replace(attention.indexer, is_shared=False))
+
+
+def indexer_problem(attention: ModelAttention) -> str | None:
+    """Why the indexers of the layers do not fit together; None if they do."""
+    layers = [layer for layer in distinct(attention) if isinstance(layer, MLAConfig)]
+    indexers = [layer.indexer for layer in layers if layer.indexer is not None]
+    if indexers and indexers[0].is_shared:
+        return "is shared in a layer before which no layer has chosen"
+    if len({replace(indexer, is_shared=False) for indexer in indexers}) > 1:
+        return "differs between layers in more than is_shared"
+    return None
+
+
+def sparse_topk(attention: ModelAttention) -> int | None:
+    """Tokens that a query attends to with sparse attention (DSA); None for dense attention."""
+    layers = [layer for layer in distinct(attention) if isinstance(layer, MLAConfig)]
+    return next((layer.indexer.index_topk for layer in layers if layer.indexer), None)
+
+
 def short_name(attention: ModelAttention) -> str:
-    """The form in a few words: 'MLA 512 + 64', 'MLA 96-224 + 16-64' where layers differ."""
+    """The form in a few words: 'MLA 512 + 64', 'MLA 96-224 + 16-64' where layers differ; with the
+    index key 'DSA 512 + 64 + 128'.
+    """
     match attention:
         case MLAConfig() | tuple():
             latent, rotary = entry_widths(attention)
-            return f"MLA {latent} + {rotary}"
+            layers = attention if isinstance(attention, tuple) else (attention,)
+            if sparse_topk(attention) is None:
+                return f"MLA {latent} + {rotary}"
+            index = _span([layer.index_key_dim for layer in layers])
+            return f"DSA {latent} + {rotary} + {index}"
         case GLAConfig():
             groups, rank = attention.num_latent_groups, attention.group_rank
             return f"GLA-{groups}, {groups} x {rank} + {attention.qk_rope_head_dim}"

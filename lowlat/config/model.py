@@ -15,10 +15,12 @@ from lowlat.config.attention import (
     GLAConfig,
     GQAConfig,
     GTAConfig,
+    IndexerConfig,
     MLAConfig,
     ModelAttention,
     TPAConfig,
     distinct,
+    indexer_problem,
 )
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "GLAConfig",
     "GQAConfig",
     "GTAConfig",
+    "IndexerConfig",
     "MLAConfig",
     "MLPLayerType",
     "MoEConfig",
@@ -245,6 +248,24 @@ class ModelConfig:
             raise ValueError("only layers of MLA may differ")
         if len({layer.num_attention_heads for layer in layers}) > 1:
             raise ValueError("layers differ in their number of heads")
+        if problem := indexer_problem(self.attention):
+            raise ValueError(f"indexer {problem}")
+
+    def for_context(self, context: int) -> "ModelConfig":
+        """This model for sequences of up to `context` tokens: without indexers, where attention
+        then is dense.
+        """
+        if not self.is_sparse:
+            return self
+        layers = (self.attention_of(layer) for layer in range(self.num_hidden_layers))
+        within = tuple(a.within(context) for a in layers if isinstance(a, MLAConfig))
+        return replace(self, attention=within)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a layer attends to the tokens that an indexer chooses (DSA)."""
+        layers = distinct(self.attention)
+        return any(isinstance(layer, MLAConfig) and layer.indexer is not None for layer in layers)
 
     @property
     def num_cache_layers(self) -> int:
@@ -258,11 +279,16 @@ class ModelConfig:
 
     def attention_of(self, layer: int) -> AttentionConfig:
         """The attention of decoder layer `layer`. MTP modules, numbered after them, have that of
-        the last, whose output they continue.
+        the last, whose output they continue, always with an indexer of their own.
         """
         if not isinstance(self.attention, tuple):
             return self.attention
-        return self.attention[min(layer, self.num_hidden_layers - 1)]
+        if layer < self.num_hidden_layers:
+            return self.attention[layer]
+        last = self.attention[-1]
+        if last.indexer is None:
+            return last
+        return replace(last, indexer=replace(last.indexer, is_shared=False))
 
     def rope_of(self, layer: int) -> RopeConfig:
         """The rotary embedding of `layer`, numbered as above."""

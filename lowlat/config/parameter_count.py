@@ -108,11 +108,13 @@ def attention_parameters(config: ModelConfig, layer: int) -> int:
     """Attention of `layer` (MTP modules after the last): projections, biases and norms."""
     attention, hidden = config.attention_of(layer), config.hidden_size
     matrices = attention_matrices(attention, hidden)
-    return sum(m.rows * m.columns for m in matrices) + _vectors(attention, hidden)
+    return sum(m.rows * m.columns for m in matrices) + _unquantized(attention, hidden)
 
 
 def attention_matrices(attention: AttentionConfig, hidden: int, layers: int = 1) -> list[Matrices]:
-    """The projections of `layers` layers of attention on `hidden` channels."""
+    """The projections of `layers` layers of attention on `hidden` channels, but for weights_proj of
+    indexers, which is never quantized.
+    """
     heads = attention.num_attention_heads
     queries, values = heads * attention.qk_head_dim, heads * attention.v_head_dim
     shapes, latent = [], None
@@ -131,9 +133,13 @@ def attention_matrices(attention: AttentionConfig, hidden: int, layers: int = 1)
         case MLAConfig() | GLAConfig():
             rank = attention.q_lora_rank
             shapes = [(queries, hidden)] if rank is None else [(rank, hidden), (queries, rank)]
-            shapes.append((attention.entry_dim, hidden))
+            shapes.append((attention.kv_a_dim, hidden))
             is_mla = isinstance(attention, MLAConfig)
             latent = attention.kv_lora_rank if is_mla else attention.group_rank
+            if is_mla and (width := attention.index_key_dim):
+                assert attention.indexer is not None
+                rows = attention.indexer.index_n_heads * width
+                shapes += [(rows, rank or hidden), (width, hidden)]
     matrices = [Matrices(layers, *shape) for shape in (*shapes, (hidden, values))]
     if latent is not None:
         assert isinstance(attention, MLAConfig | GLAConfig)
@@ -175,8 +181,8 @@ def mtp_parameters(config: ModelConfig, layer: int) -> int:
     return 2 * hidden * hidden + attention_parameters(config, layer) + mlp + 5 * hidden
 
 
-def _vectors(attention: AttentionConfig, hidden: int) -> int:
-    """Biases and norms of an attention layer."""
+def _unquantized(attention: AttentionConfig, hidden: int) -> int:
+    """Biases and norms of an attention layer, and weights_proj of its indexer."""
     queries = attention.num_attention_heads * attention.qk_head_dim
     match attention:
         case GQAConfig():
@@ -186,12 +192,19 @@ def _vectors(attention: AttentionConfig, hidden: int) -> int:
         case MLAConfig():
             norm = attention.kv_lora_rank * attention.kv_a_layernorm
             has_o_bias = attention.attention_bias or attention.o_bias
-            biases = attention.entry_dim * attention.attention_bias + hidden * has_o_bias
+            biases = attention.kv_a_dim * attention.attention_bias + hidden * has_o_bias
             rank = attention.q_lora_rank
-            if rank is None:
-                return norm + biases + queries * attention.q_bias
-            return norm + biases + rank + rank * attention.attention_bias
+            queries = queries * attention.q_bias if rank is None else rank
+            query_bias = (rank or 0) * attention.attention_bias
+            return norm + biases + queries + query_bias + _indexer_unquantized(attention, hidden)
         case GLAConfig():
             return attention.kv_lora_rank + (attention.q_lora_rank or 0)
         case GTAConfig() | TPAConfig():
             return 0
+
+
+def _indexer_unquantized(attention: MLAConfig, hidden: int) -> int:
+    """Weight and bias of k_norm, and weights_proj."""
+    if attention.indexer is None or attention.indexer.is_shared:
+        return 0
+    return 2 * attention.indexer.index_head_dim + attention.indexer.index_n_heads * hidden

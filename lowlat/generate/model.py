@@ -4,6 +4,7 @@ Owns prompts, structured outputs and scoring for Python callers; `generate.sessi
 engine. Not thread-safe.
 """
 
+import logging
 import operator
 import os
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowlat.attention.cache import cache_bytes_per_token
-from lowlat.config.attention import entry_widths, short_name
+from lowlat.config.attention import entry_widths, short_name, sparse_topk
 from lowlat.config.hf.sentence_transformers import Pooling
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.config.parameter_count import count_parameters
@@ -43,6 +44,8 @@ from lowlat.utils.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     from lowlat.generate.grammar import GrammarCompiler
+
+_log = logging.getLogger(__name__)
 
 
 class Model:
@@ -79,6 +82,12 @@ class Model:
         self.tokenizer = tokenizer
         self.context = check_context(config, context)
         transformer.set_context(self.context)
+        if (topk := sparse_topk(transformer.config.attention)) is not None:
+            _log.warning(
+                "%s: sparse attention runs in PyTorch, which is slow; a context of up to its top-k "
+                "of %d tokens runs on native kernels",
+                *(name, topk),
+            )
         self.runner, limits = new_runner(transformer, cache, max_cache_bytes, self.context)
         self.engine = Engine(
             self.runner,
@@ -99,8 +108,9 @@ class Model:
     @property
     def num_parameters(self) -> int:
         """Stored parameters, MTP modules included."""
-        count = count_parameters(self.config)
-        return count.total + count.mtp + (count.mtp_copies if self.config.mtp_copies else 0)
+        config = self.transformer.stored_config
+        count = count_parameters(config)
+        return count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -116,7 +126,8 @@ class Model:
         attention = self.config.attention
         if isinstance(attention, MLAConfig | tuple):
             latent = " + ".join(entry_widths(attention))
-            attention_text = f"MLA {self.config.num_attention_heads} heads, latent {latent}"
+            form = "DSA" if self.config.is_sparse else "MLA"
+            attention_text = f"{form} {self.config.num_attention_heads} heads, latent {latent}"
         elif not isinstance(attention, GQAConfig):
             attention_text = f"{short_name(attention)}, {attention.num_attention_heads} heads"
         else:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from lowlat.model.linear import Linear, RMSNorm
+from lowlat.model.linear import LayerNorm, Linear, RMSNorm
 from lowlat.model.moe import Gate
 from lowlat.model.tpa import TPA
 from lowlat.model.transformer import Transformer
@@ -34,7 +34,7 @@ def init_weights(model: Transformer, *, seed: int) -> None:
 def _fill(
     module: nn.Module, name: str, parameter: nn.Parameter, std: float, generator: torch.Generator
 ) -> None:
-    if isinstance(module, RMSNorm):
+    if isinstance(module, RMSNorm | LayerNorm) and name == "weight":
         parameter.fill_(1.0)
     elif name == "bias" or (isinstance(module, Gate) and name == "e_score_correction_bias"):
         parameter.zero_()

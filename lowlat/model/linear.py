@@ -1,4 +1,4 @@
-"""Linear with plain, fp8, int8 or int4 weights, RMSNorm and Embedding; arithmetic is in `ops`."""
+"""Linear with plain, fp8, int8 or int4 weights, norms and Embedding; arithmetic is in `ops`."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -12,7 +12,7 @@ from lowlat.config.model import QuantConfig
 from lowlat.ops import gguf_blocks, native, native_kernels, quantized
 from lowlat.ops.calibrated_quantization import Importance, quantize_calibrated
 from lowlat.ops.fp8 import dequantize_blocks, dequantize_fp8_rows
-from lowlat.ops.norm import rms_norm
+from lowlat.ops.norm import layer_norm, rms_norm
 from lowlat.ops.quantized import (
     INT4_SHAPE,
     INT8_SHAPE,
@@ -237,6 +237,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
         return scaled(rms_norm(x, self.weight, self.eps), self.factor)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with a learned weight and bias; computes in fp32."""
+
+    def __init__(self, dim: int, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(dim, dtype=dtype))
+
+    def forward(self, x: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class Embedding(nn.Module):

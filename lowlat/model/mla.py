@@ -1,5 +1,6 @@
 """Multi-head Latent Attention (MLA, DeepSeek-V3 section 2.1.1): the projections around the cached
-latent. The attention paths (absorbed, expanded) are in `ops.mla`.
+latent. The attention paths (absorbed, expanded) are in `ops.mla`; sparse attention (DSA) adds the
+indexer of `indexer`.
 """
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
+from lowlat.model.indexer import Indexer
 from lowlat.model.linear import Linear, RMSNorm
 from lowlat.ops.rope import RotaryTable, apply_rope, scale_queries
 
@@ -53,7 +55,7 @@ class MLA(nn.Module):
             self.q_a_proj = Linear(hidden, attention.q_lora_rank, bias=bias, dtype=dtype)
             self.q_a_layernorm = RMSNorm(attention.q_lora_rank, LATENT_NORM_EPS, dtype=dtype)
             self.q_b_proj = Linear(attention.q_lora_rank, q_dim, dtype=dtype)
-        self.kv_a_proj_with_mqa = Linear(hidden, attention.entry_dim, bias=bias, dtype=dtype)
+        self.kv_a_proj_with_mqa = Linear(hidden, attention.kv_a_dim, bias=bias, dtype=dtype)
         if attention.kv_a_layernorm:
             self.kv_a_layernorm = RMSNorm(attention.kv_lora_rank, LATENT_NORM_EPS, dtype=dtype)
         kv_dim = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
@@ -61,6 +63,9 @@ class MLA(nn.Module):
         self.o_proj = Linear(
             heads * attention.v_head_dim, hidden, bias=bias or attention.o_bias, dtype=dtype
         )
+        self.indexer: Indexer | None = None
+        if attention.indexer is not None and not attention.indexer.is_shared:
+            self.indexer = Indexer(config, attention, attention.indexer, dtype=dtype)
 
     def forward(
         self,
@@ -68,8 +73,18 @@ class MLA(nn.Module):
         rope: RotaryTable,
         attention: AttentionBackend,
     ) -> Float[Tensor, "tokens hidden"]:
-        q_nope, q_rope = self.queries(x, rope)
-        out = self.attend(q_nope, q_rope, self.entries(x, rope), attention)
+        q_latent = self.query_latent(x)
+        q_nope, q_rope = self.head_queries(q_latent, rope)
+        entries = self.entries(x, rope)
+        if self.dims.indexer is None:
+            out = self.attend(q_nope, q_rope, entries, attention)
+        else:
+            own = self.indexer
+            index = None if own is None else own.queries(x, q_latent, rope)
+            w_uk, w_uv = self.up_projections(q_nope.dtype)
+            out = attention.sparse_mla(
+                self.layer, q_nope, q_rope, entries, w_uk, w_uv, self.scale, index
+            )
         return self.o_proj(out.flatten(1))
 
     def attend(
@@ -89,18 +104,26 @@ class MLA(nn.Module):
         self, x: Float[Tensor, "tokens hidden"], rope: RotaryTable
     ) -> tuple[Float[Tensor, "tokens heads nope_dim"], Float[Tensor, "tokens heads rope_dim"]]:
         """q^C and the rotated q^R of every head (equations 6-9)."""
-        dims = self.dims
-        if dims.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        return split_queries(q, dims, rope, interleave=self.interleave)
+        return self.head_queries(self.query_latent(x), rope)
+
+    def query_latent(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens width"]:
+        """The normalised c^Q of equation 6; `x` without a query latent."""
+        if self.dims.q_lora_rank is None:
+            return x
+        return self.q_a_layernorm(self.q_a_proj(x))
+
+    def head_queries(
+        self, q_latent: Float[Tensor, "tokens width"], rope: RotaryTable
+    ) -> tuple[Float[Tensor, "tokens heads nope_dim"], Float[Tensor, "tokens heads rope_dim"]]:
+        """q^C and the rotated q^R of every head from `query_latent` (equations 7-9)."""
+        project = self.q_proj if self.dims.q_lora_rank is None else self.q_b_proj
+        return split_queries(project(q_latent), self.dims, rope, interleave=self.interleave)
 
     def entries(
         self, x: Float[Tensor, "tokens hidden"], rope: RotaryTable
     ) -> Float[Tensor, "tokens entry_dim"]:
         """KV cache entries: the normalised latent and the rotated shared key, [c_t ; k_R]
-        (equations 1 and 3).
+        (equations 1 and 3); with an indexer [k_I ; c_t ; k_R].
         """
         dims = self.dims
         latent, k_rope = self.kv_a_proj_with_mqa(x).split(
@@ -109,7 +132,9 @@ class MLA(nn.Module):
         if dims.kv_a_layernorm:
             latent = self.kv_a_layernorm(latent)
         k_rope = apply_rope(k_rope[:, None], rope, interleave=self.interleave)[:, 0]
-        return torch.cat([latent, k_rope], dim=-1)
+        if self.indexer is None or dims.indexer is None:
+            return torch.cat([latent, k_rope], dim=-1)
+        return torch.cat([self.indexer.keys(x, rope), latent, k_rope], dim=-1)
 
     def up_projections(
         self, dtype: torch.dtype

@@ -34,9 +34,9 @@ BLOCK = (128, 128)
 def supports_native(model: Transformer) -> bool:
     """Whether the native kernels are available and can run `model`: on the CPU, bf16 activations,
     every projection bf16, int8, int4, in GGUF blocks or fp8 in blocks of 128, no LoRA, any
-    attention but TPA.
+    attention but TPA and sparse attention (DSA), which is dense in contexts up to its top-k.
     """
-    if isinstance(model.config.attention, TPAConfig):  # all layers then are
+    if isinstance(model.config.attention, TPAConfig) or model.config.is_sparse:
         return False
     embedding = model.embed_tokens
     if embedding.weight.device.type != "cpu" or embedding.dtype != torch.bfloat16:

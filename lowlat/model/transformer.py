@@ -5,9 +5,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lowlat.attention.base import AttentionBackend
-from lowlat.config.model import ModelConfig
+from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Embedding, Linear, RMSNorm
+from lowlat.model.mla import MLA
 from lowlat.model.mtp import MTPModule
 from lowlat.model.quant import store_packed, store_quantized
 from lowlat.model.rotary import RotaryEmbeddings
@@ -24,7 +25,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.config = config
+        self.config = self.stored_config = config
         self.rotary = RotaryEmbeddings(config)
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, dtype=dtype, factor=config.scale_emb
@@ -48,11 +49,17 @@ class Transformer(nn.Module):
             store_packed(self, config.packing)
 
     def set_context(self, context: int) -> None:
-        """Serve sequences of up to `context` tokens: longrope's factors follow from it.
+        """Serve sequences of up to `context` tokens: longrope's factors follow from it, and sparse
+        attention (DSA) is dense, without indexer and index keys, if no context exceeds its top-k.
 
-        Call it before the model runs: KV cache entries keep the rotation they were made with.
+        Call it before the model runs: KV cache entries stay as they were made.
         """
+        self.config = self.stored_config.for_context(context)
         self.rotary = RotaryEmbeddings(self.config, context)
+        for module in self.modules():
+            attention = self.config.attention_of(module.layer) if isinstance(module, MLA) else None
+            if isinstance(module, MLA) and isinstance(attention, MLAConfig):
+                module.dims = attention
 
     def add_head(self) -> None:
         """Add an unfilled head to a model with tied embeddings, so that it can be quantized."""

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from lowlat.config.attention import sparse_topk
 from lowlat.engine.constraint import Constraint
 from lowlat.engine.request import PoolingMode, RequestOptions
 from lowlat.engine.stats import EngineStats
@@ -22,6 +23,7 @@ from lowlat.generate.params import SamplingParams
 from lowlat.generate.session import TextRequest
 from lowlat.serve.generation import Draining, EngineDead, Generation, Overloaded, ends_of
 from lowlat.serve.watchdog import CHECK_SECONDS, Watchdog
+from lowlat.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +40,26 @@ COPY_SECONDS = 0.02
 Deltas = list[tuple[Generation, CompletionDelta]]
 
 
+def _check_dense(model: Model) -> None:
+    """Without native kernels, which tokens a request attends to could depend on the batch."""
+    if model.config.is_sparse:
+        topk = sparse_topk(model.config.attention)
+        raise UserError(
+            f"{model.name}: sparse attention over more than its top-k of {topk} tokens has no"
+            " native kernels, without which a request's tokens can depend on other requests; serve"
+            f" it with --max-context {topk} or less"
+        )
+
+
 class AsyncEngine:
     """One model's engine in its own thread, for one event loop.
 
     At most `max_queue` requests wait for their first step. There is no rate limit per client.
+    Raises UserError for a model with sparse attention and a context beyond its top-k.
     """
 
     def __init__(self, model: Model, *, max_queue: int = MAX_QUEUE) -> None:
+        _check_dense(model)
         self.model = model
         self.max_queue = max_queue
         self._engine = model.engine

@@ -7,6 +7,7 @@ from .mutant import Mutant
 from .positions import QUERIES, ROPE, YARN
 from .routing import ROUTING
 from .sampling import SAMPLING
+from .sparse import SPARSE
 from .training import TRAINING
 from .vendors import VENDORS
 
@@ -290,8 +291,8 @@ INT8_CACHE = [
     Mutant(
         "int8 cache: the rotary key in int8 too",
         "config/attention.py",
-        "return self.kv_lora_rank if self.kv_a_layernorm else self.entry_dim",
-        "return self.entry_dim",
+        "rotated = self.qk_rope_head_dim if self.kv_a_layernorm else 0",
+        "rotated = 0",
         ATTENTION + "test_cache.py::test_int8_bytes_per_token",
     ),
     Mutant(
@@ -431,6 +432,7 @@ MUTANTS = [
     *ROPE,
     *ROUTING,
     *SAMPLING,
+    *SPARSE,
     *ATTENTION_FORMS,
     *FURTHER_FORMS,
     *LAYERS,

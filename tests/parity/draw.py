@@ -12,7 +12,9 @@ from transformers import (
     AXK1Config,
     DeepseekV2Config,
     DeepseekV3Config,
+    DeepseekV32Config,
     Glm4MoeLiteConfig,
+    GlmMoeDsaConfig,
     LlamaConfig,
     MiniCPM3Config,
     Mistral4Config,
@@ -36,10 +38,13 @@ COUNTS = {
     "minicpm3": 5,
     "mistral4": 5,
     "axk1": 5,
+    "deepseek_v32": 9,
+    "glm_moe_dsa": 9,
 }
 """Configs per family."""
 
-MTP_FAMILIES = ("deepseek_v3", "kimi_k2", "glm4_moe_lite")
+SPARSE_FAMILIES = ("deepseek_v32", "glm_moe_dsa")
+MTP_FAMILIES = ("deepseek_v3", "kimi_k2", "glm4_moe_lite", *SPARSE_FAMILIES)
 DENSE_FAMILIES = ("youtu", "minicpm3")
 MLA_FAMILIES = ("deepseek_v2", *MTP_FAMILIES, *DENSE_FAMILIES, "mistral4", "axk1")
 STARTS = (0, 1, 7_001, 59_999)
@@ -116,8 +121,10 @@ def _mla_config(rng: random.Random, family: str, mtp: int) -> PreTrainedConfig:
         fields["kv_lora_rank"] += 1
         dense = rng.randrange(layers + 1)
         return DeepseekV2Config(**fields, first_k_dense_replace=dense)
-    fields["rope_interleave"] = rng.random() < 0.7
     dense = rng.randrange(layers)
+    if family in SPARSE_FAMILIES:
+        return _sparse(rng, family, fields | {"first_k_dense_replace": dense}, mtp)
+    fields["rope_interleave"] = rng.random() < 0.7
     if family == "mistral4":
         fields["rope_parameters"]["llama_4_scaling_beta"] = rng.choice([0.1, 0.5])
         # few tokens, so that the scale changes between compared positions
@@ -135,6 +142,24 @@ def _mla_config(rng: random.Random, family: str, mtp: int) -> PreTrainedConfig:
     # Not a field of the oracle's class, but of its MTP model and of released files
     fields |= {"num_mtp_layers": mtp, "mtp_mlp_layer_types": ["sparse"] * mtp}
     return Glm4MoeLiteConfig(**fields, mlp_layer_types=kinds)
+
+
+def _sparse(rng: random.Random, family: str, fields: dict[str, Any], mtp: int) -> PreTrainedConfig:
+    """Top-k below, at and above the number of compared tokens, which is 23."""
+    # What the oracle's MTP model needs, which these families have none of
+    fields |= {"num_mtp_layers": mtp, "mtp_mlp_layer_types": ["sparse"] * mtp}
+    fields["mtp_layer_types"] = ["full_attention"] * mtp
+    fields["q_lora_rank"] = fields["q_lora_rank"] or 7
+    fields |= {
+        "index_n_heads": rng.choice([1, 2, 3, 7]),
+        "index_head_dim": fields["qk_rope_head_dim"] + rng.choice([0, 3, 6]),
+        "index_topk": rng.choice([1, 2, 5, 11, 11, 23, 23, 40]),
+    }
+    if family == "deepseek_v32":
+        return DeepseekV32Config(**fields)
+    layers = fields["num_hidden_layers"]
+    types = ["full", *(rng.choice(["full", "shared", "shared"]) for _ in range(layers - 1))]
+    return GlmMoeDsaConfig(**fields, indexer_types=types)
 
 
 def _dense(rng: random.Random, family: str, fields: dict[str, Any]) -> PreTrainedConfig:

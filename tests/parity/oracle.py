@@ -2,8 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,13 +30,18 @@ class Oracle:
 
     @torch.no_grad()
     def logits(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.model(ids[None], position_ids=positions[None], use_cache=False).logits[0]
+        with lowest_position_wins():
+            return self.model(ids[None], position_ids=positions[None], use_cache=False).logits[0]
 
     @torch.no_grad()
     def mtp_logits(self, ids: Tensor, positions: Tensor) -> list[Tensor]:
         """Logits of each depth: row i from the hidden states at i and the embedding of the token
         depth + 1 ahead.
         """
+        with lowest_position_wins():
+            return self._mtp_logits(ids, positions)
+
+    def _mtp_logits(self, ids: Tensor, positions: Tensor) -> list[Tensor]:
         assert self.mtp is not None
         decoder = self.model.get_decoder()
         hidden = decoder(ids[None], position_ids=positions[None], use_cache=False).last_hidden_state
@@ -57,10 +65,37 @@ def build(case: Case) -> Oracle:
     randomise(model, generator, case.bias_shift)
     if not case.mtp:
         return Oracle(case=case, model=model, mtp=None)
-    mtp = MtpModel(model, case.mtp).float().eval()
+    mtp = _mtp_model(model, case.mtp).float().eval()
     for layer in mtp.layers:
         randomise(layer, generator, case.bias_shift)
     return Oracle(case=case, model=model, mtp=mtp)
+
+
+def _mtp_model(model: PreTrainedModel, depth: int) -> MtpModel:
+    """Every module has an indexer of its own; a layer of glm_moe_dsa also returns its choice."""
+    types = getattr(model.config, "indexer_types", None)
+    if types is None:
+        return MtpModel(model, depth)
+    model.config.indexer_types = ["full"] * depth
+    mtp = MtpModel(model, depth)
+    model.config.indexer_types = types
+    for layer in mtp.layers:
+        layer.mtp_block.register_forward_hook(lambda _module, _inputs, output: output[0])
+    return mtp
+
+
+@contextmanager
+def lowest_position_wins() -> Iterator[None]:
+    """torch.topk promises nothing about equal values, and index scores of exactly 0 are frequent:
+    the oracle's indexers choose by a stable sort.
+    """
+
+    def topk(scores: Tensor, count: int, dim: int = -1, **_: Any) -> Any:
+        values, places = scores.sort(dim=dim, descending=True, stable=True)
+        return torch.return_types.topk((values[..., :count], places[..., :count]))
+
+    with mock.patch.object(torch.Tensor, "topk", topk):
+        yield
 
 
 @torch.no_grad()
@@ -88,8 +123,9 @@ def save(oracle: Oracle, folder: Path) -> None:
     oracle.model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["model_type"] = oracle.case.family
-    if oracle.case.family == "glm4_moe_lite":
-        del config["mtp_mlp_layer_types"]
+    for name in ("mtp_mlp_layer_types", "mtp_layer_types"):
+        config.pop(name, None)
+    if "num_mtp_layers" in config:
         config["num_nextn_predict_layers"] = config.pop("num_mtp_layers")
     (folder / "config.json").write_text(json.dumps(config))
     if oracle.mtp is None:

@@ -19,7 +19,14 @@ from lowlat.api import load, prepare
 from lowlat.bench.agreement import logits_of
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from lowlat.config.model import (
+    GQAConfig,
+    IndexerConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
 from lowlat.convert.run import convert
 from lowlat.model.transformer import Transformer
 from lowlat.peers.worker import Worker
@@ -42,6 +49,7 @@ pytestmark = [
 ]
 
 V3 = replace(MOE, moe_intermediate_size=32, n_group=4, topk_group=2)
+GLM = replace(V3, n_group=1, topk_group=1)
 V2 = replace(
     V3,
     scoring_func="softmax",
@@ -66,13 +74,24 @@ def latent(q_lora_rank: int | None = 48) -> MLAConfig:
     )
 
 
+def sparse(topk: int, *, interleave: bool, is_shared: bool = False) -> MLAConfig:
+    indexer = IndexerConfig(
+        index_n_heads=4,
+        index_head_dim=64,
+        index_topk=topk,
+        rope_interleave=interleave,
+        is_shared=is_shared,
+    )
+    return replace(latent(), indexer=indexer)
+
+
 def grouped(head_dim: int = 16, **more: bool) -> GQAConfig:
     return replace(GQA, num_attention_heads=4, head_dim=head_dim, **more)
 
 
 def model(
     family: str,
-    attention: MLAConfig | GQAConfig,
+    attention: MLAConfig | GQAConfig | tuple[MLAConfig, ...],
     rope: RopeConfig,
     moe: MoEConfig | None = None,
     mtp: int = 0,
@@ -101,6 +120,16 @@ MODELS = {
     "v3-dense": model("deepseek_v3", latent(), INTERLEAVED, mtp=1),
     "v3-tied": model("deepseek_v3", latent(), INTERLEAVED, V3, tie_word_embeddings=True),
     "v2": model("deepseek_v2", latent(None), YARN, V2),
+    "v32": model("deepseek_v32", sparse(11, interleave=False), YARN, V3),
+    "v32-mtp": model("deepseek_v32", sparse(11, interleave=False), INTERLEAVED, V3, mtp=1),
+    "v32-dense": model("deepseek_v32", sparse(64, interleave=False), YARN, V3),
+    "glm-dsa": model("glm_moe_dsa", sparse(11, interleave=True), INTERLEAVED, GLM),
+    "glm-dsa-sharing": model(
+        "glm_moe_dsa",
+        tuple(sparse(11, interleave=True, is_shared=place > 0) for place in range(3)),
+        INTERLEAVED,
+        GLM,
+    ),
     "llama": model("llama", grouped(), ROPE),
     "llama-bias": model("llama", grouped(qkv_bias=True, o_bias=True), ROPE),
     "llama3": model("llama", grouped(), LLAMA3, tie_word_embeddings=True),

@@ -22,7 +22,7 @@ from lowlat.model.moe import Gate
 from lowlat.model.transformer import Transformer
 from tests.packed_attention import PackedAttention
 
-from .draw import MTP_FAMILIES, Case, all_cases
+from .draw import MTP_FAMILIES, SPARSE_FAMILIES, Case, all_cases
 from .oracle import Oracle, build, save
 
 TOKENS = 23
@@ -176,7 +176,13 @@ def test_the_draw_covers_every_rule() -> None:
             seen[f"shift {case.bias_shift}"] += 1
             types = getattr(config, "mlp_layer_types", None) or []
             seen["dense after sparse"] += types[:2] == ["sparse", "dense"]
-            if case.family in MTP_FAMILIES:
+            if case.family in SPARSE_FAMILIES:
+                topk = config.index_topk
+                seen["top-k " + ("below" if topk < TOKENS else "above")] += topk != TOKENS
+                seen["top-k at"] += topk == TOKENS
+                seen["ties"] += config.index_n_heads < 3
+                seen["shared choice"] += "shared" in getattr(config, "indexer_types", ())
+            elif case.family in MTP_FAMILIES:
                 seen[f"norm {config.norm_topk_prob}"] += 1
                 seen[f"interleave {config.rope_interleave}"] += 1
             if rope["rope_type"] == "yarn":
@@ -190,6 +196,7 @@ def test_the_draw_covers_every_rule() -> None:
         *(f"start {start}" for start in (0, 1, 7001, 59999)),
         *(f"shift {shift}" for shift in (0.0, -0.2, -2.0)),
         "dense after sparse",
+        *("top-k below", "top-k at", "top-k above", "ties", "shared choice"),
         *("mtp 0 ", "mtp 1 True", "mtp 1 False", "mtp 2 True", "mtp 2 False"),
         *("odd hidden 0", "odd hidden 1"),
     }

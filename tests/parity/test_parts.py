@@ -15,7 +15,7 @@ from lowlat.ops.rope import RotaryEmbedding
 from tests.packed_attention import PackedAttention
 
 from .draw import MLA_FAMILIES, Case, all_cases
-from .oracle import Oracle, build, save
+from .oracle import Oracle, build, lowest_position_wins, save
 
 TOKENS = 19
 ALL = all_cases()
@@ -49,11 +49,12 @@ def test_rotary_tables_to_the_bit(case: Case) -> None:
     """At position 59,999 one bit of a frequency is a visible angle."""
     oracle = build(case).model.get_decoder().rotary_emb
     raw = case.config.to_dict() | {"model_type": case.family}
-    raw.pop("mtp_mlp_layer_types", None)
+    for name in ("mtp_mlp_layer_types", "mtp_layer_types"):
+        raw.pop(name, None)
     config = config_from_hf(raw)
     positions = torch.tensor([0, 1, 2, 511, 4096, 7001, 59_999, 163_839])
     rope = config.rope.for_context(int(positions[-1]) + 1)
-    tables = RotaryEmbedding(rope, config.attention.rope_dim)
+    tables = RotaryEmbedding(rope, config.attention_of(0).rope_dim)
     cos, sin, _ = tables(positions)
     reference = oracle(torch.zeros(1), positions[None])
     assert torch.equal(tables.inverse, oracle.inv_freq)
@@ -102,14 +103,17 @@ def test_attention_and_block(case: Case, tmp_path: Path) -> None:
     place = {"position_ids": positions[None]}
     decoder = oracle.model.get_decoder()
     rope = decoder.rotary_emb(x[None], positions[None])
+    backend, tables = PackedAttention([TOKENS]), model.rotary(positions)
     for number, (theirs, ours) in enumerate(zip(decoder.layers, model.layers, strict=True)):
         assert isinstance(ours, DecoderLayer)
         mask = causal_mask(model.config.window(number))
-        backend, tables = PackedAttention([TOKENS]), model.rotary(positions)
-        reference, _ = theirs.self_attn(
-            hidden_states=x[None], position_embeddings=rope, attention_mask=mask, **place
-        )
+        given = {"position_embeddings": rope, "attention_mask": mask, **place}
+        with lowest_position_wins():
+            whole = theirs(x[None], **given)
+            reference, _, *choice = theirs.self_attn(hidden_states=x[None], **given)
+        whole = whole[0] if choice else whole
+        torch.testing.assert_close(ours(x, tables, backend), whole[0], rtol=0, atol=2e-5)
         mine = ours.self_attn(x, tables, backend)
         torch.testing.assert_close(mine, reference[0], rtol=0, atol=2e-5)
-        whole = theirs(x[None], position_embeddings=rope, attention_mask=mask, **place)
-        torch.testing.assert_close(ours(x, tables, backend), whole[0], rtol=0, atol=2e-5)
+        if choice:  # of glm_moe_dsa, whose next layer may share it
+            (place["prev_topk_indices"],) = choice

@@ -1,7 +1,8 @@
 """GGUF metadata -> config fields of Hugging Face's config.json.
 
-Architectures llama (mistral included), qwen2, qwen3 and deepseek2 (V2, V3 and their relatives). An
-unknown key of the architecture is an error, because it may change the computation.
+Architectures llama (mistral included), qwen2, qwen3, deepseek2 (V2, V3 and their relatives),
+deepseek32 (V3.2) and glm-dsa (GLM-5). An unknown key of the architecture is an error, because it
+may change the computation.
 `metadata_writer` is the other direction.
 """
 
@@ -14,7 +15,11 @@ from lowlat.text.gguf_vocab import ALL_ENDS
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import quoted
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2")
+SPARSE = {"deepseek32": "deepseek_v32", "glm-dsa": "glm_moe_dsa"}
+"""Architectures with sparse attention (DSA), and their model_type."""
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "deepseek2", *SPARSE)
+LONG_CONTEXT = 2**20
+"""glm-dsa files of this context or more that list no indexers have those of GLM-5.2."""
 GATES = {1: "softmax", 2: "sigmoid"}
 IGNORED = (
     "tensor_data_layout",
@@ -100,6 +105,12 @@ class _Keys:
     def boolean(self, key: str, default: bool) -> bool:
         return self._checked(key, default, lambda v: isinstance(v, bool), "true or false")
 
+    def numbers(self, key: str) -> list[int] | None:
+        """A list of 0 and 1, or of false and true; None if absent."""
+        return self._checked(
+            key, None, lambda v: isinstance(v, list) and set(v) <= {0, 1}, "a list of 0 and 1"
+        )
+
     def reject_unread(self) -> None:
         unread = [key for key in self.values if key not in self.read]
         if unread:
@@ -142,7 +153,10 @@ def hf_config(file: GGUFFile, vocab_size: int) -> dict[str, Any]:
     arch = architecture(file)
     keys = _Keys(file, arch)
     config = _common(file, keys, vocab_size)
-    config |= _deepseek(file, keys) if arch == "deepseek2" else _dense(file, keys, arch)
+    is_latent = arch == "deepseek2" or arch in SPARSE
+    config |= _deepseek(file, keys) if is_latent else _dense(file, keys, arch)
+    if arch in SPARSE:
+        config |= _indexers(keys, arch, config)
     config |= _rope(file, keys)
     keys.reject_unread()
     return {"architectures": [families.ARCHITECTURES[config["model_type"]]], **config}
@@ -226,6 +240,24 @@ def _deepseek(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
         **_latent_sizes(keys),
         **_experts(keys),
     }
+
+
+def _indexers(keys: _Keys, arch: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Sparse attention; glm-dsa lists the layers that have an indexer."""
+    if config["model_type"] != "deepseek_v3":
+        raise keys.error("expert_gating_func", f"must be 2, sigmoid, in architecture {arch}")
+    found: dict[str, Any] = {
+        "model_type": SPARSE[arch],
+        "index_n_heads": keys.integer("attention.indexer.head_count"),
+        "index_head_dim": keys.integer("attention.indexer.key_length"),
+        "index_topk": keys.integer("attention.indexer.top_k"),
+    }
+    types = keys.numbers("attention.indexer.types")
+    if types is not None:
+        found["indexer_types"] = ["full" if number else "shared" for number in types]
+    elif arch == "glm-dsa" and config["max_position_embeddings"] >= LONG_CONTEXT:
+        found |= {"index_topk_freq": 4, "index_skip_topk_offset": 3}
+    return found
 
 
 def _layer_counts(file: GGUFFile, keys: _Keys) -> tuple[int, int]:

@@ -9,9 +9,16 @@ from typing import Any
 
 import torch
 
-from lowlat.config.attention import short_name
+from lowlat.config.attention import short_name, uniform
 from lowlat.config.hf.families import LOWLAT
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from lowlat.config.model import (
+    AttentionConfig,
+    GQAConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
 from lowlat.ops.rope import inverse_frequencies
 from lowlat.utils.errors import UserError
 
@@ -24,7 +31,7 @@ LLAMA_BETA_FAST = 32.0
 
 def architecture_of(config: ModelConfig) -> str:
     """llama.cpp's name of the model's architecture. Raises UserError if it has none."""
-    attention, rope = config.attention, rope_of(config)
+    attention, rope = attention_of(config), rope_of(config)
     scales = (config.scale_emb, config.residual_scale, config.output_scale)
     _require(scales == (1.0, 1.0, 1.0), "scale_emb, scale_depth and dim_model_base")
     _require(not rope.llama_4_scaling_beta, "queries scaled by their position")
@@ -36,7 +43,7 @@ def architecture_of(config: ModelConfig) -> str:
         _require(not biases, "latent attention with biases")
         _require(rope.rope_interleave, "rope_interleave false")
         _require(attention.qk_nope_head_dim > 0, "qk_nope_head_dim 0")
-        return "deepseek2"
+        return "deepseek2" if attention.indexer is None else _sparse_architecture(config, rope)
     if not isinstance(attention, GQAConfig):
         raise _unsupported(f"attention of form {short_name(attention)}")
     family = "llama" if config.model_type == "mistral" else config.model_type
@@ -49,17 +56,39 @@ def architecture_of(config: ModelConfig) -> str:
     return family
 
 
+def _sparse_architecture(config: ModelConfig, rope: RopeConfig) -> str:
+    """That of V3.2 or of GLM-5, by what each computes: the indexer's RoPE layout and sharing."""
+    attention = attention_of(config)
+    assert isinstance(attention, MLAConfig) and attention.indexer is not None
+    _require(attention.q_lora_rank is not None, "an indexer without query latent")
+    _require(config.moe is not None, "sparse attention without experts")
+    width = attention.indexer.index_head_dim
+    _require(width & (width - 1) == 0, f"index_head_dim {width}, no power of two,")
+    if attention.indexer.rope_interleave:
+        _require(rope.rope_type == "default", f"rope_type '{rope.rope_type}' of glm-dsa")
+        return "glm-dsa"
+    _require(not isinstance(config.attention, tuple), "shared choices with half-split indexers")
+    return "deepseek32"
+
+
+def attention_of(config: ModelConfig) -> AttentionConfig:
+    """The attention of every layer. Raises UserError where layers differ."""
+    attention = uniform(config.attention)
+    if attention is None:
+        raise _unsupported("layers that differ in their attention")
+    return attention
+
+
 def rope_of(config: ModelConfig) -> RopeConfig:
     """The rotary settings of every layer. Raises UserError where layers differ."""
-    rope = config.rope
-    if isinstance(rope, RopeConfig) and not isinstance(config.attention, tuple):
-        return rope
+    if isinstance(config.rope, RopeConfig):
+        return config.rope
     raise _unsupported("layers that differ in their attention")
 
 
 def gguf_keys(config: ModelConfig, arch: str) -> dict[str, Any]:
     """All keys but the vocabulary's. Raises UserError naming a setting that has no key."""
-    attention = config.attention
+    attention = attention_of(config)
     assert isinstance(attention, MLAConfig | GQAConfig)
     keys: dict[str, Any] = {
         "block_count": config.num_cache_layers,
@@ -72,7 +101,7 @@ def gguf_keys(config: ModelConfig, arch: str) -> dict[str, Any]:
         "rope.freq_base": float(rope_of(config).rope_theta),
     }
     if isinstance(attention, MLAConfig):
-        keys |= _latent_keys(attention) | _expert_keys(config)
+        keys |= _latent_keys(attention) | _expert_keys(config) | _indexer_keys(config, arch)
         if config.num_nextn_predict_layers:
             keys["nextn_predict_layers"] = config.num_nextn_predict_layers
     else:
@@ -108,6 +137,21 @@ def _latent_keys(attention: MLAConfig) -> dict[str, Any]:
         "attention.value_length_mla": attention.v_head_dim,
         "rope.dimension_count": rope_dim,
     }
+
+
+def _indexer_keys(config: ModelConfig, arch: str) -> dict[str, Any]:
+    layers = [config.attention_of(layer) for layer in range(config.num_hidden_layers)]
+    indexers = [layer.indexer for layer in layers if isinstance(layer, MLAConfig) and layer.indexer]
+    if not indexers:
+        return {}
+    keys: dict[str, Any] = {
+        "attention.indexer.head_count": indexers[0].index_n_heads,
+        "attention.indexer.key_length": indexers[0].index_head_dim,
+        "attention.indexer.top_k": indexers[0].index_topk,
+    }
+    if arch == "glm-dsa":
+        keys["attention.indexer.types"] = [int(not indexer.is_shared) for indexer in indexers]
+    return keys
 
 
 def _grouped_keys(config: ModelConfig, attention: GQAConfig) -> dict[str, Any]:
@@ -176,7 +220,7 @@ def _weighting(moe: MoEConfig) -> tuple[bool, float]:
 def _rope_keys(config: ModelConfig) -> dict[str, Any]:
     rope = rope_of(config)
     kind = rope.rope_type
-    is_latent = isinstance(config.attention, MLAConfig)
+    is_latent = isinstance(attention_of(config), MLAConfig)
     scaling: dict[str, Any] = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope.factor)}
     match kind:
         case "default":

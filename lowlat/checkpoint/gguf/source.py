@@ -66,8 +66,8 @@ class _Computed(StoredTensor):
 
 
 def open_gguf(path: Path) -> TensorSource:
-    """Open a .gguf file, or any part of a split one, of architecture llama, qwen2, qwen3 or
-    deepseek2.
+    """Open a .gguf file, or any part of a split one, of architecture llama, qwen2, qwen3,
+    deepseek2, deepseek32 or glm-dsa.
 
     Tensors stored as F16, F32, F64 or BF16 keep their dtype, all block formats are read as fp32.
     Tensors without a Hugging Face counterpart keep their name, so that strict loading reports them

@@ -36,6 +36,10 @@ MODULES = {
     "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
     "attn_kv_a_norm": "self_attn.kv_a_layernorm",
     "attn_kv_b": "self_attn.kv_b_proj",
+    "indexer.attn_q_b": "self_attn.indexer.wq_b",
+    "indexer.attn_k": "self_attn.indexer.wk",
+    "indexer.k_norm": "self_attn.indexer.k_norm",
+    "indexer.proj": "self_attn.indexer.weights_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -98,7 +102,7 @@ def _of_layer(
         yield GGUFTensorMapping(f"{block}{ROUTER_BIAS}.bias", shape, (parameter,), None)
         return
     module, _, kind = name.rpartition(".")
-    attention = config.attention
+    attention = config.attention_of(0)
     if module == "self_attn.kv_b_proj" and isinstance(attention, MLAConfig):
         yield from _split(attention, block, parameter)
         return

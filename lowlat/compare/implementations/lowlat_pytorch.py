@@ -210,6 +210,9 @@ class ObservedAttention(AttentionBackend):
         )
         return out
 
+    def sparse_mla(self, *arguments: Any, **named: Any) -> Tensor:
+        return self.inner.sparse_mla(*arguments, **named)
+
     def gqa(
         self,
         layer: int,

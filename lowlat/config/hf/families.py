@@ -3,7 +3,9 @@
 ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
     "kimi_k2": "DeepseekV3ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "youtu": "YoutuForCausalLM",
     "minicpm3": "MiniCPM3ForCausalLM",
@@ -25,16 +27,20 @@ LOWLAT = "lowlat"
 MAX_LAYERS = 100_000
 """Far above any model; keeps a hostile file from asking for lists of 2**31 layers."""
 
+SPARSE_FAMILIES = ("deepseek_v32", "glm_moe_dsa")
+"""Families with sparse attention (DSA): an indexer in every layer, in glm_moe_dsa in some."""
+
 DENSE_MLA_FAMILIES = ("youtu", "minicpm3")
 """Families with Multi-head Latent Attention and no experts."""
 
 MLA_FAMILIES = (
     *("deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite", "mistral4", "axk1"),
     *DENSE_MLA_FAMILIES,
+    *SPARSE_FAMILIES,
 )
 """Families with Multi-head Latent Attention; all others have grouped-query attention."""
 
-MTP_FAMILIES = ("deepseek_v3", "kimi_k2", "glm4_moe_lite")
+MTP_FAMILIES = ("deepseek_v3", "kimi_k2", "glm4_moe_lite", *SPARSE_FAMILIES)
 """Families whose files may have MTP modules."""
 
 ROPE_LAYOUT_FAMILIES = (*MTP_FAMILIES, "youtu", "mistral4", "axk1")

@@ -4,7 +4,8 @@ Per-layer MLA sizes, GLA, GTA and TPA, partial biases.
 
 The file holds ModelConfig's fields under their own names, nested like the dataclasses:
 
-    "attention":    {"form": "mla", "gqa", "gla", "gta" or "tpa", and that form's fields}
+    "attention":    {"form": "mla", "gqa", "gla", "gta" or "tpa", and that form's fields;
+                     with sparse attention "indexer": IndexerConfig's fields}
     "rope":         {"rope_theta", "rope_interleave", and the fields of Hugging Face's rope_scaling}
     "moe":          null, or MoEConfig's fields
     "quantization": null, or QuantConfig's fields
@@ -20,12 +21,12 @@ decoder layer, null where the layer has none ("kv_lora_rank": [96, 224, 128], "s
 in all layers. MTP modules have the attention of the last layer.
 """
 
-from dataclasses import MISSING, asdict, replace
+from dataclasses import MISSING, asdict, is_dataclass, replace
 from dataclasses import fields as dataclass_fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lowlat.config.attention import DECOUPLED_ROPE, ModelAttention, distinct
+from lowlat.config.attention import DECOUPLED_ROPE, ModelAttention, distinct, indexer_problem
 from lowlat.config.hf.families import LOWLAT, MAX_LAYERS
 from lowlat.config.hf.moe import check_routing
 from lowlat.config.hf.quantization import PACKED, packing_to_hf, storage_from_hf
@@ -35,6 +36,7 @@ from lowlat.config.model import (
     GLAConfig,
     GQAConfig,
     GTAConfig,
+    IndexerConfig,
     MLAConfig,
     ModelConfig,
     MoEConfig,
@@ -93,6 +95,8 @@ def config_from_lowlat(fields: JsonFields) -> ModelConfig:
         if plain.get(name, 0) > MAX_LAYERS:
             raise fields.wrong(name, f"at most {MAX_LAYERS}")
     attention = _attention(fields, plain["num_hidden_layers"])
+    if problem := indexer_problem(attention):
+        raise _table(fields, "attention").error("indexer", problem)
     moe, quantization = fields.table("moe"), fields.table("quantization")
     if quantization is not None and fields.present("quantization_config"):
         raise fields.error("quantization", "is given together with quantization_config; keep one")
@@ -125,7 +129,7 @@ def config_to_lowlat(config: ModelConfig) -> dict[str, Any]:
         "model_type": LOWLAT,
         **plain,
         "attention": {"form": form}
-        | _joined([_json(asdict(layer)) for layer in distinct(config.attention)]),
+        | _joined([_attention_to_json(layer) for layer in distinct(config.attention)]),
         "rope": _joined([_rope_to_json(rope) for rope in ropes]),
         "moe": None if config.moe is None else _json(asdict(config.moe)),
         "quantization": None if config.quantization is None else _json(asdict(config.quantization)),
@@ -133,6 +137,13 @@ def config_to_lowlat(config: ModelConfig) -> dict[str, Any]:
     if config.packing is not None:
         raw["quantization_config"] = packing_to_hf(config.packing)
     return raw
+
+
+def _attention_to_json(attention: AttentionConfig) -> dict[str, Any]:
+    fields = _json(asdict(attention))
+    if fields.get("indexer") is None:
+        fields.pop("indexer", None)  # files of dense models have no such field
+    return fields
 
 
 def _rope_to_json(rope: RopeConfig) -> dict[str, Any]:
@@ -185,6 +196,8 @@ def _layer_attention(table: JsonFields, kind: type[AttentionConfig]) -> Attentio
         case MLAConfig():
             if attention.q_bias and attention.q_lora_rank is not None:
                 raise table.error("q_bias", "belongs to q_proj; set q_lora_rank to null")
+            if attention.indexer is not None:
+                _check_indexer(table, attention, attention.indexer)
             if attention.qk_head_dim == 0:
                 raise table.error("qk_nope_head_dim", "and qk_rope_head_dim are both 0: no queries")
         case GLAConfig():
@@ -205,6 +218,12 @@ def _layer_attention(table: JsonFields, kind: type[AttentionConfig]) -> Attentio
         raise table.error(name, f"{attention.rope_dim} must be even: channels rotate in pairs")
     _reject_unknown(table)
     return attention
+
+
+def _check_indexer(table: JsonFields, attention: MLAConfig, indexer: IndexerConfig) -> None:
+    width, rotary = indexer.index_head_dim, attention.qk_rope_head_dim
+    if width < rotary:
+        raise table.error("indexer.index_head_dim", f"{width} is less than its {rotary} RoPE ones")
 
 
 def _rope(
@@ -309,6 +328,11 @@ def _value(table: JsonFields, name: str, hint: Any) -> Any:
         if table.value(name) is None:
             return None
         hint = next(part for part in get_args(hint) if part is not NoneType)
+    if is_dataclass(hint) and isinstance(hint, type):
+        nested = _table(table, name)
+        values = _read(hint, nested)
+        _reject_unknown(nested)
+        return hint(**values)
     if hint is bool:
         return table.boolean(name)
     if hint is int:

@@ -17,7 +17,9 @@ from lowlat.config.hf.families import (
     MTP_FAMILIES,
     MULTIMODAL_FAMILIES,
     ROPE_LAYOUT_FAMILIES,
+    SPARSE_FAMILIES,
 )
+from lowlat.config.hf.indexer import INDEXER_FIELDS, sparse_attention
 from lowlat.config.hf.lowlat_model_type import config_from_lowlat
 from lowlat.config.hf.moe import moe_from_hf
 from lowlat.config.hf.padded_latent import native_attention
@@ -25,8 +27,6 @@ from lowlat.config.hf.quantization import storage_from_hf
 from lowlat.config.hf.rope import rope_from_hf
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.utils.json_fields import JsonFields
-
-INDEXER_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
 
 
 def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
@@ -39,13 +39,14 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
     if fields.value("model_type") == LOWLAT:
         return config_from_lowlat(fields)
     model_type = _model_type(fields)
-    _reject_unsupported(fields)
+    _reject_unsupported(fields, model_type)
     layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
     mtp_layers = _num_mtp_layers(fields, model_type)
     context = fields.integer("max_position_embeddings")
     is_mla = model_type in MLA_FAMILIES
     has_experts = is_mla and model_type not in DENSE_MLA_FAMILIES
     attention = _mla(fields, model_type) if is_mla else _gqa(fields, model_type)
+    is_sparse = model_type in SPARSE_FAMILIES and isinstance(attention, MLAConfig)
     rope = rope_from_hf(
         fields,
         model_type=model_type,
@@ -63,7 +64,9 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
         vocab_size=fields.integer("vocab_size"),
         max_position_embeddings=context,
         rms_norm_eps=fields.positive("rms_norm_eps"),
-        attention=attention,
+        attention=sparse_attention(fields, attention, model_type, layers)
+        if is_sparse
+        else attention,
         rope=rope,
         moe=moe_from_hf(fields, model_type, layers, mtp_layers) if has_experts else None,
         num_nextn_predict_layers=mtp_layers,
@@ -109,7 +112,7 @@ def _model_type(fields: JsonFields) -> str:
     return model_type
 
 
-def _reject_unsupported(fields: JsonFields) -> None:
+def _reject_unsupported(fields: JsonFields, model_type: str) -> None:
     """Known fields of other models, with a better message than 'unknown field'."""
     fields.choice("hidden_act", ("silu",), "silu")
     if fields.boolean("mlp_bias", False):
@@ -117,9 +120,9 @@ def _reject_unsupported(fields: JsonFields) -> None:
     if fields.number("attention_dropout", 0.0) != 0.0:
         raise fields.unsupported("attention_dropout", "set it to 0 (inference never uses it)")
     for name in INDEXER_FIELDS:
-        if fields.present(name):
+        if fields.present(name) and model_type not in SPARSE_FAMILIES:
             raise fields.unsupported(
-                name, "sparse attention with an indexer (V3.2) is another model"
+                name, f"sparse attention is that of {' and '.join(SPARSE_FAMILIES)}"
             )
 
 

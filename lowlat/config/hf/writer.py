@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from lowlat.config.attention import short_name
+from lowlat.config.attention import short_name, uniform
 from lowlat.config.hf.families import (
     ARCHITECTURES,
     DENSE_MLA_FAMILIES,
@@ -11,7 +11,9 @@ from lowlat.config.hf.families import (
     MLA_FAMILIES,
     MTP_FAMILIES,
     ROPE_LAYOUT_FAMILIES,
+    SPARSE_FAMILIES,
 )
+from lowlat.config.hf.indexer import indexer_to_hf
 from lowlat.config.hf.lowlat_model_type import config_to_lowlat
 from lowlat.config.hf.moe import (
     FAMILY_FIELDS,
@@ -92,10 +94,11 @@ def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _uniform_attention(config: ModelConfig) -> AttentionConfig:
-    """The attention of every layer. Raises UserError if layers differ."""
-    differs = isinstance(config.attention, tuple) or isinstance(config.rope, tuple)
-    _require(config, not differs, f"layers that differ ({short_name(config.attention)})")
-    return config.attention_of(0)
+    """The attention of every layer. Raises UserError if layers differ, but for shared choices."""
+    attention = uniform(config.attention)
+    if attention is None or isinstance(config.rope, tuple):
+        raise _inexpressible(config, f"layers that differ ({short_name(config.attention)})")
+    return attention
 
 
 def _mla_to_hf(config: ModelConfig, attention: MLAConfig) -> dict[str, Any]:
@@ -121,6 +124,13 @@ def _mla_to_hf(config: ModelConfig, attention: MLAConfig) -> dict[str, Any]:
         raw["num_nextn_predict_layers"] = config.num_nextn_predict_layers
     else:
         _require(config, config.num_nextn_predict_layers == 0, "MTP modules")
+    is_sparse = config.model_type in SPARSE_FAMILIES
+    _require(config, is_sparse == (attention.indexer is not None), "this sparse attention")
+    if is_sparse:
+        _require(config, attention.q_lora_rank is not None, "an indexer without query latent")
+        raw |= indexer_to_hf(config)
+        shares = isinstance(config.attention, tuple)
+        _require(config, not shares or "indexer_types" in raw, "layers that share a choice")
     if config.model_type == "minicpm3":
         raw |= {name: getattr(config, name) for name in SCALES}
     if not attention.kv_a_layernorm:
@@ -216,7 +226,11 @@ def _windows_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def _require(config: ModelConfig, condition: bool, what: str) -> None:
     if not condition:
-        raise UserError(
-            f"a config.json of model_type '{config.model_type}' cannot express {what}; "
-            f"model_type '{LOWLAT}' can"
-        )
+        raise _inexpressible(config, what)
+
+
+def _inexpressible(config: ModelConfig, what: str) -> UserError:
+    return UserError(
+        f"a config.json of model_type '{config.model_type}' cannot express {what}; "
+        f"model_type '{LOWLAT}' can"
+    )

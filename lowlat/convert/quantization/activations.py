@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -70,6 +70,8 @@ class ActivationStatistics:
         self._task, self._dtype = task, dtype or fast_dtype()
         self._with_covariance = with_covariance
         self._next, self._streams = 0, list[Tensor]()
+        self._backends: list[FlashAttention] = []
+        """Of each window: layers may share a choice of tokens (DSA)."""
         self._found: dict[str, Importance] = {}
 
     @torch.no_grad()
@@ -98,6 +100,7 @@ class ActivationStatistics:
             embedding = self._weights.read("embed_tokens.weight")[self._windows].float()
             self._weights.release("embed_tokens.weight")
             self._streams = [scaled(window, config.scale_emb) for window in embedding]
+            self._backends = [FlashAttention([len(window)]) for window in embedding]
         if number == config.num_hidden_layers:
             norm = self._final_norm()
             for x in self._streams:
@@ -115,7 +118,7 @@ class ActivationStatistics:
                     pool,
                     with_covariance=self._with_covariance,
                 )
-                self._streams = layer.advance(self._streams)
+                self._streams = layer.advance(self._streams, self._backends)
             if self._task is not None:
                 self._task.advance(1)
         self._next, self._found = number + 1, sums.statistics()
@@ -216,9 +219,9 @@ class _Layer:
         self._inputs = _RecordedInputs(self._layer, self._prefix, with_covariance=with_covariance)
         self._of_experts = with_covariance and _expert_bytes(weights.config) <= MAX_EXPERT_BYTES
 
-    def advance(self, streams: list[Tensor]) -> list[Tensor]:
+    def advance(self, streams: list[Tensor], backends: list[FlashAttention]) -> list[Tensor]:
         """The residual streams after the layer; adds the statistics of its projections."""
-        middle = self._measured(self._attend, streams)
+        middle = self._measured(self._attend, streams, backends)
         mlp = self._layer.mlp
         normed = [self._layer.post_attention_layernorm(x).to(self._dtype) for x in middle]
         if isinstance(mlp, MoE):
@@ -235,22 +238,26 @@ class _Layer:
         factor = self._layer.residual_scale
         return [x + scaled(out.float(), factor) for x, out in zip(middle, outputs, strict=True)]
 
-    def _attend(self, x: Float[Tensor, "length hidden"]) -> Float[Tensor, "length hidden"]:
+    def _attend(
+        self, x: Float[Tensor, "length hidden"], backend: FlashAttention
+    ) -> Float[Tensor, "length hidden"]:
         layer = self._layer
         normed = layer.input_layernorm(x).to(self._dtype)
-        added = layer.self_attn(normed, self._rope, FlashAttention([len(x)]))
+        added = layer.self_attn(normed, self._rope, backend)
         return x + scaled(added.float(), layer.residual_scale)
 
     def _measured(
-        self, function: Callable[[Tensor], Tensor], windows: list[Tensor]
+        self, function: Callable[..., Tensor], windows: list[Tensor], *further: list[Any]
     ) -> list[Tensor]:
-        """The function of every window; adds the statistics of the inputs that it records."""
+        """The function of every window and of what `further` lists have for it; adds the statistics
+        of the inputs that it records.
+        """
 
-        def run(x: Tensor) -> tuple[Tensor, Found]:
-            return self._inputs.during(lambda: function(x))
+        def run(*inputs: Any) -> tuple[Tensor, Found]:
+            return self._inputs.during(lambda: function(*inputs))
 
         outputs: list[Tensor] = []
-        for out, found in self._pool.map(run, windows):
+        for out, found in self._pool.map(run, windows, *further):
             outputs.append(out)
             self._sums.add(found)
         return outputs

@@ -53,7 +53,7 @@ FLOATS = {dtype: ggml_type for ggml_type, dtype in PLAIN.items() if ggml_type !=
 """GGML types by dtype; llama.cpp does not compute in F64."""
 EIGHT_BITS = ("token_embd", "output", "attn_k_b", "attn_v_b", "nextn.eh_proj")
 """Modules in Q8_0 if others are Q4_1: the int8 modules of int4 models, and the embedding."""
-FP32_MODULES = ("ffn_gate_inp",)
+FP32_MODULES = ("ffn_gate_inp", "indexer.proj")
 """Modules in fp32 in every file, like vectors."""
 FILE_TYPES = {
     GGMLType.F32: 0,
@@ -116,7 +116,7 @@ def _kept_entries(source: Path, arch: str, keys: dict[str, Any]) -> dict[str, by
     file, config = open_parts(source), read_config(open_gguf(source))
     own = {key for key in keys if key.startswith(f"{arch}.")}
     is_absorbed = f"{arch}.attention.key_length_mla" in file.metadata
-    is_same_layout = is_absorbed == isinstance(config.attention, MLAConfig)
+    is_same_layout = is_absorbed == isinstance(config.attention_of(0), MLAConfig)
     left_out = LAYOUT_KEYS
     if is_same_layout and gguf_keys(config, arch) == {key: keys[key] for key in own}:
         for key in own:
@@ -185,8 +185,8 @@ def _encoded(
 
 
 def _kind(weights: Weights, part: GGUFTensorMapping, storage_type: StorageType | None) -> GGMLType:
-    """GGML type of a tensor: fp32 for vectors and the router, bf16 if its rows do not divide into
-    blocks.
+    """GGML type of a tensor: fp32 for vectors, the router and head weights of indexers, bf16 if its
+    rows do not divide into blocks.
     """
     module = part.name.removesuffix(".weight").removesuffix(".bias")
     if module.startswith("blk."):

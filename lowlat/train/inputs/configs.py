@@ -23,6 +23,7 @@ from lowlat.utils.json_fields import JsonFields
 
 NULLABLE = ("q_lora_rank", "sliding_window")
 """Fields of config.json that are null if missing from [model], since TOML has no null."""
+DENSE_REMEDY = "choose a model with dense attention, such as deepseek_v3"
 
 
 def recipe_config(recipe: Recipe, path: Path, base_model: Path | None) -> ModelConfig:
@@ -54,6 +55,8 @@ def base_config(
                 f"{origin}: [model]: quantization_config describes stored checkpoints; leave it "
                 "out (precision = 'fp8' trains in FP8, train export --dtype fp8 stores it)"
             )
+    if config.is_sparse:
+        raise UserError(f"{origin}: sparse attention (DSA) cannot be trained; {DENSE_REMEDY}")
     if config.vocab_size < vocab_size:
         raise UserError(
             f"{origin}: the data has {vocab_size} token ids, but the model's vocab_size is "

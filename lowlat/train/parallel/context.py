@@ -7,7 +7,7 @@ all-gather takes the place of ring attention.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 import torch.distributed as dist
@@ -122,6 +122,9 @@ class ContextAttention(AttentionBackend):
         v = (latent @ w_uv.flatten(0, 1).T).unflatten(-1, (heads, -1))
         k = torch.cat([k_nope, k_rope.expand(-1, -1, heads, -1)], dim=-1)
         return self._attend(torch.cat([q_nope, q_rope], dim=-1), k, v, scale, None)
+
+    def sparse_mla(self, *arguments: Any, **named: Any) -> Tensor:
+        raise AssertionError("sparse attention is not trained")
 
     def gqa(
         self,

@@ -134,6 +134,9 @@ class TensorParallelAttention(AttentionBackend):
         entries = copy_to_group(entries, self._group)
         return self._inner.mla(layer, q_nope, q_rope, entries, w_uk, w_uv, scale)
 
+    def sparse_mla(self, *arguments: Any, **named: Any) -> Tensor:
+        raise AssertionError("sparse attention is not trained")
+
     def gqa(self, *arguments: Any, **named: Any) -> Tensor:
         return self._inner.gqa(*arguments, **named)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowlat.checkpoint.save import save_model
-from lowlat.config.model import ModelConfig, QuantConfig, RopeConfig
+from lowlat.config.model import IndexerConfig, ModelConfig, QuantConfig, RopeConfig
 from lowlat.convert.parameters.exact_mla import mla_config
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
@@ -46,12 +46,21 @@ PLAIN = RopeConfig(rope_theta=INTERLEAVED.rope_theta)
 SCALES = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 5}
 FP8 = QuantConfig(weight_block_size=(8, 5), modules_to_not_convert=("model.layers.0.mlp",))
 
+INDEXER = IndexerConfig(index_n_heads=5, index_head_dim=8, index_topk=7)
+SPARSE = replace(MLA, indexer=INDEXER)
+SPARSE_GLM = replace(MLA, indexer=replace(INDEXER, rope_interleave=True))
+SHARING = (SPARSE_GLM, replace(MLA, indexer=replace(SPARSE_GLM.indexer, is_shared=True)))
+
 FAMILIES: dict[str, ModelConfig] = {
     "deepseek_v2": mla("deepseek_v2"),
     "deepseek_v3": mla("deepseek_v3"),
     "deepseek_v3-mtp": mla("deepseek_v3", num_nextn_predict_layers=2),
     "deepseek_v3-mtp-copies": mla("deepseek_v3", num_nextn_predict_layers=1, mtp_copies=True),
     "deepseek_v3-fp8": mla("deepseek_v3", num_nextn_predict_layers=1, quantization=FP8),
+    "deepseek_v32": mla("deepseek_v32", attention=SPARSE, num_nextn_predict_layers=1),
+    "deepseek_v32-fp8": mla("deepseek_v32", attention=SPARSE, quantization=FP8),
+    "glm_moe_dsa": mla("glm_moe_dsa", attention=SPARSE_GLM),
+    "glm_moe_dsa-sharing": mla("glm_moe_dsa", attention=SHARING, num_nextn_predict_layers=1),
     "kimi_k2": mla("kimi_k2"),
     "glm4_moe_lite": mla("glm4_moe_lite", num_nextn_predict_layers=1),
     "mistral4": mla("mistral4", moe=MISTRAL4_MOE, rope=SCALED),

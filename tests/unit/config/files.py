@@ -41,6 +41,10 @@ DENSE_MLA = {
     for name, value in MLA.items()
     if name in COMMON or name == "q_lora_rank" or name.endswith(("_dim", "kv_lora_rank"))
 }
+V32 = V3 | {"model_type": "deepseek_v32", "architectures": ["DeepseekV32ForCausalLM"]}
+V32 |= {"index_n_heads": 5, "index_head_dim": 10, "index_topk": 23}
+GLM_DSA = V32 | {"model_type": "glm_moe_dsa", "architectures": ["GlmMoeDsaForCausalLM"]}
+GLM_DSA |= {"indexer_types": ["full", "shared", "shared", "full", "shared"]}
 YOUTU = DENSE_MLA | {"model_type": "youtu", "architectures": ["YoutuForCausalLM"]}
 MINICPM3 = DENSE_MLA | {"model_type": "minicpm3", "architectures": ["MiniCPM3ForCausalLM"]}
 MINICPM3 |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 6}
@@ -54,6 +58,8 @@ QWEN2 = COMMON | {"model_type": "qwen2", "num_key_value_heads": 3}
 QWEN3 = COMMON | {"model_type": "qwen3", "num_key_value_heads": 3, "head_dim": 10}
 FAMILIES = {
     "deepseek_v3": V3,
+    "deepseek_v32": V32,
+    "glm_moe_dsa": GLM_DSA,
     "kimi_k2": V3 | {"model_type": "kimi_k2"},
     "deepseek_v2": V2,
     "glm4_moe_lite": GLM,

@@ -35,7 +35,7 @@ def test_reads_every_family(family: str):
     assert (config.vocab_size, config.max_position_embeddings) == (101, 211)
     assert (config.rms_norm_eps, config.rope.rope_theta) == (1e-5, 777.0)
     is_mla = family in MLA_FAMILIES
-    assert isinstance(config.attention, MLAConfig if is_mla else GQAConfig)
+    assert isinstance(config.attention_of(0), MLAConfig if is_mla else GQAConfig)
     assert config.rope.rope_interleave == (is_mla and family != "minicpm3")
     assert config.quantization is None and not config.tie_word_embeddings
 
@@ -285,7 +285,7 @@ def test_heads_must_be_a_multiple_of_groups():
         (LLAMA, "rope_interleave", True),
         (LLAMA, "num_nextn_predict_layers", 1),
         (LLAMA, "model_type", "gpt2"),
-        (LLAMA, "model_type", "deepseek_v32"),
+        (LLAMA, "model_type", "deepseek_v4"),
         (LLAMA, "model_type", None),
         (LLAMA, "architectures", ["LlamaForSequenceClassification"]),
         (V3, "index_topk", 2048),

@@ -96,7 +96,7 @@ def test_transformers_loads_presets(name: str):
     config = load_preset(name)
     loaded, saved = through_transformers(config)
     assert config_from_hf(saved) == config
-    attention = config.attention
+    attention = config.attention_of(0)
     if isinstance(attention, MLAConfig):
         assert loaded.kv_lora_rank == attention.kv_lora_rank
         assert loaded.q_lora_rank == attention.q_lora_rank

@@ -57,6 +57,9 @@ def test_deepseek_v3_by_part():
         ("mistral-small-4-119b", "119.0", "6.6"),
         ("a.x-k1", "519", "33"),
         ("kimi-k2.5", "1026.4", "32.9"),
+        ("deepseek-v3.2", "671.88", None),
+        ("glm-5", "743.91", "41.8"),
+        ("glm-5.2", "743.38", "41.3"),
     ],
 )
 def test_totals_and_active(name: str, total: str, active: str | None):
@@ -79,11 +82,18 @@ def test_v2_lite_active():
         ("qwen2.5-72b", 327_680),
         ("llama-3.1-405b", 516_096),
         ("smollm2-135m", 23_040),
+        ("deepseek-v3.2", 61 * (576 + 128) * 2),
+        ("glm-5", 78 * (576 + 128) * 2),
     ],
 )
 def test_cache_per_token(name: str, bytes_per_token: int):
     cost = kv_cache_size(load_preset(name))
     assert cost.bytes_per_token(cost.elements_per_token_layer, "bf16") == bytes_per_token
+
+
+def test_layers_that_share_a_choice_cache_no_index_key():
+    cost = kv_cache_size(load_preset("glm-5.2"))
+    assert cost.own_bytes_per_token("bf16") == 2 * (78 * 576 + 21 * 128)
 
 
 def test_alternatives_of_deepseek_v3():

@@ -12,6 +12,9 @@ def test_names():
         "deepseek-v3",
         "deepseek-r1",
         "deepseek-v3.1",
+        "deepseek-v3.2",
+        "glm-5",
+        "glm-5.2",
         "deepseek-v2",
         "deepseek-v2-lite",
         "moonlight-16b-a3b",
@@ -58,6 +61,8 @@ def test_softmax_scale_has_the_yarn_factor():
         ("mistral-small-4-119b", 128, 4, 1, 1, 1, 1.0, 0),
         ("a.x-k1", 192, 8, 1, 8, 4, 2.5, 1),
         ("kimi-k2.5", 384, 8, 1, 1, 1, 2.827, 1),
+        ("deepseek-v3.2", 256, 8, 1, 8, 4, 2.5, 3),
+        ("glm-5", 256, 8, 1, 1, 1, 2.5, 3),
     ],
 )
 def test_experts(
@@ -92,3 +97,25 @@ def test_settings_that_differ():
     v31 = load_preset("deepseek-v3.1").quantization
     assert v31 is not None and v31.scale_fmt == "ue8m0"
     assert load_preset("smollm2-135m").tie_word_embeddings
+
+
+def test_indexers():
+    """V3.2 and GLM-5 have one in every layer; GLM-5.2 in 21 of 78: 0 to 2, then every fourth."""
+    v32, glm, shared = (load_preset(name) for name in ("deepseek-v3.2", "glm-5", "glm-5.2"))
+    assert isinstance(v32.attention, MLAConfig) and isinstance(glm.attention, MLAConfig)
+    for config, heads, interleave in ((v32.attention, 64, False), (glm.attention, 32, True)):
+        indexer = config.indexer
+        assert indexer is not None
+        assert (indexer.index_n_heads, indexer.index_head_dim) == (heads, 128)
+        assert (indexer.index_topk, indexer.rope_interleave) == (2048, interleave)
+    full = [
+        layer
+        for layer in range(78)
+        if isinstance(own := shared.attention_of(layer), MLAConfig) and own.index_key_dim
+    ]
+    assert full == [0, 1, 2, *range(6, 78, 4)]
+    assert (glm.num_nextn_predict_layers, glm.rms_norm_eps, glm.rope_of(0).rope_theta) == (
+        1,
+        1e-5,
+        1e6,
+    )

@@ -1,0 +1,56 @@
+"""Models with sparse attention (DSA): served up to their top-k, where attention is dense."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lowlat.config.model import IndexerConfig
+from lowlat.generate.model import Model
+from lowlat.ops import native
+from lowlat.serve.async_engine import AsyncEngine
+from lowlat.utils.errors import UserError
+from tests import configs
+from tests.fakes import byte_tokenizer, tiny_model
+
+INDEXER = IndexerConfig(index_n_heads=3, index_head_dim=9, index_topk=24)
+CONFIG = configs.byte_model_config("deepseek_v32", replace(configs.MLA, indexer=INDEXER))
+
+
+def build(context: int | None, dtype: torch.dtype = torch.float32) -> Model:
+    model = tiny_model(CONFIG, dtype=dtype)
+    return Model(model, byte_tokenizer(), name="sparse", context=context)
+
+
+def test_a_context_beyond_topk_is_not_served() -> None:
+    for context in (25, None):
+        with pytest.raises(UserError, match="--max-context 24 or less") as caught:
+            AsyncEngine(build(context))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_context_up_to_topk_is_served() -> None:
+    assert AsyncEngine(build(24)).model.cache_bytes_per_token == 2 * 19 * 4
+
+
+def test_longer_contexts_complete_in_python() -> None:
+    """The same tokens from a step per token and from chunks, and from the logits of the whole."""
+    model = build(None)
+    assert model.cache_bytes_per_token == 2 * (9 + 19) * 4
+    prompt = [7 * place % 250 for place in range(40)]
+    done = model.generate(prompt, max_tokens=9, temperature=0.0)
+    assert not isinstance(done, list)
+    logits = model.logits([*prompt, *done.token_ids])
+    assert logits[39:-1].argmax(dim=-1).tolist() == list(done.token_ids)
+    assert model.num_parameters == sum(p.numel() for p in model.transformer.parameters())
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+def test_native_kernels_run_contexts_up_to_topk() -> None:
+    """With the logits of the reference; without indexers they write no index keys."""
+    model, reference = build(24, torch.bfloat16), build(24)
+    assert model.runner.is_batch_invariant
+    assert not build(25, torch.bfloat16).runner.is_batch_invariant
+    prompt = [7 * place % 250 for place in range(24)]
+    found, wanted = model.logits(prompt), reference.logits(prompt)
+    assert (found - wanted).norm() < 0.05 * wanted.norm()
