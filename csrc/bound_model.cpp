@@ -11,7 +11,7 @@
 #include <utility>
 
 #include "bound_cache.h"
-#include "bound_matrix.h"
+#include "bound_parts.h"
 #include "dispatch.h"
 #include "thread_pool.h"
 #include "step_state.h"
@@ -21,62 +21,6 @@ namespace lowlat {
 namespace {
 
 using namespace nb::literals;
-
-// A part of a model with the tensors that own its memory.
-template <class T>
-struct Bound {
-  T part;
-  std::vector<Array> owners;
-
-  template <class Other>
-  const Other& keep(const Bound<Other>& other) {
-    owners.insert(owners.end(), other.owners.begin(), other.owners.end());
-    return other.part;
-  }
-  const Matrix& keep(const BoundMatrix& other) {
-    owners.insert(owners.end(), other.owners.begin(), other.owners.end());
-    return other.matrix;
-  }
-  template <class Other>
-  std::optional<Other> keep(const std::optional<Bound<Other>>& other) {
-    if (!other) return std::nullopt;
-    return keep(*other);
-  }
-};
-
-using BoundNorm = Bound<Norm>;
-using BoundProjection = Bound<Projection>;
-using BoundMlp = Bound<Mlp>;
-using BoundRouter = Bound<Router>;
-using BoundMoe = Bound<Moe>;
-using BoundAttention = Bound<Attention>;
-using BoundLayer = Bound<Layer>;
-using BoundMtpInput = Bound<MtpInput>;
-
-void require_shape(const Matrix& m, std::int64_t rows, std::int64_t columns, const char* name) {
-  if (m.rows == rows && m.columns == columns) return;
-  throw std::invalid_argument(std::string(name) + " is [" + std::to_string(m.rows) + ", " + std::to_string(m.columns) +
-                              "], not [" + std::to_string(rows) + ", " + std::to_string(columns) + "]");
-}
-
-BoundNorm make_norm(const Array& weight, float eps) {
-  BoundNorm bound;
-  bound.part.weight = elements<float>(weight, "weight", Type::fp32, {kAnySize});
-  bound.part.size = size(weight, 0);
-  bound.part.eps = eps;
-  bound.owners.push_back(weight);
-  return bound;
-}
-
-BoundProjection make_projection(const BoundMatrix& weight, const std::optional<Array>& bias) {
-  BoundProjection bound;
-  bound.part.weight = bound.keep(weight);
-  if (bias) {
-    bound.part.bias = elements<float>(*bias, "bias", Type::fp32, {weight.matrix.rows});
-    bound.owners.push_back(*bias);
-  }
-  return bound;
-}
 
 BoundMlp make_mlp(const BoundProjection& gate, const BoundProjection& up, const BoundProjection& down) {
   BoundMlp bound;
@@ -123,7 +67,8 @@ BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t 
                         float scale, bool interleave, const std::optional<BoundProjection>& q_a,
                         const std::optional<BoundNorm>& q_a_norm, const BoundProjection& q, const BoundProjection& kv_a,
                         const std::vector<BoundNorm>& kv_a_norms, const BoundMatrix& kv_b,
-                        const std::optional<BoundMatrix>& k_b, const BoundProjection& o) {
+                        const std::optional<BoundMatrix>& k_b, const BoundProjection& o,
+                        const std::vector<std::optional<BoundLowRank>>& kv_b_updates) {
   BoundAttention bound;
   Attention& a = bound.part;
   a.heads = heads;
@@ -144,6 +89,7 @@ BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t 
   require(a.latent_dim > 0 && rope_dim % 2 == 0, "kv_b has no columns, or rope_dim is odd");
   require(!a.kv_b.is_tiled(), "kv_b is not row-major");
   require_shape(a.kv_b, heads * (k_b ? value_dim : nope_dim + value_dim), a.latent_dim, "kv_b");
+  a.kv_b_updates = keep_updates(bound, kv_b_updates, heads * (nope_dim + value_dim), a.latent_dim);
   if (a.k_b) {
     require(!a.k_b->is_tiled() && !a.k_b->has_row_scales(), "k_b has an unsupported storage");
     require_shape(*a.k_b, heads * a.latent_dim, nope_dim, "k_b");
@@ -216,9 +162,9 @@ BoundMtpInput make_mtp_input(const BoundNorm& embedding_norm, const BoundNorm& h
   return bound;
 }
 
-// A sequence of a step: its page table, entries cached before the step, new tokens, and whether MLA takes the
-// expanded path.
-using SequenceArgs = std::tuple<std::vector<std::int32_t>, std::int64_t, std::int64_t, bool>;
+// A sequence of a step: its page table, entries cached before the step, new tokens, whether MLA takes the expanded
+// path, and its LoRA adapter or -1.
+using SequenceArgs = std::tuple<std::vector<std::int32_t>, std::int64_t, std::int64_t, bool, std::int32_t>;
 
 class BoundModel {
  public:
@@ -348,13 +294,19 @@ class BoundModel {
 
   static void read_sequences(Step& step, const std::vector<SequenceArgs>& sequences, const BoundCache& cache) {
     std::int64_t token = 0;
-    for (const auto& [pages, start, length, is_expanded] : sequences) {
+    bool has_adapters = false;
+    for (const auto& [pages, start, length, is_expanded, adapter] : sequences) {
       require(start >= 0 && length > 0, "a sequence has no new tokens");
       const auto rows = static_cast<std::int64_t>(pages.size()) * cache.page_size();
       require(length <= rows && start <= rows - length, "a sequence has too few pages");
       for (const std::int32_t page : pages) require(page >= 0 && page < cache.pages, "a page is outside the cache");
-      step.sequences.push_back({pages.data(), start, length, token, is_expanded});
+      require(adapter >= -1, "an adapter's number is negative");
+      has_adapters |= adapter >= 0;
+      step.sequences.push_back({pages.data(), start, length, token, is_expanded, adapter});
       token += length;
+    }
+    for (const Sequence& s : step.sequences) {
+      if (has_adapters) step.adapters.insert(step.adapters.end(), s.length, s.adapter);
     }
     require(token == step.tokens, "the sequences do not add up to the tokens");
   }
@@ -368,8 +320,9 @@ class BoundModel {
 
 void bind_model(nb::module_& module) {
   nb::class_<BoundNorm>(module, "Norm").def_static("make", make_norm, "weight"_a, "eps"_a);
+  nb::class_<BoundLowRank>(module, "LowRank").def_static("make", make_low_rank, "a"_a, "b"_a);
   nb::class_<BoundProjection>(module, "Projection")
-      .def_static("make", make_projection, "weight"_a, "bias"_a.none());
+      .def_static("make", make_projection, "weight"_a, "bias"_a.none(), "updates"_a);
   nb::class_<BoundMlp>(module, "Mlp").def_static("make", make_mlp, "gate"_a, "up"_a, "down"_a);
   nb::class_<BoundRouter>(module, "Router")
       .def_static("make", make_router, "weight"_a, "bias"_a.none(), nb::kw_only(), "chosen"_a, "groups"_a,
@@ -378,7 +331,7 @@ void bind_model(nb::module_& module) {
   nb::class_<BoundAttention>(module, "Attention")
       .def_static("mla", make_mla, nb::kw_only(), "heads"_a, "nope_dim"_a, "rope_dim"_a, "value_dim"_a, "scale"_a,
                   "interleave"_a, "q_a"_a.none(), "q_a_norm"_a.none(), "q"_a, "kv_a"_a, "kv_a_norms"_a, "kv_b"_a,
-                  "k_b"_a.none(), "o"_a)
+                  "k_b"_a.none(), "o"_a, "kv_b_updates"_a)
       .def_static("gqa", make_gqa, nb::kw_only(), "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "interleave"_a,
                   "window"_a, "q"_a, "k"_a, "v"_a, "o"_a, "q_norm"_a.none(), "k_norm"_a.none());
   nb::class_<BoundLayer>(module, "Layer")

@@ -15,9 +15,19 @@ struct Norm {
   float eps = 0;
 };
 
+// The low-rank update of a projection by a LoRA adapter: y += (x A^T) B^T. The adapter's scaling is part of B.
+struct LowRank {
+  std::int64_t rank = 0;    // 0: the adapter does not update this projection
+  const bf16* a = nullptr;  // [rank, a_stride], zeros beyond the columns; a_stride a multiple of 32
+  std::int64_t a_stride = 0;
+  const bf16* b = nullptr;  // B transposed: [rank, b_stride], zeros beyond the rows, at least 32 of them
+  std::int64_t b_stride = 0;
+};
+
 struct Projection {
   Matrix weight;
   const float* bias = nullptr;  // null: none
+  std::vector<LowRank> updates;  // by adapter; empty: no adapter updates it
 };
 
 // SwiGLU: down(silu(gate x) * up x).
@@ -61,6 +71,7 @@ struct Attention {
   std::vector<Norm> kv_a_norms;  // of consecutive parts of the latent; empty: no norm
   Matrix kv_b;  // [heads * (nope_dim + value_dim), latent_dim], row-major; [heads * value_dim, latent_dim] with k_b
   std::optional<Matrix> k_b;  // the keys' half of kv_b, each head transposed: [heads * latent_dim, nope_dim]
+  std::vector<LowRank> kv_b_updates;  // of [heads * (nope_dim + value_dim), latent_dim], by adapter
   // GQA
   std::int64_t kv_heads = 0;
   Projection k, v;
@@ -118,6 +129,7 @@ struct Sequence {
   std::int64_t length = 0;       // new tokens
   std::int64_t first_token = 0;  // index in the step
   bool is_expanded = false;      // MLA takes the expanded path: keys and values per head
+  std::int32_t adapter = -1;     // the LoRA adapter of all its tokens, -1: none
 };
 
 // One step: the new tokens of several sequences, concatenated.
@@ -131,6 +143,7 @@ struct Step {
   std::int64_t pairs = 0;
   const float* query_scale = nullptr;   // [tokens]: factor on a token's queries; null: none
   std::vector<Sequence> sequences;
+  std::vector<std::int32_t> adapters;   // [tokens]: the token's LoRA adapter or -1; empty: no token has one
   const Cache* caches = nullptr;        // one per layer of the model, with the same page table
   bool is_decode = false;               // every sequence decodes, see Activations
   bf16* hidden = nullptr;               // out [tokens, hidden], after the final norm

@@ -16,8 +16,18 @@ std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / t
 }  // namespace
 
 Sizes::Sizes(const Model& model) {
+  const auto add_updates = [&](const std::vector<LowRank>& updates) {
+    for (const LowRank& update : updates) rank = std::max(rank, update.rank);
+  };
+  const auto add_mlp = [&](const Mlp& mlp) {
+    for (const Projection* p : {&mlp.gate, &mlp.up, &mlp.down}) add_updates(p->updates);
+  };
   for (const Layer& layer : model.layers) {
     const Attention& a = layer.attention;
+    for (const Projection* p : {&a.q, &a.k, &a.v, &a.kv_a, &a.o}) add_updates(p->updates);
+    if (a.q_a) add_updates(a.q_a->updates);
+    add_updates(a.kv_b_updates);
+    if (layer.mlp) add_mlp(*layer.mlp);
     row = std::max(row, a.entry_dim());
     queries = std::max(queries, a.heads * a.query_dim());
     outputs = std::max(outputs, a.heads * a.out_dim());
@@ -29,7 +39,10 @@ Sizes::Sizes(const Model& model) {
     if (!layer.moe) continue;
     experts = std::max(experts, layer.moe->router.experts);
     chosen = std::max(chosen, layer.moe->router.chosen);
-    for (const Mlp& mlp : layer.moe->experts) inner = std::max(inner, mlp.gate.weight.rows);
+    for (const Mlp& mlp : layer.moe->experts) {
+      inner = std::max(inner, mlp.gate.weight.rows);
+      add_mlp(mlp);
+    }
   }
 }
 
@@ -91,6 +104,9 @@ void Workspace::prepare(const Model& model, const Step& step, int threads) {
   row_token.resize(routed);
   row_weight.resize(routed);
   next_row.resize(sizes.experts);
+  shrunk_stride = step.adapters.empty() ? 0 : sizes.rank;
+  const std::int64_t most = std::max({std::int64_t{3}, a.heads, 2 * (sizes.chosen + 1)});
+  shrunk = take<float>(18, n * most * shrunk_stride);
   // Head counts are equal in all layers, so one plan serves all.
   plan_attention(a, step, threads);
 }

@@ -89,6 +89,7 @@ struct Sizes {
   std::int64_t query_latent = 0, experts = 0, chosen = 0;
   std::int64_t dense_inner = 0, inner = 0;  // of layers without experts, and with
   std::int64_t row = 0, queries = 0, outputs = 0, key = 0, value = 0;
+  std::int64_t rank = 0;  // of LoRA adapters
 
   explicit Sizes(const Model& model);
 };
@@ -126,6 +127,11 @@ struct Workspace {
   std::vector<float> row_weight;
   std::vector<std::int64_t> next_row;  // per expert
 
+  // x A^T of the updates of LoRA adapters, shrunk_stride apart: by product and token, by token and head, or by row of
+  // the experts.
+  float* shrunk = nullptr;
+  std::int64_t shrunk_stride = 0;
+
   std::vector<Scratch> scratch;  // per thread
 
   explicit Workspace(const Model& model) : sizes(model) {}
@@ -141,7 +147,7 @@ struct Workspace {
   void make_inner(std::int64_t tokens, bool is_decode);
 
   Sizes sizes;
-  Buffer buffers_[18];
+  Buffer buffers_[19];
 };
 
 }  // namespace lowlat

@@ -87,11 +87,20 @@ class Norm:
     def make(weight: Tensor, eps: float) -> Norm:
         """weight fp32 [dim]."""
 
-class Projection:
-    """A Matrix with or without a bias."""
+class LowRank:
+    """The update of a projection [rows, columns] by a LoRA adapter."""
 
     @staticmethod
-    def make(weight: Matrix, bias: Tensor | None) -> Projection:
+    def make(a: Tensor, b: Tensor) -> LowRank:
+        """a bf16 [rank, columns padded to a multiple of 32]; b, B transposed, bf16
+        [rank, at least rows + 32].
+        """
+
+class Projection:
+    """A Matrix with or without a bias and updates by LoRA adapters."""
+
+    @staticmethod
+    def make(weight: Matrix, bias: Tensor | None, updates: Sequence[LowRank | None]) -> Projection:
         """bias fp32 [weight.rows]."""
 
 class Mlp:
@@ -144,6 +153,7 @@ class Attention:
         kv_b: Matrix,
         k_b: Matrix | None,
         o: Projection,
+        kv_b_updates: Sequence[LowRank | None],
     ) -> Attention: ...
     @staticmethod
     def gqa(
@@ -224,7 +234,7 @@ class Model:
         slots: Tensor,
         cos: Tensor,
         sin: Tensor,
-        sequences: Sequence[tuple[Sequence[int], int, int, bool]],
+        sequences: Sequence[tuple[Sequence[int], int, int, bool, int]],
         cache: Cache,
         hidden: Tensor,
         wanted: Sequence[int],
@@ -237,7 +247,8 @@ class Model:
         ids and slots int64 [tokens]. previous: for an MTP module, hidden states of the previous
         depth, bf16 [tokens, hidden]. cos and sin fp32 [tokens, pairs]: the tables of all layers.
         query_scale fp32 [tokens]: factors on the queries of MLA.
-        sequences: (pages, entries cached before, new tokens, whether MLA takes the expanded path).
+        sequences: (pages, entries cached before, new tokens, whether MLA takes the expanded path,
+        index of the LoRA adapter or -1).
         is_decode: every sequence has at most 32 new tokens, so products take the GEMV path
         (lowlat.model.native).
         """

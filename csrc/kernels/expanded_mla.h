@@ -65,32 +65,62 @@ inline HeadProjections load_head(const Pass& pass, const Attention& a, std::int6
   return p;
 }
 
-// out [count, stride] = latents times one projection, in bf16.
-inline void build(const Matrix& w, const Panel* panels, const Rows& rows, std::int64_t count, float* strip_out,
-                  bf16* out, std::int64_t stride) {
+// The update of kv_b_proj for a block of latents: their products with A, [count, rank].
+struct BlockUpdate {
+  const LowRank* update = nullptr;  // null: none
+  const float* shrunk = nullptr;
+
+  // Adds it to a strip of products [count, 32] with rows of kv_b_proj from `first`.
+  void add_to(float* out, std::int64_t count, std::int64_t first) const {
+    if (update == nullptr) return;
+    for (std::int64_t r = 0; r < count; ++r) {
+      expand(shrunk + r * update->rank, update->b + first, update->b_stride, update->rank, out + r * kStrip);
+    }
+  }
+};
+
+inline BlockUpdate shrink_block(const Pass& pass, const Attention& a, const LowRank* update, const Rows& rows,
+                                std::int64_t count) {
+  if (update == nullptr) return {};
+  auto* shrunk = pass.scratch.get<float>(13, kKeyBlock * update->rank);
+  for (std::int64_t r = 0; r < count; ++r) {
+    shrink(rows.data + r * rows.stride, a.latent_dim, update->a, update->a_stride, update->rank,
+           shrunk + r * update->rank);
+  }
+  return {update, shrunk};
+}
+
+// out [count, stride] = latents times one projection, which begins at row `first` of kv_b_proj, in bf16.
+inline void build(const Matrix& w, const Panel* panels, const Rows& rows, std::int64_t count, const BlockUpdate& update,
+                  std::int64_t first, float* strip_out, bf16* out, std::int64_t stride) {
   const std::int64_t width = num_panels(w.columns);
   for (std::int64_t tile = 0; tile < w.tiles(); tile += 2) {
     multiply(panels + tile * width, least(2, w.tiles() - tile), width, width, rows.data, rows.stride, count, strip_out,
              kStrip, false);
+    for (std::int64_t own = tile; own < least(tile + 2, w.tiles()); ++own) {
+      scale_rows(w, own, count, strip_out + (own - tile) * kTile, kStrip);
+    }
+    update.add_to(strip_out, count, first + tile * kTile);
     each_half(tile / 2, w.rows, [&](std::int64_t column, int lane, std::int64_t channels) {
-      scale_rows(w, tile + lane / kTile, count, strip_out + lane, kStrip);
       store_lanes(strip_out + lane, nullptr, channels, count, out + column, stride);
     });
   }
 }
 
-// The keys and values of a block: K [count, query_dim], V [count, value_dim].
-inline KeyBlock build_block(const Pass& pass, const Attention& a, const HeadProjections& head, const Rows& rows,
-                            std::int64_t count) {
+// The keys and values of a block for head `number`: K [count, query_dim], V [count, value_dim].
+inline KeyBlock build_block(const Pass& pass, const Attention& a, const HeadProjections& head, const LowRank* update,
+                            std::int64_t number, const Rows& rows, std::int64_t count) {
   const std::int64_t key_stride = round_up(a.query_dim(), 32), value_stride = round_up(a.value_dim, 32);
   auto* k = pass.scratch.get<bf16>(4, kKeyBlock * (key_stride + value_stride));
   auto* v = k + kKeyBlock * key_stride;
   float* out = pass.strip_out(kKeyBlock);
-  build(head.keys, head.key_panels, rows, count, out, k, key_stride);
+  const BlockUpdate own = shrink_block(pass, a, update, rows, count);
+  const std::int64_t first = number * (a.nope_dim + a.value_dim);
+  build(head.keys, head.key_panels, rows, count, own, first, out, k, key_stride);
   for (std::int64_t r = 0; r < count; ++r) {
     std::memcpy(k + r * key_stride + a.nope_dim, rows.data + r * rows.stride + a.latent_dim, a.rope_dim * sizeof(bf16));
   }
-  build(head.values, head.value_panels, rows, count, out, v, value_stride);
+  build(head.values, head.value_panels, rows, count, own, first + a.nope_dim, out, v, value_stride);
   return {view(k, count, a.query_dim(), key_stride), view(v, count, a.value_dim, value_stride), {}, {}};
 }
 
@@ -115,6 +145,8 @@ inline void expand_head(const Pass& pass, const Attention& a, const Cache& cache
                            value_stride};
   state.clear(queries);
   const HeadProjections projections = load_head(pass, a, head);
+  const LowRank* update =
+      updates_any(pass, a.kv_b_updates) ? update_of(pass, a.kv_b_updates, sequence.first_token) : nullptr;
   const SpanPanels panels{pass.scratch.get<Panel>(9, SpanPanels::key_panels(a.query_dim(), kBuiltBlocks)),
                           pass.scratch.get<Panel>(10, SpanPanels::value_panels(a.value_dim, kBuiltBlocks)),
                           num_panels(a.query_dim()), num_panels(span)};
@@ -125,7 +157,7 @@ inline void expand_head(const Pass& pass, const Attention& a, const Cache& cache
       const std::int64_t count = least(kKeyBlock, keys - key);
       const Rows rows = cached_rows(cache, sequence.pages, at + key, count, a.entry_dim(), a.latent_dim % 32 != 0,
                                     {{0, a.entry_dim()}}, gathered);
-      panels.load(key / kKeyBlock, build_block(pass, a, projections, rows, count));
+      panels.load(key / kKeyBlock, build_block(pass, a, projections, update, head, rows, count));
     }
     for (std::int64_t i = 0; i < queries; i += kQueryGroup) {
       const std::int64_t size = least(kQueryGroup, queries - i);

@@ -50,6 +50,47 @@ inline void gather_rows(const Pass& pass, std::int64_t routed) {
   });
 }
 
+// The token of row r of an MLP's rows.
+inline std::int64_t token_of(const Pass& pass, const ExpertRows& e, std::int64_t r) {
+  return e.is_routed ? pass.work.row_token[e.first + r] : r;
+}
+
+// x A^T of every row of the MLPs for the updates of gate and up, or of down: of row `row` at 2 * row of work.shrunk,
+// that of up at 2 * row + 1.
+inline void shrink_expert_rows(const Pass& pass, bool is_down) {
+  const Workspace& work = pass.work;
+  bool any = false;
+  for (const ExpertRows& e : work.expert_rows) {
+    const Mlp& mlp = *e.mlp;
+    any |= is_down ? updates_any(pass, mlp.down.updates)
+                   : updates_any(pass, mlp.gate.updates) || updates_any(pass, mlp.up.updates);
+  }
+  if (!any) return;
+  const ExpertRows& last = work.expert_rows.back();
+  pass.each(last.first + last.rows, [&](std::int64_t row) {
+    const ExpertRows* e = work.expert_rows.data();
+    while (row >= e->first + e->rows) ++e;
+    const Activations x = is_down ? work.inner.from(e->first) : inputs_of(pass, *e);
+    const auto shrink_one = [&](const Projection& p, std::int64_t to) {
+      const LowRank* update = update_of(pass, p.updates, token_of(pass, *e, row - e->first));
+      if (update == nullptr) return;
+      shrink(x.values + (row - e->first) * x.stride, p.weight.columns, update->a, update->a_stride, update->rank,
+             shrunk_row(pass, to));
+    };
+    if (is_down) return shrink_one(e->mlp->down, 2 * row);
+    shrink_one(e->mlp->gate, 2 * row);
+    shrink_one(e->mlp->up, 2 * row + 1);
+  });
+}
+
+// Adds the updates of an MLP's rows to a strip of a projection; `is_up` as in shrink_expert_rows().
+inline void add_expert_updates(const Pass& pass, const ExpertRows& e, const Projection& projection, std::int64_t strip,
+                               bool is_up, float* out) {
+  add_updates(pass, projection.updates, strip * kStrip, e.rows, out,
+              [&](std::int64_t r) { return token_of(pass, e, r); },
+              [&](std::int64_t r) { return 2 * (e.first + r) + (is_up ? 1 : 0); });
+}
+
 // silu(gate x) * up x for one strip of an MLP's inner channels; `next` is prefetched.
 inline void make_inner_strip(const Pass& pass, const ExpertRows& e, std::int64_t strip, NextTile next) {
   const Activations x = inputs_of(pass, e);
@@ -59,6 +100,8 @@ inline void make_inner_strip(const Pass& pass, const ExpertRows& e, std::int64_t
   Panel* panels = pass.panels(gate);
   multiply_strip(gate, strip, x, panels, g, {&up, 2 * strip});
   multiply_strip(up, strip, x, panels, u, next);
+  add_expert_updates(pass, e, e.mlp->gate, strip, false, g);
+  add_expert_updates(pass, e, e.mlp->up, strip, true, u);
   const Activations inner = pass.work.inner.from(e.first);
   each_half(strip, gate.rows, [&](std::int64_t column, int lane, std::int64_t count) {
     for (std::int64_t r = 0; r < e.rows; ++r) {
@@ -72,6 +115,7 @@ inline void make_inner_strip(const Pass& pass, const ExpertRows& e, std::int64_t
 
 inline void make_inner_rows(const Pass& pass) {
   const Workspace& work = pass.work;
+  shrink_expert_rows(pass, false);
   std::int64_t strips = 0;
   for (const ExpertRows& e : work.expert_rows) strips += num_strips(e.mlp->gate.weight);
   pass.each_in_turn(strips, [&](std::int64_t strip, bool continues) {
@@ -103,6 +147,7 @@ inline void add_down_strip(const Pass& pass, const Layer& layer, std::int64_t st
     const NextTile next = is_last ? next_strip(work.expert_rows.front().mlp->down.weight, strip, continues)
                                   : NextTile{&(&e + 1)->mlp->down.weight, 2 * strip};
     multiply_strip(down, strip, inner, pass.panels(down), out, next);
+    add_expert_updates(pass, e, e.mlp->down, strip, false, out);
     if (!e.is_routed) {
       plain = out;
       continue;
@@ -176,6 +221,7 @@ inline void add_mlp(const Pass& pass, const Layer& layer) {
   });
   if (layer.moe && pass.step.tokens > 1) gather_rows(pass, pass.step.tokens * layer.moe->router.chosen);
   make_inner_rows(pass);
+  shrink_expert_rows(pass, true);
   pass.each_in_turn((pass.model.hidden + kStrip - 1) / kStrip,
                     [&](std::int64_t strip, bool continues) { add_down_strip(pass, layer, strip, continues); });
   if (layer.post_mlp_norm) add_normalized(pass, *layer.post_mlp_norm);

@@ -1,59 +1,14 @@
-// Phases of a step: parallel loops with barriers over team, model and workspace; linear layers with bias and
-// residual.
+// Phases of a step: linear layers with LoRA updates, bias and residual; norms.
 #pragma once
 
 #include <initializer_list>
 
-#include "../thread_pool.h"
 #include "../readahead.h"
-#include "../workspace.h"
-#include "linear.h"
+#include "low_rank.h"
 #include "kv_cache.h"
 #include "rowwise.h"
 
 namespace lowlat::LOWLAT_ISA {
-
-// One thread's view of a step. Every thread runs the same phases; a phase ends with a barrier.
-struct Pass {
-  Team& team;
-  const Model& model;
-  const Step& step;
-  Workspace& work;
-  Scratch& scratch;
-
-  // body(item) for every item of [0, count), on any thread.
-  template <class Body>
-  void each(std::int64_t count, Body&& body) const {
-    each_in_turn(count, [&](std::int64_t item, bool) { body(item); });
-  }
-
-  // The same with body(item, continues): whether this thread also runs item + 1.
-  template <class Body>
-  void each_in_turn(std::int64_t count, Body&& body) const {
-    discard_packed_rows();  // of the previous phase
-    team.for_shrinking_chunks(count, [&](std::int64_t first, std::int64_t last) {
-      for (std::int64_t item = first; item < last; ++item) body(item, item + 1 < last);
-    });
-  }
-
-  // body() on one thread while the others wait.
-  template <class Body>
-  void once(Body&& body) const {
-    if (team.thread() == 0) body();
-    team.barrier();
-  }
-
-  // body(row) for every token.
-  template <class Body>
-  void each_token(Body&& body) const {
-    if (step.tokens == 1) return once([&] { body(0); });
-    each(step.tokens, body);
-  }
-
-  // A thread's products of a strip, and the panels that multiply_strip() may need.
-  float* strip_out(std::int64_t rows, int slot = 0) const { return scratch.get<float>(slot, rows * kStrip); }
-  Panel* panels(const Matrix& w) const { return scratch.get<Panel>(2, strip_panels(w)); }
-};
 
 // Zeros from `columns` to the next multiple of 32, which the GEMM reads.
 inline void pad_row(bf16* row, std::int64_t columns) {
@@ -102,8 +57,33 @@ struct Product {
   std::int64_t stride;
 };
 
+// x A^T of every token for the updates of several linear layers; product p's begin at row p * tokens of work.shrunk.
+inline void shrink_all(const Pass& pass, std::initializer_list<Product> products) {
+  std::int64_t updated = 0;
+  for (const Product& p : products) updated += updates_any(pass, p.projection->updates) ? 1 : 0;
+  if (updated == 0) return;
+  const std::int64_t tokens = pass.step.tokens;
+  pass.each(static_cast<std::int64_t>(products.size()) * tokens, [&](std::int64_t item) {
+    const Product& p = products.begin()[item / tokens];
+    const std::int64_t token = item % tokens;
+    const LowRank* update = update_of(pass, p.projection->updates, token);
+    if (update == nullptr) return;
+    shrink(p.x->values + token * p.x->stride, p.projection->weight.columns, update->a, update->a_stride, update->rank,
+           shrunk_row(pass, item));
+  });
+}
+
+// Adds the updates of all tokens to a strip of product number `index` of shrink_all().
+inline void add_token_updates(const Pass& pass, const Projection& projection, std::int64_t strip, std::int64_t index,
+                              float* out) {
+  const std::int64_t tokens = pass.step.tokens;
+  add_updates(pass, projection.updates, strip * kStrip, tokens, out, [](std::int64_t r) { return r; },
+              [&](std::int64_t r) { return index * tokens + r; });
+}
+
 // Several linear layers at once: their strips form one work list.
 inline void multiply_all(const Pass& pass, std::initializer_list<Product> products) {
+  shrink_all(pass, products);
   std::int64_t strips = 0;
   for (const Product& p : products) strips += num_strips(p.projection->weight);
   pass.each_in_turn(strips, [&](std::int64_t strip, bool continues) {
@@ -113,6 +93,7 @@ inline void multiply_all(const Pass& pass, std::initializer_list<Product> produc
     const float* bias = p->projection->bias;
     float* out = pass.strip_out(p->x->rows);
     multiply_strip(w, strip, *p->x, pass.panels(w), out, next_strip(w, strip, continues));
+    add_token_updates(pass, *p->projection, strip, p - products.begin(), out);
     each_half(strip, w.rows, [&](std::int64_t column, int lane, std::int64_t count) {
       store_lanes(out + lane, bias == nullptr ? nullptr : bias + column, count, p->x->rows, p->y + column, p->stride);
     });
@@ -123,9 +104,11 @@ inline void multiply_all(const Pass& pass, std::initializer_list<Product> produc
 inline void multiply_into_residual(const Pass& pass, const Projection& p, const Activations& y) {
   Workspace& work = pass.work;
   const F scale = set1(pass.model.residual_scale);
+  shrink_all(pass, {{&p, &y, nullptr, 0}});
   pass.each_in_turn(num_strips(p.weight), [&](std::int64_t strip, bool continues) {
     float* out = pass.strip_out(y.rows);
     multiply_strip(p.weight, strip, y, pass.panels(p.weight), out, next_strip(p.weight, strip, continues));
+    add_token_updates(pass, p, strip, 0, out);
     each_half(strip, p.weight.rows, [&](std::int64_t column, int lane, std::int64_t count) {
       const F bias = p.bias == nullptr ? zero() : load(p.bias + column, count);
       for (std::int64_t r = 0; r < y.rows; ++r) {

@@ -23,6 +23,8 @@ class SequenceSlice:
     """New tokens in this step, at least 1."""
     path: AttentionPath = "decode"
     """The attention path that computes them."""
+    lora_int_id: int = 0
+    """The LoRA adapter that computes them; 0: none."""
 
     @property
     def context(self) -> int:

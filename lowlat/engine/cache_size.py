@@ -13,6 +13,7 @@ from lowlat.attention.int8_entry import entry_bytes
 from lowlat.engine.params import integer_of
 from lowlat.engine.runner import ModelRunner
 from lowlat.engine.scheduler import MAX_SEQUENCES, Limits
+from lowlat.model.lora import SelectedAdapter
 from lowlat.model.native import weight_bytes
 from lowlat.model.transformer import Transformer
 from lowlat.utils.device import parse_cache
@@ -29,14 +30,17 @@ def new_runner(
     cache: str,
     max_cache_bytes: int | Literal["auto"] | None,
     context: int,
+    selected_adapter: SelectedAdapter | None = None,
 ) -> tuple[ModelRunner, Limits]:
     """A runner whose KV cache stays within `max_cache_bytes`, and the scheduler's limits. `cache`
-    is the dtype of its entries (kv_cache_dtype in vLLM). Raises UserError if the bytes are less
+    is the dtype of its entries (kv_cache_dtype in vLLM), `selected_adapter` that of `add_adapters`.
+    Raises UserError if the bytes are less
     than a page or more than the device's memory.
     """
     dtype = parse_cache(cache)
     if max_cache_bytes is None:
-        return ModelRunner(transformer, cache_dtype=dtype), Limits()
+        runner = ModelRunner(transformer, cache_dtype=dtype, selected_adapter=selected_adapter)
+        return runner, Limits()
     config = transformer.config
     stored = dtype or transformer.embed_tokens.dtype
     layers = range(config.num_cache_layers)
@@ -52,7 +56,13 @@ def new_runner(
             f"max_cache_bytes {limit} is less than a page of the cache ({page} bytes, "
             f"{PAGE_SIZE} tokens); raise it"
         )
-    runner = ModelRunner(transformer, cache_dtype=dtype, num_pages=num_pages, max_pages=num_pages)
+    runner = ModelRunner(
+        transformer,
+        cache_dtype=dtype,
+        num_pages=num_pages,
+        max_pages=num_pages,
+        selected_adapter=selected_adapter,
+    )
     return runner, Limits(max_pages=num_pages)
 
 

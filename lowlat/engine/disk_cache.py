@@ -6,6 +6,7 @@ calls it, except `close`.
 """
 
 import math
+import os
 import time
 import weakref
 from collections import OrderedDict
@@ -18,6 +19,7 @@ import torch
 from lowlat.engine.disk_budget import DiskBudget, on_disk
 from lowlat.engine.page_folder import PageFolder, PageFormat, ReadResult, open_folder
 from lowlat.engine.page_writer import CLOSE_SECONDS, PageWriter
+from lowlat.engine.params import integer_of
 from lowlat.engine.prefix import IndexedPage, PageContent, PrefixCache
 from lowlat.engine.runner import ModelRunner
 from lowlat.engine.stats import DiskCacheRecorder
@@ -38,6 +40,19 @@ class DiskCacheOptions:
     folder: Path
     max_bytes: int = DEFAULT_DISK_BYTES
     """Bytes of all models and servers that share the folder."""
+
+
+def disk_cache_options(
+    folder: str | os.PathLike[str] | None, max_bytes: int
+) -> DiskCacheOptions | None:
+    """Options of a cache in `folder`, None without one. Raises UserError for a limit that is not a
+    number of bytes."""
+    if folder is None:
+        return None
+    size = integer_of(max_bytes)
+    if size is None or size <= 0:
+        raise UserError(f"prefix_cache_disk_bytes must be a number of bytes, got {max_bytes!r}")
+    return DiskCacheOptions(folder=Path(folder), max_bytes=size)
 
 
 class DiskCache:

@@ -46,7 +46,7 @@ class KVCacheManager:
         size = self._page_size
         count = (len(sequence.tokens) - 1) // size
         found = self.prefix.match(
-            sequence.request.options.cache_namespace,
+            sequence.request.options.prefix_namespace,
             sequence.tokens[: count * size],
             self._page_paths(sequence, count),
         )
@@ -70,7 +70,7 @@ class KVCacheManager:
         count = (len(sequence.tokens) - 1) // self._page_size
         contents = self.prefix.following(
             sequence.pages,
-            sequence.request.options.cache_namespace,
+            sequence.request.options.prefix_namespace,
             sequence.tokens,
             self._page_paths(sequence, count),
         )
@@ -102,7 +102,7 @@ class KVCacheManager:
             return False
         if not leader.num_cached < needed <= len(leader.tokens):
             return False
-        if leader.request.options.cache_namespace != sequence.request.options.cache_namespace:
+        if leader.request.options.prefix_namespace != sequence.request.options.prefix_namespace:
             return False
         count = needed // size
         return leader.tokens[:needed] == sequence.tokens[:needed] and (
@@ -114,7 +114,7 @@ class KVCacheManager:
         sequence.num_cached += num_tokens
         full = sequence.num_cached // self._page_size
         if self.prefix is not None and full > sequence.num_indexed:
-            namespace = sequence.request.options.cache_namespace
+            namespace = sequence.request.options.prefix_namespace
             paths = self._page_paths(sequence, full)
             self.prefix.insert(namespace, sequence.tokens, paths, sequence.pages)
             if self._disk is not None:

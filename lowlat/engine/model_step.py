@@ -71,6 +71,7 @@ def _model_input(scheduled: ScheduledChunk) -> Chunk:
         pages=tuple(sequence.pages),
         num_logits=num_logits(scheduled),
         path=scheduled.path,
+        lora_int_id=sequence.request.options.lora_int_id,
     )
 
 

@@ -5,8 +5,10 @@ Owns the records and their states, no decisions: `engine.scheduler` chooses what
 `engine.engine` changes states.
 """
 
+import hashlib
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from lowlat.attention.path import AttentionPath
@@ -23,6 +25,18 @@ grammar failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoRARequest:
+    """A loaded LoRA adapter, with the names of vLLM's class."""
+
+    lora_name: str
+    lora_int_id: int
+    """Its number in the model, from 1."""
+    lora_path: str
+    digest: bytes
+    """SHA-256 of its updates."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RequestOptions:
     """What a request asks of the engine besides its tokens and sampling parameters."""
 
@@ -33,6 +47,8 @@ class RequestOptions:
     cache_namespace: bytes = b""
     """Requests of one namespace (one API key) share prefix cache pages and one share of fair
     scheduling; nothing is shared across namespaces."""
+    lora: LoRARequest | None = None
+    """The adapter that computes the request; None: the base model."""
     stop_token_ids: frozenset[int] = frozenset()
     """Stop tokens: each ends a completion, as the model's own end-of-sequence tokens do."""
     bad_words: tuple[tuple[int, ...], ...] = ()
@@ -47,6 +63,24 @@ class RequestOptions:
     Needs the logits of all of them, so no prefix cache page is used."""
     is_offline: bool = False
     """Whether no client streams its tokens: its decoding does not reduce the prefill budget."""
+
+    @property
+    def prefix_namespace(self) -> bytes:
+        """Namespace of its pages in the prefix cache, in memory and on disk: entries depend on the
+        adapter, so adapters share none."""
+        if self.lora is None:
+            return self.cache_namespace
+        return _adapter_namespace(self.cache_namespace, self.lora.digest)
+
+    @property
+    def lora_int_id(self) -> int:
+        """Number of its adapter in the model; 0: the base model."""
+        return 0 if self.lora is None else self.lora.lora_int_id
+
+
+@lru_cache(maxsize=1024)
+def _adapter_namespace(cache_namespace: bytes, digest: bytes) -> bytes:
+    return hashlib.sha256(b"lowlat LoRA adapter" + digest + cache_namespace).digest()
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -161,3 +195,5 @@ class Chunk:
     """Logits are returned for this many of the last tokens."""
     path: AttentionPath
     """The attention path that computes their KV cache entries."""
+    lora_int_id: int = 0
+    """The LoRA adapter that computes them; 0: the base model."""

@@ -15,6 +15,7 @@ from lowlat.attention.cached import CachedAttention
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
 from lowlat.engine.page_allocator import PageAllocator
 from lowlat.engine.request import Chunk
+from lowlat.model.lora import SelectedAdapter
 from lowlat.model.native import NativeModel, supports_native
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
@@ -38,9 +39,11 @@ class ModelRunner:
         cache_dtype: torch.dtype | None = None,
         num_pages: int = INITIAL_PAGES,
         max_pages: int | None = None,
+        selected_adapter: SelectedAdapter | None = None,
     ) -> None:
         self._max_pages = max_pages
         self.model = model
+        self._selected_adapter = selected_adapter or SelectedAdapter()
         self._native = NativeModel(model) if supports_native(model) else None
         self.allocator = PageAllocator(num_pages)
         self.device = model.embed_tokens.weight.device
@@ -108,18 +111,38 @@ class ModelRunner:
         self, chunks: Sequence[Chunk]
     ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "tokens hidden"]]:
         """Compute the chunks and cache their entries; returns the logits of each chunk's last
-        num_logits tokens, in order, at least fp32, and the final hidden state of every token."""
+        num_logits tokens, in order, at least fp32, and the final hidden state of every token.
+
+        PyTorch computes the chunks of each LoRA adapter by themselves; the kernels all at once."""
+        if self._native is None and len({chunk.lora_int_id for chunk in chunks}) > 1:
+            return self._step_by_adapter(chunks)
         wanted = _wanted(chunks)
         batch = self._batch(chunks)
         ids = self._ids([token for chunk in chunks for token in chunk.tokens])
         if self._native is not None:
             hidden, logits = self._native.step(ids, batch, self.cache, wanted)
             return logits, hidden
+        self._selected_adapter.lora_int_id = chunks[0].lora_int_id
         hidden = self.model(ids, batch.positions, CachedAttention(self.cache, batch))
         chosen = hidden
         if len(wanted) < len(ids):
             chosen = hidden[torch.tensor(wanted, dtype=torch.int64, device=self.device)]
         return self.model.logits(chosen), hidden
+
+    def _step_by_adapter(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+        """A step for the chunks of each adapter; results in the order of `chunks`."""
+        logits: dict[int, Tensor] = {}
+        hidden: dict[int, Tensor] = {}
+        for number in {chunk.lora_int_id for chunk in chunks}:
+            places = [i for i, chunk in enumerate(chunks) if chunk.lora_int_id == number]
+            own = [chunks[i] for i in places]
+            own_logits, own_hidden = self.step(own)
+            rows = own_logits.split([chunk.num_logits for chunk in own])
+            states = own_hidden.split([len(chunk.tokens) for chunk in own])
+            logits.update(zip(places, rows, strict=True))
+            hidden.update(zip(places, states, strict=True))
+        order = range(len(chunks))
+        return torch.cat([logits[i] for i in order]), torch.cat([hidden[i] for i in order])
 
     @torch.inference_mode()
     def mtp(
@@ -158,7 +181,11 @@ class ModelRunner:
         self._fit_cache()
         slices = [
             SequenceSlice(
-                pages=chunk.pages, start=chunk.start, length=len(chunk.tokens), path=chunk.path
+                pages=chunk.pages,
+                start=chunk.start,
+                length=len(chunk.tokens),
+                path=chunk.path,
+                lora_int_id=chunk.lora_int_id,
             )
             for chunk in chunks
         ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowlat.attention.path import choose_path
 from lowlat.engine.request import Chunk
 from lowlat.engine.runner import ModelRunner
+from lowlat.model.lora import NO_ADAPTER
 
 WINDOW = 1024
 """Default tokens of a window; the model's context if that is shorter."""
@@ -46,10 +47,12 @@ class Score:
         return math.nan if self.bytes == 0 else self.nll / math.log(2.0) / self.bytes
 
 
-def logits(runner: ModelRunner, ids: Sequence[int], *, chunk: int) -> Float[Tensor, "tokens vocab"]:
+def logits(
+    runner: ModelRunner, ids: Sequence[int], *, chunk: int, lora_int_id: int = NO_ADAPTER
+) -> Float[Tensor, "tokens vocab"]:
     """Raw logits after each of `ids`, at least fp32, computed `chunk` tokens at a time."""
     out: Tensor | None = None
-    for start, rows in _chunks(runner, ids, chunk):
+    for start, rows in _chunks(runner, ids, chunk, lora_int_id):
         if out is None:
             # Made outside inference mode, so that callers may change it in place.
             out = torch.empty(len(ids), rows.shape[1], dtype=rows.dtype, device=rows.device)
@@ -99,7 +102,9 @@ def nll(runner: ModelRunner, ids: Sequence[int], *, chunk: int) -> Float[Tensor,
     return torch.cat(pieces)
 
 
-def _chunks(runner: ModelRunner, ids: Sequence[int], chunk: int) -> Iterator[tuple[int, Tensor]]:
+def _chunks(
+    runner: ModelRunner, ids: Sequence[int], chunk: int, lora_int_id: int = NO_ADAPTER
+) -> Iterator[tuple[int, Tensor]]:
     """(start, logits [length, vocab]) of successive chunks; releases the pages at the end."""
     pages: list[int] = []
     try:
@@ -107,7 +112,8 @@ def _chunks(runner: ModelRunner, ids: Sequence[int], chunk: int) -> Iterator[tup
             tokens = ids[start : start + chunk]
             runner.reserve(pages, start + len(tokens))
             part = _chunk(runner, tokens, start, pages)
-            yield start, runner.run([replace(part, num_logits=len(tokens))])
+            part = replace(part, num_logits=len(tokens), lora_int_id=lora_int_id)
+            yield start, runner.run([part])
     finally:
         runner.release(pages)
 

@@ -8,7 +8,6 @@ import logging
 import operator
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from jaxtyping import Float
@@ -22,18 +21,20 @@ from lowlat.config.parameter_count import count_parameters
 from lowlat.engine import scoring
 from lowlat.engine.cache_size import new_runner
 from lowlat.engine.constraint import Constraint
-from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES, DiskCacheOptions
+from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES, disk_cache_options
 from lowlat.engine.engine import Engine
-from lowlat.engine.params import integer_of
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.engine.prompt_logprobs import PromptLogprob
-from lowlat.engine.request import RequestOptions
+from lowlat.engine.request import LoRARequest, RequestOptions
 from lowlat.engine.scoring import Score
 from lowlat.generate.completion import Completion, Stream
-from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
+from lowlat.generate.context import check_context
+from lowlat.generate.lora import LoadedAdapters, LoraNames
+from lowlat.generate.params import SamplingOptions, SamplingParams, check_each, make_params
 from lowlat.generate.prompt import Prompt, as_prompts, begins_text, encode_prompt
 from lowlat.generate.session import GenerationSession, TextRequest
 from lowlat.generate.structured import StructuredOutput
+from lowlat.model.lora import SelectedAdapter
 from lowlat.model.quant import weight_format
 from lowlat.model.transformer import Transformer
 from lowlat.text.pieces import encode_long
@@ -57,7 +58,7 @@ class Model:
     weights); completions without free pages wait, or are preempted and recomputed.
     prefix_cache_dir: folder that keeps the prefix cache on disk, within prefix_cache_disk_bytes;
     processes may share it. speculates: whether speculative decoding runs; it changes no output.
-    pooling: of an embedding model.
+    pooling: of an embedding model. adapters: LoRA adapters that requests may name.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Model:
         prefix_cache_disk_bytes: int = DEFAULT_DISK_BYTES,
         speculates: bool = True,
         pooling: Pooling | None = None,
+        adapters: LoadedAdapters | None = None,
     ) -> None:
         config = transformer.config
         self.name = name
@@ -88,13 +90,16 @@ class Model:
                 "of %d tokens runs on native kernels",
                 *(name, topk),
             )
-        self.runner, limits = new_runner(transformer, cache, max_cache_bytes, self.context)
+        self.adapters = adapters or LoadedAdapters({}, SelectedAdapter())
+        self.runner, limits = new_runner(
+            transformer, cache, max_cache_bytes, self.context, self.adapters.selected
+        )
         self.engine = Engine(
             self.runner,
             context=self.context,
             eos_ids=frozenset(tokenizer.eos_ids) | frozenset(config.eos_token_ids),
             limits=limits,
-            disk=_disk_options(prefix_cache_dir, prefix_cache_disk_bytes),
+            disk=disk_cache_options(prefix_cache_dir, prefix_cache_disk_bytes),
             speculates=speculates,
         )
         self.context = self.engine.context
@@ -145,7 +150,12 @@ class Model:
 
     @overload
     def generate(
-        self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt,
+        *,
+        stream: Literal[True],
+        lora: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Stream: ...
 
     @overload
@@ -154,13 +164,19 @@ class Model:
         prompt: Prompt,
         *,
         stream: Literal[False] = False,
+        lora: str | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion]: ...
 
     def generate(
-        self, prompt: Prompt, *, stream: bool = False, **options: Unpack[SamplingOptions]
+        self,
+        prompt: Prompt,
+        *,
+        stream: bool = False,
+        lora: str | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion] | Stream:
-        """Complete `prompt`; `options` are the fields of SamplingParams.
+        """Complete `prompt` with the adapter `lora`; `options` are the fields of SamplingParams.
 
         Text and token ids are continued as they are, messages go through the chat template.
         Returns a Completion, or a list of them for n > 1; with stream=True an iterator over the
@@ -168,8 +184,8 @@ class Model:
         for contradicting options.
         """
         if stream:
-            return self._stream(prompt, make_params(options))
-        completions = self._complete([prompt], [make_params(options)])[0]
+            return self._stream(prompt, make_params(options), self.adapters.get(lora))
+        completions = self._complete([prompt], [make_params(options)], lora=lora)[0]
         return completions[0] if len(completions) == 1 else completions
 
     def generate_many(
@@ -177,11 +193,12 @@ class Model:
         prompts: Prompt | Sequence[Prompt],
         *,
         progress: Progress | None = None,
+        lora: LoraNames = None,
         **options: Unpack[SamplingOptions],
     ) -> list[list[Completion]]:
         """Complete several prompts with the same options in one batch: n completions for each."""
         params, prompts = make_params(options), as_prompts(prompts)
-        return self._complete(prompts, [params] * len(prompts), progress)
+        return self._complete(prompts, [params] * len(prompts), progress, lora=lora)
 
     def generate_each(
         self,
@@ -189,24 +206,25 @@ class Model:
         params: Sequence[SamplingParams],
         *,
         progress: Progress | None = None,
+        lora: LoraNames = None,
     ) -> list[list[Completion]]:
-        """Complete several prompts, each with its own options, in one batch. Raises UserError
-        unless there are as many params as prompts."""
+        """Complete several prompts, each with its own options and adapter, in one batch. Raises
+        UserError unless there are as many params as prompts."""
         prompts = as_prompts(prompts)
-        each = params if isinstance(params, Sequence) else [params]
-        if strange := [own for own in each if not isinstance(own, SamplingParams)]:
-            raise UserError(f"params must be SamplingParams, or a list of them, not {strange[0]!r}")
-        if len(params) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts need as many params, got {len(params)}")
-        return self._complete(prompts, params, progress)
+        check_each(params, len(prompts))
+        return self._complete(prompts, params, progress, lora=lora)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Token ids of `prompt`. Raises UserError for anything but text, token ids and messages."""
         return encode_prompt(self.tokenizer, prompt)
 
-    def logits(self, ids: Sequence[int]) -> Float[Tensor, "tokens vocab"]:
+    def logits(
+        self, ids: Sequence[int], *, lora: str | None = None
+    ) -> Float[Tensor, "tokens vocab"]:
         """Raw logits after each of `ids`, fp32 (fp64 models: fp64); row i predicts token i + 1."""
-        return scoring.logits(self.runner, self._check_ids(ids), chunk=PREFILL_CHUNK)
+        number = self.adapters.number(lora)
+        checked = self._check_ids(ids)
+        return scoring.logits(self.runner, checked, chunk=PREFILL_CHUNK, lora_int_id=number)
 
     def mtp_logits(self, ids: Sequence[int]) -> list[Float[Tensor, "rows vocab"]]:
         """Raw logits of every MTP depth k, fp32: [tokens - 1 - k, vocab].
@@ -253,8 +271,8 @@ class Model:
         default, or the context if that is less.
 
         The first token of a window is given, not predicted. Without a tokenizer bits_per_byte is
-        NaN. Raises UserError for a window longer
-        than the context and for a text of less than two tokens.
+        NaN. Raises UserError for a window longer than the context and for a text of less than two
+        tokens.
         """
         window = min(scoring.WINDOW, self.context) if window is None else window
         if not 2 <= window <= self.context:
@@ -286,12 +304,15 @@ class Model:
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
         progress: Progress | None = None,
+        *,
+        lora: LoraNames,
     ) -> list[list[Completion]]:
+        adapters = self.adapters.for_each(lora, len(prompts))
         encoded = [self._encode(prompt) for prompt in prompts]
         added: list[TextRequest] = []
         try:
-            for each, own in zip(encoded, params, strict=True):
-                added.append(self._add(each, own, is_offline=True))
+            for each, own, adapter in zip(encoded, params, adapters, strict=True):
+                added.append(self._add(each, own, adapter, is_offline=True))
             with (progress or SilentProgress()).task("generating", len(added), "items") as task:
                 unfinished = added
                 while unfinished:
@@ -305,11 +326,11 @@ class Model:
             self.engine.copy_all()
         return [[builder.result() for builder in request.builders] for request in added]
 
-    def _stream(self, prompt: Prompt, params: SamplingParams) -> Stream:
+    def _stream(self, prompt: Prompt, params: SamplingParams, lora: LoRARequest | None) -> Stream:
         if params.n > 1:
             raise UserError(f"n {params.n} cannot be streamed; set n to 1 or stream to False")
         self.tokenizer.require()  # a stream gives text
-        request = self._add(self._encode(prompt), params, is_offline=False)
+        request = self._add(self._encode(prompt), params, lora, is_offline=False)
 
         def close() -> None:
             self.session.abort(request)
@@ -323,7 +344,12 @@ class Model:
         return ids, begins_text(self.tokenizer, prompt, ids)
 
     def _add(
-        self, encoded: tuple[list[int], bool], params: SamplingParams, *, is_offline: bool
+        self,
+        encoded: tuple[list[int], bool],
+        params: SamplingParams,
+        lora: LoRARequest | None,
+        *,
+        is_offline: bool,
     ) -> TextRequest:
         if self.pooling is not None:
             raise UserError(
@@ -332,7 +358,7 @@ class Model:
             )
         ids, begins = encoded
         constraint = self._compile(params.structured, begins_text=begins)
-        options = RequestOptions(constraint=constraint, is_offline=is_offline)
+        options = RequestOptions(constraint=constraint, lora=lora, is_offline=is_offline)
         return self.session.add(ids, params, options, begins_text=begins)
 
     def _compile(self, output: StructuredOutput | None, *, begins_text: bool) -> Constraint | None:
@@ -363,30 +389,3 @@ class Model:
             # Without this error the caller would wait forever.
             raise RuntimeError("a completion has not ended, and the engine has nothing left to do")
         self.session.step()
-
-
-def check_context(config: ModelConfig, context: int | None) -> int:
-    """Most tokens of prompt and output together: `context`, or if None all that the model allows.
-
-    Raises UserError if the model allows fewer.
-    """
-    longest = config.max_position_embeddings
-    if context is None:
-        return longest
-    wanted = integer_of(context)
-    if wanted is None or not 2 <= wanted <= longest:
-        raise UserError(
-            "context must be an integer from 2 to the model's max_position_embeddings of "
-            f"{longest}, got {context!r}"
-        )
-    return wanted
-
-
-def _disk_options(folder: str | os.PathLike[str] | None, max_bytes: int) -> DiskCacheOptions | None:
-    """Raises UserError for a limit that is not a number of bytes."""
-    if folder is None:
-        return None
-    size = integer_of(max_bytes)
-    if size is None or size <= 0:
-        raise UserError(f"prefix_cache_disk_bytes must be a number of bytes, got {max_bytes!r}")
-    return DiskCacheOptions(folder=Path(folder), max_bytes=size)

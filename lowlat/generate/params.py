@@ -95,6 +95,15 @@ class SamplingOptions(TypedDict, total=False):
     structured: StructuredOutput | None
 
 
+def check_each(params: object, count: int) -> None:
+    """Raises UserError unless `params` are SamplingParams for each of `count` prompts."""
+    each = params if isinstance(params, Sequence) else [params]
+    if strange := [own for own in each if not isinstance(own, SamplingParams)]:
+        raise UserError(f"params must be SamplingParams, or a list of them, not {strange[0]!r}")
+    if len(each) != count:
+        raise UserError(f"{count} prompts need as many params, got {len(each)}")
+
+
 def make_params(options: SamplingOptions) -> SamplingParams:
     """SamplingParams from keyword arguments. Raises UserError for unknown names and bad values."""
     unknown = sorted(set(options) - set(SamplingParams.__dataclass_fields__))

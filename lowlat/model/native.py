@@ -13,6 +13,7 @@ from lowlat.attention.metadata import AttentionBatch
 from lowlat.config.model import ModelConfig, TPAConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Linear
+from lowlat.model.lora import LoraLinear
 from lowlat.model.moe import Gate
 from lowlat.model.mtp import MTPModule
 from lowlat.model.native_layers import (
@@ -33,8 +34,9 @@ BLOCK = (128, 128)
 
 def supports_native(model: Transformer) -> bool:
     """Whether the native kernels are available and can run `model`: on the CPU, bf16 activations,
-    every projection bf16, int8, int4, in GGUF blocks or fp8 in blocks of 128, no LoRA, any
-    attention but TPA and sparse attention (DSA), which is dense in contexts up to its top-k.
+    every projection bf16, int8, int4, in GGUF blocks or fp8 in blocks of 128, with or without
+    updates of LoRA adapters, any attention but TPA and sparse attention (DSA), which is dense in
+    contexts up to its top-k.
     """
     if isinstance(model.config.attention, TPAConfig) or model.config.is_sparse:
         return False
@@ -57,7 +59,7 @@ def _is_known(module: torch.nn.Module) -> bool:
         return module.weight.dtype == torch.bfloat16
     if not isinstance(module, Linear):
         return True
-    if type(module) is not Linear:  # a replacement of training
+    if type(module) not in (Linear, LoraLinear):  # a replacement of training
         return False
     if module.storage == "plain":
         return module.weight.dtype == torch.bfloat16
@@ -73,7 +75,7 @@ class NativeModel:
         module = native.module()
         embedding = embedding_of(model.embed_tokens)
         head = embedding if model.lm_head is None else weight_of(model.lm_head)
-        head = module.Projection.make(head, None)
+        head = module.Projection.make(head, None, updates=[])
         is_larger = is_larger_than_memory(weight_bytes(model))
         self._model = module.Model(
             embedding=embedding,
@@ -157,7 +159,13 @@ class NativeModel:
         table = self.rotary(batch.positions)
         scaling = {} if table.query_scale is None else {"query_scale": table.query_scale}
         sequences = [
-            (item.pages, item.start, item.length, item.path == "expanded")
+            (
+                item.pages,
+                item.start,
+                item.length,
+                item.path == "expanded",
+                item.lora_int_id - 1,
+            )
             for item in batch.sequences
         ]
         model.step(

@@ -5,6 +5,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -13,12 +14,16 @@ from lowlat.model.gla import GLA
 from lowlat.model.gqa import GQA
 from lowlat.model.gta import GTA
 from lowlat.model.linear import Embedding, Linear, RMSNorm
+from lowlat.model.lora import LoraLinear, LowRankUpdate
 from lowlat.model.mla import MLA
 from lowlat.model.moe import MLP, Experts, MoE
 from lowlat.model.mtp import MTPModule
 from lowlat.ops import native
 from lowlat.ops.gta import selectors
 from lowlat.ops.quantized import TILE
+
+COLUMNS = 32
+"""Columns that a kernel reads at once."""
 
 
 # The return types below are inferred: those of the native module have no names of their own.
@@ -98,6 +103,7 @@ def _latent(attention: MLA | GLA, norms: list[RMSNorm], kv_b, k_b, *, sparse_que
         kv_a_norms=[norm_of(norm) for norm in norms],
         kv_b=kv_b,
         k_b=k_b,
+        kv_b_updates=[] if isinstance(attention, GLA) else _updates(attention.kv_b_proj),
         o=projection_of(attention.o_proj),
     )
 
@@ -131,6 +137,7 @@ def _gta(attention: GTA):
         kv_a_norms=[],
         kv_b=matrix_of(torch.cat(up, dim=1).flatten(0, 1)),
         k_b=None,
+        kv_b_updates=[],
         o=projection_of(attention.o_proj),
     )
 
@@ -190,7 +197,24 @@ def norm_of(norm: RMSNorm):
 
 def projection_of(linear: Linear, *, sparse: bool = False):
     """A linear layer and its bias."""
-    return native.module().Projection.make(weight_of(linear, sparse=sparse), _numbers(linear.bias))
+    return native.module().Projection.make(
+        weight_of(linear, sparse=sparse), _numbers(linear.bias), updates=_updates(linear)
+    )
+
+
+def _updates(linear: Linear):
+    """The updates of a projection by adapter, in the layout of the kernels."""
+    if not isinstance(linear, LoraLinear):
+        return []
+    return [None if update is None else _low_rank(update) for update in linear.updates]
+
+
+def _low_rank(update: LowRankUpdate):
+    """A, and B transposed, in bf16 with columns that the kernels may read beyond the last one."""
+    a, b = update.a.to(torch.bfloat16), update.b.T.to(torch.bfloat16)
+    return native.module().LowRank.make(
+        F.pad(a, (0, -a.shape[1] % COLUMNS)), F.pad(b, (0, COLUMNS + -b.shape[1] % COLUMNS))
+    )
 
 
 def _numbers(parameter: Tensor | None) -> Tensor | None:

@@ -3,6 +3,7 @@
 A text that is not found exactly once is an error of the list: whoever changes the line updates it.
 """
 
+from .lora import LORA
 from .mutant import Mutant
 from .positions import QUERIES, ROPE, YARN
 from .routing import ROUTING
@@ -441,6 +442,7 @@ MUTANTS = [
     *INT8_CACHE,
     *MTP,
     *POOLING,
+    *LORA,
     *TRAINING,
     *VENDORS,
 ]

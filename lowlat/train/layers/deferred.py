@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowlat.model.linear import Linear
+from lowlat.model.replace_modules import adopt, replace_modules
 from lowlat.ops.deferred import Defer, deferred_linear
 from lowlat.ops.grouped import stacked_experts
-from lowlat.train.layers.replace import adopt, replace_modules
 from lowlat.train.layers.stacked_experts import StackedExperts
 
 

@@ -19,6 +19,7 @@ from lowlat.model.gla import GLA
 from lowlat.model.linear import Linear
 from lowlat.model.mla import MLA
 from lowlat.model.quant import PLAIN
+from lowlat.model.replace_modules import adopt, replace_modules
 from lowlat.model.transformer import Transformer
 from lowlat.ops.fp8_experts import ExpertFormats, fp8_stacked_experts
 from lowlat.ops.fp8_training import (
@@ -30,7 +31,6 @@ from lowlat.ops.fp8_training import (
     stored_blocks,
 )
 from lowlat.ops.routing import Routing
-from lowlat.train.layers.replace import adopt, replace_modules
 from lowlat.train.layers.stacked_experts import Products, StackedExperts
 from lowlat.utils.errors import UserError
 

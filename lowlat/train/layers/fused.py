@@ -13,9 +13,9 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import RMSNorm, scaled
 from lowlat.model.moe import MLP
+from lowlat.model.replace_modules import adopt, replace_modules
 from lowlat.ops import autograd
 from lowlat.ops.rope import RotaryTable
-from lowlat.train.layers.replace import adopt, replace_modules
 
 
 class FusedRMSNorm(RMSNorm):

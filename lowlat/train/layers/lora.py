@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowlat.model.linear import Linear
+from lowlat.model.replace_modules import adopt
 from lowlat.ops.routing import Routing
-from lowlat.train.layers.replace import adopt
 from lowlat.train.layers.stacked_experts import StackedExperts
 
 

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowlat.model.moe import MLP, Experts
+from lowlat.model.replace_modules import replace_modules
 from lowlat.model.transformer import Transformer
 from lowlat.ops.grouped import stacked_experts
 from lowlat.ops.routing import Routing
-from lowlat.train.layers.replace import replace_modules
 
 GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 

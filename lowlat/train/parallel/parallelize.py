@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from lowlat.model.block import DecoderLayer
 from lowlat.model.moe import Gate
+from lowlat.model.replace_modules import replace_modules
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.fp8 import Fp8Experts
-from lowlat.train.layers.replace import replace_modules
 from lowlat.train.layers.stacked_experts import StackedExperts
 from lowlat.train.parallel import tensor
 from lowlat.train.parallel.expert import ExpertParallelExperts

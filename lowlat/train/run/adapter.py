@@ -3,6 +3,7 @@ adapter_model.safetensors).
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from lowlat.utils.errors import UserError
 
 PREFIX = "base_model.model."
 
+_log = logging.getLogger(__name__)
+
 
 def write_adapter(
     config: ModelConfig,
@@ -34,8 +37,11 @@ def write_adapter(
     `base_model` is the checkpoint that they were trained on. Updates of MTP modules are omitted,
     because programs that load adapters have no MTP modules.
 
-    Raises UserError if `dst` exists, and for updates that peft's layout cannot hold: of MLPs and
-    experts in families with experts, and of queries with a bias in exactly converted models.
+    In families with experts, peft loads updates of MLPs as updates of fused experts: a warning is
+    logged, and every expert has tensors of its own, which lowlat loads.
+
+    Raises UserError if `dst` exists, and for updates that the layout cannot hold: of queries with a
+    bias in exactly converted models.
     """
     tensors = dict(_tensors(config, updates))
     modules = sorted({name.rpartition(".lora_")[0].removeprefix(PREFIX) for name in tensors})
@@ -52,17 +58,26 @@ def write_adapter(
 
 
 def _tensors(config: ModelConfig, updates: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    is_fused = False
     for name, tensor in updates.items():
         owner, _, part = name.partition(UPDATE)
+        if owner.startswith("mtp."):
+            continue
         own = owner.rpartition(".")[2]
-        if own == "experts" or (own in EXPERT_PROJECTIONS and config.model_type in MLA_FAMILIES):
-            raise UserError(
-                f"{owner}: in models of type {config.model_type} peft loads MLP updates as updates "
-                "of fused experts; export the merged model"
-            )
-        if not owner.startswith("mtp."):
-            path = file_name(config, f"{owner}.").removesuffix(".")
+        path = file_name(config, f"{owner}.").removesuffix(".")
+        is_fused |= own == "experts"
+        is_fused |= own in EXPERT_PROJECTIONS and config.model_type in MLA_FAMILIES
+        if own == "experts":
+            for number, update in enumerate(tensor):
+                yield f"{PREFIX}{path}.{number}.{part}.weight", update.contiguous()
+        else:
             yield f"{PREFIX}{path}.{part}.weight", _in_file(config, owner, part, tensor)
+    if is_fused:
+        _log.warning(
+            "in models of type %s peft loads MLP updates as updates of fused experts; load this "
+            "adapter with lowlat",
+            config.model_type,
+        )
 
 
 def _in_file(config: ModelConfig, owner: str, part: str, tensor: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lowlat.config.model import ModelConfig
 from lowlat.model.linear import Linear
+from lowlat.model.replace_modules import replace_modules
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.lora import LoraExperts, LoraLinear, LowRank, LowRankExperts
-from lowlat.train.layers.replace import replace_modules
 from lowlat.train.layers.stacked_experts import StackedExperts, stack_experts
 from lowlat.train.recipe.schema import LoraConfig, Recipe
 from lowlat.train.step.trainable import check_biases_stay

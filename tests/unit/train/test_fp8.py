@@ -17,11 +17,11 @@ from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig, QuantConfig
 from lowlat.model.linear import Linear
 from lowlat.model.mla import MLA
 from lowlat.model.quant import store_packed
+from lowlat.model.replace_modules import replace_modules
 from lowlat.model.transformer import Transformer
 from lowlat.ops.fp8 import quantize_blocks
 from lowlat.ops.fp8_training import ScaleFormat
 from lowlat.train.layers.fp8 import Fp8Experts, Fp8Linear, Fp8MLA, use_fp8
-from lowlat.train.layers.replace import replace_modules
 from lowlat.train.layers.stacked_experts import stack_experts, unstacked
 from lowlat.train.run.export import save_fp8
 from lowlat.utils.errors import UserError

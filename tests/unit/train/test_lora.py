@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lowlat.api import load
 from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.convert.run import convert
@@ -201,14 +202,35 @@ def test_adapter(tmp_path: Path) -> None:
         assert b.any()
 
 
+def test_adapters_of_every_projection_are_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Base model and adapter give the logits of the merged model, experts and shared experts
+    included."""
+    base = tuning.checkpoint(tmp_path / "base", tuning.config())
+    tuning.chats(tmp_path / "tokens")
+    run = tuning.train(tmp_path, lora_recipe(), base_model=base, name="adapted")
+    export_adapter(run.path, tmp_path / "adapter", step=None)
+    assert "peft loads MLP updates as updates of fused experts; load this" in caplog.text
+    export_save(run.path, tmp_path / "merged", step=None, dtype="fp32")
+    model = load(base, dtype="fp32", lora={"tuned": tmp_path / "adapter"})
+    merged = load(tmp_path / "merged", dtype="fp32")
+    ids = [(37 * place) % 256 for place in range(41)]
+    expected = merged.logits(ids)
+    torch.testing.assert_close(model.logits(ids, lora="tuned"), expected, rtol=0, atol=1e-4)
+    assert (model.logits(ids) - expected).abs().max() > 1e-3
+    paths = {request.lora_name for request in model.adapters.requests.values()}
+    assert paths == {"tuned"}
+
+
 def test_adapter_refusals(tmp_path: Path) -> None:
     base = tuning.checkpoint(tmp_path / "base", tuning.config())
     tuning.chats(tmp_path / "tokens")
     one = tuning.phases({"steps": 1})
     adapted = tuning.train(tmp_path, lora_recipe(phase=one), base_model=base, name="adapted")
-    with pytest.raises(UserError, match="peft loads MLP updates as updates of fused experts"):
+    export_adapter(adapted.path, tmp_path / "dst", step=None)
+    with pytest.raises(UserError, match="dst: exists already; choose another destination"):
         export_adapter(adapted.path, tmp_path / "dst", step=None)
-    assert not (tmp_path / "dst").exists()
     plain = tuning.raw_recipe(base_model="base", phase=one)
     run = tuning.train(tmp_path, plain, base_model=base, name="plain")
     with pytest.raises(UserError, match="was trained without lora; leave out --adapter"):
