@@ -16,6 +16,7 @@
 #include "kernels/routing.h"
 #include "kernels/rowwise.h"
 #include "kernels/sampling.h"
+#include "kernels/scale_search.h"
 #include "kernels/step.h"
 #include "kernels/training.h"
 #include "workspace.h"
@@ -146,6 +147,9 @@ const lowlat::Ops LOWLAT_NAME(lowlat_ops_, LOWLAT_ISA) = {
     .pack = lowlat::LOWLAT_ISA::single::pack,
     .dequantize = lowlat::LOWLAT_ISA::single::dequantize<float>,
     .dequantize_to_bf16 = lowlat::LOWLAT_ISA::single::dequantize<lowlat::bf16>,
+    .search_int4 = lowlat::LOWLAT_ISA::quantization::search<true>,
+    .search_int8 = lowlat::LOWLAT_ISA::quantization::search<false>,
+    .feedback_int4 = lowlat::LOWLAT_ISA::quantization::feedback,
     .interleave = lowlat::LOWLAT_ISA::single::interleave,
     .rms_norm = lowlat::LOWLAT_ISA::single::norm,
     .rotate = lowlat::LOWLAT_ISA::single::rotate_heads,

@@ -10,6 +10,7 @@
 #include "bound_cache.h"
 #include "bound_matrix.h"
 #include "bound_model.h"
+#include "bound_quantization.h"
 #include "bound_training.h"
 #include "dispatch.h"
 #include "thread_pool.h"
@@ -320,4 +321,5 @@ NB_MODULE(_native, module) {
   bind_ops(module);
   bind_model(module);
   bind_training(module);
+  bind_quantization(module);
 }

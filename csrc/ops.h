@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "model.h"
+#include "quantization.h"
 #include "thread_pool.h"
 #include "sampling.h"
 #include "training.h"
@@ -48,6 +49,11 @@ struct Ops {
   // out [w.rows, w.columns] = the weights of a matrix in GGUF blocks, exact in fp32, or rounded to bf16
   void (*dequantize)(Team&, const Matrix& w, float* out);
   void (*dequantize_to_bf16)(Team&, const Matrix& w, bf16* out);
+
+  // scales of least weighted error, alone and with error feedback (quantization.h); on the calling thread
+  void (*search_int4)(const ScaleSearch&);
+  void (*search_int8)(const ScaleSearch&);
+  void (*feedback_int4)(const ScaleSearch&);
 
   // rows in GGUF blocks, interleaved (matrix.h); out [rows rounded up to tiles, bytes of a row]
   void (*interleave)(Team&, const Matrix& rows, std::uint8_t* out);

@@ -285,6 +285,45 @@ def linear(
 def pack(weights: Tensor, to: Matrix, level: str = "") -> None:
     """Quantize bf16 or fp32 [rows, columns] into the tensors of an int8 or int4 matrix."""
 
+def search_int4(
+    rows: Tensor,
+    importance: Tensor,
+    shrinks: list[float],
+    refits: int,
+    scale: Tensor,
+    minimum: Tensor,
+    level: str = "",
+) -> None:
+    """fp32 [rows, columns] of whole tiles, importance fp32 [columns]; fp16 [rows, groups] out. On
+    the calling thread, as the next two.
+    """
+
+def search_int8(
+    rows: Tensor,
+    importance: Tensor,
+    shrinks: list[float],
+    refits: int,
+    scale: Tensor,
+    level: str = "",
+) -> None:
+    """The same with symmetric ranges."""
+
+def feedback_int4(
+    rows: Tensor,
+    importance: Tensor,
+    shrinks: list[float],
+    refits: int,
+    factor: Tensor,
+    scale: Tensor,
+    minimum: Tensor,
+    q: Tensor,
+    errors: Tensor,
+    level: str = "",
+) -> None:
+    """At most 128 columns, with the rows and columns of an upper triangular factor that belong to
+    them; q fp32 [rows, groups, 32], errors fp32 [rows, columns].
+    """
+
 def dequantize(matrix: Matrix, out: Tensor, level: str = "") -> None:
     """The weights of a Matrix in GGUF blocks; out fp32 or bf16 [rows, columns]."""
 

@@ -12,6 +12,10 @@ struct Codes {
   F scale, minimum;
 };
 
+// Whether weight = scale * (code - minimum) instead: scales of MXFP4 reach 2^127, of which fp32 holds no multiple.
+template <GgufType type>
+constexpr bool kMinimumInSteps = type == GgufType::MXFP4;
+
 // Scales of 16 columns each in their order, to their lanes.
 inline F to_lanes(F groups) {
   const __m512i from = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

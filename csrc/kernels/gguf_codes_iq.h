@@ -255,7 +255,7 @@ struct Loader<GgufType::MXFP4> {
       const __m256i tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), exponents);
       const __mmask8 is_tiny = _mm256_cmplt_epi32_mask(exponents, _mm256_set1_epi32(2));
       codes.scale = wide_to_lanes(_mm256_castsi256_ps(_mm256_mask_mov_epi32(usual, is_tiny, tiny)));
-      codes.minimum = mul(codes.scale, set1(kFp4Middle));
+      codes.minimum = set1(kFp4Middle);
       return codes;
     });
   }
@@ -322,7 +322,11 @@ inline void each_finite_sixteen(const Matrix& w, std::int64_t row, Body&& body) 
     for (int g = 0; 16 * g < columns; ++g) {
       const int place = g % 4 * 4 + g / 4;
       const F values = floats_of_bytes(_mm_load_si128(reinterpret_cast<const __m128i*>(code + 16 * g)));
-      body(first + 16 * g, F{_mm512_fmsub_ps(values.v, _mm512_set1_ps(scale[place]), _mm512_set1_ps(minimum[place]))});
+      if constexpr (kMinimumInSteps<type>) {
+        body(first + 16 * g, mul(sub(values, set1(minimum[place])), set1(scale[place])));
+      } else {
+        body(first + 16 * g, F{_mm512_fmsub_ps(values.v, _mm512_set1_ps(scale[place]), _mm512_set1_ps(minimum[place]))});
+      }
     }
   }
 }

@@ -36,6 +36,7 @@ inline __m512i sums_of_fours(const __m512i (&v)[4]) {
 }
 
 // sum + weights . x over a span.
+template <GgufType type>
 inline F add_products(F sum, const Codes& w, const SpanActivations& x) {
   __m512i products[4];
   LOWLAT_UNROLL
@@ -45,7 +46,11 @@ inline F add_products(F sum, const Codes& w, const SpanActivations& x) {
     products[k] = _mm512_dpbusd_epi32(_mm512_slli_epi32(above, 7), w.code[k], low);
   }
   const F integers = {_mm512_cvtepi32_ps(sums_of_fours(products))};
-  sum = fma(mul(integers, load(x.scale)), w.scale, sum);
+  const F products_of_codes = mul(integers, load(x.scale));
+  if constexpr (kMinimumInSteps<type>) {
+    return fma({_mm512_fnmadd_ps(w.minimum.v, load(x.sum).v, products_of_codes.v)}, w.scale, sum);
+  }
+  sum = fma(products_of_codes, w.scale, sum);
   return {_mm512_fnmadd_ps(w.minimum.v, load(x.sum).v, sum.v)};
 }
 
@@ -93,11 +98,11 @@ inline void multiply_tile(const Matrix& w, std::int64_t tile, const SpanActivati
       }
       const auto weights = load_weights<type>(at, least(kSpan, w.columns - s * kSpan));
       if constexpr (is_one) {
-        sum = add_products(sum, weights, x[s]);
+        sum = add_products<type>(sum, weights, x[s]);
       } else {
         for (std::int64_t t = 0; t < tokens; ++t) {
           float* own = lanes[t][r];
-          store(own, add_products(s == 0 ? zero() : load(own), weights, x[t * apart + s]));
+          store(own, add_products<type>(s == 0 ? zero() : load(own), weights, x[t * apart + s]));
         }
       }
     }

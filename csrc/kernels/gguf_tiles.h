@@ -46,8 +46,15 @@ inline void multiply_interleaved(const Matrix& w, std::int64_t tile, const SpanA
         const int place = place_of_group(in_span / 16);
         float along = own.sum[place];
         if constexpr (Decoder::kGroup == 32) along += own.sum[place_of_group(in_span / 16 + 1)];
-        total[t] = fma(integers_to_float(sums[t].total()), mul(decoder.scale, set1(own.scale[place])), total[t]);
-        total[t] = {_mm512_fnmadd_ps(offset.v, _mm512_set1_ps(along), total[t].v)};
+        const F integers = integers_to_float(sums[t].total());
+        if constexpr (kMinimumInSteps<type>) {
+          const F products = mul(integers, set1(own.scale[place]));
+          const F zero_point = set1(Decoder::kZero);
+          total[t] = fma({_mm512_fnmadd_ps(zero_point.v, _mm512_set1_ps(along), products.v)}, decoder.scale, total[t]);
+        } else {
+          total[t] = fma(integers, mul(decoder.scale, set1(own.scale[place])), total[t]);
+          total[t] = {_mm512_fnmadd_ps(offset.v, _mm512_set1_ps(along), total[t].v)};
+        }
       }
     }
   }

@@ -16,9 +16,10 @@ from functools import cached_property, partial
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float16, Float32
 from torch import Tensor
 
+from lowlat.ops import native, native_kernels
 from lowlat.ops.quantized import (
     GROUP,
     INT4_MAX,
@@ -33,6 +34,8 @@ from lowlat.ops.quantized import (
     pack_int4,
 )
 from lowlat.ops.weighted_quantization import (
+    LOW_SHRINKS,
+    REFITS,
     in_groups,
     int4_search,
     quantize_int4_weighted,
@@ -44,6 +47,8 @@ DAMPING = 0.1
 """Added to the diagonal of H, relative to its mean."""
 CHUNK_ELEMENTS = 2**18
 """Elements quantized at a time; every column of a chunk takes several small operations."""
+BLOCK = 128
+"""Columns after which errors move all later columns; csrc/quantization.h holds as many."""
 
 
 @final
@@ -63,7 +68,7 @@ class ActivationCovariance:
             mean = damped.diagonal().mean()
             damped.diagonal().add_(DAMPING * torch.where(mean > 0, mean, 1.0))
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-            return torch.linalg.cholesky(inverse, upper=True).float()
+            return torch.linalg.cholesky(inverse, upper=True).float().contiguous()
         finally:
             torch.set_num_threads(threads)
 
@@ -114,11 +119,40 @@ def _chunk(
 def _with_feedback(
     rows: Float32[Tensor, "padded_rows in"], factor: Float32[Tensor, "in in"]
 ) -> tuple[Tensor, Tensor, Tensor, Float32[Tensor, " padded_rows"]]:
-    """Values, scales and minima of all groups, and the error of each row."""
+    """Values, scales and minima of all groups, and the error of each row. Errors move the columns
+    of later blocks once per block (GPTQ's lazy updates).
+    """
     columns, rows = rows.shape[1], rows.clone()
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    error = rows.new_zeros(len(rows))
+    for first in range(0, columns, BLOCK):
+        last = min(first + BLOCK, columns)
+        block, own = rows[:, first:last], factor[first:last, first:last]
+        if native.available():
+            *found, errors = native_kernels.feedback_block(block, own, LOW_SHRINKS, REFITS)
+        else:
+            *found, errors = feedback_block(block, own)
+        parts.append(tuple(found))
+        error += errors.square().sum(1)
+        rows[:, last:].sub_(errors @ factor[first:last, last:])
+    values, scales, minima = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+    return values, scales, minima, error
+
+
+def feedback_block(
+    rows: Float32[Tensor, "rows block"], factor: Float32[Tensor, "block block"]
+) -> tuple[
+    Float32[Tensor, "rows groups 32"],
+    Float16[Tensor, "rows groups"],
+    Float16[Tensor, "rows groups"],
+    Float32[Tensor, "rows block"],
+]:
+    """Values, scales and minima of the groups of a block of columns, and the errors e of `rows` =
+    dequantized + e U; `factor` is the block's part of U.
+    """
+    columns, rows, all_errors = rows.shape[1], rows.clone(), torch.empty_like(rows)
     values: list[Tensor] = []
     numbers: list[tuple[Tensor, Tensor]] = []
-    error = rows.new_zeros(len(rows))
     for first in range(0, columns, GROUP):
         last = min(first + GROUP, columns)
         target, own = rows[:, first:last], factor[first:last, first:last]
@@ -126,13 +160,12 @@ def _with_feedback(
         scale, minimum = (part[:, 0] for part in int4_search(int4_groups(target), weights))
         wide = scale.float()[:, None], minimum.float()[:, None]
         q = _rounded(target, *wide, own)
-        errors = _feedback(target - (q * wide[0] + wide[1]), own)
-        error += errors.square().sum(1)
+        errors = all_errors[:, first:last] = _feedback(target - (q * wide[0] + wide[1]), own)
         rows[:, last:] -= errors @ factor[first:last, last:]
         values.append(torch.nn.functional.pad(q, (0, GROUP - (last - first))))
         numbers.append((scale, minimum))
     scales, minima = (torch.stack(parts, dim=1) for parts in zip(*numbers, strict=True))
-    return torch.stack(values, dim=1), scales, minima, error
+    return torch.stack(values, dim=1), scales, minima, all_errors
 
 
 def _rounded(

@@ -12,6 +12,9 @@ of them, so the error is never larger than its. Candidates that leave the smalle
 group unused are not taken: the min-max range of dequantized values is then the chosen range, so
 they are quantized again without loss. Groups do not depend on one another: results are the same for
 any number of threads.
+
+The native kernels of `int4_search` and `int8_search` run where they are built. They sum in another
+order, so a candidate of nearly the same error may win; their bits are the same at every level.
 """
 
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ import torch
 from jaxtyping import Float, Float16, Float32
 from torch import Tensor
 
+from lowlat.ops import native, native_kernels
 from lowlat.ops.quantized import (
     GROUP,
     INT4_MAX,
@@ -79,7 +83,7 @@ def quantize_rows_weighted(
 ) -> Int8Rows:
     """`dense` in int8 rows of least weighted error; non-finite as `quantize_rows`."""
     wide = dense.detach().to(torch.float32)
-    scale = _int8_scale(wide, _relative(importance), torch.float32)
+    scale = int8_search(wide, _relative(importance), torch.float32)
     weight = empty(*dense.shape, dtype=torch.int8)
     return Int8Rows(weight.copy_(int8_values(wide, scale)), scale)
 
@@ -93,8 +97,19 @@ def _relative(importance: Float32[Tensor, " in"]) -> Float32[Tensor, " in"]:
 def _int4_chunk(
     rows: Float32[Tensor, "padded_rows in"], importance: Float32[Tensor, " in"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    groups = int4_groups(rows)
-    return int4_tiles(groups, *int4_search(groups, in_groups(importance)), rows.shape[1])
+    scale, minimum = find_int4_ranges(rows, importance)
+    return int4_tiles(int4_groups(rows), scale, minimum, rows.shape[1])
+
+
+def find_int4_ranges(
+    rows: Float32[Tensor, "padded_rows in"], importance: Float32[Tensor, " in"]
+) -> tuple[Float16[Tensor, "padded_rows groups"], Float16[Tensor, "padded_rows groups"]]:
+    """Scales and minima of least weighted error of all groups, by the native kernel if there is
+    one.
+    """
+    if native.available():
+        return native_kernels.int4_search(rows, importance, LOW_SHRINKS, REFITS)
+    return int4_search(int4_groups(rows), in_groups(importance))
 
 
 def int4_search(
@@ -151,11 +166,14 @@ def _int8_chunk(
     rows: Float32[Tensor, "padded_rows in"], importance: Float32[Tensor, " in"]
 ) -> tuple[Tensor, Tensor]:
     groups = int8_groups(rows)
-    scale = _int8_scale(groups, in_groups(importance), torch.float16)
-    return int8_tiles(groups, scale.to(torch.float16))
+    if native.available():
+        scale = native_kernels.int8_search(rows, importance, INT8_SHRINKS, REFITS)
+    else:
+        scale = int8_search(groups, in_groups(importance), torch.float16).to(torch.float16)
+    return int8_tiles(groups, scale)
 
 
-def _int8_scale(
+def int8_search(
     groups: Float32[Tensor, "*rows columns"], weights: Tensor, dtype: torch.dtype
 ) -> Float32[Tensor, "*rows"]:
     """Scales of least weighted error that `dtype` can hold."""

@@ -206,6 +206,30 @@ def test_nan_and_infinity_come_out(level: str, kind: int) -> None:
         assert out[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("decode", [False, True])
+def test_largest_scales_of_mxfp4(level: str, interleaved: bool, decode: bool) -> None:
+    """Finite where weights and products are: scale bytes 253 and 254 are numbers, and 255 is the
+    one that the gguf package makes of it.
+    """
+    kind = int(GGMLQuantizationType.MXFP4)
+    weights = random_blocks(kind, 37, 9, 3).view(37, 9, -1)
+    weights[..., 0] = 252 + weights[..., 0] % 4
+    weights[..., 1:] &= 0x99  # 0, 0.5 and their negatives: finite weights at every scale
+    weights = weights.flatten(1)
+    w = exact(weights, kind)
+    assert w.isfinite().all() and w.abs().max() == 2.0**127
+    x = (draw((3, w.shape[1]), "normal", 4).float() * 2.0**-40).bfloat16()
+    packed = gguf_blocks.interleave(weights, kind) if interleaved else weights
+    rows = {"interleaved_rows": 37} if interleaved else {}
+    assert_same_numbers(gguf_blocks.dequantize_natively(packed, kind, level=level, **rows), w)
+    matrix = native.module().Matrix.gguf(packed, type=kind, **rows)
+    out = kernels.linear(x, matrix, is_decode=decode, level=level)
+    size = x.double().abs() @ w.double().abs().T
+    assert_within(out, x.double() @ w.double().T, size * 2.0**-7)
+
+
 INTERLEAVED = (
     [number for number, *_, can in native.module().gguf_types() if can]
     if native.available()

@@ -1,11 +1,14 @@
 """int4 with error feedback: output errors below those of min-max, nothing lost twice."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowlat.ops import calibrated_quantization, native
 from lowlat.ops.calibrated_quantization import (
     DAMPING,
     ActivationCovariance,
@@ -13,6 +16,14 @@ from lowlat.ops.calibrated_quantization import (
 )
 from lowlat.ops.quantized import Int4Weight, dequantize_int4, quantize_int4
 from lowlat.ops.weighted_quantization import quantize_int4_weighted
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reference() -> Iterator[None]:
+    """Native kernels are tested against these in tests/native/test_scale_search.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "available", lambda: False)
+        yield
 
 
 def drawn(seed: int, rows: int, columns: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -60,6 +71,16 @@ def test_feedback_beats_the_diagonal() -> None:
     before = errors(weight, covariance, diagonal).sum()
     after = errors(weight, covariance, calibrated(weight, covariance)).sum()
     assert after < 0.75 * before
+
+
+def test_feedback_crosses_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns move by the errors of all earlier blocks, as within one."""
+    weight, covariance = drawn(6, 32, 192, 1000)
+    totals = []
+    for block in (32, 192):
+        monkeypatch.setattr(calibrated_quantization, "BLOCK", block)
+        totals.append(errors(weight, covariance, calibrated(weight, covariance)).sum())
+    assert abs(totals[0] - totals[1]) < 0.01 * totals[1]
 
 
 def test_quantized_values_lose_nothing() -> None:

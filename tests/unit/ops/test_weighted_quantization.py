@@ -1,6 +1,6 @@
 """Weighted scales: no worse than min-max, lossless for quantized values, equal for all threads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowlat.ops import native
 from lowlat.ops.quantized import (
     dequantize_int4,
     dequantize_int8,
@@ -30,6 +31,14 @@ FORMATS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Dequantize]] = 
     "int8": (quantize_int8, quantize_int8_weighted, dequantize_int8),
     "int8_rows": (quantize_rows, quantize_rows_weighted, lambda p, r, c: dequantize_rows(p)),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reference() -> Iterator[None]:
+    """Native kernels are tested against these in tests/native/test_scale_search.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "available", lambda: False)
+        yield
 
 
 def drawn(seed: int, rows: int, columns: int, spread: float) -> tuple[Tensor, Tensor]:
