@@ -19,6 +19,7 @@ from lowlat.checkpoint.safetensors.reader import SafetensorsFile
 from lowlat.checkpoint.shard_layout import INDEX_FILE, SINGLE_FILE
 from lowlat.checkpoint.tensor_source import StoredTensor, TensorSource
 from lowlat.checkpoint.vendors.source import vendor_source
+from lowlat.checkpoint.vendors.stacked_experts import split_fp8_experts
 from lowlat.utils.errors import UserError
 from lowlat.utils.gguf_parts import existing_parts
 from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object, quoted
@@ -86,7 +87,7 @@ def _open_folder(folder: Path) -> TensorSource:
         for name, file in files.items()
     }
     source = language_part(TensorSource(folder, config, tensors))
-    return vendor_source(with_language_head(source))
+    return vendor_source(split_fp8_experts(with_language_head(source)))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def load_model(
     if form and config.packing is None:
         model.add_head()
     parameters = model.state_dict()
-    plan = operations(config, parameters, stored=file)
+    plan = operations(config, parameters, stored=file, source=source)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     check_tensors(config, source, plan, shapes)
     readers = _keep_blocks(model, plan, source, dtype, place) if keeps_blocks else {}

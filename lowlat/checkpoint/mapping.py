@@ -41,19 +41,24 @@ _log = logging.getLogger(__name__)
 
 
 def operations(
-    config: ModelConfig, parameters: Iterable[str], *, stored: ModelConfig | None = None
+    config: ModelConfig,
+    parameters: Iterable[str],
+    *,
+    stored: ModelConfig | None = None,
+    source: TensorSource | None = None,
 ) -> list[Operation]:
     """The operations that cover every one of `parameters` (names in the state dict) once.
 
     stored: config of the file, if `config` is that of its dequantized weights: the file pads no
-    latents if its weights are packed, and stacks no experts if they are quantized.
+    latents if its weights are packed. source: the file to load, which may store a layer's experts
+    as two tensors or one by one; without it, the layout to save.
     """
     file = stored or config
     converted = _padded_attention(config) if file.packing is None else None
     padded = [] if converted is None else parameter_names(converted)
     # packed files have a separate head
     reads_embedding = config.tie_word_embeddings and config.packing is None
-    stacks = _stacks_experts(file)
+    stacks = _stacked_experts(file, source)
     known = dict.fromkeys(parameters)
     result: list[Operation] = []
     for parameter in known:
@@ -64,24 +69,31 @@ def operations(
             result.append(PadLatent(file_name(config, prefix), prefix, converted))
         elif found and below in padded:
             continue
-        elif stacks and ".mlp.experts." in parameter:
+        elif parameter.startswith(stacks):
             continue
         elif parameter == "lm_head.weight" and reads_embedding:
             result.append(Rename(file_name(config, "embed_tokens.weight"), parameter))
         else:
             result.append(Rename(file_name(config, parameter), parameter))
     if stacks and config.moe is not None:
-        layers = [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
-        prefixes = [f"layers.{layer}.mlp.experts." for layer in layers]
         count = config.moe.n_routed_experts
-        result += [StackExperts(file_name(config, prefix), prefix, count) for prefix in prefixes]
+        result += [StackExperts(file_name(config, prefix), prefix, count) for prefix in stacks]
     return result
 
 
-def _stacks_experts(config: ModelConfig) -> bool:
-    """Whether files hold a layer's experts as two tensors; quantized weights have one each."""
+def _stacked_experts(config: ModelConfig, source: TensorSource | None) -> tuple[str, ...]:
+    """Prefixes of layers ('layers.3.mlp.experts.') whose experts are two tensors of the file.
+    Quantized weights have tensors of their own for each expert.
+    """
     is_plain = config.packing is None and config.quantization is None
-    return is_plain and config.model_type == "mistral4"
+    if not is_plain or config.model_type != "mistral4" or config.moe is None:
+        return ()
+    layers = [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
+    prefixes = [f"layers.{layer}.mlp.experts." for layer in layers]
+    if source is not None:
+        first = {prefix: f"{file_name(config, prefix)}0.down_proj.weight" for prefix in prefixes}
+        prefixes = [prefix for prefix in prefixes if first[prefix] not in source.tensors]
+    return tuple(prefixes)
 
 
 def file_name(config: ModelConfig, parameter: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lowlat.checkpoint.gguf.kept_metadata import METADATA_FILE, encode_metadata_of
 from lowlat.checkpoint.mapping import operations
 from lowlat.checkpoint.safetensors.writer import ShardWriter
 from lowlat.checkpoint.shard_layout import INDEX_FILE, MAX_SHARD_BYTES, encode_index, shard_names
@@ -60,8 +61,8 @@ def save_model(
     raw = config_to_hf(config)
     raw["dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     tensors = file_tensors(config, model.state_dict())
-    with_text = text_files(source) if source is not None else {}
-    write_checkpoint(dst, raw, tensors, max_shard_bytes=max_shard_bytes, extra_files=with_text)
+    others = files_of_source(source) if source is not None else {}
+    write_checkpoint(dst, raw, tensors, max_shard_bytes=max_shard_bytes, extra_files=others)
 
 
 def file_tensors(
@@ -86,6 +87,16 @@ def text_files(source: Path) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.from_gguf(source).save(Path(folder))
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+
+def files_of_source(source: Path) -> dict[str, bytes]:
+    """All files, by name, that a folder takes over from its source, a folder or .gguf: those of
+    `text_files`, and the metadata of the GGUF file that the model comes from.
+    """
+    files, kept = text_files(source), source / METADATA_FILE
+    if not source.is_dir():
+        return files | {METADATA_FILE: encode_metadata_of(source)}
+    return files | ({METADATA_FILE: kept.read_bytes()} if kept.is_file() else {})
 
 
 def write_checkpoint(

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowlat.checkpoint.file_layout import FileLayout
 from lowlat.checkpoint.fill_parameters import fit
 from lowlat.checkpoint.resumable_writer import partial_path, require_free_space, write_resumable
-from lowlat.checkpoint.save import text_files
+from lowlat.checkpoint.save import files_of_source
 from lowlat.checkpoint.shard_layout import INDEX_FILE, plan_shards
 from lowlat.config.hf.writer import config_to_hf
 from lowlat.convert.compression.calibration import Calibration, read_calibration
@@ -40,7 +40,7 @@ from lowlat.convert.quantization.activations import ActivationStatistics, activa
 from lowlat.convert.report import ConversionReport, compression_object, measure, report_files
 from lowlat.convert.storage.folder import PLAIN, StorageType, stored_config, stored_groups
 from lowlat.convert.storage.gguf import stored_gguf
-from lowlat.text.folder import read_folder
+from lowlat.text.folder import TOKENIZER_FILE, read_folder
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
@@ -237,7 +237,7 @@ def _folder_files(
     raw = _config_fields(conversion, weights, is_unchanged=is_unchanged)
     files, index = plan_shards(stored_groups(weights, conversion.storage_type, statistics))
     others = {"config.json": (json.dumps(raw, indent=2) + "\n").encode()}
-    others |= _tokenizer_files(conversion.src, conversion.dst)
+    others |= _files_of_source(conversion.src, conversion.dst)
     return files, others | ({} if index is None else {INDEX_FILE: index})
 
 
@@ -262,13 +262,15 @@ def _config_fields(
     return raw | {"dtype": str(plain).removeprefix("torch.")}
 
 
-def _tokenizer_files(src: Path, dst: Path) -> dict[str, bytes]:
-    """The source's tokenizer files; logs a warning if lowlat cannot read them."""
-    files = text_files(src)
+def _files_of_source(src: Path, dst: Path) -> dict[str, bytes]:
+    """The source's tokenizer files and GGUF metadata; logs a warning if lowlat cannot read the
+    tokenizer.
+    """
+    files = files_of_source(src)
     try:
         if src.is_dir():
             read_folder(src)
-        elif not files:
+        elif TOKENIZER_FILE not in files:
             raise UserError(f"{src}: holds no vocabulary; copy the original model's tokenizer.json")
     except UserError as error:
         _log.warning("%s: has no usable tokenizer: %s", dst, error)

@@ -113,7 +113,36 @@ def model(
     )
 
 
+MINICPM3 = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 256}
+CONTEXT = 128
+"""Tokens that llama.cpp serves, which decide about the factors of longrope."""
+SERVED = MINICPM3 | {"max_position_embeddings": CONTEXT}
+LONGROPE = replace(
+    ROPE,
+    rope_type="longrope",
+    factor=2.0,
+    original_max_position_embeddings=256,
+    attention_factor=1.25,
+    pair_factors=tuple(1 + 0.1 * pair for pair in range(8)),
+    long_pair_factors=tuple(1 + pair for pair in range(8)),
+)
+V4 = replace(V3, scoring_func="softmax", router_bias=False, n_group=1, topk_group=1)
+SCALED = replace(
+    YARN,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.1,
+    original_max_position_embeddings=8,
+)
+
 MODELS = {
+    "minicpm3": model("minicpm3", latent(), ROPE, **MINICPM3),
+    "minicpm3-short": model("minicpm3", latent(), LONGROPE, **SERVED),
+    "minicpm3-long": model(
+        "minicpm3", latent(), replace(LONGROPE, original_max_position_embeddings=64), **SERVED
+    ),
+    "mistral4": model("mistral4", latent(), INTERLEAVED, V4),
+    "mistral4-scaled": model("mistral4", latent(), SCALED, V4),
     "v3": model("deepseek_v3", latent(), YARN, V3),
     "v3-mtp": model("deepseek_v3", latent(), YARN, V3, mtp=1),
     "v3-mtp-copies": model("deepseek_v3", latent(), INTERLEAVED, V3, mtp=2, mtp_copies=True),
@@ -194,7 +223,7 @@ def both_logits(
         precision="fp32",
         cache="fp32",
         threads=1,
-        context=128,
+        context=CONTEXT,
     )
     return expected, logits_of(llama, TOKENS)
 

@@ -1,6 +1,6 @@
 """Byte layout of a GGUF file to write: header, metadata, tensor table, aligned data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -47,10 +47,21 @@ def plan_gguf(
     made = {key: _entry(arch, key, value) for key, value in keys.items()}
     made = {ARCHITECTURE: _header(arch)[COUNTS:]} | made
     entries = dict(kept or {}) | made
-    counts = _header(arch, tensors=tensors)[:COUNTS_OF_KEYS] + len(entries).to_bytes(8, "little")
-    header = b"".join([counts, *entries.values(), _tensor_table(arch, tensors)])
+    keys_of_file = _counted(_header(arch, tensors=tensors), entries.values())
+    header = keys_of_file + _tensor_table(arch, tensors)
     parts = [(tensor.name, tensor.size, tensor.pieces) for tensor in tensors]
     return lay_out(name, header, parts, DEFAULT_ALIGNMENT)
+
+
+def encode_metadata(entries: Collection[bytes]) -> bytes:
+    """A GGUF file that holds `entries` (`GGUFFile.entry`) and no tensors."""
+    return _counted(_header(""), entries)
+
+
+def _counted(header: bytes, entries: Collection[bytes]) -> bytes:
+    """Magic, version and number of tensors of `header`, then `entries` with their number."""
+    counts = header[:COUNTS_OF_KEYS] + len(entries).to_bytes(8, "little")
+    return b"".join([counts, *entries])
 
 
 def _entry(arch: str, key: str, value: Any) -> bytes:

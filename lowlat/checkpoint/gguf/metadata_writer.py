@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lowlat.checkpoint.gguf.metadata_mla import MINICPM3, MINICPM3_SCALES, MISTRAL4
+from lowlat.checkpoint.gguf.tensor_layout import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from lowlat.config.attention import short_name, uniform
 from lowlat.config.hf.families import LOWLAT
 from lowlat.config.model import (
@@ -32,9 +34,12 @@ LLAMA_BETA_FAST = 32.0
 def architecture_of(config: ModelConfig) -> str:
     """llama.cpp's name of the model's architecture. Raises UserError if it has none."""
     attention, rope = attention_of(config), rope_of(config)
+    if config.model_type == MINICPM3:
+        return _require_minicpm3(config, rope)
     scales = (config.scale_emb, config.residual_scale, config.output_scale)
     _require(scales == (1.0, 1.0, 1.0), "scale_emb, scale_depth and dim_model_base")
-    _require(not rope.llama_4_scaling_beta, "queries scaled by their position")
+    is_scaled = bool(rope.llama_4_scaling_beta)
+    _require(not is_scaled or config.model_type == MISTRAL4, "queries scaled by their position")
     _require(rope.long_pair_factors is None, "longrope with short and long factors")
     if isinstance(attention, MLAConfig):
         without = "a latent without norm (models converted to MLA; deepseek2 always has one)"
@@ -43,7 +48,9 @@ def architecture_of(config: ModelConfig) -> str:
         _require(not biases, "latent attention with biases")
         _require(rope.rope_interleave, "rope_interleave false")
         _require(attention.qk_nope_head_dim > 0, "qk_nope_head_dim 0")
-        return "deepseek2" if attention.indexer is None else _sparse_architecture(config, rope)
+        if attention.indexer is not None:
+            return _sparse_architecture(config, rope)
+        return MISTRAL4 if config.model_type == MISTRAL4 else "deepseek2"
     if not isinstance(attention, GQAConfig):
         raise _unsupported(f"attention of form {short_name(attention)}")
     family = "llama" if config.model_type == "mistral" else config.model_type
@@ -69,6 +76,20 @@ def _sparse_architecture(config: ModelConfig, rope: RopeConfig) -> str:
         return "glm-dsa"
     _require(not isinstance(config.attention, tuple), "shared choices with half-split indexers")
     return "deepseek32"
+
+
+def _require_minicpm3(config: ModelConfig, rope: RopeConfig) -> str:
+    """The architecture. Raises UserError for settings that llama.cpp's minicpm3 has otherwise."""
+    attention = attention_of(config)
+    assert isinstance(attention, MLAConfig)
+    found = {name: getattr(config, name) for name in MINICPM3_SCALES}
+    wanted = ", ".join(f"{name} {value:g}" for name, value in MINICPM3_SCALES.items())
+    _require(found == MINICPM3_SCALES, f"minicpm3 with other factors than {wanted}")
+    _require(attention.q_lora_rank is not None, "minicpm3 without q_lora_rank")
+    _require(not attention.attention_bias, "latent attention with biases")
+    plain = rope.rope_type in ("default", "longrope") and not rope.mscale_all_dim
+    _require(plain, f"rope_type '{rope.rope_type}' of minicpm3, or with mscale_all_dim")
+    return MINICPM3
 
 
 def attention_of(config: ModelConfig) -> AttentionConfig:
@@ -100,27 +121,40 @@ def gguf_keys(config: ModelConfig, arch: str) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": float(rope_of(config).rope_theta),
     }
+    if arch == MINICPM3:
+        assert isinstance(attention, MLAConfig)
+        return _prefixed(arch, keys | _minicpm3_keys(attention) | _factors_keys(rope_of(config)))
     if isinstance(attention, MLAConfig):
         keys |= _latent_keys(attention) | _expert_keys(config) | _indexer_keys(config, arch)
         if config.num_nextn_predict_layers:
             keys["nextn_predict_layers"] = config.num_nextn_predict_layers
     else:
         keys |= _grouped_keys(config, attention)
-    keys |= _rope_keys(config)
+    if rope_of(config).llama_4_scaling_beta:
+        keys["attention.temperature_scale"] = rope_of(config).llama_4_scaling_beta
+        keys["attention.temperature_length"] = rope_of(config).original_max_position_embeddings
+    return _prefixed(arch, keys | _rope_keys(config))
+
+
+def _prefixed(arch: str, keys: dict[str, Any]) -> dict[str, Any]:
     return {f"{arch}.{key}": value for key, value in keys.items()}
 
 
-def rope_divisors(config: ModelConfig) -> torch.Tensor | None:
-    """Content of rope_freqs.weight: one divisor per frequency; None for models without it."""
+def rope_divisors(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Tensors with one divisor per frequency, by name; none for most models."""
     rope = rope_of(config)
     if rope.rope_type == "longrope" and rope.pair_factors is not None:
-        return torch.tensor(rope.pair_factors)
+        short = torch.tensor(rope.pair_factors)
+        if config.model_type != MINICPM3:
+            return {ROPE_FACTORS: short}
+        long = torch.tensor(rope.long_pair_factors or rope.pair_factors)
+        return {SHORT_FACTORS: short, LONG_FACTORS: long}
     if rope.rope_type != "llama3":
-        return None
+        return {}
     plain = RopeConfig(rope_theta=rope.rope_theta)
     assert isinstance(config.attention, GQAConfig)
     dim = config.attention.head_dim
-    return inverse_frequencies(plain, dim) / inverse_frequencies(rope, dim)
+    return {ROPE_FACTORS: inverse_frequencies(plain, dim) / inverse_frequencies(rope, dim)}
 
 
 def _latent_keys(attention: MLAConfig) -> dict[str, Any]:
@@ -154,6 +188,29 @@ def _indexer_keys(config: ModelConfig, arch: str) -> dict[str, Any]:
     return keys
 
 
+def _minicpm3_keys(attention: MLAConfig) -> dict[str, Any]:
+    return {
+        "attention.head_count_kv": attention.num_attention_heads,
+        "attention.q_lora_rank": attention.q_lora_rank,
+        "attention.kv_lora_rank": attention.kv_lora_rank,
+        "attention.key_length": attention.qk_head_dim,
+        "attention.value_length": attention.v_head_dim,
+        "rope.dimension_count": attention.qk_rope_head_dim,
+    }
+
+
+def _factors_keys(rope: RopeConfig) -> dict[str, Any]:
+    """Keys of longrope with two sets of factors, which are tensors."""
+    if rope.rope_type != "longrope":
+        return {}
+    keys: dict[str, Any] = {
+        "rope.scaling.original_context_length": rope.original_max_position_embeddings
+    }
+    if rope.attention_factor not in (None, 1.0):
+        keys["rope.scaling.attn_factor"] = rope.attention_factor
+    return keys
+
+
 def _grouped_keys(config: ModelConfig, attention: GQAConfig) -> dict[str, Any]:
     keys: dict[str, Any] = {
         "attention.head_count_kv": attention.num_key_value_heads,
@@ -176,16 +233,16 @@ def _grouped_keys(config: ModelConfig, attention: GQAConfig) -> dict[str, Any]:
 def _expert_keys(config: ModelConfig) -> dict[str, Any]:
     moe = config.moe
     if moe is None:
-        is_v2 = config.model_type == "deepseek_v2"
+        has_softmax = config.model_type in ("deepseek_v2", MISTRAL4)
         return {
             "leading_dense_block_count": config.num_cache_layers,
             "expert_feed_forward_length": config.intermediate_size,
             "expert_shared_count": 0,
-            "expert_gating_func": GATES["softmax" if is_v2 else "sigmoid"],
+            "expert_gating_func": GATES["softmax" if has_softmax else "sigmoid"],
         }
     _require(moe.moe_layer_freq == 1, f"moe_layer_freq {moe.moe_layer_freq}")
     _require(not moe.output_norm, "a norm on the output of experts")
-    has_bias = moe.topk_method != "noaux_tc" or moe.router_bias
+    has_bias = moe.topk_method != "noaux_tc" or moe.router_bias or config.model_type == MISTRAL4
     _require(has_bias, f"experts of model_type '{config.model_type}' without selection biases")
     _require(moe.mlp_layer_types is None, "dense layers after sparse ones (mlp_layer_types)")
     _require(moe.n_shared_experts > 0, "experts without shared ones")

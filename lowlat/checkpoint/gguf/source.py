@@ -22,7 +22,7 @@ from lowlat.checkpoint.gguf.tensor_layout import (
     EXPERTS,
     GLOBAL_NAMES,
     MODULES,
-    ROPE_FACTORS,
+    ROPE_TENSORS,
     ROUTER_BIAS,
     join_kv_b,
     unpermute,
@@ -66,8 +66,8 @@ class _Computed(StoredTensor):
 
 
 def open_gguf(path: Path) -> TensorSource:
-    """Open a .gguf file, or any part of a split one, of architecture llama, qwen2, qwen3,
-    deepseek2, deepseek32 or glm-dsa.
+    """Open a .gguf file, or any part of a split one, of one of the ARCHITECTURES of
+    `metadata_reader`.
 
     Tensors stored as F16, F32, F64 or BF16 keep their dtype, all block formats are read as fp32.
     Tensors without a Hugging Face counterpart keep their name, so that strict loading reports them
@@ -97,7 +97,7 @@ class _Layout:
     def convert(self, name: str) -> dict[str, StoredTensor]:
         """The Hugging Face tensors that GGUF tensor `name` holds, alone or as one of a pair."""
         shape = self._gguf.tensors[name].shape
-        if name == ROPE_FACTORS:  # a field of the config
+        if name in ROPE_TENSORS:  # a field of the config
             return {}
         match = _BLOCK.fullmatch(name)
         if match is None:

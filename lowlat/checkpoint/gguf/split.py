@@ -89,7 +89,10 @@ def _check_part(part: GGUFFile, first: GGUFFile, number: int) -> None:
     for key in (COUNT, TENSORS, *part.metadata):
         value, expected = part.metadata.get(key), first.metadata.get(key)
         # later parts hold no metadata of the model; what they do hold must agree
-        if key != NUMBER and key in first.metadata and value != expected:
+        if key == NUMBER or key not in first.metadata or value == expected:
+            continue
+        is_same = key in part.metadata and part.entry(key) == first.entry(key)  # NaN
+        if not is_same:
             raise UserError(
                 f"{part.path}: key {key!r} is {_shown(value)}, but {_shown(expected)} in "
                 f"{first.path}; the part is of another model, download it again"

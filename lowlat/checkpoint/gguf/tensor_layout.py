@@ -2,7 +2,8 @@
 
 Block N of a file is layer N: `blk.N.attn_norm` is `model.layers.N.input_layernorm`. The layouts are
 those of llama.cpp's converter: experts stacked, q and k rows of llama permuted so that RoPE pairs
-are adjacent, kv_b_proj split by head into attn_k_b (transposed) and attn_v_b. `source` reads them;
+are adjacent, kv_b_proj split by head into attn_k_b (transposed) and attn_v_b (not in minicpm3).
+`source` reads them;
 `metadata_writer` decides which models have a GGUF form.
 """
 
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowlat.checkpoint.gguf.metadata_mla import ABSORBED
 from lowlat.checkpoint.mapping import file_name
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 
@@ -62,6 +64,9 @@ BY_NAME = {hf: gguf for gguf, hf in GLOBAL_NAMES.items()}
 BY_MODULE = {hf: gguf for gguf, hf in MODULES.items()}
 BY_EXPERT = {hf: gguf for gguf, hf in EXPERTS.items()}
 ROPE_FACTORS = "rope_freqs.weight"
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+ROPE_TENSORS = (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS)
+"""Tensors that are fields of the config."""
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(\w+)\.weight")
@@ -103,7 +108,8 @@ def _of_layer(
         return
     module, _, kind = name.rpartition(".")
     attention = config.attention_of(0)
-    if module == "self_attn.kv_b_proj" and isinstance(attention, MLAConfig):
+    is_latent = isinstance(attention, MLAConfig)
+    if module == "self_attn.kv_b_proj" and is_latent and arch in ABSORBED:
         yield from _split(attention, block, parameter)
         return
     change = None

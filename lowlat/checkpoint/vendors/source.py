@@ -4,6 +4,7 @@ with plain weights, which also know the storage that keeps their numbers.
 Blocks of fp8 in compressed-tensors files become those of DeepSeek's, whose storage they share.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,10 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.json_fields import JsonFields
 
 FIELD = "quantization_config"
+ACTIVATION_SCALE = "activation_scale"
 WEIGHT, SCALE, BLOCK_SCALE = ".weight", ".weight_scale", ".weight_scale_inv"
+
+_log = logging.getLogger(__name__)
 
 
 def vendor_source(source: TensorSource) -> TensorSource:
@@ -47,6 +51,11 @@ def vendor_source(source: TensorSource) -> TensorSource:
             for part in weight.parts:
                 tensors.pop(part, None)
         tensors |= found
+    unused = [name for name in tensors if name.endswith(ACTIVATION_SCALE)]
+    for name in unused:
+        del tensors[name]
+    if unused:
+        _log.warning("%s: activations stay bf16; their stored fp8 scales are unused", source.path)
     return replace(source, hf_config=config, tensors=tensors)
 
 

@@ -48,7 +48,7 @@ class CheckpointWeights:
         with torch.device("meta"):
             parameters = Transformer(config).state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-        for step in operations(config, shapes, stored=self._file_config):
+        for step in operations(config, shapes, stored=self._file_config, source=self._source):
             # Peers may run files that lack a tensor, or have it in another shape.
             wanted = step.file_shapes(shapes)
             if all(self._source_shape(name) == shape for name, shape in wanted.items()):

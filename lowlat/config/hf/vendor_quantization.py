@@ -294,8 +294,10 @@ def _fbgemm(table: JsonFields) -> Scheme:
 def _fp8_rows(table: JsonFields) -> Scheme:
     """quant_method fp8 without weight_block_size: a scale per matrix or row."""
     table.choice("fmt", ("e4m3",), "e4m3")
-    table.choice("activation_scheme", ("dynamic",), "dynamic")
+    table.choice("activation_scheme", ("dynamic", "static"), "dynamic")
     table.ignore("modules_to_not_convert", "ignored_layers", "weight_block_size")
+    if table.boolean("dequantize", False):
+        raise table.unsupported("dequantize", "set it to false, and choose with --dtype")
     return Scheme(layout="fp8 rows")
 
 

@@ -59,7 +59,7 @@ class SourceWeights(Weights):
         self._source = source
         self.config = config
         shapes = parameter_shapes(config)
-        plan = operations(config, shapes, stored=stored)
+        plan = operations(config, shapes, stored=stored, source=source)
         check_tensors(config, source, plan, shapes)
         self._steps = {name: step for step in plan for name in step.parameters()}
         self._files = {

@@ -18,17 +18,12 @@ from lowlat.checkpoint.fill_parameters import fit
 from lowlat.checkpoint.gguf.blocks import QUANTIZED, encode, fits, row_bytes
 from lowlat.checkpoint.gguf.file import PLAIN
 from lowlat.checkpoint.gguf.layout import GGUFTensorSpec, plan_gguf
-from lowlat.checkpoint.gguf.metadata_reader import architecture
 from lowlat.checkpoint.gguf.metadata_writer import architecture_of, gguf_keys, rope_divisors
-from lowlat.checkpoint.gguf.source import open_gguf
-from lowlat.checkpoint.gguf.split import open_parts
 from lowlat.checkpoint.gguf.tensor_layout import (
-    ROPE_FACTORS,
     GGUFTensorMapping,
     gguf_tensor_mappings,
 )
-from lowlat.checkpoint.load import read_config
-from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.config.model import ModelConfig
 from lowlat.convert.parameters.weights import Shapes, Weights, parameter_shapes
 from lowlat.convert.quantization.activations import ActivationStatistics
 from lowlat.convert.storage.folder import (
@@ -36,6 +31,7 @@ from lowlat.convert.storage.folder import (
     StorageType,
     row_pieces,
 )
+from lowlat.convert.storage.gguf_metadata import kept_metadata
 from lowlat.ops.calibrated_quantization import Importance
 from lowlat.text.folder import read_folder
 from lowlat.text.gguf_keys import end_keys, gguf_vocabulary, has_merges
@@ -51,7 +47,7 @@ GGUF_TYPES: dict[str, GGMLType] = {
 }
 FLOATS = {dtype: ggml_type for ggml_type, dtype in PLAIN.items() if ggml_type != GGMLType.F64}
 """GGML types by dtype; llama.cpp does not compute in F64."""
-EIGHT_BITS = ("token_embd", "output", "attn_k_b", "attn_v_b", "nextn.eh_proj")
+EIGHT_BITS = ("token_embd", "output", "attn_k_b", "attn_v_b", "attn_kv_b", "nextn.eh_proj")
 """Modules in Q8_0 if others are Q4_1: the int8 modules of int4 models, and the embedding."""
 FP32_MODULES = ("ffn_gate_inp", "indexer.proj")
 """Modules in fp32 in every file, like vectors."""
@@ -64,8 +60,6 @@ FILE_TYPES = {
 }
 """general.file_type by the type of most tensors."""
 QUANTIZATION_VERSION = 2
-LAYOUT_KEYS = ("general.alignment", "split.")
-"""Beginnings of keys that describe the file, not the model."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,39 +86,15 @@ def stored_gguf(
         _tensor(weights, part, _kind(weights, part, storage_type), shapes, statistics)
         for part in gguf_tensor_mappings(config, arch, shapes)
     ]
-    divisors = rope_divisors(config)
-    if divisors is not None:
-        size = divisors.nbytes
-        shape = tuple(divisors.shape)
-        tensors.append(
-            GGUFTensorSpec(ROPE_FACTORS, GGMLType.F32, shape, size, lambda: iter([divisors]))
-        )
+    for tensor_name, divisors in rope_divisors(config).items():
+        pieces = partial(iter, [divisors])
+        shape, size = tuple(divisors.shape), divisors.nbytes
+        tensors.append(GGUFTensorSpec(tensor_name, GGMLType.F32, shape, size, pieces))
     keys |= _general(tensors, name)
-    kept = {} if text.is_dir() else _kept_entries(text, arch, keys)
-    if not kept:
+    kept = kept_metadata(text, config, arch, keys, tensors)
+    if not kept.has_vocabulary:
         keys |= _vocabulary(config, text)
-    return plan_gguf(name, arch, keys, tensors, kept)
-
-
-def _kept_entries(source: Path, arch: str, keys: dict[str, Any]) -> dict[str, bytes]:
-    """Metadata of the GGUF file `source` to copy as it is, and in place; takes out of `keys` what
-    that makes superfluous.
-
-    Vocabulary, description and unknown keys are kept. So are the architecture's keys, unless the
-    conversion changes the model or the layout of its attention.
-    """
-    file, config = open_parts(source), read_config(open_gguf(source))
-    own = {key for key in keys if key.startswith(f"{arch}.")}
-    is_absorbed = f"{arch}.attention.key_length_mla" in file.metadata
-    is_same_layout = is_absorbed == isinstance(config.attention_of(0), MLAConfig)
-    left_out = LAYOUT_KEYS
-    if is_same_layout and gguf_keys(config, arch) == {key: keys[key] for key in own}:
-        for key in own:
-            del keys[key]
-    else:
-        left_out = (*LAYOUT_KEYS, f"{architecture(file)}.")
-    del keys["general.name"]
-    return {key: file.entry(key) for key in file.metadata if not key.startswith(left_out)}
+    return plan_gguf(name, arch, keys, tensors, kept.entries)
 
 
 def _tensor(

@@ -2,16 +2,16 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
 from torch import Tensor
 
 from lowlat.checkpoint.mapping import operations
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
+from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig, MoEConfig
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -43,6 +43,8 @@ NAMES = {
     "shared_head.norm": "nextn.shared_head_norm",
     "shared_head.head": "nextn.shared_head_head",
 }
+OWN_ARCHITECTURE = ("minicpm3", "mistral4")
+"""Families with latent attention that are not deepseek2."""
 EXPERT = re.compile(r"mlp\.experts\.\d+\.")
 
 
@@ -63,7 +65,8 @@ def write_gguf(
     `keys` adds or (None) leaves out metadata, `extra` adds tensors under their GGUF names. `split`:
     tensors per part of a split model, whose first part has none with `small_first`.
     """
-    arch = "deepseek2" if isinstance(config.attention, MLAConfig) else config.model_type
+    has_own = isinstance(config.attention, GQAConfig) or config.model_type in OWN_ARCHITECTURE
+    arch = config.model_type if has_own else "deepseek2"
     writer = GGUFWriter(path, arch, split_max_tensors=split, small_first_shard=small_first)
     for key, value in (_metadata(config, arch, split_kv_b) | (keys or {})).items():
         _add_key(writer, key if "." in key else f"{arch}.{key}", value)
@@ -173,7 +176,6 @@ def _metadata(config: ModelConfig, arch: str, split_kv_b: bool) -> dict[str, Any
 
 def _mla_metadata(config: ModelConfig, attention: MLAConfig, split_kv_b: bool) -> dict[str, Any]:
     moe, latent = config.moe, attention.kv_lora_rank
-    assert moe is not None
     plain = {"key_length": attention.qk_head_dim, "value_length": attention.v_head_dim}
     absorbed = {"key_length": latent + attention.qk_rope_head_dim, "value_length": latent}
     lengths = absorbed | {f"{k}_mla": v for k, v in plain.items()} if split_kv_b else plain
@@ -181,6 +183,19 @@ def _mla_metadata(config: ModelConfig, attention: MLAConfig, split_kv_b: bool) -
         "attention.head_count_kv": 1 if split_kv_b else attention.num_attention_heads,
         "attention.kv_lora_rank": latent,
         "rope.dimension_count": attention.qk_rope_head_dim,
+    }
+    if moe is not None:
+        keys |= _expert_metadata(moe)
+    keys |= {f"attention.{key}": value for key, value in lengths.items()}
+    if attention.q_lora_rank is not None:
+        keys["attention.q_lora_rank"] = attention.q_lora_rank
+    if config.num_nextn_predict_layers:
+        keys["nextn_predict_layers"] = config.num_nextn_predict_layers
+    return keys
+
+
+def _expert_metadata(moe: MoEConfig) -> dict[str, Any]:
+    return {
         "expert_count": moe.n_routed_experts,
         "expert_used_count": moe.num_experts_per_tok,
         "expert_shared_count": moe.n_shared_experts,
@@ -192,18 +207,24 @@ def _mla_metadata(config: ModelConfig, attention: MLAConfig, split_kv_b: bool) -
         "expert_group_used_count": moe.topk_group,
         "leading_dense_block_count": moe.first_k_dense_replace,
     }
-    keys |= {f"attention.{key}": value for key, value in lengths.items()}
-    if attention.q_lora_rank is not None:
-        keys["attention.q_lora_rank"] = attention.q_lora_rank
-    if config.num_nextn_predict_layers:
-        keys["nextn_predict_layers"] = config.num_nextn_predict_layers
-    return keys
+
+
+class Typed(NamedTuple):
+    """A value for `keys`, with its type in the file."""
+
+    value: Any
+    kind: GGUFValueType
+    items: GGUFValueType | None = None
 
 
 def _add_key(writer: GGUFWriter, key: str, value: Any) -> None:
     if value is None:
         return
-    if isinstance(value, bool):
+    if key == "general.alignment":
+        writer.add_custom_alignment(value)
+    elif isinstance(value, Typed):
+        writer.add_key_value(key, value.value, value.kind, sub_type=value.items)
+    elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from lowlat.checkpoint.gguf.metadata_reader import NEUTRAL
+from lowlat.checkpoint.gguf.metadata_keys import NEUTRAL
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
 from lowlat.checkpoint.save import save_model

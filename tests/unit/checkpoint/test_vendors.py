@@ -225,7 +225,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dynamic": (edited("gptq", "dynamic", value={"-:x": {}}), "quantization_config.dynamic"),
     "pack": (edited("gptq", "pack_dtype", value="int16"), "quantization_config.pack_dtype"),
     "no group": (edited("gptq", "group_size", value=None), "group_size is missing"),
-    "static fp8": (edited("fp8", "activation_scheme", value="static"), "activation_scheme"),
     "dequantize": (edited("mxfp4-blocks", "dequantize", value=True), "dequantize"),
     "method": (edited("awq", "quant_method", value="aqlm"), 'quant_method "aqlm"'),
     "other method": (FORMATS["gptq"].config, "weight_packed"),

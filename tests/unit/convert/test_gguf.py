@@ -24,14 +24,15 @@ from lowlat.utils.errors import UserError
 from tests.configs import GQA, INTERLEAVED, LLAMA3, MLA, MOE, YARN
 from tests.parameters import slow_except
 from tests.unit.checkpoint.builders import FAMILIES, assert_same_bits, gqa, mla, write_model
-from tests.unit.checkpoint.gguf_files import write_gguf
 
 from .texts import TEMPLATE, write_tokenizer
 
 TWO_SETS = replace(
     INTERLEAVED,
     rope_type="longrope",
+    factor=512 / 5,
     original_max_position_embeddings=5,
+    attention_factor=1.25,
     pair_factors=(1.0, 2.0, 3.0),
     long_pair_factors=(2.0, 3.0, 4.0),
 )
@@ -46,10 +47,16 @@ MODELS = {name: config for name, config in FAMILIES.items() if "fp8" not in name
     "biases": replace(gqa("llama"), attention=replace(GQA, qkv_bias=True, o_bias=True)),
     "linear": gqa("llama", rope=RopeConfig(rope_theta=1e4, rope_type="linear", factor=2.0)),
 }
-ALIEN = ("minicpm3", "mistral4", "axk1")
-"""Families whose computation no key of the format describes."""
+MINICPM3 = replace(FAMILIES["minicpm3"], dim_model_base=256)
+MODELS |= {
+    "minicpm3": MINICPM3,
+    "minicpm3-longrope": replace(MINICPM3, rope=replace(TWO_SETS, rope_interleave=False)),
+    "mistral4-yarn": replace(FAMILIES["mistral4"], rope=replace(YARN, llama_4_scaling_beta=0.1)),
+}
+ALIEN = "axk1"
+"""The family whose computation no key of the format describes."""
 EXPRESSIBLE = [
-    name for name in MODELS if "converted" not in name and MODELS[name].model_type not in ALIEN
+    name for name in MODELS if "converted" not in name and MODELS[name].model_type != ALIEN
 ]
 
 
@@ -69,6 +76,15 @@ def test_there_and_back_to_the_bit(tmp_path: Path, name: str, dtype: str) -> Non
     assert after.config == replace(
         config, model_type=family.get(config.model_type, config.model_type)
     )
+
+
+@pytest.mark.parametrize("name", ["minicpm3-longrope", "mistral4-yarn"])
+def test_families_with_graphs_of_their_own(tmp_path: Path, name: str) -> None:
+    before = write_model(tmp_path / "m", MODELS[name])
+    convert(tmp_path / "m", tmp_path / "m.gguf")
+    after = load_model(tmp_path / "m.gguf", dtype="bf16")
+    assert after.config == MODELS[name]
+    assert_same_bits(after.model, before)
 
 
 def test_llama3_frequencies_become_divisors(tmp_path: Path) -> None:
@@ -164,9 +180,15 @@ def test_packed_folders_keep_their_type(tmp_path: Path) -> None:
     ("config", "what"),
     [
         (MODELS["llama-converted"], "a latent without norm"),
-        (MODELS["minicpm3"], "scale_emb"),
-        (MODELS["mistral4"], "queries scaled by their position"),
-        (replace(MODELS["mistral4"], rope=INTERLEAVED), "experts of model_type 'mistral4' without"),
+        (FAMILIES["minicpm3"], "minicpm3 with other factors than scale_emb 12"),
+        (
+            replace(MINICPM3, attention=replace(MINICPM3.attention, q_lora_rank=None)),
+            "minicpm3 without q_lora_rank",
+        ),
+        (
+            replace(MINICPM3, rope=replace(YARN, rope_interleave=False)),
+            "rope_type 'yarn' of minicpm3",
+        ),
         (MODELS["axk1"], "a norm on the output of experts"),
         (mla("deepseek_v3", rope=TWO_SETS), "longrope with short and long factors"),
         (mla("deepseek_v3", moe=ANY_ORDER), "dense layers after sparse ones"),
@@ -361,46 +383,3 @@ def test_the_real_file_is_made_again_byte_for_byte(smollm_gguf: Path, tmp_path: 
     assert after.encode(text) == before.encode(text)
     assert after.chat_template == before.chat_template
     assert files[1].fields["tokenizer.ggml.pre"].contents() == "smollm"
-
-
-DESCRIPTION = {
-    "general.type": "model",
-    "general.license": "apache-2.0",
-    "general.languages": ["en", "de"],
-    "quantize.imatrix.chunks_count": 7,
-    "someones.own.key": 2.5,
-    "tokenizer.ggml.model": "none",
-    "tokenizer.ggml.tokens": ["a", "b"],
-    "general.file_type": 0,
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "absorbed"),
-    [("llama", False), ("qwen2", False), ("deepseek_v3", True), ("deepseek_v2", True)],
-)
-def test_a_gguf_source_keeps_its_metadata(tmp_path: Path, name: str, absorbed: bool) -> None:
-    """Of a real file 8 keys were lost and 4 added; now only the number type changes."""
-    model = write_model(tmp_path / "m", MODELS[name])
-    parameters = model.state_dict()
-    source = write_gguf(
-        tmp_path / "a.gguf", model.config, parameters, split_kv_b=absorbed, keys=DESCRIPTION
-    )
-    convert(source, tmp_path / "b.gguf", dtype="bf16")
-    before, after = GGUFFile(source), GGUFFile(tmp_path / "b.gguf")
-    assert list(after.metadata) == list(before.metadata)
-    changed = [key for key in before.metadata if before.entry(key) != after.entry(key)]
-    assert changed == ["general.file_type"]
-    assert load_model(tmp_path / "b.gguf").config == load_model(source).config
-
-
-def test_a_changed_layout_gets_its_own_keys(tmp_path: Path) -> None:
-    """attn_kv_b becomes attn_k_b and attn_v_b: the rest stays."""
-    model = write_model(tmp_path / "m", MODELS["deepseek_v3"])
-    source = write_gguf(tmp_path / "a.gguf", model.config, model.state_dict(), keys=DESCRIPTION)
-    convert(source, tmp_path / "b.gguf", dtype="bf16")
-    before, after = GGUFFile(source), GGUFFile(tmp_path / "b.gguf")
-    assert "deepseek2.attention.key_length_mla" in after.metadata
-    for key in DESCRIPTION.keys() - {"general.file_type"}:
-        assert before.entry(key) == after.entry(key)
-    assert load_model(tmp_path / "b.gguf").config == load_model(source).config
