@@ -129,10 +129,11 @@ def _with_feedback(
         last = min(first + BLOCK, columns)
         block, own = rows[:, first:last], factor[first:last, first:last]
         if native.available():
-            *found, errors = native_kernels.feedback_block(block, own, LOW_SHRINKS, REFITS)
+            found = native_kernels.feedback_block(block, own, LOW_SHRINKS, REFITS)
         else:
-            *found, errors = feedback_block(block, own)
-        parts.append(tuple(found))
+            found = feedback_block(block, own)
+        q, scale, minimum, errors = found
+        parts.append((q, scale, minimum))
         error += errors.square().sum(1)
         rows[:, last:].sub_(errors @ factor[first:last, last:])
     values, scales, minima = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))

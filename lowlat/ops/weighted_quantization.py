@@ -174,7 +174,9 @@ def _int8_chunk(
 
 
 def int8_search(
-    groups: Float32[Tensor, "*rows columns"], weights: Tensor, dtype: torch.dtype
+    groups: Float32[Tensor, "*rows columns"],
+    weights: Float32[Tensor, "*broadcast columns"],
+    dtype: torch.dtype,
 ) -> Float32[Tensor, "*rows"]:
     """Scales of least weighted error that `dtype` can hold."""
 

@@ -1,8 +1,11 @@
-"""Mistakes about weights that other programs quantized."""
+"""Mistakes about weights that other programs quantized, and about GGUF metadata."""
 
 from .mutant import Mutant
 
 VALUES = "tests/unit/checkpoint/test_vendors.py::test_values_are_those_of_the_oracle"
+STACKED = (
+    "tests/unit/checkpoint/test_vendor_experts.py::test_stacked_in_fp8_with_a_scale_per_matrix"
+)
 INT4 = "checkpoint/vendors/int4.py"
 
 VENDORS = [
@@ -61,5 +64,30 @@ VENDORS = [
         "return scale.flatten().expand(self.shape[0]).contiguous()",
         "return scale.flatten()[:1].expand(self.shape[0]).contiguous()",
         VALUES + "[fp8-channel]",
+    ),
+    Mutant(
+        "stacked fp8 experts: gate and up exchanged",
+        "checkpoint/vendors/stacked_experts.py",
+        "0 if is_shared else number * size",
+        "0 if is_shared else (len(projections) - 1 - number) * size",
+        STACKED + "[2]",
+    ),
+]
+
+GRAPHS = "tests/unit/convert/test_gguf.py::test_families_with_graphs_of_their_own"
+GGUF = [
+    Mutant(
+        "minicpm3 in GGUF: factors of long and short contexts exchanged",
+        "checkpoint/gguf/metadata_reader.py",
+        "for name in (SHORT_FACTORS, LONG_FACTORS)]",
+        "for name in (LONG_FACTORS, SHORT_FACTORS)]",
+        GRAPHS + "[minicpm3-longrope]",
+    ),
+    Mutant(
+        "mistral4 in GGUF: queries not scaled",
+        "checkpoint/gguf/metadata_reader.py",
+        "if not beta:",
+        "if beta:",
+        GRAPHS + "[mistral4-yarn]",
     ),
 ]

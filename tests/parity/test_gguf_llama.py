@@ -124,7 +124,7 @@ LONGROPE = replace(
     original_max_position_embeddings=256,
     attention_factor=1.25,
     pair_factors=tuple(1 + 0.1 * pair for pair in range(8)),
-    long_pair_factors=tuple(1 + pair for pair in range(8)),
+    long_pair_factors=tuple(1.0 + pair for pair in range(8)),
 )
 V4 = replace(V3, scoring_func="softmax", router_bias=False, n_group=1, topk_group=1)
 SCALED = replace(

@@ -1,9 +1,8 @@
 """Metadata that a conversion to GGUF takes over from its source, byte for byte and in place.
 
 The source is a GGUF file, or a folder made from one (`checkpoint.gguf.kept_metadata`). Keys that
-describe what the conversion or somebody else changed are made anew: the architecture's keys after a
-change of the model or of its attention's layout, the vocabulary after a change of the folder's
-tokenizer.
+describe what has changed are computed: the architecture's keys after a change of the model or of
+its attention's layout, the vocabulary after a change of the folder's tokenizer.
 """
 
 from collections.abc import Mapping, Sequence

@@ -90,3 +90,10 @@ def cold(prompt: Sequence[int] = PROMPT, **options: Any) -> list[int]:
 
 def folders(root: Path) -> Iterator[Path]:
     return (path for path in [root, *root.rglob("*")] if path.is_dir())
+
+
+def changed_weight() -> Any:
+    model = tiny_model(mla_config())
+    with torch.no_grad():
+        model.layers[1].mlp.down_proj.weight[3, 2] += 1e-3  # pyright: ignore
+    return model
