@@ -60,6 +60,7 @@ V2 = replace(
     scale_after_norm=False,
 )
 YARN = replace(configs.YARN, original_max_position_embeddings=64)
+RELEASED_YARN = replace(YARN, mscale=1.0, mscale_all_dim=1.0)
 
 
 def latent(q_lora_rank: int | None = 48) -> MLAConfig:
@@ -75,8 +76,9 @@ def latent(q_lora_rank: int | None = 48) -> MLAConfig:
 
 
 def sparse(topk: int, *, interleave: bool, is_shared: bool = False) -> MLAConfig:
+    """Heads enough for no two scores of exactly 0: llama.cpp leaves ties open."""
     indexer = IndexerConfig(
-        index_n_heads=4,
+        index_n_heads=16,
         index_head_dim=64,
         index_topk=topk,
         rope_interleave=interleave,
@@ -149,9 +151,9 @@ MODELS = {
     "v3-dense": model("deepseek_v3", latent(), INTERLEAVED, mtp=1),
     "v3-tied": model("deepseek_v3", latent(), INTERLEAVED, V3, tie_word_embeddings=True),
     "v2": model("deepseek_v2", latent(None), YARN, V2),
-    "v32": model("deepseek_v32", sparse(11, interleave=False), YARN, V3),
+    "v32": model("deepseek_v32", sparse(11, interleave=False), RELEASED_YARN, V3),
     "v32-mtp": model("deepseek_v32", sparse(11, interleave=False), INTERLEAVED, V3, mtp=1),
-    "v32-dense": model("deepseek_v32", sparse(64, interleave=False), YARN, V3),
+    "v32-dense": model("deepseek_v32", sparse(64, interleave=False), RELEASED_YARN, V3),
     "glm-dsa": model("glm_moe_dsa", sparse(11, interleave=True), INTERLEAVED, GLM),
     "glm-dsa-sharing": model(
         "glm_moe_dsa",

@@ -75,6 +75,9 @@ def _sparse_architecture(config: ModelConfig, rope: RopeConfig) -> str:
         _require(rope.rope_type == "default", f"rope_type '{rope.rope_type}' of glm-dsa")
         return "glm-dsa"
     _require(not isinstance(config.attention, tuple), "shared choices with half-split indexers")
+    # llama.cpp computes other logits
+    fits = rope.rope_type != "yarn" or rope.mscale == 1.0
+    _require(fits, f"YaRN's mscale {rope.mscale} of deepseek32")
     return "deepseek32"
 
 
