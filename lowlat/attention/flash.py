@@ -75,14 +75,14 @@ class FlashAttention(AttentionBackend):
         if not any(map(len, self._chosen)):
             return self.mla(layer, q_nope, q_rope, rows, w_uk, w_uv, scale)
 
-        def dense(*inputs: Tensor, start: int, scale: float) -> Tensor:
-            return FlashAttention([len(inputs[0])]).mla(layer, *inputs, scale)
+        def dense(nope: Tensor, rope: Tensor, seen: Tensor, *up: Tensor, **_: float) -> Tensor:
+            return FlashAttention([len(nope)]).mla(layer, nope, rope, seen, up[0], up[1], scale)
 
-        parts = zip(*(x.split(self.lengths) for x in (q_nope, q_rope, rows)), strict=True)
+        parts = (x.split(self.lengths) for x in (q_nope, q_rope, rows))
         return torch.cat(
             [
-                sparse_mla(*part, w_uk, w_uv, chosen, start=0, scale=scale, dense=dense)
-                for part, chosen in zip(parts, self._chosen, strict=True)
+                sparse_mla(nope, rope, own, w_uk, w_uv, chosen, start=0, scale=scale, dense=dense)
+                for nope, rope, own, chosen in zip(*parts, self._chosen, strict=True)
             ]
         )
 

@@ -25,7 +25,7 @@ from lowlat.config.hf.moe import moe_from_hf
 from lowlat.config.hf.padded_latent import native_attention
 from lowlat.config.hf.quantization import storage_from_hf
 from lowlat.config.hf.rope import rope_from_hf
-from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
+from lowlat.config.model import GQAConfig, MLAConfig, ModelAttention, ModelConfig
 from lowlat.utils.json_fields import JsonFields
 
 
@@ -46,7 +46,9 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
     is_mla = model_type in MLA_FAMILIES
     has_experts = is_mla and model_type not in DENSE_MLA_FAMILIES
     attention = _mla(fields, model_type) if is_mla else _gqa(fields, model_type)
-    is_sparse = model_type in SPARSE_FAMILIES and isinstance(attention, MLAConfig)
+    layers_attention: ModelAttention = attention
+    if isinstance(attention, MLAConfig) and model_type in SPARSE_FAMILIES:
+        layers_attention = sparse_attention(fields, attention, model_type, layers)
     rope = rope_from_hf(
         fields,
         model_type=model_type,
@@ -64,9 +66,7 @@ def config_from_hf(raw: object, *, source: str = "config.json") -> ModelConfig:
         vocab_size=fields.integer("vocab_size"),
         max_position_embeddings=context,
         rms_norm_eps=fields.positive("rms_norm_eps"),
-        attention=sparse_attention(fields, attention, model_type, layers)
-        if is_sparse
-        else attention,
+        attention=layers_attention,
         rope=rope,
         moe=moe_from_hf(fields, model_type, layers, mtp_layers) if has_experts else None,
         num_nextn_predict_layers=mtp_layers,

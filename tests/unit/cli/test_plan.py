@@ -194,6 +194,7 @@ def test_faults_of_recipes_name_file_and_key(tmp_path: Path, change: str, messag
         ({"name": "deepseek-v3", "network": 0.0}, "--network 0.0: give gigabytes"),
         ({"name": "deepseek-v3", "top": 3}, "--top needs --devices"),
         ({"name": "deepseek-v3", "changes": ["a=1"]}, "--set changes recipes"),
+        ({"name": "deepseek-v3.2"}, r"'deepseek-v3\.2' has sparse attention"),
     ],
 )
 def test_faults_are_one_line(options: dict[str, object], message: str):
