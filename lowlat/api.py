@@ -15,7 +15,7 @@ from lowlat.checkpoint.fetch.model_names import ModelPreset, resolve
 from lowlat.checkpoint.fetch.pypi import fetch_pypi
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
-from lowlat.config.hf.sentence_transformers import read_pooling
+from lowlat.config.hf.sentence_transformers import Pooling, read_pooling
 from lowlat.convert.run import convert
 from lowlat.engine.cache_size import check_cache_limit
 from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES
@@ -90,7 +90,7 @@ def load(
     checkpoint = open_checkpoint(path)
     check_context(config := read_config(checkpoint), context)
     adapters = read_adapters(lora, config)
-    tokenizer, pooling = _tokenizer(path), read_pooling(path)
+    tokenizer, pooling = read_tokenizer(path)
     loaded = load_model(
         checkpoint, dtype=dtype, device=device, keeps_blocks=True, progress=progress
     )
@@ -110,6 +110,13 @@ def load(
         pooling=pooling,
         adapters=load_adapters(loaded.model, adapters),
     )
+
+
+def read_tokenizer(path: Path) -> tuple[Tokenizer, Pooling | None]:
+    """The tokenizer of the model at `path`, and the pooling of an embedding model. Without a usable
+    tokenizer, one that raises when text is used.
+    """
+    return _tokenizer(path), read_pooling(path)
 
 
 def _tokenizer(path: Path) -> Tokenizer:

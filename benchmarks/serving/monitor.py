@@ -20,6 +20,7 @@ FILLING_WORDS = 120
 FILLED_SHARE = 0.9
 """Share of cached pages that counts as full: the last, partial page of a prompt is not cached."""
 SERIES = re.compile(r"^(lowlat:\w+(?:\{[^}]*\})?) (\S+)", re.MULTILINE)
+MODEL = re.compile(r',?model_name="[^"]*"')
 GAUGES = {
     "running": "lowlat:num_requests_running",
     "waiting": "lowlat:num_requests_waiting",
@@ -73,9 +74,10 @@ class Watch:
             await asyncio.sleep(0.5)
 
     async def metrics(self) -> dict[str, float]:
-        """Every figure of /metrics by its name, labels included."""
+        """Every figure of /metrics by its name and labels but that of the server's one model."""
         text = (await self._client.get("/metrics")).text
-        return {name: float(value) for name, value in SERIES.findall(text)}
+        series = ((MODEL.sub("", name), value) for name, value in SERIES.findall(text))
+        return {name.removesuffix("{}"): float(value) for name, value in series}
 
     async def cached_share(self) -> float:
         """Fraction of KV cache pages held by the prefix cache."""

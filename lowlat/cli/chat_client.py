@@ -113,7 +113,7 @@ class ChatClient(ChatBackend):
 
     @property
     def cache_bytes_per_token(self) -> int:
-        return self._model.get("cache_bytes_per_token", 0)
+        return self._model.get("cache_bytes_per_token") or 0
 
     def answer(
         self,

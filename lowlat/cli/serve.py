@@ -1,18 +1,27 @@
-"""`lowlat serve`: command-line options of the HTTP server."""
+"""`lowlat serve`: command-line options of the HTTP server, and what it serves."""
 
 import logging
 import math
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from lowlat.cli import options
+from lowlat.cli.serve_models import (
+    ModelTable,
+    apply_config,
+    check_names,
+    config_tables,
+    parse_model,
+)
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from lowlat.serve.async_engine import AsyncEngine
     from lowlat.serve.config import ServeConfig
 
 
@@ -50,6 +59,47 @@ class ServerOptions:
         str | None,
         typer.Option(help="Model name in the API; default: MODEL, or the last part of a path."),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """Several models, which are loaded on demand."""
+
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MODEL[@KEY=VALUE,...]",
+            help="A model with its name in the API; may be repeated. Keys: alias, dtype, cache,"
+            " max_context, cache_memory, speculate. Several models are loaded on demand.",
+        ),
+    ] = None
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.toml",
+            help="File with options as keys and models as [[model]] tables.",
+            callback=apply_config,
+            is_eager=True,
+        ),
+    ] = None
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="GiB for weights and KV caches of several models; default: the machine's.",
+        ),
+    ] = None
+    unload_after: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds after which an idle model is unloaded; default: when another needs its"
+            " memory."
+        ),
+    ] = None
+    load_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds that a request waits for its model to load; then status 503."),
+    ] = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,53 +151,127 @@ class EngineOptions:
 @options.with_option_groups
 def serve(
     *,
-    model: options.Model = options.DEFAULT_MODEL,
+    models: options.Models = None,
+    several: Annotated[ModelOptions, "Models"],
     server: Annotated[ServerOptions, "Server"],
     limits: Annotated[LimitOptions, "Limits"],
     engine: Annotated[EngineOptions, "Machine"],
     machine: options.Machine,
 ) -> None:
-    """Serve a model over HTTP: OpenAI's API under /v1, a chat page at /, metrics at /metrics."""
+    """Serve models over HTTP: OpenAI's API under /v1, a chat page at /, metrics at /metrics.
+
+    One model is loaded at once, several ones on demand.
+    """
     _check_extra()
-    from lowlat.cli.inputs import load_model
-    from lowlat.serve.async_engine import AsyncEngine
+    from lowlat.cli.serve_on_demand import Machine, served_models
     from lowlat.serve.http.logs import configure, log
     from lowlat.serve.run import open_socket, run, url_of
 
-    if server.served_model_name == "":
-        raise UserError("--served-model-name is empty; set a name, or leave the option out")
-    max_cache_bytes = _cache_bytes(engine.cache_memory, machine.device)
+    tables = _tables(models or [], several, server.served_model_name)
+    is_one = len(tables) == 1 and several.unload_after is None
+    if is_one and several.memory is not None:
+        raise UserError("--memory is for several models; limit one by --cache-memory")
+    tables = [_with_defaults(table, limits, engine, machine) for table in tables]
     disk = options.disk_cache(engine.prefix_cache_dir, engine.prefix_cache_disk)
-    config = _config(model, server, limits)
-    # Before the model is fetched and loaded, so that a port in use fails at once.
+    config = _config(tables, is_one, server, limits, several, machine.device)
+    # Before models are fetched and loaded, so that a port in use fails at once.
     with open_socket(config) as listener:
-        loaded = load_model(
-            model,
-            **asdict(machine),
-            context=limits.max_context,
-            max_cache_bytes=max_cache_bytes,
-            **disk,
-            speculates=engine.speculate,
-        )
+        if is_one:
+            served = _load_one(tables[0], machine, limits.max_queue, disk)
+        else:
+            shared = Machine(
+                device=machine.device,
+                threads=machine.threads,
+                memory=config.memory_bytes or 0,
+                disk=disk,
+            )
+            served = served_models(tables, shared, max_queue=limits.max_queue)
         configure()
         if _is_exposed(server.api_key_file):
             log(
                 logging.WARNING,
                 "other users can read or write the file of --api-key-file; run chmod 600 on it",
             )
-        greeting = f"lowlat serves {config.model_name} on {url_of(listener)} (Ctrl-C ends it)"
-        async_engine = AsyncEngine(loaded, max_queue=limits.max_queue)
-        run(async_engine, config, listener, on_ready=lambda: typer.echo(greeting))
+        names = ", ".join(table.name for table in tables)
+        greeting = f"lowlat serves {names} on {url_of(listener)} (Ctrl-C ends it)"
+        run(served, config, listener, on_ready=lambda: typer.echo(greeting))
 
 
-def _config(model: str, server: ServerOptions, limits: LimitOptions) -> "ServeConfig":
+def _tables(
+    models: Sequence[str], several: ModelOptions, served_name: str | None
+) -> list[ModelTable]:
+    """The models of the command line and of the file, by default one. Raises UserError."""
+    if served_name == "":
+        raise UserError("--served-model-name is empty; set a name, or leave the option out")
+    named = [*map(parse_model, several.model or []), *config_tables(several.config)]
+    if not models and not named:
+        models = [options.DEFAULT_MODEL]
+    tables = [*(ModelTable(name=_served_name(model), path=model) for model in models), *named]
+    if served_name is not None:
+        if len(tables) > 1:
+            raise UserError("--served-model-name names one model; use --model NAME=MODEL")
+        tables = [tables[0].model_copy(update={"name": served_name})]
+    check_names(tables)
+    return tables
+
+
+def _with_defaults(
+    table: ModelTable, limits: LimitOptions, engine: EngineOptions, machine: options.MachineOptions
+) -> ModelTable:
+    _cache_bytes(engine.cache_memory, machine.device)
+    return table.with_defaults(
+        dtype=machine.dtype,
+        cache=machine.cache,
+        max_context=limits.max_context,
+        cache_memory=engine.cache_memory,
+        speculate=engine.speculate,
+    )
+
+
+def _load_one(
+    table: ModelTable,
+    machine: options.MachineOptions,
+    max_queue: int,
+    disk: options.DiskCacheArguments,
+) -> "AsyncEngine":
+    """The engine of a single model, which is loaded."""
+    from lowlat.cli.inputs import load_model
+    from lowlat.serve.async_engine import AsyncEngine
+
+    model = load_model(
+        table.path,
+        threads=machine.threads,
+        device=machine.device,
+        dtype=table.dtype or machine.dtype,
+        cache=table.cache or machine.cache,
+        context=table.max_context,
+        max_cache_bytes=_cache_bytes(table.cache_memory, machine.device),
+        speculates=table.speculate is not False,
+        **disk,
+    )
+    return AsyncEngine(model, max_queue=max_queue)
+
+
+def _config(
+    tables: Sequence[ModelTable],
+    is_one: bool,
+    server: ServerOptions,
+    limits: LimitOptions,
+    several: ModelOptions,
+    device: str,
+) -> "ServeConfig":
     """Raises UserError for a value out of range, and for a key file that cannot be read."""
+    from lowlat.cli.serve_on_demand import memory_bytes
     from lowlat.serve.config import ServeConfig, read_keys
 
     return ServeConfig(
         host=server.host,
         port=server.port,
-        model_name=server.served_model_name or _served_name(model),
+        model_name=tables[0].name if is_one else None,
+        model_aliases=tuple(tables[0].aliases) if is_one else (),
+        memory_bytes=None if is_one else memory_bytes(several.memory, device),
+        load_seconds=several.load_timeout,
+        unload_seconds=several.unload_after,
         api_keys=() if server.api_key_file is None else read_keys(server.api_key_file),
         allowed_hosts=tuple(server.allowed_host or ()),
         allowed_origins=tuple(server.allowed_origin or ()),

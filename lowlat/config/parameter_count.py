@@ -78,6 +78,12 @@ class ParameterCount:
         return self.active - (self.embedding if self.head else 0)
 
 
+def num_stored_parameters(config: ModelConfig) -> int:
+    """Parameters of a checkpoint: the main model, its MTP modules, and their copies if stored."""
+    count = count_parameters(config)
+    return count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
+
+
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Parameters of `config` by part."""
     layers, moe = config.num_hidden_layers, config.moe

@@ -14,6 +14,7 @@ from lowlat.config.parameter_count import (
     Matrices,
     attention_matrices,
     count_parameters,
+    num_stored_parameters,
 )
 
 PACKED_DTYPES = ("int8", "int4")
@@ -34,8 +35,7 @@ def weight_bytes(config: ModelConfig, dtype: str | None = None) -> int:
         dtype = config.packing
     if dtype is None:
         dtype = "bf16" if config.quantization is None else "fp8"
-    count = count_parameters(config)
-    parameters = count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
+    parameters = num_stored_parameters(config)
     total = _unquantized_bytes(config, config.num_cache_layers, parameters, dtype)
     if dtype in ELEMENT_BYTES:
         return total

@@ -102,6 +102,19 @@ class ModelRunner:
         self.allocator.release(pages)
         pages.clear()
 
+    def free(self) -> None:
+        """Free the memory of weights and cache; the runner cannot be used afterwards.
+
+        One tensor at a time, so that other threads run in between: unmapping one takes milliseconds
+        under the interpreter's lock.
+        """
+        self._native = None
+        while self.cache.layers:
+            self.cache.layers.pop()
+        for module in self.model.modules():
+            for name, _ in [*module.named_parameters(recurse=False)]:
+                setattr(module, name, None)
+
     def run(self, chunks: Sequence[Chunk]) -> Float[Tensor, "rows vocab"]:
         """Compute the chunks and cache their entries; returns the logits of `step`."""
         return self.step(chunks)[0]

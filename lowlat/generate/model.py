@@ -17,7 +17,7 @@ from lowlat.attention.cache import cache_bytes_per_token
 from lowlat.config.attention import entry_widths, short_name, sparse_topk
 from lowlat.config.hf.sentence_transformers import Pooling
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
-from lowlat.config.parameter_count import count_parameters
+from lowlat.config.parameter_count import num_stored_parameters
 from lowlat.engine import scoring
 from lowlat.engine.cache_size import new_runner
 from lowlat.engine.constraint import Constraint
@@ -113,9 +113,7 @@ class Model:
     @property
     def num_parameters(self) -> int:
         """Stored parameters, MTP modules included."""
-        config = self.transformer.stored_config
-        count = count_parameters(config)
-        return count.total + count.mtp + (count.mtp_copies if config.mtp_copies else 0)
+        return num_stored_parameters(self.transformer.stored_config)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -382,6 +380,11 @@ class Model:
         """Finish writing the prefix cache to disk; the end of the program does it, too. The model
         cannot be used afterwards."""
         self.engine.close()
+
+    def free(self) -> None:
+        """Free the memory of weights and KV cache, whatever still refers to the model, which
+        cannot be used afterwards. Call `close` first."""
+        self.runner.free()
 
     def _step(self) -> None:
         """Run one engine step for all unfinished completions."""

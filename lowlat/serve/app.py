@@ -1,4 +1,4 @@
-"""The ASGI application: routes, middleware and error handlers around one engine.
+"""The ASGI application: routes, middleware and error handlers around the engines of models.
 
 Assembles the parts. Handlers are in `serve.routes`; `serve.run` listens and shuts down.
 """
@@ -6,7 +6,7 @@ Assembles the parts. Handlers are in `serve.routes`; `serve.run` listens and shu
 import contextlib
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
-from lowlat.serve.generation import Draining, EngineDead, Overloaded
+from lowlat.serve.generation import Draining, EngineDead, ModelUnavailable, Overloaded
 from lowlat.serve.http.errors import handle_error
 from lowlat.serve.http.incoming import IncomingBodies
 from lowlat.serve.http.logs import AccessLogMiddleware
@@ -23,6 +23,7 @@ from lowlat.serve.http.pages import page_routes
 from lowlat.serve.http.security import SecurityMiddleware
 from lowlat.serve.http.workers import WorkerPool
 from lowlat.serve.metrics import Metrics
+from lowlat.serve.model_registry import ModelRegistry
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.response_store import ResponseStore
 from lowlat.serve.routes.endpoint import JsonEndpoint
@@ -31,32 +32,35 @@ from lowlat.serve.routes.ollama_models import OllamaRoutes
 from lowlat.serve.routes.openapi import openapi_route
 from lowlat.serve.routes.operations import POSTS
 from lowlat.serve.routes.stored_responses import StoredResponseRoutes
+from lowlat.serve.served_model import ServedModel
 from lowlat.serve.state import ServerState
-from lowlat.serve.structured_outputs import StructuredOutputManager
 from lowlat.utils.errors import UserError
 
-_HANDLED = (RequestError, UserError, Overloaded, Draining, EngineDead, HTTPException)
+_HANDLED = (
+    *(RequestError, UserError, Overloaded, Draining),
+    *(EngineDead, ModelUnavailable, HTTPException),
+)
 
 
-def make_state(engine: AsyncEngine, config: ServeConfig) -> ServerState:
-    """The state that the routes of one server share."""
+def make_state(models: AsyncEngine | Sequence[ServedModel], config: ServeConfig) -> ServerState:
+    """The state that the routes of one server share. `models`: the engine of a single model, which
+    stays in memory, or models that are loaded on demand."""
+    if isinstance(models, AsyncEngine):
+        registry = ModelRegistry.of_engine(models, config)
+    else:
+        registry = ModelRegistry(models, config)
     return ServerState(
-        engine=engine,
+        models=registry,
         config=config,
         bodies=IncomingBodies(max_slow=config.max_slow_bodies),
         workers=WorkerPool(threads=config.workers, max_waiting=config.max_waiting_work),
-        structured_outputs=StructuredOutputManager(
-            engine.model,
-            max_waiting=config.max_waiting_grammars,
-            max_bytes=config.max_grammar_bytes,
-        ),
         responses=ResponseStore(config.max_response_bytes),
         started_at=int(time.time()),
     )
 
 
 def build_app(state: ServerState) -> Starlette:
-    """The application. Its lifespan starts the engine and, at the end, aborts running requests.
+    """The application. Its lifespan starts the engines and, at the end, aborts running requests.
 
     Every request passes the access log, then the security checks, then its route.
     """
@@ -79,12 +83,12 @@ def build_app(state: ServerState) -> Starlette:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
-        await state.engine.start()
+        await state.models.start()
         try:
             yield
         finally:
             state.is_draining = True
-            await state.engine.drain(0.0)
+            await state.models.drain(0.0)
             state.close()
 
     app = Starlette(

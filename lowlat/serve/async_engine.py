@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from lowlat.config.attention import sparse_topk
+from lowlat.config.model import ModelConfig
 from lowlat.engine.constraint import Constraint
 from lowlat.engine.request import PoolingMode, RequestOptions
 from lowlat.engine.stats import EngineStats
@@ -40,12 +41,13 @@ COPY_SECONDS = 0.02
 Deltas = list[tuple[Generation, CompletionDelta]]
 
 
-def _check_dense(model: Model) -> None:
-    """Without native kernels, which tokens a request attends to could depend on the batch."""
-    if model.config.is_sparse:
-        topk = sparse_topk(model.config.attention)
+def check_dense(name: str, config: ModelConfig) -> None:
+    """Raise UserError for a model with sparse attention over its served context. Without native
+    kernels, which tokens a request attends to could depend on the batch."""
+    if config.is_sparse:
+        topk = sparse_topk(config.attention)
         raise UserError(
-            f"{model.name}: sparse attention over more than its top-k of {topk} tokens has no"
+            f"{name}: sparse attention over more than its top-k of {topk} tokens has no"
             " native kernels, without which a request's tokens can depend on other requests; serve"
             f" it with --max-context {topk} or less"
         )
@@ -59,7 +61,7 @@ class AsyncEngine:
     """
 
     def __init__(self, model: Model, *, max_queue: int = MAX_QUEUE) -> None:
-        _check_dense(model)
+        check_dense(model.name, model.config)
         self.model = model
         self.max_queue = max_queue
         self._engine = model.engine
@@ -171,6 +173,16 @@ class AsyncEngine:
             pages_cached=pool.num_cached,
             page_tokens=self._engine.runner.cache.page_size,
         )
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the engine's thread has ended by an error."""
+        return self._failure is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine's thread has not ended."""
+        return self._thread.is_alive()
 
     @property
     def is_healthy(self) -> bool:

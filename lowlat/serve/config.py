@@ -37,6 +37,15 @@ class ServeConfig:
     """Model name that clients request; None: the name the model was loaded by."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """API keys; empty: no authentication, which only a loopback address allows."""
+    model_aliases: tuple[str, ...] = ()
+    """Further names of a single model."""
+    memory_bytes: int | None = None
+    """Limit of the weights and KV caches of models that are loaded on demand; None: no limit."""
+    load_seconds: int | float = 120.0
+    """Time that a request waits for its model to load; then 503."""
+    unload_seconds: int | float | None = None
+    """An idle model that was loaded on demand is unloaded after this time; None: when another
+    needs its memory."""
     allowed_hosts: tuple[str, ...] = ()
     """Accepted Host names in addition to loopback names and `host`."""
     allowed_origins: tuple[str, ...] = ()
@@ -90,6 +99,9 @@ class ServeConfig:
         for name in ("header_seconds", "body_seconds", "send_seconds", "ping_seconds"):
             _check_range(name, getattr(self, name), 0.01, 3600.0)
         _check_range("drain_seconds", self.drain_seconds, 0.0, 24 * 3600.0)
+        _check_range("load_timeout", self.load_seconds, 0.01, 24 * 3600.0)
+        if self.unload_seconds is not None:
+            _check_range("unload_after", self.unload_seconds, 0.01, 365 * 24 * 3600.0)
         if self.request_seconds is not None:
             _check_range("request_timeout", self.request_seconds, 0.01, limits.MAX_DEADLINE_SECONDS)
         self._check_hosts()

@@ -4,6 +4,7 @@ Owns the records between the event loop and the engine's thread; `serve.async_en
 """
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from lowlat.engine.prompt_logprobs import PromptLogprob
@@ -28,6 +29,16 @@ class Draining(Exception):
 
 class EngineDead(Exception):
     """The engine's thread has ended by an error."""
+
+
+class ModelUnavailable(Exception):
+    """A model that is not in memory now: it loads for long, has failed, or does not fit."""
+
+    def __init__(self, message: str, *, code: str, retry_after: int | float = 60) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after = math.ceil(retry_after)
+        """Seconds after which a request may succeed."""
 
 
 class Generation:

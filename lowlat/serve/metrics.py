@@ -1,9 +1,10 @@
 """GET /metrics: engine and HTTP metrics in Prometheus' text format.
 
-Metric names follow vLLM, with the prefix `lowlat:`. `engine.stats` collects the values.
+Metric names follow vLLM, with the prefix `lowlat:`. `engine.stats` collects the engine's values.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client import Histogram as HttpHistogram
@@ -21,9 +22,12 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from lowlat.engine.stats import DROP_REASONS, DiskCacheStats, EngineStats, Histogram
+from lowlat.serve.served_model import STATES, ServedModel
 from lowlat.serve.state import ServerState
 
 PREFIX = "lowlat:"
+MODEL = "model_name"
+"""Label of everything about a model, as in vLLM."""
 UNKNOWN_ROUTE = "none"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _FINISHED = ("stop", "length", "abort", "error", "deadline")
@@ -35,7 +39,7 @@ class Metrics:
     def __init__(self, state: ServerState) -> None:
         self._names: dict[object, str] = {}
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(state))
+        self._registry.register(_ModelCollector(state))
         self._requests = Counter(
             f"{PREFIX}http_requests",
             "HTTP requests by route, method and status (499: client disconnected).",
@@ -69,27 +73,75 @@ class Metrics:
         return Response(generate_latest(self._registry), headers=headers)
 
 
-class _EngineCollector(Collector):
+class _ModelCollector(Collector):
+    """Metrics of every model, labelled with its name."""
+
     def __init__(self, state: ServerState) -> None:
-        self._state = state
+        self._models = state.models.models
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._state.engine.stats
-        for name, text, value in _gauges(stats):
-            yield GaugeMetricFamily(PREFIX + name, text, value=value)
-        for name, text, value in _counters(stats):
-            yield CounterMetricFamily(PREFIX + name, text, value=value)
-        finished = CounterMetricFamily(
-            f"{PREFIX}request_success",
-            "Finished completions by reason.",
-            labels=["finished_reason"],
-        )
-        for reason in _FINISHED:
-            finished.add_metric([reason], stats.finished.get(reason, 0))
-        yield finished
-        yield from _disk_counters(stats.disk)
-        for name, text, histogram in _histograms(stats):
-            yield _family(PREFIX + name, text, histogram)
+        families: dict[str, Metric] = {}
+        for model in self._models:
+            for family, labels, value in (*_engine_samples(model.stats), *_model_samples(model)):
+                known = families.setdefault(family.name, family)
+                _add(known, [model.name, *labels], value)
+        yield from families.values()
+
+
+Sample = tuple[Metric, list[str], int | float | Histogram]
+"""A metric family without samples; the labels of a sample but the model's name; its value."""
+
+
+def _engine_samples(stats: EngineStats) -> Iterator[Sample]:
+    for name, text, value in _gauges(stats):
+        yield GaugeMetricFamily(PREFIX + name, text, labels=[MODEL]), [], value
+    for name, text, value in _counters(stats):
+        yield CounterMetricFamily(PREFIX + name, text, labels=[MODEL]), [], value
+    finished = f"{PREFIX}request_success", "Finished completions by reason."
+    for reason in _FINISHED:
+        family = CounterMetricFamily(*finished, labels=[MODEL, "finished_reason"])
+        yield family, [reason], stats.finished.get(reason, 0)
+    for name, text, value in _disk_counters(stats.disk):
+        family = CounterMetricFamily(f"{PREFIX}prefix_cache_disk_{name}", text, labels=[MODEL])
+        yield family, [], value
+    dropped = f"{PREFIX}prefix_cache_disk_dropped", "Pages not used or not written, by reason."
+    for reason in DROP_REASONS:
+        family = CounterMetricFamily(*dropped, labels=[MODEL, "reason"])
+        yield family, [reason], stats.disk.dropped.get(reason, 0)
+    for name, text, histogram in _histograms(stats):
+        yield HistogramMetricFamily(PREFIX + name, text, labels=[MODEL]), [], histogram
+
+
+def _model_samples(model: ServedModel) -> Iterator[Sample]:
+    is_loading, state = model.is_loading, model.state
+    progress = model.progress.fraction if is_loading else float(state == "ready")
+    waiting = model.num_requests if is_loading else 0
+    for name, text, value in (
+        ("model_load_progress", "Fraction of the model's loading that is done, 0 to 1.", progress),
+        ("model_memory_bytes", "Memory of weights and KV cache, also reserved.", model.num_bytes),
+        ("num_requests_loading", "Requests waiting for the model to load.", waiting),
+    ):
+        yield GaugeMetricFamily(PREFIX + name, text, labels=[MODEL]), [], value
+    state_family = f"{PREFIX}model_state", "1 for the model's state."
+    for each in STATES:
+        family = GaugeMetricFamily(*state_family, labels=[MODEL, "state"])
+        yield family, [each], float(each == state)
+    for name, text, value in (
+        ("model_loads", "Times the model was loaded on demand.", model.num_loads),
+        ("model_unloads", "Times it was unloaded.", model.num_unloads),
+        ("model_load_failures", "Times loading failed.", model.num_load_failures),
+        ("model_crashes", "Times its engine ended by an error.", model.num_crashes),
+    ):
+        yield CounterMetricFamily(PREFIX + name, text, labels=[MODEL]), [], value
+
+
+def _add(family: Metric, labels: list[str], value: int | float | Histogram) -> None:
+    if isinstance(value, Histogram):
+        assert isinstance(family, HistogramMetricFamily)
+        family.add_metric(labels, _buckets(value), value.sum)
+    else:
+        assert isinstance(family, GaugeMetricFamily | CounterMetricFamily)
+        family.add_metric(labels, value)
 
 
 def _gauges(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
@@ -112,22 +164,11 @@ def _counters(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
     yield "engine_steps", "Engine steps.", stats.steps
 
 
-def _disk_counters(stats: DiskCacheStats) -> Iterator[Metric]:
-    for name, text, value in [
-        ("hits", "Prompt tokens read from disk.", stats.hit_tokens),
-        ("read_bytes", "Bytes read from disk.", stats.read_bytes),
-        ("written_bytes", "Bytes written to disk.", stats.written_bytes),
-        ("evicted_bytes", "Bytes evicted from disk (LRU).", stats.evicted_bytes),
-    ]:
-        yield CounterMetricFamily(f"{PREFIX}prefix_cache_disk_{name}", text, value=value)
-    dropped = CounterMetricFamily(
-        f"{PREFIX}prefix_cache_disk_dropped",
-        "Pages not used or not written, by reason.",
-        labels=["reason"],
-    )
-    for reason in DROP_REASONS:
-        dropped.add_metric([reason], stats.dropped.get(reason, 0))
-    yield dropped
+def _disk_counters(stats: DiskCacheStats) -> Iterator[tuple[str, str, float]]:
+    yield "hits", "Prompt tokens read from disk.", stats.hit_tokens
+    yield "read_bytes", "Bytes read from disk.", stats.read_bytes
+    yield "written_bytes", "Bytes written to disk.", stats.written_bytes
+    yield "evicted_bytes", "Bytes evicted from disk (LRU).", stats.evicted_bytes
 
 
 def _histograms(stats: EngineStats) -> Iterator[tuple[str, str, Histogram]]:
@@ -137,11 +178,7 @@ def _histograms(stats: EngineStats) -> Iterator[tuple[str, str, Histogram]]:
     yield "request_queue_time_seconds", "Arrival to first step.", stats.queue_time
 
 
-def _family(name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:
-    total = 0
-    buckets: list[tuple[str, float]] = []
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """Upper bounds and cumulative counts."""
     bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
-    for bound, count in zip(bounds, histogram.counts, strict=True):
-        total += count
-        buckets.append((bound, total))
-    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=histogram.sum)
+    return list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))

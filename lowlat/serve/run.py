@@ -9,7 +9,7 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import uvicorn
 
@@ -20,6 +20,7 @@ from lowlat.serve.http.connection import connection_class
 from lowlat.serve.http.connection_pool import ConnectionPool
 from lowlat.serve.http.logs import log
 from lowlat.serve.protocol import limits
+from lowlat.serve.served_model import ServedModel
 from lowlat.serve.state import ServerState
 from lowlat.utils.errors import UserError
 
@@ -68,7 +69,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 def run(
-    engine: AsyncEngine,
+    models: AsyncEngine | Sequence[ServedModel],
     config: ServeConfig,
     listener: socket.socket,
     *,
@@ -76,20 +77,23 @@ def run(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain. A second signal aborts running requests.
 
-    Calls `on_ready` once the server accepts connections. Raises UserError if another program has
-    begun to listen on the address since the socket was bound.
+    `models`: see `make_state`. Calls `on_ready` once the server accepts connections. Raises
+    UserError if another program has begun to listen on the address since the socket was bound.
     """
     try:
         listener.listen(BACKLOG)
     except OSError as error:
         raise _cannot_listen(config, error) from error
-    asyncio.run(_run(engine, config, listener, on_ready))
+    asyncio.run(_run(models, config, listener, on_ready))
 
 
 async def _run(
-    engine: AsyncEngine, config: ServeConfig, listener: socket.socket, on_ready: Callable[[], None]
+    models: AsyncEngine | Sequence[ServedModel],
+    config: ServeConfig,
+    listener: socket.socket,
+    on_ready: Callable[[], None],
 ) -> None:
-    state = make_state(engine, config)
+    state = make_state(models, config)
     server = uvicorn.Server(_uvicorn_config(state))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not serving.done():
@@ -100,9 +104,10 @@ async def _run(
         gc.collect()
         gc.freeze()
         _handle_signals(server, state)
-        if not engine.model.runner.is_batch_invariant:
-            log(logging.WARNING, "not batch-invariant: tokens may depend on batch composition")
-        log(logging.INFO, "ready", model=state.model_name, url=url_of(listener))
+        for model in state.models.models:
+            model.warn_of_batches()
+        names = ", ".join(model.name for model in state.models.models)
+        log(logging.INFO, "ready", model=names, url=url_of(listener))
         on_ready()
     try:
         await serving
@@ -155,7 +160,7 @@ def _handle_signals(server: uvicorn.Server, state: ServerState) -> None:
     def on_signal() -> None:
         if draining:
             log(logging.WARNING, "aborting running requests", requests=state.num_requests)
-            state.engine.cut_off()
+            state.models.cut_off()
             server.config.timeout_graceful_shutdown = FORCED_SHUTDOWN_SECONDS
             server.should_exit = True
         else:
@@ -173,6 +178,6 @@ async def _drain(server: uvicorn.Server, state: ServerState) -> None:
     log(logging.INFO, "draining", seconds=seconds, requests=state.num_requests)
     state.is_draining = True
     try:
-        await state.engine.drain(seconds)
+        await state.models.drain(seconds)
     finally:
         server.should_exit = True

@@ -28,17 +28,17 @@ GROWTH_FACTOR = 4
 class StructuredOutputManager:
     """Compiles grammars for `model`, one per processor at once; at most `max_waiting` wait.
 
-    A compiled grammar counts towards `max_bytes` for as long as it is referenced.
+    A compiled grammar counts towards `budget` for as long as it is referenced.
     """
 
-    def __init__(self, model: Model, *, max_waiting: int, max_bytes: int) -> None:
+    def __init__(self, model: Model, *, max_waiting: int, budget: "MemoryBudget") -> None:
         self._model = model
         # One more thread than processors: an API key that uses all of these leaves it free.
         threads = 1 + min(MAX_PARALLEL, processors())
         self._workers = FairWorkerPool(threads=threads, max_waiting=max_waiting)
         self._lock = threading.Lock()
         self._compiler: GrammarCompiler | None = None
-        self._held = MemoryBudget(max_bytes)
+        self._held = budget
 
     async def compile(
         self,

@@ -50,6 +50,7 @@ class Local:
     """A running server."""
 
     model: Model
+    engine: AsyncEngine
     port: int
     state: ServerState
     loop: asyncio.AbstractEventLoop
@@ -135,7 +136,9 @@ def listening(
             servers.append(uvicorn.Server(run_module._uvicorn_config(state)))
             port = listener.getsockname()[1]
             loop = asyncio.get_running_loop()
-            started.append(Local(model=engine.model, port=port, state=state, loop=loop))
+            started.append(
+                Local(model=engine.model, engine=engine, port=port, state=state, loop=loop)
+            )
             await servers[0].serve(sockets=[listener])
 
         thread = threading.Thread(target=lambda: asyncio.run(serve()), name="server")

@@ -102,7 +102,7 @@ def test_a_thousand_disconnects_leave_nothing_behind() -> None:
         until(lambda: server.num_tasks() <= quiet, "the end of all tasks")
         until(lambda: num_descriptors() <= before[0], "the end of all sockets")
         until(lambda: num_threads() <= before[1], "the end of all threads")
-        assert server.state.engine._open == {} and server.state.engine._generations == {}
+        assert server.engine._open == {} and server.engine._generations == {}
         server.model.engine.check_integrity()
         body = {"model": NAME, "prompt": "abc", "max_tokens": 12, "temperature": 0}
         answer = call(server.port, COMPLETIONS, body)
@@ -129,9 +129,9 @@ def test_who_leaves_is_aborted(monkeypatch: pytest.MonkeyPatch, path: str, strea
         for number in range(10):
             with socket.create_connection((HOST, server.port), timeout=SECONDS) as connection:
                 connection.sendall(data)
-                until(lambda: len(server.state.engine._open) > number, "the request")  # noqa: B023
+                until(lambda: len(server.engine._open) > number, "the request")  # noqa: B023
                 until(is_held.is_set, "the first step")
         until(lambda: server.state.num_requests == 0, "the end of all requests")
         may_go.set()
         until(lambda: server.is_idle, "the end")
-        assert server.state.engine.stats.finished["abort"] == 10
+        assert server.engine.stats.finished["abort"] == 10

@@ -23,6 +23,7 @@ from lowlat.serve.app import build_app, make_state
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Generation
+from lowlat.serve.state import ServerState
 from tests.fakes import EOS, USER, ScriptedModel, byte_tokenizer, gqa_config
 
 CONTEXT = 4096
@@ -169,7 +170,14 @@ class Server:
 def serve(engine: AsyncEngine | None = None, *, keys: tuple[str, ...] = ()) -> Iterator[Server]:
     """A server on a free port of this machine, for as long as the context lasts."""
     engine = engine or ScriptedEngine(tiny_chat_model())
-    recorder = Recorder(build_app(make_state(engine, ServeConfig(api_keys=keys))))
+    with serve_state(make_state(engine, ServeConfig(api_keys=keys))) as (url, requests):
+        yield Server(url, engine, requests)
+
+
+@contextlib.contextmanager
+def serve_state(state: ServerState) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The URL of a running server, and what it is asked."""
+    recorder = Recorder(build_app(state))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(
             recorder, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=1
@@ -180,7 +188,7 @@ def serve(engine: AsyncEngine | None = None, *, keys: tuple[str, ...] = ()) -> I
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.01)
-        yield Server(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, recorder.requests)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", recorder.requests
         server.should_exit = True
         thread.join()
 

@@ -120,7 +120,7 @@ def test_pages_of_the_engine_come_back_after_clients_left(server: Server) -> Non
         with streaming(server, LONG):
             pass
     until = time.monotonic() + PATIENCE
-    while "lowlat:num_requests_running 0.0" not in get(server, "/metrics").text:
+    while 'num_requests_running{model_name="tiny"} 0.0' not in get(server, "/metrics").text:
         assert time.monotonic() < until, "generations of clients that left still run"
         time.sleep(0.02)
 
@@ -139,7 +139,7 @@ def start(
 
     thread = threading.Thread(target=send)
     thread.start()
-    while "lowlat:num_requests_running 1.0" not in get(server, "/metrics").text:
+    while 'num_requests_running{model_name="tiny"} 1.0' not in get(server, "/metrics").text:
         assert not answers, answers
     return thread, answers
 

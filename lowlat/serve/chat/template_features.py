@@ -75,7 +75,7 @@ class TemplateFeatures:
     """Whether arguments of past calls may be JSON text, which preserves the model's spelling."""
 
     @staticmethod
-    @lru_cache(maxsize=8)
+    @lru_cache(maxsize=64)
     def of(tokenizer: Tokenizer) -> "TemplateFeatures":
         """The features of `tokenizer`'s chat template; without a template, none."""
         source = tokenizer.chat_template or ""

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lowlat.serve.generation import Draining, EngineDead, Overloaded
+from lowlat.serve.generation import Draining, EngineDead, ModelUnavailable, Overloaded
 from lowlat.serve.protocol.errors import (
     CONTEXT_LENGTH_EXCEEDED,
     RequestError,
@@ -87,7 +87,7 @@ def ollama_error(
 ) -> tuple[int, dict[str, object]]:
     """Ollama's format, with param and code in addition."""
     if code == _CODES[404]:
-        message += "; the server runs one model, and cannot pull, push, create, copy or delete one"
+        message += "; the server cannot pull, push, create, copy or delete models"
     return status, {"error": message, "param": param, "code": code}
 
 
@@ -141,6 +141,8 @@ def describe(error: Exception) -> tuple[int, str, str | None, str | None]:
             return 429, "the server is busy; try again later", None, "overloaded"
         case Draining():
             return 503, "the server is shutting down", None, "shutting_down"
+        case ModelUnavailable():
+            return 503, str(error), "model", error.code
         case EngineDead():
             return 503, "the engine has stopped or hangs", None, "engine_stopped"
         case HTTPException():
@@ -154,7 +156,7 @@ def response_to(error: Exception) -> Response:
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
         headers.update(error.headers or {})
-    elif isinstance(error, Overloaded):
+    elif isinstance(error, Overloaded | ModelUnavailable):
         headers["Retry-After"] = str(error.retry_after)
     elif status == 503:
         headers["Retry-After"] = str(RETRY_SECONDS)

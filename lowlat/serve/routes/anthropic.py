@@ -107,7 +107,7 @@ class AnthropicError(WireModel):
 async def create_message(ctx: RequestContext, request: MessagesRequest) -> Response:
     """Continue a conversation, streamed if the request asks for it (Anthropic's API)."""
     with renamed_fields(FIELDS):
-        chat = await ctx.state.workers.run(_as_chat, ctx.state.model, request)
+        chat = await ctx.state.workers.run(_as_chat, ctx.model, request)
         prepared = await submit_chat(ctx, chat, reduces_max_tokens=True)
     ctx.ignored -= {FIELDS[name] for name in prepared.used_hints}
     if chat.chat_template_kwargs:
@@ -120,7 +120,7 @@ async def create_message(ctx: RequestContext, request: MessagesRequest) -> Respo
 async def count_message_tokens(ctx: RequestContext, request: CountTokensRequest) -> Response:
     """Number of tokens of a conversation's prompt (Anthropic's API)."""
     with renamed_fields(FIELDS):
-        count = await ctx.state.workers.run(_count, ctx.state.model, request)
+        count = await ctx.state.workers.run(_count, ctx.model, request)
     return json_response(TokenCount(input_tokens=count))
 
 

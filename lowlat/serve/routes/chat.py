@@ -181,10 +181,9 @@ async def submit_chat(
     texts: see prepare_chat. reduces_max_tokens: whether max_tokens may exceed the context, and ends
     there then.
     """
-    state = ctx.state
-    prepared = await state.workers.run(prepare_chat, state.model, request, texts)
+    prepared = await ctx.state.workers.run(prepare_chat, ctx.model, request, texts)
     if reduces_max_tokens:
-        prepared = prepared.with_max_tokens_up_to(state.model.context)
+        prepared = prepared.with_max_tokens_up_to(ctx.model.context)
     ctx.ignored -= prepared.used_hints
     if request.prompt_logprobs is not None:
         field = "prompt_logprobs"
@@ -192,7 +191,7 @@ async def submit_chat(
     grammar = None
     if prepared.structured is not None:
         with _renamed_max_tokens(request):
-            state.engine.check(prepared.ids, prepared.params)
+            ctx.engine.check(prepared.ids, prepared.params)
         grammar = await ctx.compile(prepared.structured, param=request.constraint_field)
     with _renamed_max_tokens(request):
         await ctx.submit(
@@ -288,7 +287,7 @@ class ChatReply(Reply):
         top = self._request.prompt_logprobs
         if top is None:
             return None
-        tokenizer = self._ctx.state.model.tokenizer
+        tokenizer = self._ctx.model.tokenizer
         return prompt_logprobs(tokenizer, self._ctx.prompt_logprobs(0), top=top)
 
     def _prompt_ids(self) -> list[int] | None:
@@ -352,7 +351,7 @@ class ChatReply(Reply):
             )
 
     def _logprobs(self, entries: Iterable[TokenLogprob]) -> ChoiceLogprobs:
-        tokenizer = self._ctx.state.model.tokenizer
+        tokenizer = self._ctx.model.tokenizer
         return ChoiceLogprobs(content=[chat_logprob(tokenizer, entry) for entry in entries])
 
 

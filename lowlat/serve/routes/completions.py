@@ -96,19 +96,18 @@ async def submit_completion(
 
     reduces_max_tokens: whether max_tokens may exceed the context, and ends there then.
     """
-    state = ctx.state
 
     def to_params(remaining: int) -> SamplingParams:
         return request.to_params(remaining, reduces_max_tokens=reduces_max_tokens)
 
-    prompts = await state.workers.run(_encode, state.engine, request, to_params)
-    params = [to_params(state.model.context - len(ids)) for ids, _ in prompts]
+    prompts = await ctx.state.workers.run(_encode, ctx.engine, request, to_params)
+    params = [to_params(ctx.model.context - len(ids)) for ids, _ in prompts]
     # After a prompt without text, the output begins a text.
-    begin = [not state.model.tokenizer.has_text(ids) for ids, _ in prompts]
+    begin = [not ctx.model.tokenizer.has_text(ids) for ids, _ in prompts]
     grammars = await _grammars(ctx, request, set(begin))
     if len(prompts) > 1:
         # All or none: otherwise started completions would be discarded.
-        state.engine.check_room(len(prompts) - 1)
+        ctx.engine.check_room(len(prompts) - 1)
     for (ids, _), own, begins_text in zip(prompts, params, begin, strict=True):
         grammar = grammars.get(begins_text)
         await ctx.submit(
@@ -290,7 +289,7 @@ class CompletionReply(Reply):
             return None
         entries = self._ctx.prompt_logprobs(index // self._n)
         return prompt_logprobs(
-            self._ctx.state.model.tokenizer, entries, top=self._request.prompt_logprobs
+            self._ctx.model.tokenizer, entries, top=self._request.prompt_logprobs
         )
 
     def _response(
@@ -309,7 +308,7 @@ class CompletionReply(Reply):
         top = self._request.logprobs
         if top is None:
             return None
-        tokenizer = self._ctx.state.model.tokenizer
+        tokenizer = self._ctx.model.tokenizer
         found = LegacyLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
         start = 0
         if self._request.echo:
@@ -321,7 +320,7 @@ class CompletionReply(Reply):
 
     def _add_prompt(self, found: LegacyLogprobs, number: int, top: int) -> None:
         """Add the tokens of an echoed prompt; its first token has no log-probability."""
-        tokenizer, prompt = self._ctx.state.model.tokenizer, self._ctx.prompt(number)
+        tokenizer, prompt = self._ctx.model.tokenizer, self._ctx.prompt(number)
         offsets = text_offsets(tokenizer, prompt, self._echoes[number])
         _add(found, tokenizer, prompt[0], None, None, offsets[0])
         entries = self._ctx.prompt_logprobs(number)

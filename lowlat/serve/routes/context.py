@@ -12,11 +12,14 @@ from lowlat.engine.prompt_logprobs import PromptLogprob
 from lowlat.engine.request import PoolingMode
 from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.grammar import CompiledGrammar
+from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
 from lowlat.generate.structured import StructuredOutput
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.generation import Draining, Generation
 from lowlat.serve.http.errors import GenerationFailed
 from lowlat.serve.protocol.errors import RequestError
+from lowlat.serve.served_model import LoadedModel, ServedModel
 from lowlat.serve.state import ServerState
 
 
@@ -46,12 +49,53 @@ class RequestContext:
         """Paths of the request's hints that have no effect."""
         self.constraint_field = ""
         """The request field that constrains the output, for errors of its grammar."""
+        self._served: ServedModel | None = None
+        self._loaded: LoadedModel | None = None
         self._num_completions = 0
         self.cache_namespace = cache_namespace
         self._generations: list[Generation] = []
         self._is_preparing = True
         self._preparing: asyncio.Timeout | None = None
+        self._counter: ServerState | ServedModel = state
+        """What counts the request until it is submitted."""
         state.num_preparing += 1
+
+    def find_model(self, name: str) -> None:
+        """Set the model of the request. Raises RequestError 404 for an unknown name."""
+        self._served = self.state.models.find(name)
+
+    async def load_model(self) -> None:
+        """Have the model in memory until the request ends. Raises as `ServedModel.check_room` and
+        `ModelRegistry.acquire`."""
+        self.state.models.check_model(self.served)
+        self._counter.num_preparing -= 1
+        self._counter = self.served
+        self._counter.num_preparing += 1
+        self._loaded = await self.state.models.acquire(self.served)
+
+    @property
+    def served(self) -> ServedModel:
+        """The request's model."""
+        assert self._served is not None
+        return self._served
+
+    @property
+    def loaded(self) -> LoadedModel:
+        assert self._loaded is not None
+        return self._loaded
+
+    @property
+    def engine(self) -> AsyncEngine:
+        return self.loaded.engine
+
+    @property
+    def model(self) -> Model:
+        return self.loaded.model
+
+    @property
+    def model_name(self) -> str:
+        """Its name, not an alias."""
+        return self.served.name
 
     @contextlib.asynccontextmanager
     async def prepare(self) -> AsyncIterator[None]:
@@ -83,7 +127,7 @@ class RequestContext:
         Raises as `StructuredOutputManager.compile` does.
         """
         self.constraint_field = param
-        return await self.state.structured_outputs.compile(
+        return await self.loaded.structured_outputs.compile(
             output,
             param=param,
             owner=self._owner,
@@ -103,13 +147,13 @@ class RequestContext:
         pooling: PoolingMode | None = None,
     ) -> Generation:
         """Submit `prompt` to the engine. Raises as the engine's `submit` does."""
-        if pooling is None and self.state.model.pooling is not None:
+        if pooling is None and self.model.pooling is not None:
             raise RequestError(
-                f"the model '{self.state.model_name}' is an embedding model and generates no text;"
+                f"the model '{self.model_name}' is an embedding model and generates no text;"
                 " use /v1/embeddings",
                 param="model",
             )
-        generation = await self.state.engine.submit(
+        generation = await self.engine.submit(
             prompt,
             params,
             grammar=grammar,
@@ -154,12 +198,15 @@ class RequestContext:
         self._end_preparation()
         for generation in self._generations:
             generation.cancel()
+        if self._loaded is not None:
+            self.state.models.release(self.served)
 
     def log_fields(self) -> dict[str, object]:
         """Token counts and timings of what the engine has done, for the line in the log."""
         if not self._generations:
             return {}
         return {
+            "model": self.model_name,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.num_tokens,
@@ -170,7 +217,7 @@ class RequestContext:
     def _end_preparation(self) -> None:
         if self._is_preparing:
             self._is_preparing = False
-            self.state.num_preparing -= 1
+            self._counter.num_preparing -= 1
         if self._preparing is not None and not self._preparing.expired():
             self._preparing.reschedule(None)
 

@@ -168,9 +168,8 @@ async def _embed(
     """The embeddings of `inputs`, fp32, in their order. Raises RequestError 404 if the model is no
     embedding model.
     """
-    state = ctx.state
     pooling = _pooling(ctx)
-    size = state.model.config.hidden_size
+    size = ctx.model.config.hidden_size
     if dimensions is not None and dimensions > size:
         raise RequestError(
             f"dimensions: the embeddings of this model have {size}; ask for at most as many",
@@ -179,7 +178,7 @@ async def _embed(
     params = SamplingParams(max_tokens=1)
     vectors: list[np.ndarray] = []
     with renamed_fields({"prompt": "input", "max_tokens": "input"}):
-        prompts = await state.workers.run(_encode, state.engine, inputs, params)
+        prompts = await ctx.state.workers.run(_encode, ctx.engine, inputs, params)
         for start in range(0, len(prompts), WAVE):
             wave = prompts[start : start + WAVE]
             running = [await ctx.submit(ids, params, pooling=pooling.mode) for ids in wave]
@@ -191,10 +190,10 @@ async def _embed(
 
 
 def _pooling(ctx: RequestContext) -> Pooling:
-    pooling = ctx.state.model.pooling
+    pooling = ctx.model.pooling
     if pooling is None:
         raise RequestError(
-            f"the model '{ctx.state.model_name}' is not an embedding model: its folder has no"
+            f"the model '{ctx.model_name}' is not an embedding model: its folder has no"
             " modules.json (sentence-transformers); serve an embedding model",
             param="model",
             code="not_an_embedding_model",

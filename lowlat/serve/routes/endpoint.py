@@ -39,7 +39,9 @@ class Post:
     chunk: type[BaseModel] | None = None
     """Model of a stream's events; None: the operation cannot stream."""
     handle: Handle
-    """The handler, called with a valid `request` for the served model."""
+    """The handler, called with a valid `request` for a served model."""
+    needs_model: bool = True
+    """Whether the handler uses the model in memory."""
     error: type[BaseModel] = ErrorResponse
     """Model of error responses."""
     is_ndjson: bool = False
@@ -102,7 +104,9 @@ class JsonEndpoint:
         if isinstance(request, GenerationRequest):
             ctx.priority, ctx.deadline = request.priority or 0, request.deadline_seconds
         async with ctx.prepare():
-            ctx.state.check_model(request.model)
+            ctx.find_model(request.model)
+            if self._operation.needs_model:
+                await ctx.load_model()
             response = await self._operation.handle(ctx, request)
         if ctx.ignored:
             response.headers[HEADER] = ", ".join(sorted(ctx.ignored))

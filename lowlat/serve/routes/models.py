@@ -1,6 +1,6 @@
 """GET /v1/models, /health, /ready and /version.
 
-/health reports whether the engine makes progress, /ready whether new requests are accepted.
+/health reports whether an engine makes progress, /ready whether new requests are accepted.
 """
 
 from importlib.metadata import version
@@ -10,33 +10,37 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lowlat.serve.chat.template_features import TemplateFeatures
-from lowlat.serve.generation import Draining, EngineDead
+from lowlat.serve.generation import Draining
 from lowlat.serve.protocol.base import WireModel
 from lowlat.serve.routes.endpoint import json_response
+from lowlat.serve.served_model import ModelState, ServedModel
 from lowlat.serve.state import ServerState
 
 
 class ModelCard(WireModel):
-    """OpenAI's fields, then extensions."""
+    """OpenAI's fields, then extensions. Facts that are null are known once the model is loaded."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     """Unix time in seconds when the server started."""
     owned_by: Literal["lowlat"] = "lowlat"
-    max_model_len: int
+    aliases: list[str]
+    """Further names that requests may use."""
+    state: ModelState
+    """Models that are not in memory are loaded by the first request."""
+    max_model_len: int | None
     """Context length: maximum number of tokens of prompt and output together."""
-    cache_bytes_per_token: int
-    cache_dtype: str
-    batch_invariant: bool
+    cache_bytes_per_token: int | None
+    cache_dtype: str | None
+    batch_invariant: bool | None
     """Whether tokens are independent of batch composition and speculative decoding."""
-    has_chat_template: bool
+    has_chat_template: bool | None
     """Without a chat template, only completions are available."""
-    supports_tools: bool
-    reasoning: bool
+    supports_tools: bool | None
+    reasoning: bool | None
     """Whether outputs may begin with reasoning, returned as reasoning_content."""
-    chat_template_kwargs: list[str]
+    chat_template_kwargs: list[str] | None
     """Variables of the chat template that a request may set."""
 
 
@@ -55,11 +59,10 @@ class Version(WireModel):
 
 
 class InfoRoutes:
-    """GET routes of one server; the model card is built once."""
+    """GET routes of one server."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
-        self._card = model_card(state)
 
     def routes(self) -> list[Route]:
         return [
@@ -71,16 +74,16 @@ class InfoRoutes:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        return json_response(ModelList(data=[self._card]))
+        cards = [model_card(model, self._state) for model in self._state.models.models]
+        return json_response(ModelList(data=cards))
 
     async def get_model(self, request: Request) -> Response:
-        self._state.check_model(request.path_params["id"])
-        return json_response(self._card)
+        model = self._state.models.find(request.path_params["id"])
+        return json_response(model_card(model, self._state))
 
     async def health(self, request: Request) -> Response:
-        """200 while the engine makes progress or is idle."""
-        if not self._state.engine.is_healthy:
-            raise EngineDead
+        """200 while an engine makes progress or is idle, or a model may be loaded."""
+        self._state.models.check_health()
         return json_response(Status())
 
     async def version(self, request: Request) -> Response:
@@ -93,20 +96,20 @@ class InfoRoutes:
         return await self.health(request)
 
 
-def model_card(state: ServerState) -> ModelCard:
-    """The served model as /v1/models shows it."""
-    model = state.model
-    dialect = TemplateFeatures.of(model.tokenizer)
-    has_template = model.tokenizer.chat_template is not None
+def model_card(model: ServedModel, state: ServerState) -> ModelCard:
+    """A model as /v1/models shows it."""
+    info = model.info
     return ModelCard(
-        id=state.model_name,
+        id=model.name,
         created=state.started_at,
-        max_model_len=model.context,
-        cache_bytes_per_token=model.cache_bytes_per_token,
-        cache_dtype=model.cache_dtype,
-        batch_invariant=model.runner.is_batch_invariant,
-        has_chat_template=has_template,
-        supports_tools=has_template and dialect.tools is not None,
-        reasoning=has_template and dialect.reasoning is not None,
-        chat_template_kwargs=sorted(dialect.variables),
+        aliases=list(model.aliases),
+        state=model.state,
+        max_model_len=info and info.context,
+        cache_bytes_per_token=info and info.cache_bytes_per_token,
+        cache_dtype=info and info.cache_dtype,
+        batch_invariant=info and info.batch_invariant,
+        has_chat_template=info and info.chat_template is not None,
+        supports_tools=info and info.supports_tools,
+        reasoning=info and info.reasoning,
+        chat_template_kwargs=info and list(info.chat_template_kwargs),
     )

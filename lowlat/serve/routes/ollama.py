@@ -99,7 +99,7 @@ async def ollama_generate(ctx: RequestContext, request: OllamaGenerateRequest) -
     """Answer or continue a prompt, streamed unless stream is false (Ollama's API)."""
     if not request.prompt:
         return json_response(OllamaGeneration(response="", **_loaded(request)))
-    if request.is_plain or ctx.state.model.tokenizer.chat_template is None:
+    if request.is_plain or ctx.model.tokenizer.chat_template is None:
         with renamed_fields(FIELDS):
             completion = await ctx.state.workers.run(completion_of, request)
             await submit_completion(ctx, completion, reduces_max_tokens=True)
@@ -118,7 +118,7 @@ def _loaded(request: OllamaRequest) -> dict[str, Any]:
 
 
 def _features(ctx: RequestContext) -> TemplateFeatures:
-    return TemplateFeatures.of(ctx.state.model.tokenizer)
+    return TemplateFeatures.of(ctx.model.tokenizer)
 
 
 def _note_think(ctx: RequestContext, request: OllamaRequest, is_used: bool) -> None:
@@ -256,7 +256,7 @@ class _Lines(Reply):
             "done": False,
         }
         if gain.logprobs:
-            tokenizer = self._ctx.state.model.tokenizer
+            tokenizer = self._ctx.model.tokenizer
             fields["logprobs"] = [chat_logprob(tokenizer, entry) for entry in gain.logprobs]
         return fields
 

@@ -1,6 +1,7 @@
 """Ollama's API about models: GET /api/tags, /api/ps and /api/version, POST /api/show."""
 
 import hashlib
+import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -9,13 +10,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lowlat.model.quant import weight_format
+from lowlat.serve.model_info import ModelInfo
 from lowlat.serve.protocol.base import WireModel
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import Post, json_response
-from lowlat.serve.routes.models import Version, model_card
+from lowlat.serve.routes.models import Version
 from lowlat.serve.routes.ollama_request import OllamaShowRequest
+from lowlat.serve.served_model import ServedModel
 from lowlat.serve.state import ServerState
+
+NEVER = "9999-12-31T23:59:59Z"
 
 
 class OllamaError(WireModel):
@@ -41,7 +45,7 @@ class OllamaModel(WireModel):
     modified_at: str
     """When the server started."""
     size: int
-    """Bytes of the weights."""
+    """Bytes of the weights; 0 until they are known."""
     digest: str
     """Of the name and the config, not of the weights."""
     details: ModelDetails
@@ -52,8 +56,8 @@ class OllamaModels(WireModel):
 
 
 class RunningModel(OllamaModel):
-    expires_at: str = "9999-12-31T23:59:59Z"
-    """The model stays loaded."""
+    expires_at: str
+    """When the model is unloaded if no request uses it."""
     size_vram: int = 0
     context_length: int
 
@@ -87,20 +91,29 @@ class OllamaRoutes:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        return json_response(OllamaModels(models=[OllamaModel(**_entry(self._state))]))
+        entries = [_entry(model, self._state) for model in self._state.models.models]
+        return json_response(OllamaModels(models=[OllamaModel(**entry) for entry in entries]))
 
     async def list_running(self, request: Request) -> Response:
-        context = self._state.model.context
-        running = RunningModel(**_entry(self._state), context_length=context)
-        return json_response(RunningModels(models=[running]))
+        seconds = self._state.config.unload_seconds
+        running = [
+            RunningModel(
+                **_entry(model, self._state),
+                context_length=model.info.context,
+                expires_at=_expiry(model, seconds),
+            )
+            for model in self._state.models.models
+            if model.loaded is not None and model.info is not None
+        ]
+        return json_response(RunningModels(models=running))
 
     async def get_version(self, request: Request) -> Response:
         return json_response(Version(version=version("lowlat")))
 
 
 async def ollama_show(ctx: RequestContext, request: OllamaShowRequest) -> Response:
-    """Describe the served model (Ollama's API)."""
-    return json_response(_description(ctx.state))
+    """Describe a served model (Ollama's API)."""
+    return json_response(_description(ctx.served, ctx.state))
 
 
 SHOW = Post(
@@ -108,6 +121,7 @@ SHOW = Post(
     request=OllamaShowRequest,
     response=ModelDescription,
     handle=ollama_show,
+    needs_model=False,
     error=OllamaError,
 )
 
@@ -118,29 +132,34 @@ def timestamp(seconds: int | float | None = None) -> str:
     return moment.isoformat().replace("+00:00", "Z")
 
 
-def _entry(state: ServerState) -> dict[str, Any]:
-    model = state.model
-    weights = sum(parameter.nbytes for parameter in model.transformer.parameters())
-    identity = f"{state.model_name} {model.config!r}"
+def _expiry(model: ServedModel, seconds: int | float | None) -> str:
+    """When an idle model will be unloaded; the end of times if only for another one."""
+    if seconds is None or model.prepare is None:
+        return NEVER
+    since = 0.0 if model.num_requests else time.monotonic() - model.last_used
+    return timestamp(time.time() + max(0.0, seconds - since))
+
+
+def _entry(model: ServedModel, state: ServerState) -> dict[str, Any]:
+    config = "" if model.info is None else repr(model.info.config)
     return {
-        "name": state.model_name,
-        "model": state.model_name,
+        "name": model.name,
+        "model": model.name,
         "modified_at": timestamp(state.started_at),
-        "size": weights,
-        "digest": hashlib.sha256(identity.encode()).hexdigest(),
-        "details": _details(state),
+        "size": 0 if model.info is None else model.info.weights_bytes,
+        "digest": hashlib.sha256(f"{model.name} {config}".encode()).hexdigest(),
+        "details": _details(model.info),
     }
 
 
-def _details(state: ServerState) -> ModelDetails:
-    model = state.model
-    family = model.config.model_type
+def _details(info: ModelInfo | None) -> ModelDetails:
+    family = "" if info is None else info.config.model_type
     return ModelDetails(
         format="lowlat",
         family=family,
-        families=[family],
-        parameter_size=_short(model.num_parameters),
-        quantization_level=weight_format(model.transformer, model.transformer.embed_tokens.dtype),
+        families=[family] if family else [],
+        parameter_size="" if info is None else _short(info.num_parameters),
+        quantization_level=(info and info.weight_format) or "",
     )
 
 
@@ -149,22 +168,31 @@ def _short(count: int) -> str:
     return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
-def _description(state: ServerState) -> ModelDescription:
-    model, card = state.model, model_card(state)
-    family = model.config.model_type
-    capabilities = ["completion"] if model.pooling is None else ["embedding"]
-    capabilities += ["tools"] if card.supports_tools else []
-    capabilities += ["thinking"] if card.reasoning else []
+def _description(model: ServedModel, state: ServerState) -> ModelDescription:
+    info = model.info
+    details, modified_at = _details(info), timestamp(state.started_at)
+    if info is None:
+        return ModelDescription(
+            template="",
+            details=details,
+            model_info={},
+            capabilities=["completion"],
+            modified_at=modified_at,
+        )
+    family = info.config.model_type
+    capabilities = ["embedding"] if info.is_embedding else ["completion"]
+    capabilities += ["tools"] if info.supports_tools else []
+    capabilities += ["thinking"] if info.reasoning else []
     return ModelDescription(
-        template=model.tokenizer.chat_template or "",
-        details=_details(state),
+        template=info.chat_template or "",
+        details=details,
         model_info={
             "general.architecture": family,
-            "general.parameter_count": model.num_parameters,
-            f"{family}.context_length": model.context,
-            f"{family}.embedding_length": model.config.hidden_size,
-            f"{family}.block_count": model.config.num_hidden_layers,
+            "general.parameter_count": info.num_parameters,
+            f"{family}.context_length": info.context,
+            f"{family}.embedding_length": info.config.hidden_size,
+            f"{family}.block_count": info.config.num_hidden_layers,
         },
         capabilities=capabilities,
-        modified_at=timestamp(state.started_at),
+        modified_at=modified_at,
     )

@@ -35,8 +35,8 @@ _REFUSALS = {
     "429": "The queue is full; retry after Retry-After seconds.",
     "431": "The request's line and headers are too large.",
     "500": "An internal error.",
-    "503": "The server is shutting down, or its engine has stopped.",
-    "529": "The server is shutting down, or its engine has stopped.",
+    "503": "The server is shutting down, its engine has stopped, or the model is not in memory.",
+    "529": "The server is shutting down, its engine has stopped, or the model is not in memory.",
 }
 _POST_REFUSALS = {
     ErrorResponse: _REFUSALS.keys() - {"529"},
@@ -58,16 +58,18 @@ def openapi_route(state: ServerState) -> Route:
 
 
 def document(state: ServerState) -> Json:
-    """The document of one server; requests may name only its model."""
+    """The document of one server; requests may name only its models."""
     refs, shared = _schemas()
     schemas = dict(shared)
-    model = {"type": "string", "enum": [state.model_name]}
+    model = {"type": "string", "enum": list(state.models.names)}
     for operation in POSTS:
         schema = schemas[operation.request.__name__]
         properties = {**schema["properties"], "model": model}
         schemas[operation.request.__name__] = {**schema, "properties": properties}
-    largest = state.model.config.vocab_size - 1
-    schemas[TokenId.__name__] = {**schemas[TokenId.__name__], "maximum": largest}
+    infos = [model.info for model in state.models.models if model.info is not None]
+    if len(infos) == len(state.models.models):
+        largest = max(info.config.vocab_size for info in infos) - 1
+        schemas[TokenId.__name__] = {**schemas[TokenId.__name__], "maximum": largest}
     has_keys = bool(state.config.api_keys)
     paths: dict[str, Json] = {}
     for operation in POSTS:
@@ -149,7 +151,7 @@ def _get(
     if operation.parameter is not None:
         named: Json = {"type": "string"}
         if operation.values == "models":
-            named["enum"] = [state.model_name]
+            named["enum"] = list(state.models.names)
         described["parameters"] = [
             {"name": operation.parameter, "in": "path", "required": True, "schema": named},
             *_query(operation.query),

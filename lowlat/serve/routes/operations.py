@@ -61,22 +61,22 @@ POSTS = (
     OLLAMA_EMBED,
 )
 GETS = (
-    Get(path="/v1/models", summary="The served model, in a list.", response=ModelList),
+    Get(path="/v1/models", summary="The served models.", response=ModelList),
     Get(
         path="/v1/models/{id}",
-        summary="The served model.",
+        summary="A served model.",
         response=ModelCard,
         parameter="id",
     ),
     Get(
         path="/api/tags",
-        summary="The served model, in a list (Ollama).",
+        summary="The served models (Ollama).",
         response=OllamaModels,
         error=OllamaError,
     ),
     Get(
         path="/api/ps",
-        summary="The loaded model, in a list (Ollama).",
+        summary="The models in memory (Ollama).",
         response=RunningModels,
         error=OllamaError,
     ),
@@ -109,7 +109,7 @@ GETS = (
         values="stored responses",
         query=PageQuery,
     ),
-    Get(path="/health", summary="Liveness: whether the engine makes progress.", response=Status),
+    Get(path="/health", summary="Liveness: whether an engine makes progress.", response=Status),
     Get(path="/ready", summary="Readiness: whether new requests are accepted.", response=Status),
     Get(path="/version", summary="The version of lowlat.", response=Version),
     Get(path="/metrics", summary="Metrics in Prometheus' text format.", response=None),

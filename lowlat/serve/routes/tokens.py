@@ -64,12 +64,12 @@ class DetokenizeResponse(WireModel):
 
 async def tokenize(ctx: RequestContext, request: TokenizeRequest) -> Response:
     """Token ids of a text or of a chat."""
-    return await ctx.state.workers.run(_tokenize, ctx.state.model, request)
+    return await ctx.state.workers.run(_tokenize, ctx.model, request)
 
 
 async def detokenize(ctx: RequestContext, request: DetokenizeRequest) -> Response:
     """Text of token ids."""
-    return await ctx.state.workers.run(_detokenize, ctx.state.model, request)
+    return await ctx.state.workers.run(_detokenize, ctx.model, request)
 
 
 def _tokenize(model: Model, request: TokenizeRequest) -> Response:

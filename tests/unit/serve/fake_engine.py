@@ -114,6 +114,7 @@ class FakeEngine(AsyncEngine):
     answer: Answer = field(default_factory=Answer)
     refusal: Exception | None = None
     is_healthy: bool = True
+    has_failed: bool = False
     asked: list[Asked] = field(default_factory=list)
     generations: list[FakeGeneration] = field(default_factory=list)
     drained: list[float] = field(default_factory=list)

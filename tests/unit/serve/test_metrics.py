@@ -16,6 +16,7 @@ from .fake_engine import NAME, FakeEngine
 
 BODY = {"model": NAME, "prompt": "a secret prompt"}
 KEY = "k" * 32
+MODEL = ("model_name", NAME)
 
 
 def samples(client: TestClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -47,16 +48,16 @@ def test_engine_figures(client: TestClient) -> None:
         "prefix_cache_disk_evicted_bytes_total": 700,
     }
     for name, value in expected.items():
-        assert found[f"lowlat:{name}", ()] == value
-    assert found["lowlat:request_success_total", (("finished_reason", "stop"),)] == 4
-    assert found["lowlat:request_success_total", (("finished_reason", "abort"),)] == 0
+        assert found[f"lowlat:{name}", (MODEL,)] == value
+    assert found["lowlat:request_success_total", (("finished_reason", "stop"), MODEL)] == 4
+    assert found["lowlat:request_success_total", (("finished_reason", "abort"), MODEL)] == 0
     dropped = "lowlat:prefix_cache_disk_dropped_total"
-    assert found[dropped, (("reason", "corrupt"),)] == 2
-    assert found[dropped, (("reason", "disk_full"),)] == 0
+    assert found[dropped, (MODEL, ("reason", "corrupt"))] == 2
+    assert found[dropped, (MODEL, ("reason", "disk_full"))] == 0
     ttft = "lowlat:time_to_first_token_seconds"
-    assert found[f"{ttft}_sum", ()] == 3.5
-    assert found[f"{ttft}_count", ()] == 4
-    buckets = [found[f"{ttft}_bucket", (("le", bound),)] for bound in ("0.1", "1.0", "+Inf")]
+    assert found[f"{ttft}_sum", (MODEL,)] == 3.5
+    assert found[f"{ttft}_count", (MODEL,)] == 4
+    buckets = [found[f"{ttft}_bucket", (("le", bound), MODEL)] for bound in ("0.1", "1.0", "+Inf")]
     assert buckets == [2, 3, 4]
 
 

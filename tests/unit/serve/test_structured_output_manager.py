@@ -70,7 +70,7 @@ def test_grammars_of_all_requests_share_a_budget(engine: FakeEngine) -> None:
 
     async def ask() -> None:
         grammars = StructuredOutputManager(
-            engine.model, max_waiting=4, max_bytes=9 * MIN_GRAMMAR_BYTES
+            engine.model, max_waiting=4, budget=MemoryBudget(9 * MIN_GRAMMAR_BYTES)
         )
         held = []
         with pytest.raises(Overloaded):
@@ -115,13 +115,16 @@ def test_a_grammar_is_freed_with_its_request(
 ) -> None:
     """Regression: records that refer to each other, and keep the form until a collector comes."""
     client, state = served
+    (model,) = state.models.models
+    assert model.loaded is not None
+    grammars = model.loaded.structured_outputs
     gc.disable()
     try:
         for _ in range(3):
             assert post(client, Choice(options=("yes", "no")), **options).status_code == status
             until = time.monotonic() + 30.0
-            while state.structured_outputs.used_bytes and time.monotonic() < until:
+            while grammars.used_bytes and time.monotonic() < until:
                 time.sleep(0.01)
-            assert state.structured_outputs.used_bytes == 0
+            assert grammars.used_bytes == 0
     finally:
         gc.enable()

@@ -1,0 +1,154 @@
+"""Models that `lowlat serve` loads on demand: checks of their files, memory, and loaders."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lowlat import api
+from lowlat.checkpoint.fetch.model_names import needs_fetch
+from lowlat.cli.info import memory_of, open_subject
+from lowlat.cli.inputs import load_model
+from lowlat.cli.options import DiskCacheArguments
+from lowlat.cli.serve_models import ModelTable
+from lowlat.engine.cache_size import CACHE_SHARE, check_cache_bytes
+from lowlat.engine.page_folder import open_folder
+from lowlat.generate.model import Model, check_context
+from lowlat.ops import native
+from lowlat.serve.async_engine import check_dense
+from lowlat.serve.chat.template_features import TemplateFeatures
+from lowlat.serve.model_info import ModelInfo
+from lowlat.serve.served_model import PreparedModel, ServedModel
+from lowlat.utils.device import parse_device
+from lowlat.utils.errors import UserError
+from lowlat.utils.memory import RESERVE, memory_limit
+from lowlat.utils.progress import Progress, make_progress
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What all models share."""
+
+    device: str
+    threads: int | None
+    """None: one per core."""
+    memory: int
+    """Bytes for weights and KV caches of all models in memory."""
+    disk: DiskCacheArguments
+    """The prefix cache on disk; the models' pages have folders of their own in it."""
+
+
+def memory_bytes(gib: float | None, device: str) -> int:
+    """--memory in bytes; by default all of the device's memory but a reserve. Raises UserError if
+    the device has less."""
+    place = parse_device(device)
+    if gib is None:
+        there = torch.cuda.mem_get_info(place)[1] if place.type == "cuda" else memory_limit()
+        return there - RESERVE
+    if not math.isfinite(gib):
+        raise UserError(f"--memory must be a number of GiB, got {gib}")
+    size = int(gib * 2**30)
+    check_cache_bytes(size, place, f"--memory {gib:g}")
+    return size
+
+
+def served_models(
+    tables: Sequence[ModelTable], machine: Machine, *, max_queue: int
+) -> list[ServedModel]:
+    """The models of `tables`, whose own options are set. Files on this machine are checked; models
+    that must be fetched first are checked when they are used.
+
+    A KV cache without `cache_memory` has an equal part of what the weights of all models leave.
+    Raises UserError for a model that cannot be served, or does not fit the memory.
+    """
+    native.available()  # a wrong LOWLAT_ISA is an error at the start
+    if machine.threads is not None:
+        native.use_threads(machine.threads)
+    if "prefix_cache_dir" in machine.disk:
+        open_folder(machine.disk["prefix_cache_dir"])
+    progress = make_progress()
+    infos: dict[str, ModelInfo] = {}
+    for table in tables:
+        try:
+            if not needs_fetch(table.path):
+                infos[table.name] = read_info(table, progress)
+        except UserError as error:
+            raise UserError(f"model '{table.name}': {error}") from error
+    weights = sum(info.weights_bytes for info in infos.values())
+    free = max(machine.memory - weights, machine.memory // 10)
+    share = int(CACHE_SHARE * free / len(tables))
+    models: list[ServedModel] = []
+    for table in tables:
+        prepare = _preparer(table, machine, share)
+        info = infos.get(table.name)
+        models.append(
+            ServedModel(
+                name=table.name,
+                aliases=tuple(table.aliases),
+                prepare=prepare,
+                prepared=None if info is None else _prepared(table, info, machine, share),
+                info=info,
+                max_queue=max_queue,
+            )
+        )
+    return models
+
+
+def read_info(table: ModelTable, progress: Progress) -> ModelInfo:
+    """Read the headers of a model's files, its tokenizer and its chat template. Raises
+    UserError."""
+    path = api.prepare(table.path, progress=progress)
+    subject = open_subject(table.name, path)
+    tokenizer, pooling = api.read_tokenizer(path)
+    tokenizer.require()
+    dtype = None if table.dtype == "auto" else table.dtype
+    context = check_context(subject.config, table.max_context)
+    check_dense(table.path, subject.config.for_context(context))
+    info = ModelInfo.of_files(
+        subject.config,
+        tokenizer,
+        context=context,
+        weights_bytes=memory_of(subject, 1, dtype, "bf16")["weights_bytes"],
+        pooling=pooling,
+    )
+    TemplateFeatures.of.cache_clear()  # which would hold the tokenizer
+    return info
+
+
+def _preparer(
+    table: ModelTable, machine: Machine, share: int
+) -> Callable[[Progress], PreparedModel]:
+    def prepare(progress: Progress) -> PreparedModel:
+        return _prepared(table, read_info(table, progress), machine, share)
+
+    return prepare
+
+
+def _prepared(table: ModelTable, info: ModelInfo, machine: Machine, share: int) -> PreparedModel:
+    """Raises UserError if the model does not fit the memory."""
+    given = None if table.cache_memory is None else int(table.cache_memory * 2**30)
+    left = machine.memory - info.weights_bytes
+    cache = min(share, left) if given is None else given
+    if left <= 0 or cache > left:
+        raise UserError(
+            f"model '{table.name}': {info.weights_bytes / 2**30:.2f} GiB of weights"
+            f"{'' if given is None else f' and cache_memory {table.cache_memory:g}'} exceed"
+            f" {machine.memory / 2**30:.2f} GiB of memory (--memory); serve it with a smaller dtype"
+        )
+
+    def load(progress: Progress) -> Model:
+        return load_model(
+            table.path,
+            threads=None,
+            device=machine.device,
+            dtype=table.dtype or "bf16",
+            cache=table.cache or "auto",
+            context=table.max_context,
+            max_cache_bytes=cache,
+            speculates=table.speculate is not False,
+            progress=progress,
+            **machine.disk,
+        )
+
+    return PreparedModel(info=info, num_bytes=info.weights_bytes + cache, load=load)
