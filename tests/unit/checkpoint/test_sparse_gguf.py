@@ -7,6 +7,7 @@ import pytest
 
 from lowlat.checkpoint.gguf.metadata_writer import architecture_of, gguf_keys
 from lowlat.checkpoint.gguf.split import open_parts
+from lowlat.checkpoint.load import load_model
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.convert.run import convert
 from lowlat.utils.errors import UserError
@@ -61,3 +62,35 @@ def test_models_without_a_form(config: ModelConfig, words: str) -> None:
     with pytest.raises(UserError, match="cannot express") as caught:
         architecture_of(config)
     assert words in str(caught.value)
+
+
+def five_layers(context: int) -> ModelConfig:
+    """Indexers as in GLM-5.2: in layers 0 to 2, then in every fourth."""
+    attention = SHARING.attention
+    assert isinstance(attention, tuple)
+    layers = (*[attention[0]] * 3, *[attention[1]] * 2)
+    return replace(
+        SHARING,
+        num_hidden_layers=5,
+        attention=layers,
+        max_position_embeddings=context,
+        num_nextn_predict_layers=0,
+    )
+
+
+def test_files_without_a_list_of_indexers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in llama.cpp: of GLM-5.2's context they have its indexers, of a shorter one all."""
+
+    def keys(config: ModelConfig, arch: str) -> dict[str, object]:
+        found = gguf_keys(config, arch)
+        return {key: value for key, value in found.items() if not key.endswith("indexer.types")}
+
+    monkeypatch.setattr("lowlat.convert.storage.gguf.gguf_keys", keys)
+    for name, context in (("long", 2**20), ("short", 2**20 - 1)):
+        write_model(tmp_path / name, five_layers(context))
+        convert(tmp_path / name, tmp_path / f"{name}.gguf", dtype="bf16")
+    assert load_model(tmp_path / "long.gguf").config == five_layers(2**20)
+    with pytest.raises(
+        UserError, match=r"layers\.3\.self_attn\.indexer\.wq_b\.weight.* is missing"
+    ):
+        load_model(tmp_path / "short.gguf")
