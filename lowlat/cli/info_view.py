@@ -92,9 +92,9 @@ def _parts(config: ModelConfig, count: ParameterCount) -> list[tuple[str, int, s
 def _attention(config: ModelConfig) -> str:
     attention, heads = config.attention, config.num_attention_heads
     if isinstance(attention, MLAConfig | GLAConfig | tuple):
-        layers = range(config.num_hidden_layers)
-        own = sum(bool(getattr(config.attention_of(n), "index_key_dim", 0)) for n in layers)
-        return f"{heads} heads, {own} indexers" if own else f"{heads} heads"
+        layers = [config.attention_of(layer) for layer in range(config.num_hidden_layers)]
+        own = sum(isinstance(one, MLAConfig) and one.index_key_dim > 0 for one in layers)
+        return f"{heads} heads" + f", indexers in {own}" * (own > 0)
     return f"{heads} heads of {attention.head_dim}"
 
 

@@ -168,7 +168,10 @@ def test_packed_bytes_are_those_of_the_modules(name: str, dtype: str):
         assert sum(tensor.nbytes for tensor in tensors) == weight_bytes(config, dtype)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "mtp", "no query latent", "no shared", "qwen2"])
+@pytest.mark.parametrize(
+    "name",
+    ["deepseek_v3", "deepseek_v32", "glm_moe_dsa", "mtp", "no query latent", "no shared", "qwen2"],
+)
 def test_fp8_bytes_are_those_of_the_modules(name: str):
     quant = QuantConfig(weight_block_size=(8, 4))
     config = replace(CONFIGS[name], quantization=quant)
