@@ -158,12 +158,9 @@ class _Reader:
         projection = path.rpartition(".")[2]
         if isinstance(attention, GLAConfig) and projection == "kv_b_proj":
             raise self.error(module + A, "updates kv_b_proj of GLA, which is not supported")
-        is_padded = (
-            isinstance(attention, MLAConfig)
-            and not attention.kv_a_layernorm
-            and self._config.model_type != LOWLAT
-        )
-        if not is_padded:
+        if not isinstance(attention, MLAConfig) or attention.kv_a_layernorm:
+            return a, b
+        if self._config.model_type == LOWLAT:
             return a, b
         rank, width = attention.kv_lora_rank, padded_rank(attention.kv_lora_rank)
         match projection:

@@ -16,6 +16,7 @@ from lowlat.cli.serve_models import (
     apply_config,
     check_names,
     config_tables,
+    parse_lora,
     parse_model,
 )
 from lowlat.utils.errors import UserError
@@ -70,7 +71,15 @@ class ModelOptions:
         typer.Option(
             metavar="NAME=MODEL[@KEY=VALUE,...]",
             help="A model with its name in the API; may be repeated. Keys: alias, dtype, cache,"
-            " max_context, cache_memory, speculate. Several models are loaded on demand.",
+            " max_context, cache_memory, speculate, lora.NAME. Several are loaded on demand.",
+        ),
+    ] = None
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER",
+            help="A LoRA adapter of the model in PEFT's layout, with its name in the API (vLLM:"
+            " --lora-modules); may be repeated.",
         ),
     ] = None
     config: Annotated[
@@ -211,6 +220,10 @@ def _tables(
         if len(tables) > 1:
             raise UserError("--served-model-name names one model; use --model NAME=MODEL")
         tables = [tables[0].model_copy(update={"name": served_name})]
+    if adapters := parse_lora(several.lora or []):
+        if len(tables) > 1:
+            raise UserError("--lora adds to one model; use --model NAME=MODEL@lora.NAME=FOLDER")
+        tables = [tables[0].model_copy(update={"lora": tables[0].lora | adapters})]
     check_names(tables)
     return tables
 
@@ -247,6 +260,7 @@ def _load_one(
         context=table.max_context,
         max_cache_bytes=_cache_bytes(table.cache_memory, machine.device),
         speculates=table.speculate is not False,
+        lora=table.lora,
         **disk,
     )
     return AsyncEngine(model, max_queue=max_queue)

@@ -43,6 +43,8 @@ class ModelTable(BaseModel):
     cache_memory: Annotated[float, Field(ge=0.001, allow_inf_nan=False)] | None = None
     """GiB."""
     speculate: bool | None = None
+    lora: dict[Name, Annotated[str, Field(min_length=1)]] = {}
+    """Folders of LoRA adapters by their names in the API; in a file, as `path`."""
 
     def with_defaults(self, **defaults: Any) -> "ModelTable":
         """The same with the server's options where it has none. Raises UserError for an invalid
@@ -73,7 +75,9 @@ def _options(text: str, origin: str) -> dict[str, Any]:
             raise UserError(f"{origin}: '{pair}' is not of the form KEY=VALUE")
         if key == "alias":
             values.setdefault("aliases", []).append(value)
-        elif key in values or key in ("name", "path", "aliases"):
+        elif key.startswith("lora."):
+            values.setdefault("lora", {})[key.removeprefix("lora.")] = value
+        elif key in values or key in ("name", "path", "aliases", "lora"):
             raise UserError(f"{origin}: {key} is given twice, or not an option")
         else:
             values[key] = _toml_value(value)
@@ -137,8 +141,27 @@ def config_tables(path: Path | None) -> Iterator[ModelTable]:
         raise UserError(f"{path}: {TABLES} must be tables; write [[{TABLES}]]")
     for number, values in enumerate(tables, 1):
         table = _table(values, f"{path}: [[{TABLES}]] {number}")
-        there = path.parent / Path(table.path).expanduser()
-        yield table.model_copy(update={"path": str(there)}) if there.exists() else table
+        lora = {name: _beside(path, folder) for name, folder in table.lora.items()}
+        yield table.model_copy(update={"path": _beside(path, table.path), "lora": lora})
+
+
+def _beside(file: Path, path: str) -> str:
+    """`path` relative to the folder of `file`, if it is there."""
+    there = file.parent / Path(path).expanduser()
+    return str(there) if there.exists() else path
+
+
+def parse_lora(texts: Sequence[str]) -> dict[str, str]:
+    """The adapters of `--lora NAME=FOLDER`. Raises UserError."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            raise UserError(f"--lora '{text}': write NAME=FOLDER")
+        if name in found:
+            raise UserError(f"--lora '{text}': the name {name} is given twice; choose another")
+        found[name] = str(Path(folder).expanduser())
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -154,9 +177,10 @@ def check_names(tables: Sequence[ModelTable]) -> None:
     """Raise UserError if two models share a name."""
     seen: set[str] = set()
     for table in tables:
-        for name in (table.name, *table.aliases):
+        for name in (table.name, *table.aliases, *table.lora):
             if name in seen:
                 raise UserError(
-                    f"two models have the name '{name}'; give one another by --model NAME=MODEL"
+                    f"two models have the name '{name}'; give one another by --model"
+                    " NAME=MODEL or --lora NAME=FOLDER"
                 )
             seen.add(name)

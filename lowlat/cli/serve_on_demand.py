@@ -14,6 +14,7 @@ from lowlat.cli.options import DiskCacheArguments
 from lowlat.cli.serve_models import ModelTable
 from lowlat.engine.cache_size import CACHE_SHARE, check_cache_bytes
 from lowlat.engine.page_folder import open_folder
+from lowlat.generate.lora import read_adapters
 from lowlat.generate.model import Model, check_context
 from lowlat.ops import native
 from lowlat.serve.async_engine import check_dense
@@ -86,6 +87,7 @@ def served_models(
             ServedModel(
                 name=table.name,
                 aliases=tuple(table.aliases),
+                adapters=tuple(table.lora),
                 prepare=prepare,
                 prepared=None if info is None else _prepared(table, info, machine, share),
                 info=info,
@@ -100,6 +102,7 @@ def read_info(table: ModelTable, progress: Progress) -> ModelInfo:
     UserError."""
     path = api.prepare(table.path, progress=progress)
     subject = open_subject(table.name, path)
+    read_adapters(table.lora, subject.config)
     tokenizer, pooling = api.read_tokenizer(path)
     tokenizer.require()
     dtype = None if table.dtype == "auto" else table.dtype
@@ -147,6 +150,7 @@ def _prepared(table: ModelTable, info: ModelInfo, machine: Machine, share: int) 
             context=table.max_context,
             max_cache_bytes=cache,
             speculates=table.speculate is not False,
+            lora=table.lora,
             progress=progress,
             **machine.disk,
         )

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from lowlat.config.attention import sparse_topk
 from lowlat.config.model import ModelConfig
 from lowlat.engine.constraint import Constraint
-from lowlat.engine.request import PoolingMode, RequestOptions
+from lowlat.engine.request import LoRARequest, PoolingMode, RequestOptions
 from lowlat.engine.stats import EngineStats
 from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.model import Model
@@ -119,9 +119,10 @@ class AsyncEngine:
         keep_special: frozenset[int] = frozenset(),
         begins_text: bool = True,
         pooling: PoolingMode | None = None,
+        lora: LoRARequest | None = None,
     ) -> Generation:
-        """Queue a request. deadline: seconds from now. cache_namespace, prompt_logprobs and
-        pooling: see RequestOptions. keep_special, begins_text: see CompletionBuilder.
+        """Queue a request. deadline: seconds from now. cache_namespace, prompt_logprobs, pooling
+        and lora: see RequestOptions. keep_special, begins_text: see CompletionBuilder.
 
         Raises UserError if the model cannot serve the request, Overloaded, Draining and EngineDead.
         """
@@ -134,6 +135,7 @@ class AsyncEngine:
             constraint=grammar,
             pooling=pooling,
             prompt_logprobs=prompt_logprobs,
+            lora=lora,
         )
         generation = Generation(
             prompt,

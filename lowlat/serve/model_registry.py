@@ -59,10 +59,12 @@ class ModelRegistry:
     # --- names and states ----------------------------------------------------------------------
 
     def find(self, name: str) -> ServedModel:
-        """The model of a name or an alias. Raises RequestError 404 for other names."""
+        """The model of a name, of an alias or of an adapter's name. Raises RequestError 404 for
+        other names."""
         model = self._by_name.get(name)
         if model is None:
-            names = ", ".join(f"'{model.name}'" for model in self.models)
+            shown = [name for model in self.models for name in (model.name, *model.adapters)]
+            names = ", ".join(f"'{name}'" for name in shown)
             raise RequestError(
                 f"the model '{one_line(name, 80)}' does not exist; this server serves {names}",
                 param="model",
@@ -73,7 +75,7 @@ class ModelRegistry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All names and aliases."""
+        """All names, aliases and names of adapters."""
         return tuple(self._by_name)
 
     def check_model(self, model: ServedModel) -> None:

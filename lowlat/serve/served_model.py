@@ -67,6 +67,8 @@ class ServedModel:
 
     name: str
     aliases: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    """Names of its LoRA adapters, which requests give instead of its own."""
     prepare: Callable[[Progress], PreparedModel] | None = None
     """Fetches and checks the files; blocks. Raises UserError."""
     prepared: PreparedModel | None = None
@@ -102,11 +104,13 @@ class ServedModel:
         cls, name: str, loaded: LoadedModel, *, aliases: tuple[str, ...] = ()
     ) -> "ServedModel":
         """A model that is loaded before the server starts, and stays."""
-        return cls(name=name, aliases=aliases, loaded=loaded, info=ModelInfo.of(loaded.model))
+        adapters = tuple(loaded.model.adapters.requests)
+        info = ModelInfo.of(loaded.model)
+        return cls(name=name, aliases=aliases, adapters=adapters, loaded=loaded, info=info)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (self.name, *self.aliases)
+        return (self.name, *self.aliases, *self.adapters)
 
     @property
     def state(self) -> ModelState:

@@ -50,6 +50,7 @@ class RequestContext:
         self.constraint_field = ""
         """The request field that constrains the output, for errors of its grammar."""
         self._served: ServedModel | None = None
+        self._adapter: str | None = None
         self._loaded: LoadedModel | None = None
         self._num_completions = 0
         self.cache_namespace = cache_namespace
@@ -61,8 +62,10 @@ class RequestContext:
         state.num_preparing += 1
 
     def find_model(self, name: str) -> None:
-        """Set the model of the request. Raises RequestError 404 for an unknown name."""
+        """Set the model of the request, and its LoRA adapter. Raises RequestError 404 for an
+        unknown name."""
         self._served = self.state.models.find(name)
+        self._adapter = name if name in self._served.adapters else None
 
     async def load_model(self) -> None:
         """Have the model in memory until the request ends. Raises as `ServedModel.check_room` and
@@ -94,8 +97,8 @@ class RequestContext:
 
     @property
     def model_name(self) -> str:
-        """Its name, not an alias."""
-        return self.served.name
+        """Its name, not an alias, or that of the adapter."""
+        return self._adapter or self.served.name
 
     @contextlib.asynccontextmanager
     async def prepare(self) -> AsyncIterator[None]:
@@ -164,6 +167,7 @@ class RequestContext:
             keep_special=keep_special,
             begins_text=begins_text,
             pooling=pooling,
+            lora=self.model.adapters.get(self._adapter),
         )
         self._end_preparation()
         self._generations.append(generation)

@@ -25,6 +25,8 @@ class ModelCard(WireModel):
     created: int
     """Unix time in seconds when the server started."""
     owned_by: Literal["lowlat"] = "lowlat"
+    parent: str | None = None
+    """Of a LoRA adapter: its base model."""
     aliases: list[str]
     """Further names that requests may use."""
     state: ModelState
@@ -74,12 +76,18 @@ class InfoRoutes:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        cards = [model_card(model, self._state) for model in self._state.models.models]
+        cards = [
+            model_card(model, self._state, name)
+            for model in self._state.models.models
+            for name in (model.name, *model.adapters)
+        ]
         return json_response(ModelList(data=cards))
 
     async def get_model(self, request: Request) -> Response:
-        model = self._state.models.find(request.path_params["id"])
-        return json_response(model_card(model, self._state))
+        name = request.path_params["id"]
+        model = self._state.models.find(name)
+        name = name if name in model.adapters else model.name
+        return json_response(model_card(model, self._state, name))
 
     async def health(self, request: Request) -> Response:
         """200 while an engine makes progress or is idle, or a model may be loaded."""
@@ -96,13 +104,15 @@ class InfoRoutes:
         return await self.health(request)
 
 
-def model_card(model: ServedModel, state: ServerState) -> ModelCard:
-    """A model as /v1/models shows it."""
+def model_card(model: ServedModel, state: ServerState, name: str) -> ModelCard:
+    """A model as /v1/models shows it, or its adapter `name`."""
     info = model.info
+    is_adapter = name != model.name
     return ModelCard(
-        id=model.name,
+        id=name,
         created=state.started_at,
-        aliases=list(model.aliases),
+        parent=model.name if is_adapter else None,
+        aliases=[] if is_adapter else list(model.aliases),
         state=model.state,
         max_model_len=info and info.context,
         cache_bytes_per_token=info and info.cache_bytes_per_token,

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import Result
 
+from lowlat import api
 from lowlat.cli.serve_models import ModelTable, parse_model
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.load_progress import LoadProgress
 from lowlat.serve.served_model import ServedModel
 from lowlat.utils.errors import UserError
+from tests.lora import drawn_updates, save_adapter
 
 Invoke = Callable[..., Result]
 Served = list[tuple[AsyncEngine | Sequence[ServedModel], ServeConfig]]
@@ -275,3 +278,72 @@ def test_what_cannot_be_served_is_refused_at_once(
     assert isinstance(error, UserError), error
     assert words in str(error) and "\n" not in str(error)
     assert served == [] and loaded == []
+
+
+# LoRA adapters
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    from lowlat.checkpoint.hf_folder import open_checkpoint
+    from lowlat.checkpoint.load import read_config
+    from lowlat.model.transformer import Transformer
+
+    config = read_config(open_checkpoint(api.prepare("minnow")))
+    with torch.device("meta"):
+        model = Transformer(config)
+    updates = drawn_updates(model, rank=2, seed=1, names=("o_proj",))
+    return save_adapter(tmp_path / "adapter", config, updates)
+
+
+def test_adapters_of_one_model(
+    lowlat: Invoke, served: Served, loaded: list[tuple[str, dict]], adapter: Path
+) -> None:
+    result = lowlat("serve", "minnow", "--lora", f"sql={adapter}", "--lora", "b=c", "--port", "0")
+    assert result.exit_code == 0, result.output
+    ((_, options),) = loaded
+    assert options["lora"] == {"sql": str(adapter), "b": "c"}
+
+
+def test_adapters_of_models_loaded_on_demand(
+    lowlat: Invoke, served: Served, loaded: list[tuple[str, dict]], adapter: Path
+) -> None:
+    file = adapter.parent / "models.toml"
+    file.write_text(
+        f'[[model]]\nname = "one"\npath = "minnow"\nlora = {{ sql = "{adapter.name}" }}\n'
+    )
+    two = f"two=minnow@lora.chat={adapter}"
+    result = lowlat("serve", "--config", str(file), "--model", two, "--port", "0")
+    assert result.exit_code == 0, result.output
+    models, _ = on_demand(served)
+    names = {model.name: model.adapters for model in models}
+    assert names == {"one": ("sql",), "two": ("chat",)}
+    for model in models:
+        assert model.prepared is not None
+        model.prepared.load(LoadProgress())
+    assert {str(adapter)} == {
+        folder for _, options in loaded for folder in options["lora"].values()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lora", "sql"], "--lora 'sql': write NAME=FOLDER"),
+        (["--lora", "=x"], "--lora '=x': write NAME=FOLDER"),
+        (["--lora", "a=x", "--lora", "a=y"], "--lora 'a=y': the name a is given twice"),
+        (["--lora", "minnow=x"], "two models have the name 'minnow'"),
+        (["--lora", "a=x", "--model", "b=minnow"], "--lora adds to one model; use --model"),
+        (
+            ["--model", "b=minnow@lora.a=nowhere"],
+            "model 'b': nowhere/adapter_config.json: cannot be read",
+        ),
+    ],
+)
+def test_invalid_adapters_are_one_line(
+    lowlat: Invoke, served: Served, arguments: list[str], words: str
+) -> None:
+    error = lowlat("serve", "minnow", *arguments, "--port", "0").exception
+    assert isinstance(error, UserError), error
+    assert words in str(error) and "\n" not in str(error)
+    assert served == []

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from lowlat.engine.request import FinishReason, PoolingMode
+from lowlat.engine.request import FinishReason, LoRARequest, PoolingMode
 from lowlat.engine.stats import DiskCacheStats, EngineStats, Histogram
 from lowlat.generate.completion import CompletionDelta, TokenLogprob
 from lowlat.generate.grammar import CompiledGrammar
@@ -139,6 +139,7 @@ class FakeEngine(AsyncEngine):
         keep_special: frozenset[int] = frozenset(),
         begins_text: bool = True,
         pooling: PoolingMode | None = None,
+        lora: LoRARequest | None = None,
     ) -> Generation:
         if self.refusal is not None:
             raise self.refusal
