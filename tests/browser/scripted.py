@@ -106,6 +106,10 @@ class ScriptedEngine(AsyncEngine):
     def is_healthy(self) -> bool:
         return True
 
+    @property
+    def has_failed(self) -> bool:
+        return False
+
     async def drain(self, seconds: float) -> None:
         pass
 
