@@ -51,6 +51,41 @@ class ModelFiles:
     tokenizer: Tokenizer
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheShares:
+    """Sizes in bytes of KV caches without `cache_memory`."""
+
+    each: int
+    """Of a model whose files are read at the start."""
+    least: int
+    with_weights: int
+    """Of weights and KV cache of a model whose weights are not known at the start."""
+
+    @classmethod
+    def of(
+        cls, tables: Sequence[ModelTable], weights: dict[str, int], memory: int
+    ) -> "CacheShares":
+        """Equal shares of what `memory` leaves besides the known weights, by name, and the caches
+        with `cache_memory`."""
+        given = sum(_given_cache(table) or 0 for table in tables)
+        free = memory - sum(weights.values()) - given
+        automatic = [table.name for table in tables if table.cache_memory is None]
+        part = CACHE_SHARE / max(1, len(automatic))
+        each = int(part * max(free, memory // 10))
+        left = free - each * sum(name in weights for name in automatic)
+        num_late = len(tables) - len(weights)
+        return cls(
+            each=each,
+            least=int(part * (memory // 10)),
+            with_weights=int(CACHE_SHARE * left / max(1, num_late)),
+        )
+
+    def late(self, weights: int) -> int:
+        """Of a model whose weights were not known at the start: the models that are loaded fit the
+        memory together if theirs are no larger than their part."""
+        return min(self.each, max(self.least, self.with_weights - weights))
+
+
 def memory_bytes(gib: float | None, device: str) -> int:
     """--memory in bytes; by default all of the device's memory but a reserve. Raises UserError if
     the device has less."""
@@ -71,7 +106,7 @@ def served_models(
     """The models of `tables`, whose own options are set. Files on this machine are checked; models
     that must be fetched first are checked when they are used.
 
-    A KV cache without `cache_memory` has an equal part of what the weights of all models leave.
+    A KV cache without `cache_memory` has the size that `CacheShares` gives it.
     Raises UserError for a model that cannot be served, or does not fit the memory.
     """
     native.available()  # a wrong LOWLAT_ISA is an error at the start
@@ -87,12 +122,11 @@ def served_models(
                 files[table.name] = read_files(table, progress)
         except UserError as error:
             raise UserError(f"model '{table.name}': {error}") from error
-    weights = sum(found.info.weights_bytes for found in files.values())
-    free = max(machine.memory - weights, machine.memory // 10)
-    share = int(CACHE_SHARE * free / len(tables))
+    weights = {name: found.info.weights_bytes for name, found in files.items()}
+    shares = CacheShares.of(tables, weights, machine.memory)
     models: list[ServedModel] = []
     for table in tables:
-        prepare = _preparer(table, machine, share)
+        prepare = _preparer(table, machine, shares)
         found = files.get(table.name)
         models.append(
             ServedModel(
@@ -100,7 +134,7 @@ def served_models(
                 aliases=tuple(table.aliases),
                 adapters=tuple(table.lora),
                 prepare=prepare,
-                prepared=None if found is None else _prepared(table, found, machine, share),
+                prepared=None if found is None else _prepared(table, found, machine, shares.each),
                 info=None if found is None else found.info,
                 max_queue=max_queue,
             )
@@ -113,7 +147,8 @@ def read_files(table: ModelTable, progress: Progress) -> ModelFiles:
     UserError."""
     path = api.prepare(table.path, progress=progress)
     subject = open_subject(table.name, path)
-    read_adapters(table.lora, subject.config)
+    adapters = read_adapters(table.lora, subject.config).values()
+    updates = sum(update.nbytes for each in adapters for update in each.updates.values())
     tokenizer, pooling = api.read_tokenizer(path)
     tokenizer.require()
     dtype = None if table.dtype == "auto" else table.dtype
@@ -123,25 +158,31 @@ def read_files(table: ModelTable, progress: Progress) -> ModelFiles:
         subject.config,
         tokenizer,
         context=context,
-        weights_bytes=memory_of(subject, 1, dtype, "bf16")["weights_bytes"],
+        weights_bytes=memory_of(subject, 1, dtype, "bf16")["weights_bytes"] + updates,
         pooling=pooling,
     )
     return ModelFiles(info=info, tokenizer=tokenizer)
 
 
 def _preparer(
-    table: ModelTable, machine: Machine, share: int
+    table: ModelTable, machine: Machine, shares: CacheShares
 ) -> Callable[[Progress], PreparedModel]:
     def prepare(progress: Progress) -> PreparedModel:
-        return _prepared(table, read_files(table, progress), machine, share)
+        files = read_files(table, progress)
+        return _prepared(table, files, machine, shares.late(files.info.weights_bytes))
 
     return prepare
+
+
+def _given_cache(table: ModelTable) -> int | None:
+    """`cache_memory` in bytes."""
+    return None if table.cache_memory is None else int(table.cache_memory * 2**30)
 
 
 def _prepared(table: ModelTable, files: ModelFiles, machine: Machine, share: int) -> PreparedModel:
     """Raises UserError if the model does not fit the memory."""
     info = files.info
-    given = None if table.cache_memory is None else int(table.cache_memory * 2**30)
+    given = _given_cache(table)
     left = machine.memory - info.weights_bytes
     cache = min(share, left) if given is None else given
     if left <= 0 or cache > left:

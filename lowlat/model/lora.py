@@ -24,6 +24,10 @@ class LowRankUpdate:
     a: Float[Tensor, "rank in"]
     b: Float[Tensor, "out rank"]
 
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes
+
 
 @dataclass(slots=True)
 class SelectedAdapter:
@@ -60,6 +64,11 @@ class LoraLinear(Linear):
         if update is None:
             return weight
         return weight + (update.b @ update.a).to(dtype)
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes of the updates of all adapters."""
+        return sum(update.nbytes for update in self.updates if update is not None)
 
     def _update(self) -> LowRankUpdate | None:
         number = self.selected.lora_int_id

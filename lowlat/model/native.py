@@ -50,8 +50,9 @@ def supports_native(model: Transformer) -> bool:
 
 
 def weight_bytes(model: Transformer) -> int:
-    """Bytes of all parameters, memory-mapped or not."""
-    return sum(parameter.nbytes for parameter in model.parameters())
+    """Bytes of all parameters, memory-mapped or not, and of the updates of LoRA adapters."""
+    updates = sum(each.update_bytes for each in model.modules() if isinstance(each, LoraLinear))
+    return updates + sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _is_known(module: torch.nn.Module) -> bool:

@@ -6,16 +6,16 @@ limit of memory. Used by the event loop only.
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 from lowlat.model.native import weight_bytes
-from lowlat.serve.async_engine import AsyncEngine
+from lowlat.serve.async_engine import JOIN_SECONDS, AsyncEngine
 from lowlat.serve.config import ServeConfig
+from lowlat.serve.daemon_thread import run_in_daemon_thread
 from lowlat.serve.generation import Draining, EngineDead, ModelUnavailable, Overloaded
 from lowlat.serve.http.logs import log
+from lowlat.serve.load_progress import LoadProgress
 from lowlat.serve.model_info import ModelInfo
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.validation import one_line
@@ -26,8 +26,6 @@ from lowlat.utils.errors import UserError
 RETRY_SECONDS = 5
 """Retry-After while a model loads, or while others hold the memory."""
 POLL_SECONDS = 0.02
-
-Result = TypeVar("Result")
 
 
 class ModelRegistry:
@@ -129,7 +127,11 @@ class ModelRegistry:
         for task in self._loads.values():
             task.cancel()
         await asyncio.gather(*(loaded.engine.drain(seconds) for loaded in self._in_memory()))
-        await asyncio.gather(*self._unloads.values())
+        if self._unloads:
+            # Daemon threads: an engine that hangs does not keep the program from ending.
+            await asyncio.wait(self._unloads.values(), timeout=JOIN_SECONDS)
+        for model in self._unloads:
+            log(logging.WARNING, "the engine has not ended", model=model.name)
 
     def cut_off(self) -> None:
         """End all requests for their clients at once."""
@@ -183,9 +185,9 @@ class ModelRegistry:
 
     async def _load(self, model: ServedModel) -> LoadedModel:
         """Load a model. Raises ModelUnavailable."""
+        model.progress = LoadProgress()
         if model.has_crashed:
             log(logging.ERROR, "loading again after a crash", model=model.name)
-            model.fail("crashed", is_crash=True)
             self._start_unload(model)
         while model in self._unloads:
             await asyncio.shield(self._unloads[model])
@@ -213,12 +215,12 @@ class ModelRegistry:
         """The files of a model: fetched, converted and checked on first use."""
         if model.prepared is None:
             assert model.prepare is not None
-            model.prepared = await _in_thread(model.prepare, model.progress)
+            model.prepared = await run_in_daemon_thread(model.prepare, model.progress)
             model.info = model.prepared.info
         return model.prepared
 
     async def _load_engine(self, model: ServedModel, prepared: PreparedModel) -> AsyncEngine:
-        loaded, info = await _in_thread(lambda: _load_model(prepared, model))
+        loaded, info = await run_in_daemon_thread(lambda: _load_model(prepared, model))
         model.info = info
         return loaded
 
@@ -233,7 +235,7 @@ class ModelRegistry:
 
     async def _make_room(self, model: ServedModel, needed: int) -> None:
         """Reserve memory, unloading idle models, the least recently used first; waits for those
-        with requests. Raises ModelUnavailable."""
+        with requests, as long as requests wait for this one. Raises ModelUnavailable."""
         most = self._config.memory_bytes
         if most is not None and needed > most:
             raise ModelUnavailable(
@@ -243,14 +245,13 @@ class ModelRegistry:
             )
         self._waiting.add(model)
         try:
-            async with asyncio.timeout(self._config.load_seconds):
-                while most is not None and self._used_bytes() + needed > most:
-                    for victim in self._victims(self._used_bytes() + needed - most):
-                        log(logging.INFO, "unloading for another model", model=victim.name)
-                        self._start_unload(victim)
-                    await self._changed.wait()
-        except TimeoutError as error:
-            raise self._no_memory(model) from error
+            while most is not None and self._used_bytes() + needed > most:
+                if model.num_requests == 0:
+                    raise self._no_memory(model)
+                for victim in self._victims(self._used_bytes() + needed - most):
+                    log(logging.INFO, "unloading for another model", model=victim.name)
+                    self._start_unload(victim)
+                await self._changed.wait()
         finally:
             self._waiting.discard(model)
         model.num_bytes = needed
@@ -294,20 +295,24 @@ class ModelRegistry:
     def _unload_later(self, model: ServedModel) -> None:
         """Unload an idle model after the config's unload_seconds, if it is not used until then."""
         seconds = self._config.unload_seconds
-        if seconds is not None and model.loaded is not None and model.num_requests == 0:
-            asyncio.get_running_loop().call_later(seconds, self._unload_if_idle, model)
-
-    def _unload_if_idle(self, model: ServedModel) -> None:
-        seconds = self._config.unload_seconds
         if seconds is None or model.loaded is None or model.prepare is None:
             return
-        # Timers may fire a little early.
-        is_due = time.monotonic() - model.last_used >= 0.999 * seconds
-        if is_due and model.num_requests == 0 and not self._is_draining:
+        if model.num_requests == 0 and model.unload_timer is None:
+            left = model.last_used + seconds - time.monotonic()
+            loop = asyncio.get_running_loop()
+            model.unload_timer = loop.call_later(left, self._unload_if_idle, model, seconds)
+
+    def _unload_if_idle(self, model: ServedModel, seconds: float) -> None:
+        model.unload_timer = None
+        if time.monotonic() < model.last_used + seconds:
+            self._unload_later(model)  # it was used since, or the timer fired early
+        elif model.loaded is not None and model.num_requests == 0 and not self._is_draining:
             log(logging.INFO, "unloading an idle model", model=model.name)
             self._start_unload(model)
 
     def _start_unload(self, model: ServedModel) -> None:
+        if model.has_crashed:
+            model.fail("crashed", is_crash=True)
         loaded = model.take_loaded()
         model.is_unloading = True
         model.num_unloads += 1
@@ -342,7 +347,7 @@ async def _unload(loaded: LoadedModel) -> None:
     await loaded.engine.drain(0.0)
     while loaded.engine.is_running:  # a long step
         await asyncio.sleep(POLL_SECONDS)
-    await _in_thread(loaded.free)
+    await run_in_daemon_thread(loaded.free)
 
 
 def _check_any(models: Sequence[ServedModel], check: Callable[[ServedModel], None]) -> None:
@@ -356,33 +361,6 @@ def _check_any(models: Sequence[ServedModel], check: Callable[[ServedModel], Non
             refusal = refusal or error
     if refusal is not None:
         raise refusal
-
-
-async def _in_thread(function: Callable[..., Result], *args: object) -> Result:
-    """`function(*args)` in a daemon thread of its own: the end of the program does not wait for
-    it."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Result] = loop.create_future()
-
-    def finish(result: Result | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)  # pyright: ignore[reportArgumentType]
-        else:
-            future.set_exception(error)
-
-    def run() -> None:
-        result, failure = None, None
-        try:
-            result = function(*args)
-        except BaseException as error:
-            failure = error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(finish, result, failure)
-
-    threading.Thread(target=run, name="lowlat-load", daemon=True).start()
-    return await future
 
 
 def _progress(model: ServedModel) -> str:

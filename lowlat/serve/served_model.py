@@ -3,6 +3,7 @@
 `serve.model_registry` loads and unloads them. Used by the event loop only.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from typing import Literal
 from lowlat.engine.stats import EngineStats
 from lowlat.generate.model import Model
 from lowlat.serve.async_engine import MAX_QUEUE, AsyncEngine
-from lowlat.serve.chat.template_features import TemplateFeatures
 from lowlat.serve.generation import EngineDead, ModelUnavailable, Overloaded
 from lowlat.serve.http.logs import log
 from lowlat.serve.load_progress import LoadProgress
@@ -57,8 +57,6 @@ class LoadedModel:
         """Free the memory of weights and KV cache, after the engine has ended."""
         self.close()
         self.model.free()
-        # It holds tokenizers.
-        TemplateFeatures.of.cache_clear()
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -83,6 +81,8 @@ class ServedModel:
     """Those of them not yet submitted to the engine."""
     last_used: float = 0.0
     """By time.monotonic."""
+    unload_timer: asyncio.TimerHandle | None = None
+    """Unloads it if it is idle."""
     is_loading: bool = False
     is_unloading: bool = False
     progress: LoadProgress = field(default_factory=LoadProgress)

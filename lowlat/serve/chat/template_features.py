@@ -7,8 +7,9 @@ not supported. The formats are in `serve.tool_parsers`.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lowlat.serve.chat.output_parser import ReasoningMode, ReasoningTags
 from lowlat.serve.tool_parsers.base import ToolParser
@@ -75,25 +76,13 @@ class TemplateFeatures:
     """Whether arguments of past calls may be JSON text, which preserves the model's spelling."""
 
     @staticmethod
-    @lru_cache(maxsize=64)
     def of(tokenizer: Tokenizer) -> "TemplateFeatures":
-        """The features of `tokenizer`'s chat template; without a template, none."""
-        source = tokenizer.chat_template or ""
-        code = _code(source)
-        system = [{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}]
-        tool_source = tokenizer.template_for(()) or ""
-        format = find_tool_parser(tool_source)
-        return TemplateFeatures(
-            tokenizer=tokenizer,
-            tools=format if format is not None and _shows_tools(tokenizer) else None,
-            reasoning=_find_marks(source, tokenizer),
-            variables={name: VARIABLES[name] for name in VARIABLES if _uses(code, name)},
-            supports_system=_shows(tokenizer, system),
-            supports_later_system=_shows(tokenizer, system[::-1]),
-            named_roles=frozenset(role for role in ROLES if _shows_name(tokenizer, role)),
-            has_developer_role=re.search(r"""['"]developer['"]""", source) is not None,
-            takes_json_arguments=_takes_text_arguments(tool_source, format),
-        )
+        """The features of `tokenizer`'s chat template; without a template, none. The first call
+        renders the template, which takes some tenths of a second."""
+        found = _FOUND.get(tokenizer)
+        if found is None:
+            found = _FOUND[tokenizer] = _detect(tokenizer)
+        return found(tokenizer=tokenizer)
 
     def thinking(self, ids: Sequence[int]) -> ReasoningMode:
         """Whether the output after the prompt `ids` may begin with reasoning, or inside it."""
@@ -121,6 +110,29 @@ class TemplateFeatures:
             texts |= set(self.tools.markers)
         tokenizer = self.tokenizer
         return frozenset(id for id in tokenizer.special_ids if tokenizer.added_tokens[id] in texts)
+
+
+_FOUND: WeakKeyDictionary[Tokenizer, partial[TemplateFeatures]] = WeakKeyDictionary()
+"""Features without the tokenizer, whose life they do not prolong."""
+
+
+def _detect(tokenizer: Tokenizer) -> partial[TemplateFeatures]:
+    source = tokenizer.chat_template or ""
+    code = _code(source)
+    system = [{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}]
+    tool_source = tokenizer.template_for(()) or ""
+    format = find_tool_parser(tool_source)
+    return partial(
+        TemplateFeatures,
+        tools=format if format is not None and _shows_tools(tokenizer) else None,
+        reasoning=_find_marks(source, tokenizer),
+        variables={name: VARIABLES[name] for name in VARIABLES if _uses(code, name)},
+        supports_system=_shows(tokenizer, system),
+        supports_later_system=_shows(tokenizer, system[::-1]),
+        named_roles=frozenset(role for role in ROLES if _shows_name(tokenizer, role)),
+        has_developer_role=re.search(r"""['"]developer['"]""", source) is not None,
+        takes_json_arguments=_takes_text_arguments(tool_source, format),
+    )
 
 
 def find_tool_parser(source: str) -> ToolParser | None:

@@ -10,10 +10,12 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from lowlat.generate.completion import CompletionDelta, TokenLogprob
+from lowlat.generate.model import Model
 from lowlat.serve.chat.output_parser import OutputParser
 from lowlat.serve.chat.template_features import TemplateFeatures
 from lowlat.serve.http.errors import ollama_error, renamed_fields
 from lowlat.serve.protocol.base import WireModel, is_none
+from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.routes.chat import ChatLogprob, chat_logprob, submit_chat
 from lowlat.serve.routes.completions import submit_completion
 from lowlat.serve.routes.context import RequestContext
@@ -89,7 +91,7 @@ async def ollama_chat(ctx: RequestContext, request: OllamaChatRequest) -> Respon
     if not request.messages:
         return json_response(OllamaChat(message=MessageOutput(), **_loaded(request)))
     with renamed_fields(FIELDS):
-        chat = await ctx.state.workers.run(chat_of, _features(ctx), request)
+        chat = await ctx.state.workers.run(_as_chat, ctx.model, request)
         prepared = await submit_chat(ctx, chat, reduces_max_tokens=True)
     _note_think(ctx, request, bool(chat.chat_template_kwargs or prepared.used_hints))
     return await _respond(ctx, ChatLines(ctx, request, prepared.make_parser()), request)
@@ -105,7 +107,7 @@ async def ollama_generate(ctx: RequestContext, request: OllamaGenerateRequest) -
             await submit_completion(ctx, completion, reduces_max_tokens=True)
         return await _respond(ctx, GenerationLines(ctx, request, OutputParser()), request)
     with renamed_fields({**FIELDS, "messages": "prompt"}):
-        chat = await ctx.state.workers.run(prompt_chat_of, _features(ctx), request)
+        chat = await ctx.state.workers.run(_as_prompt_chat, ctx.model, request)
         prepared = await submit_chat(ctx, chat, reduces_max_tokens=True)
     _note_think(ctx, request, bool(chat.chat_template_kwargs or prepared.used_hints))
     return await _respond(ctx, GenerationLines(ctx, request, prepared.make_parser()), request)
@@ -117,8 +119,12 @@ def _loaded(request: OllamaRequest) -> dict[str, Any]:
     return {"model": request.model, "created_at": timestamp(), **fields}
 
 
-def _features(ctx: RequestContext) -> TemplateFeatures:
-    return TemplateFeatures.of(ctx.model.tokenizer)
+def _as_chat(model: Model, request: OllamaChatRequest) -> ChatRequest:
+    return chat_of(TemplateFeatures.of(model.tokenizer), request)
+
+
+def _as_prompt_chat(model: Model, request: OllamaGenerateRequest) -> ChatRequest:
+    return prompt_chat_of(TemplateFeatures.of(model.tokenizer), request)
 
 
 def _note_think(ctx: RequestContext, request: OllamaRequest, is_used: bool) -> None:

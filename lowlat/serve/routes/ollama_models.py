@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lowlat.serve.model_info import ModelInfo
 from lowlat.serve.protocol.base import WireModel
 from lowlat.serve.routes.context import RequestContext
 from lowlat.serve.routes.endpoint import Post, json_response
@@ -32,6 +31,7 @@ class OllamaError(WireModel):
 
 class ModelDetails(WireModel):
     parent_model: str = ""
+    """Of a LoRA adapter: its base model."""
     format: str
     family: str
     families: list[str]
@@ -45,7 +45,7 @@ class OllamaModel(WireModel):
     modified_at: str
     """When the server started."""
     size: int
-    """Bytes of the weights; 0 until they are known."""
+    """Bytes of the weights, of an adapter those of its base model; 0 until they are known."""
     digest: str
     """Of the name and the config, not of the weights."""
     details: ModelDetails
@@ -91,14 +91,18 @@ class OllamaRoutes:
         ]
 
     async def list_models(self, request: Request) -> Response:
-        entries = [_entry(model, self._state) for model in self._state.models.models]
+        entries = [
+            _entry(model, self._state, name)
+            for model in self._state.models.models
+            for name in (model.name, *model.adapters)
+        ]
         return json_response(OllamaModels(models=[OllamaModel(**entry) for entry in entries]))
 
     async def list_running(self, request: Request) -> Response:
         seconds = self._state.config.unload_seconds
         running = [
             RunningModel(
-                **_entry(model, self._state),
+                **_entry(model, self._state, model.name),
                 context_length=model.info.context,
                 expires_at=_expiry(model, seconds),
             )
@@ -113,7 +117,7 @@ class OllamaRoutes:
 
 async def ollama_show(ctx: RequestContext, request: OllamaShowRequest) -> Response:
     """Describe a served model (Ollama's API)."""
-    return json_response(_description(ctx.served, ctx.state))
+    return json_response(_description(ctx.served, ctx.state, ctx.model_name))
 
 
 SHOW = Post(
@@ -140,21 +144,24 @@ def _expiry(model: ServedModel, seconds: int | float | None) -> str:
     return timestamp(time.time() + max(0.0, seconds - since))
 
 
-def _entry(model: ServedModel, state: ServerState) -> dict[str, Any]:
+def _entry(model: ServedModel, state: ServerState, name: str) -> dict[str, Any]:
+    """A model, or its adapter `name`."""
     config = "" if model.info is None else repr(model.info.config)
     return {
-        "name": model.name,
-        "model": model.name,
+        "name": name,
+        "model": name,
         "modified_at": timestamp(state.started_at),
         "size": 0 if model.info is None else model.info.weights_bytes,
-        "digest": hashlib.sha256(f"{model.name} {config}".encode()).hexdigest(),
-        "details": _details(model.info),
+        "digest": hashlib.sha256(f"{name} {config}".encode()).hexdigest(),
+        "details": _details(model, name),
     }
 
 
-def _details(info: ModelInfo | None) -> ModelDetails:
+def _details(model: ServedModel, name: str) -> ModelDetails:
+    info = model.info
     family = "" if info is None else info.config.model_type
     return ModelDetails(
+        parent_model="" if name == model.name else model.name,
         format="lowlat",
         family=family,
         families=[family] if family else [],
@@ -168,9 +175,9 @@ def _short(count: int) -> str:
     return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
-def _description(model: ServedModel, state: ServerState) -> ModelDescription:
+def _description(model: ServedModel, state: ServerState, name: str) -> ModelDescription:
     info = model.info
-    details, modified_at = _details(info), timestamp(state.started_at)
+    details, modified_at = _details(model, name), timestamp(state.started_at)
     if info is None:
         return ModelDescription(
             template="",

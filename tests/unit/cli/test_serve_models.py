@@ -159,6 +159,55 @@ def test_the_estimate_is_what_loading_takes() -> None:
         assert cache.num_pages * cache.page_bytes <= 0.01 * 2**30
 
 
+def test_shares_leave_room_for_caches_with_a_size() -> None:
+    from lowlat.cli.serve_on_demand import Machine, served_models
+
+    tables = [
+        ModelTable(name="a", path="minnow", dtype="bf16", cache_memory=0.08),
+        ModelTable(name="b", path="minnow", dtype="bf16"),
+    ]
+    machine = Machine(device="cpu", threads=None, memory=int(0.15 * 2**30), disk={})
+    prepared = [model.prepared for model in served_models(tables, machine, max_queue=1)]
+    sizes = [each.num_bytes - each.info.weights_bytes for each in prepared if each is not None]
+    assert sizes[0] == int(0.08 * 2**30) and sizes[1] > 0
+    assert sum(each.num_bytes for each in prepared if each is not None) <= machine.memory
+
+
+@pytest.mark.parametrize("num_known", [0, 1])
+def test_models_whose_weights_come_to_be_known_fit_together(
+    monkeypatch: pytest.MonkeyPatch, num_known: int
+) -> None:
+    from lowlat.cli import serve_on_demand
+
+    known = iter([True] * num_known + [False] * 3)
+    monkeypatch.setattr(serve_on_demand, "needs_fetch", lambda name: not next(known))
+    tables = [ModelTable(name=name, path="minnow", dtype="bf16") for name in "abc"]
+    machine = serve_on_demand.Machine(device="cpu", threads=None, memory=2**27, disk={})
+    models = serve_on_demand.served_models(tables, machine, max_queue=1)
+    assert [model.prepared is not None for model in models].count(True) == num_known
+    sizes = []
+    for model in models:
+        assert model.prepare is not None
+        prepared = model.prepared or model.prepare(LoadProgress())
+        assert prepared.num_bytes > prepared.info.weights_bytes
+        sizes.append(prepared.num_bytes)
+    assert sum(sizes) <= machine.memory
+
+
+def test_adapters_count_in_the_estimate(adapter: Path) -> None:
+    from lowlat.cli.serve_on_demand import Machine, served_models
+    from lowlat.serve.model_info import ModelInfo
+
+    table = ModelTable(
+        name="a", path="minnow", dtype="bf16", lora={"sql": str(adapter)}, cache_memory=0.01
+    )
+    machine = Machine(device="cpu", threads=None, memory=2**30, disk={})
+    (model,) = served_models([table], machine, max_queue=1)
+    assert model.prepared is not None
+    loaded = model.prepared.load(LoadProgress())
+    assert ModelInfo.of(loaded).weights_bytes == model.prepared.info.weights_bytes
+
+
 def test_one_named_model_is_loaded_at_once(
     lowlat: Invoke, served: Served, loaded: list[tuple[str, dict]]
 ) -> None:

@@ -11,6 +11,7 @@ from lowlat.engine.request import LoRARequest
 from lowlat.generate.lora import LoadedAdapters
 from lowlat.generate.model import Model
 from lowlat.model.lora import add_adapters
+from lowlat.model.native import weight_bytes
 from lowlat.serve.app import build_app, make_state
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.config import ServeConfig
@@ -50,6 +51,25 @@ def test_models_lists_adapters_with_their_parent(client: TestClient) -> None:
     assert "secret" not in response.text
     for name, card in cards.items():
         assert client.get(f"/v1/models/{name}").json() == card
+
+
+def test_ollama_lists_adapters_with_their_parent(client: TestClient) -> None:
+    tags = client.get("/api/tags").json()["models"]
+    assert [tag["name"] for tag in tags] == ["base", *NAMES]
+    assert [tag["details"]["parent_model"] for tag in tags] == ["", "base", "base"]
+    assert len({tag["digest"] for tag in tags}) == 3
+    for tag in tags:
+        shown = client.post("/api/show", json={"model": tag["name"]}).json()
+        assert shown["details"] == tag["details"]
+
+
+def test_the_bytes_of_a_model_include_its_adapters() -> None:
+    model = model_with_adapters()
+    plain = tiny_model(gqa_config(), torch.float64)
+    drawn = [drawn_updates(plain, rank=3, seed=number) for number in (1, 2)]
+    updates = sum(u.a.nbytes + u.b.nbytes for adapter in drawn for u in adapter.values())
+    assert updates > 0
+    assert weight_bytes(model.transformer) == weight_bytes(plain) + updates
 
 
 def test_an_unknown_adapter(client: TestClient) -> None:

@@ -1,8 +1,10 @@
 """Several models in one server: loading on demand, unloading, memory, failures, metrics."""
 
+import asyncio
 import gc
 import threading
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ from starlette.testclient import TestClient
 
 from lowlat.generate.model import Model
 from lowlat.serve import model_registry
+from lowlat.serve.chat import template_features
 from lowlat.serve.served_model import LoadedModel
 from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress
 
 from .engine_use import before_each_step
 from .on_demand import (
@@ -280,6 +284,40 @@ def test_a_request_waits_until_others_free_the_memory() -> None:
         assert text_of(running.result()) == "bcd" and text_of(waiting.result()) == "ceg"
 
 
+def test_a_request_that_comes_later_waits_for_memory_as_long() -> None:
+    a = one()
+    with serving(a, two(), memory_bytes=BYTES) as (client, state):
+        text_of(complete(client, "one"))
+        began, may_end = holding(a)
+        running = Background(lambda: complete(client, "one"))
+        until(began.is_set)
+        # A request's own time passes, not that of the load it shares.
+        object.__setattr__(state.config, "load_seconds", 0.5)
+        first = Background(lambda: complete(client, "two"))
+        until(lambda: state.models._waiting or not first.is_running)
+        object.__setattr__(state.config, "load_seconds", 120.0)
+        second = Background(lambda: complete(client, "two"))
+        error_of(first.result(), 503, "insufficient_memory")
+        assert second.is_running
+        may_end.set()
+        assert text_of(running.result()) == "bcd" and text_of(second.result()) == "ceg"
+
+
+def test_a_load_begins_without_the_progress_of_the_last() -> None:
+    a, b = one(), two()
+    with serving(a, b, memory_bytes=BYTES) as (client, _):
+        text_of(complete(client, "one"))
+        text_of(complete(client, "two"))
+        began, may_end = holding(b)
+        running = Background(lambda: complete(client, "two"))
+        until(began.is_set)
+        waiting = Background(lambda: complete(client, "one"))
+        until(lambda: states(client)["one"] == "loading")
+        assert gauge(client, "model_load_progress", "one") == 0
+        may_end.set()
+        assert text_of(running.result()) == "ceg" and text_of(waiting.result()) == "bcd"
+
+
 def test_a_model_larger_than_the_limit_is_refused() -> None:
     with serving(one(), two(), memory_bytes=BYTES - 1) as (client, _):
         message = error_of(complete(client, "one"), 503, "insufficient_memory")
@@ -296,6 +334,62 @@ def test_an_idle_model_is_unloaded() -> None:
             assert a.num_attempts == number + 1
         (entry,) = client.get("/api/tags").json()["models"]
         assert entry["name"] == "one"
+
+
+def test_an_idle_model_has_one_timer() -> None:
+    with serving(one(), unload_seconds=600.0) as (client, state):
+        for _ in range(3):
+            text_of(complete(client, "one"))
+
+        async def timers() -> int:
+            scheduled = asyncio.get_running_loop()._scheduled  # pyright: ignore
+            unload = state.models._unload_if_idle
+            return sum(timer._callback == unload for timer in scheduled)
+
+        assert client.portal is not None
+        assert client.portal.call(timers) == 1
+
+
+def test_unloading_leaves_the_template_features_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+
+    def find(source: str) -> None:
+        found.append(source)
+
+    monkeypatch.setattr(template_features, "find_tool_parser", find)
+    with serving(one(), two(), three(), memory_bytes=2 * BYTES) as (client, _):
+        for name in ("one", "two", "three"):
+            text_of(complete(client, name))
+        until(lambda: states(client)["one"] == "unloaded")
+        num_found = len(found)
+        body = {"model": "two", **CHAT, "stream": False, "options": {"num_predict": 2}}
+        assert client.post("/api/chat", json=body).status_code == 200
+        assert len(found) == num_found
+
+
+def test_a_failed_load_is_freed_without_the_garbage_collector() -> None:
+    a = one()
+    parts: list[weakref.ref[Any]] = []
+
+    def load(progress: Progress) -> Model:
+        model = stepping_model(1)
+        parts.append(weakref.ref(model.transformer))
+        try:
+            raise OSError("no space left")
+        except OSError as error:
+            raise UserError("the model does not fit") from error
+
+    assert a.served.prepared is not None
+    a.served.prepared = replace(a.served.prepared, load=load)
+    gc.collect()
+    gc.disable()
+    try:
+        with serving(a, two()) as (client, _):
+            error_of(complete(client, "one"), 503, "model_failed")
+            (part,) = parts
+            until(lambda: part() is None)
+    finally:
+        gc.enable()
 
 
 def test_memory_is_freed_without_the_garbage_collector() -> None:
@@ -386,6 +480,21 @@ def test_a_crashed_engine_is_loaded_again() -> None:
         assert text_of(complete(client, "two")) == "ceg"
 
 
+def test_a_crash_counts_also_if_the_model_is_unloaded_first() -> None:
+    a = one()
+    with serving(a, two(), memory_bytes=BYTES) as (client, _):
+        for number in (1, 2):
+            text_of(complete(client, "one"))
+            crash(a.models[-1])
+            assert complete(client, "one").status_code == 500
+            text_of(complete(client, "two"))
+            assert states(client)["one"] == "failed"
+            assert gauge(client, "model_crashes_total", "one") == number
+        # A second crash soon after is not repaired at once.
+        error_of(complete(client, "one"), 503, "model_failed")
+        assert a.num_attempts == 2
+
+
 def test_a_hanging_engine_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     a = one()
     with serving(a, two()) as (client, _):
@@ -406,6 +515,22 @@ def test_the_server_ends_while_a_model_loads() -> None:
         client.portal.call(state.models.drain, 0.0)
         error_of(waiting.result(), 503, "shutting_down")
         error_of(complete(client, "one"), 503, "shutting_down")
+
+
+def test_the_server_ends_while_an_unloading_engine_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(loaded: LoadedModel) -> None:
+        await loaded.engine.drain(0.0)
+        loaded.close()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(model_registry, "_unload", hang)
+    monkeypatch.setattr(model_registry, "JOIN_SECONDS", 0.05)
+    with serving(one(), two(), unload_seconds=0.05) as (client, state):
+        text_of(complete(client, "one"))
+        until(lambda: states(client)["one"] == "unloading")
+        assert client.portal is not None
+        client.portal.call(state.models.drain, 0.0)
+        error_of(complete(client, "two"), 503, "shutting_down")
 
 
 def test_the_memory_of_a_model_is_weights_and_cache(monkeypatch: pytest.MonkeyPatch) -> None:
