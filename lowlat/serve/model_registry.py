@@ -130,8 +130,9 @@ class ModelRegistry:
         if self._unloads:
             # Daemon threads: an engine that hangs does not keep the program from ending.
             await asyncio.wait(self._unloads.values(), timeout=JOIN_SECONDS)
-        for model in self._unloads:
-            log(logging.WARNING, "the engine has not ended", model=model.name)
+        for model, task in self._unloads.items():
+            if not task.done():
+                log(logging.WARNING, "the engine has not ended", model=model.name)
 
     def cut_off(self) -> None:
         """End all requests for their clients at once."""

@@ -491,8 +491,7 @@ def test_a_crash_counts_also_if_the_model_is_unloaded_first() -> None:
             assert states(client)["one"] == "failed"
             assert gauge(client, "model_crashes_total", "one") == number
         # A second crash soon after is not repaired at once.
-        error_of(complete(client, "one"), 503, "model_failed")
-        assert a.num_attempts == 2
+        assert a.served._retry_at > a.served._failed_at
 
 
 def test_a_hanging_engine_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
