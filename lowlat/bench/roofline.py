@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from lowlat.bench.benchmark_plan import STORED, BenchmarkCase
 from lowlat.bench.stored_weights import StoredWeights
-from lowlat.config.model import AttentionConfig, GQAConfig, ModelConfig, TPAConfig
+from lowlat.config.model import AttentionConfig, GQAConfig, MLAConfig, ModelConfig, TPAConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.config.weight_memory import read_bytes
 
@@ -92,7 +92,7 @@ def attention_flops(config: ModelConfig, *, queries: int, keys: int, pairs: int 
     """
     pairs = queries * keys if pairs is None else pairs
     layers = Counter(
-        (config.attention_of(layer), config.window(layer))
+        (config.attention_of(layer), _reach(config, layer))
         for layer in range(config.num_hidden_layers)
     )
     each = (
@@ -116,8 +116,18 @@ def _pairs_within(window: int | None, queries: int, keys: int, pairs: int) -> in
 
 def _entries_read(config: ModelConfig, tokens: int) -> int:
     """KV cache entries read in all layers by a step after `tokens`, or by a prompt of `tokens`."""
-    windows = (config.window(layer) for layer in range(config.num_hidden_layers))
-    return sum(tokens if window is None else min(tokens, window) for window in windows)
+    reaches = (_reach(config, layer) for layer in range(config.num_hidden_layers))
+    return sum(tokens if reach is None else min(tokens, reach) for reach in reaches)
+
+
+def _reach(config: ModelConfig, layer: int) -> int | None:
+    """Most tokens that a query of the layer attends to: its sliding window, or the top-k of sparse
+    attention (DSA); None for all. The indexer's own reads and FLOPs are left out.
+    """
+    attention, window = config.attention_of(layer), config.window(layer)
+    indexer = attention.indexer if isinstance(attention, MLAConfig) else None
+    bounds = [window, None if indexer is None else indexer.index_topk]
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def _bf16_flops(config: ModelConfig, *, keys: int) -> float:
@@ -135,7 +145,8 @@ def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int)
         products = 2 * (attention.k_rank + attention.v_rank) * attention.head_dim
         expanded = pairs * 4 * attention.head_dim + keys * products
         return min(pairs * products, expanded)
-    latent = attention.entry_dim - attention.qk_rope_head_dim
+    index_key = attention.index_key_dim if isinstance(attention, MLAConfig) else 0
+    latent = attention.entry_dim - index_key - attention.qk_rope_head_dim
     # Without NoPE channels the latent has values only.
     scored = latent if attention.qk_nope_head_dim else 0
     absorbed = pairs * 2 * (scored + attention.qk_rope_head_dim + latent)

@@ -47,7 +47,8 @@ def bench(model: str, plan: BenchmarkPlan, progress: Progress) -> dict[str, Any]
 
     Raises UserError for wrong input, and if the programs' logits disagree.
     """
-    path = api.prepare(model, progress=progress).resolve()
+    # hub models are links, whose targets lack the suffix
+    path = api.prepare(model, progress=progress).absolute()
     source = open_checkpoint(path)
     config = read_config(source)
     weights = stored_weights(source, config)

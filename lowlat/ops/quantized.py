@@ -167,7 +167,8 @@ def in_chunks(
     step = max(elements // dense.shape[1] // TILE, 1) * TILE
 
     def chunk(first: int) -> tuple[Tensor, ...]:
-        rows = dense[first : first + step].to(torch.float32)
+        # kernels read rows whose elements adjoin
+        rows = dense[first : first + step].to(torch.float32).contiguous()
         return quantize(F.pad(rows, (0, 0, 0, -len(rows) % TILE)))
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:

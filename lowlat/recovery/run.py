@@ -15,7 +15,7 @@ from typing import Any
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.checkpoint.mapping import resolve_mtp_modules
-from lowlat.checkpoint.save import text_files, write_checkpoint
+from lowlat.checkpoint.save import files_of_source, write_checkpoint
 from lowlat.convert.conversion import is_attention, prepare_conversion
 from lowlat.convert.options import CompressionOptions, ConversionOptions, RecoveryOptions
 from lowlat.convert.report import REPORT_FILE, ConversionReport, measure, report_files
@@ -176,5 +176,6 @@ def _write_recovered(work: WorkFolder, progress: Progress) -> None:
     start, trained = open_checkpoint(work.start), open_checkpoint(work.trained)
     sources = ((name, trained if is_attention(name) else start) for name in start.names())
     tensors = ((name, source.read(name)) for name, source in sources)
-    write_checkpoint(work.recovered, start.hf_config, tensors, extra_files=text_files(work.start))
+    others = files_of_source(work.start)
+    write_checkpoint(work.recovered, start.hf_config, tensors, extra_files=others)
     shutil.rmtree(work.trained)

@@ -48,6 +48,14 @@ def layer_parts(report: ComparisonResult) -> set[str]:
     return {place.part for place in report.comparison.places() if place.block.stage == "layer"}
 
 
+def test_sparse_attention_of_transformers_is_refused(tmp_path: Path) -> None:
+    """Regression: with attention that is watched, transformers computed all tokens."""
+    path = write(drawn("deepseek_v32-2"), tmp_path)
+    config = own_side(path).config
+    with pytest.raises(UserError, match="theirs: sparse attention cannot be compared with"):
+        load_transformers(path, config, label="theirs", dtype=torch.float32)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     path = write(drawn(name), tmp_path)

@@ -201,3 +201,11 @@ def test_unfit_tensors_are_refused() -> None:
     with pytest.raises(ValueError, match="importance has 3 elements"):
         numbers = torch.empty(16, 5, dtype=torch.float16)
         native.module().search_int8(rows, torch.ones(3), [1.0], 1, numbers)
+
+
+@pytest.mark.parametrize("quantize", [quantize_int4_weighted, quantize_int8_weighted])
+def test_transposed_rows(quantize: Any) -> None:
+    """Regression: rows with a column stride, as a single head has, ended in an error."""
+    rows, importance = drawn(3, 32, 48)
+    found, wanted = quantize(rows.T.contiguous().T, importance), quantize(rows, importance)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))

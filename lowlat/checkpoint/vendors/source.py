@@ -26,7 +26,7 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.json_fields import JsonFields
 
 FIELD = "quantization_config"
-ACTIVATION_SCALE = "activation_scale"
+ACTIVATION_SCALES = ("activation_scale", "input_scale")
 WEIGHT, SCALE, BLOCK_SCALE = ".weight", ".weight_scale", ".weight_scale_inv"
 
 _log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def vendor_source(source: TensorSource) -> TensorSource:
             for part in weight.parts:
                 tensors.pop(part, None)
         tensors |= found
-    unused = [name for name in tensors if name.endswith(ACTIVATION_SCALE)]
+    unused = [name for name in tensors if name.endswith(ACTIVATION_SCALES)]
     for name in unused:
         del tensors[name]
     if unused:

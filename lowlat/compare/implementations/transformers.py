@@ -158,7 +158,15 @@ def _attention(
 def load_transformers(
     path: Path, config: ModelConfig, *, label: str, dtype: torch.dtype
 ) -> TransformersModel:
-    """The model at `path`. Raises UserError if transformers is missing or cannot load it."""
+    """The model at `path`. Raises UserError if transformers is missing or cannot load it, and for
+    sparse attention (DSA): it would be dense, because only transformers' own implementations of
+    attention leave tokens out.
+    """
+    if config.is_sparse:
+        raise UserError(
+            f"{label}: sparse attention cannot be compared with transformers, which computes it "
+            "where compare does not see it; compare it with another file or implementation"
+        )
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, eager_mask

@@ -78,6 +78,8 @@ def kept_metadata(
     own = {key for key in keys if key.startswith(f"{arch}.")}
     is_absorbed = f"{arch}.attention.key_length_mla" in file.metadata
     is_same_layout = is_absorbed == (arch in ABSORBED)
+    size = f"{arch}.vocab_size"
+    is_same_layout &= file.metadata.get(size, keys.get(size)) == keys.get(size)
     if is_same_layout and gguf_keys(old, arch) == {key: keys[key] for key in own}:
         for key in own:
             del keys[key]

@@ -7,7 +7,7 @@ import torch
 
 from lowlat.bench.benchmark_plan import BenchmarkCase
 from lowlat.bench.roofline import attention_flops, step_cost, step_seconds, time_bound
-from lowlat.config.model import QuantConfig
+from lowlat.config.model import IndexerConfig, MLAConfig, QuantConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.model.quant import store_packed, store_quantized
 from lowlat.model.transformer import Transformer
@@ -33,6 +33,16 @@ def test_a_step_reads_active_weights_and_every_cache_entry() -> None:
     assert cost.weight_flops == cost.weight_bytes - BIASES
     # absorbed: 12 layers, 16 heads, 8193 keys of 512 + 64 for the score and 512 for the value
     assert cost.attention_flops == 12 * 16 * 8193 * 2 * (576 + 512)
+
+
+def test_sparse_attention_reads_the_chosen_entries() -> None:
+    assert isinstance(MINI.attention, MLAConfig)
+    indexer = IndexerConfig(index_n_heads=8, index_head_dim=128, index_topk=2048)
+    sparse = replace(MINI, attention=replace(MINI.attention, indexer=indexer))
+    long = BenchmarkCase(kind="decode", tokens=8192)
+    cost = step_cost(sparse, long, dtype="bf16", entry_bytes=ENTRY)
+    assert cost.cache_bytes == 2048 * ENTRY
+    assert cost.attention_flops == 12 * 16 * 2048 * 2 * (576 + 512)
 
 
 def test_a_long_prompt_reads_every_expert_once_and_the_head_for_one_token() -> None:

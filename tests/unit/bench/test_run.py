@@ -125,6 +125,19 @@ def test_gguf_blocks_are_timed_as_stored(
             run.bench(str(file), make_plan(decode="9", dtype=dtype, threads=1), SilentProgress())
 
 
+def test_a_link_to_a_gguf_file_is_followed(
+    fakes_only: None, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Regression: hub files are links to names without a suffix, which were opened instead."""
+    blob, link = tmp_path / "blobs" / "0a1b", tmp_path / "tiny.gguf"
+    blob.parent.mkdir()
+    convert(checkpoint, tmp_path / "made.gguf", dtype="int4")
+    (tmp_path / "made.gguf").rename(blob)
+    link.symlink_to(blob)
+    plan = make_plan(prefill="", decode="9", threads=1, rounds=1)
+    assert run.bench(str(link), plan, SilentProgress())["rows"][0]["samples"]
+
+
 def test_peers_that_cannot_load_the_file_are_not_measured(
     fakes_only: None, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -87,9 +87,11 @@ def quantize(tensors: Tensors, wanted: Tensors, blocks: Callable[[str, Tensor], 
                     wanted[f"{prefix}.{expert}.{half}.weight"] = one
 
 
-@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(
+    ("halves", "unused"), [(1, "activation_scale"), (2, "activation_scale"), (1, "input_scale")]
+)
 def test_stacked_in_fp8_with_a_scale_per_matrix(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, halves: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, halves: int, unused: str
 ) -> None:
     """The released form: static scales of activations, which bf16 activations do not need."""
     wanted: Tensors = {}
@@ -101,7 +103,7 @@ def test_stacked_in_fp8_with_a_scale_per_matrix(
     def change(tensors: Tensors) -> None:
         quantize(tensors, wanted, blocks)
         for name in [name for name in tensors if name.endswith("_scale_inv")]:
-            tensors[name.replace("_scale_inv", "_activation_scale")] = torch.ones(1)
+            tensors[name.replace("scale_inv", unused)] = torch.ones(1)
 
     rewrite(tmp_path / "m", change)
     config = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}

@@ -118,6 +118,16 @@ def test_a_folder_keeps_the_metadata_of_its_file(tmp_path: Path, name: str) -> N
         assert found == (pytest.approx(value, nan_ok=True) if is_float else value), key
 
 
+def test_a_resized_vocabulary_gets_its_own_size(tmp_path: Path) -> None:
+    """Regression: the size of the kept metadata stood beside tensors of another size."""
+    model = write_model(tmp_path / "m", FAMILIES["llama"])
+    keys = DESCRIPTION | {"llama.vocab_size": model.config.vocab_size + 1}
+    write_gguf(tmp_path / "a.gguf", model.config, model.state_dict(), keys=keys)
+    convert(tmp_path / "a.gguf", tmp_path / "bf16", dtype="bf16")
+    convert(tmp_path / "bf16", tmp_path / "b.gguf", dtype="bf16")
+    assert GGUFFile(tmp_path / "b.gguf").metadata["llama.vocab_size"] == model.config.vocab_size
+
+
 def test_a_saved_model_keeps_them_too(tmp_path: Path) -> None:
     """`Model.save` of a split model: without the keys of its parts."""
     model = write_model(tmp_path / "m", FAMILIES["llama"])
