@@ -59,6 +59,7 @@ def test_a_session_is_resumed_with_its_cache(root: Path, loaded: list[tuple[str,
     whole = chat("tiny", *GREEDY, stdin=f"{LONG}\nand then?\n")
     first = chat("tiny", *GREEDY, "--session", "a", stdin=f"{LONG}\n")
     assert first.exit_code == 0, first.output
+    loaded[-1][1].close()  # as the end of the program does: writes the pages
     second = chat(*GREEDY, "--session", "a", stdin="and then?\n")
     assert second.exit_code == 0, second.output
     assert first.stdout + second.stdout == whole.stdout
