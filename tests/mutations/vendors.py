@@ -70,7 +70,7 @@ VENDORS = [
         "checkpoint/vendors/stacked_experts.py",
         "0 if is_shared else number * size",
         "0 if is_shared else (len(projections) - 1 - number) * size",
-        STACKED + "[2]",
+        STACKED + "[2-activation_scale]",
     ),
 ]
 
