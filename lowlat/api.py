@@ -15,7 +15,7 @@ from lowlat.checkpoint.fetch.model_names import ModelPreset, resolve
 from lowlat.checkpoint.fetch.pypi import fetch_pypi
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
-from lowlat.config.hf.sentence_transformers import Pooling, read_pooling
+from lowlat.config.hf.sentence_transformers import read_pooling
 from lowlat.convert.run import convert
 from lowlat.engine.cache_size import check_cache_limit
 from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES
@@ -89,9 +89,10 @@ def load(
     native.available()  # a wrong LOWLAT_ISA is an error before minutes of loading
     path = prepare(name, progress=progress)
     checkpoint = open_checkpoint(path)  # quick checks come before the weights
-    check_context(config := read_config(checkpoint), context)
+    config = read_config(checkpoint)
+    check_context(config, context)
     adapters = read_adapters(lora, config)
-    pooling, tokenizer = read_pooling(path), tokenizer or _tokenizer(path)
+    tokenizer, pooling = tokenizer or read_tokenizer(path), read_pooling(path)
     loaded = load_model(
         checkpoint, dtype=dtype, device=device, keeps_blocks=True, progress=progress
     )
@@ -113,14 +114,7 @@ def load(
     )
 
 
-def read_tokenizer(path: Path) -> tuple[Tokenizer, Pooling | None]:
-    """The tokenizer of the model at `path`, and the pooling of an embedding model. Without a usable
-    tokenizer, one that raises when text is used.
-    """
-    return _tokenizer(path), read_pooling(path)
-
-
-def _tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of the model at `path`; without a usable one, one that raises when text is
     used.
     """
@@ -158,9 +152,9 @@ class LLM:
 
         Options are those of SamplingParams: `params` for all prompts or for each, or as keyword
         arguments. `lora` names an adapter for all prompts or for each, None the base model. With n
-        above 1, a prompt's completions are a list. `progress` shows a progress
-        bar, by default on a terminal. Raises UserError, generating nothing, for a prompt or an
-        option that cannot be served.
+        above 1, a prompt's completions are a list. `progress` shows a progress bar, by default on a
+        terminal. Raises UserError, generating nothing, for a prompt or an option that cannot be
+        served.
         """
         if params is not None and options:
             raise UserError(f"give {next(iter(options))} in params or as a keyword, not both")

@@ -12,6 +12,7 @@ from lowlat.cli.info import memory_of, open_subject
 from lowlat.cli.inputs import load_model
 from lowlat.cli.options import DiskCacheArguments
 from lowlat.cli.serve_models import ModelTable
+from lowlat.config.hf.sentence_transformers import read_pooling
 from lowlat.engine.cache_size import CACHE_SHARE, check_cache_bytes
 from lowlat.engine.page_folder import open_folder
 from lowlat.generate.lora import read_adapters
@@ -149,7 +150,7 @@ def read_files(table: ModelTable, progress: Progress) -> ModelFiles:
     subject = open_subject(table.name, path)
     adapters = read_adapters(table.lora, subject.config).values()
     updates = sum(update.nbytes for each in adapters for update in each.updates.values())
-    tokenizer, pooling = api.read_tokenizer(path)
+    tokenizer = api.read_tokenizer(path)
     tokenizer.require()
     dtype = None if table.dtype == "auto" else table.dtype
     context = check_context(subject.config, table.max_context)
@@ -159,7 +160,7 @@ def read_files(table: ModelTable, progress: Progress) -> ModelFiles:
         tokenizer,
         context=context,
         weights_bytes=memory_of(subject, 1, dtype, "bf16")["weights_bytes"] + updates,
-        pooling=pooling,
+        pooling=read_pooling(path),
     )
     return ModelFiles(info=info, tokenizer=tokenizer)
 

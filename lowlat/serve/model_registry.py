@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from lowlat.generate.model import Model
 from lowlat.model.native import weight_bytes
 from lowlat.serve.async_engine import JOIN_SECONDS, AsyncEngine
 from lowlat.serve.config import ServeConfig
@@ -198,7 +199,10 @@ class ModelRegistry:
         try:
             prepared = await self._prepare(model)
             await self._make_room(model, prepared.num_bytes)
-            loaded = self._loaded(await self._load_engine(model, prepared))
+            engine, model.info, num_bytes = await run_in_daemon_thread(
+                lambda: _load_model(prepared, model)
+            )
+            loaded = self._loaded(engine)
         except ModelUnavailable:
             raise
         except Exception as error:
@@ -207,7 +211,7 @@ class ModelRegistry:
             model.fail("could not be loaded")
             raise model.unavailable() from error
         await loaded.engine.start()
-        model.begin(loaded, num_bytes_of(loaded))
+        model.begin(loaded, num_bytes)
         seconds = round(time.monotonic() - began_at, 3)
         log(logging.INFO, "loaded", model=model.name, bytes=model.num_bytes, seconds=seconds)
         return loaded
@@ -219,11 +223,6 @@ class ModelRegistry:
             model.prepared = await run_in_daemon_thread(model.prepare, model.progress)
             model.info = model.prepared.info
         return model.prepared
-
-    async def _load_engine(self, model: ServedModel, prepared: PreparedModel) -> AsyncEngine:
-        loaded, info = await run_in_daemon_thread(lambda: _load_model(prepared, model))
-        model.info = info
-        return loaded
 
     def _loaded(self, engine: AsyncEngine) -> LoadedModel:
         config = self._config
@@ -332,16 +331,18 @@ class ModelRegistry:
         self._changed = asyncio.Event()
 
 
-def num_bytes_of(loaded: LoadedModel) -> int:
+def num_bytes_of(model: Model) -> int:
     """Bytes of the weights, and of the KV cache when it is full."""
-    runner = loaded.model.runner
-    pages = max(runner.cache.num_pages, loaded.model.engine.scheduler.limits.max_pages or 0)
-    return weight_bytes(loaded.model.transformer) + pages * runner.cache.page_bytes
+    cache = model.runner.cache
+    pages = max(cache.num_pages, model.engine.scheduler.limits.max_pages or 0)
+    return weight_bytes(model.transformer) + pages * cache.page_bytes
 
 
-def _load_model(prepared: PreparedModel, served: ServedModel) -> tuple[AsyncEngine, ModelInfo]:
+def _load_model(prepared: PreparedModel, served: ServedModel) -> tuple[AsyncEngine, ModelInfo, int]:
+    """The engine, the facts and the bytes of a model that is loaded."""
     model = prepared.load(served.progress)
-    return AsyncEngine(model, max_queue=served.max_queue), ModelInfo.of(model)
+    engine = AsyncEngine(model, max_queue=served.max_queue)
+    return engine, ModelInfo.of(model), num_bytes_of(model)
 
 
 async def _unload(loaded: LoadedModel) -> None:

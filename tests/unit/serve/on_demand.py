@@ -5,10 +5,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from lowlat.generate.model import Model
+from lowlat.serve import model_registry
 from lowlat.serve.app import build_app, make_state
 from lowlat.serve.config import ServeConfig
 from lowlat.serve.model_info import ModelInfo
@@ -16,6 +19,8 @@ from lowlat.serve.served_model import PreparedModel, ServedModel
 from lowlat.serve.state import ServerState
 from lowlat.utils.progress import Progress
 from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
+
+from .engine_use import before_each_step
 
 URL = "http://127.0.0.1:8000"
 SECONDS = 60.0
@@ -68,12 +73,28 @@ class Loader:
         return self.models[-1]
 
 
+def one(**options: Any) -> Loader:
+    return Loader("one", lambda: stepping_model(1), **options)
+
+
+def two(**options: Any) -> Loader:
+    return Loader("two", lambda: stepping_model(2), **options)
+
+
+def three() -> Loader:
+    return Loader("three", lambda: stepping_model(3))
+
+
 @contextlib.contextmanager
 def serving(*loaders: Loader, **options: Any) -> Iterator[tuple[TestClient, ServerState]]:
-    """A running application of the loaders' models, with `options` of ServeConfig."""
+    """A running application of the loaders' models, each counted as BYTES; `options` of
+    ServeConfig."""
     state = make_state([loader.served for loader in loaders], ServeConfig(**options))
     try:
-        with TestClient(build_app(state), base_url=URL) as client:
+        with (
+            patch.object(model_registry, "num_bytes_of", lambda _: BYTES),
+            TestClient(build_app(state), base_url=URL) as client,
+        ):
             yield client, state
     finally:
         for loader in loaders:
@@ -126,3 +147,26 @@ class Background:
         self._thread.join(SECONDS)
         (result,) = self._result
         return result
+
+
+def gauge(client: TestClient, name: str, model: str, **labels: str) -> float:
+    wanted = {"model_name": model, **labels}
+    (value,) = [
+        sample.value
+        for family in text_string_to_metric_families(client.get("/metrics").text)
+        for sample in family.samples
+        if sample.name == f"lowlat:{name}" and sample.labels == wanted
+    ]
+    return value
+
+
+def holding(loader: Loader) -> tuple[threading.Event, threading.Event]:
+    """Events of the model in memory: a step has begun; it may end."""
+    began, may_end = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        began.set()
+        may_end.wait(60.0)
+
+    before_each_step(loader.models[-1], wait)
+    return began, may_end
