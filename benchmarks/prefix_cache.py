@@ -101,8 +101,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if args.others > 0:
         found["decode"] = apart(others, *run, scratch / "others", args.others, args.rounds)
         for kind, row in found["decode"].items():
-            print(f"{args.others} others, {kind}: {row['median']:.1f} tok/s, ", end="")
-            print(f"{row['ratio']:.3f} of undisturbed")
+            print(f"{args.others} others, {kind}: {row['median']:.1f} tok/s", end="")
+            print(f", {spread_text(row['ratio'])} of undisturbed" if "ratio" in row else "")
     if args.llama is not None:
         found["llama.cpp"] = llama(args, scratch / "slot.bin")
     return found
@@ -139,7 +139,8 @@ def first_token(
 def others(
     model: str, loading: dict[str, Any], tokens: int, pages: Path, count: int, rounds: int
 ) -> dict[str, Any]:
-    """Decode speed of `count` sequences: undisturbed, while pages are written, and read."""
+    """Decode speed of `count` sequences: undisturbed, while pages are written, and read. A ratio
+    is to the mean of the undisturbed speeds before and after."""
     loaded = load(model, loading, pages)
     engine, prompt = loaded.engine, prompt_of(loaded, tokens)
     assert engine.disk is not None and engine.prefix is not None
@@ -153,17 +154,27 @@ def others(
     for _ in range(8):
         engine.step()
     speeds: dict[str, list[float]] = {"undisturbed": [], "written": [], "read": []}
-    for _ in range(rounds):
+    ratios: dict[str, list[float]] = {"written": [], "read": []}
+
+    def undisturbed() -> float:
         engine.disk.flush(600.0)
         speeds["undisturbed"].append(decode(engine, count, lambda: False))
-        speeds["written"].append(while_written(engine, request.prompt, pages, count))
-        engine.disk.flush(600.0)
-        speeds["read"].append(while_read(engine, prompt, count))
-    base = statistics.median(speeds["undisturbed"])
-    return {
-        kind: spread(values) | {"ratio": statistics.median(values) / base}
-        for kind, values in speeds.items()
-    }
+        return speeds["undisturbed"][-1]
+
+    before = undisturbed()
+    for _ in range(rounds):
+        for kind, run in (
+            ("written", lambda: while_written(engine, request.prompt, pages, count)),
+            ("read", lambda: while_read(engine, prompt, count)),
+        ):
+            speeds[kind].append(run())
+            after = undisturbed()
+            ratios[kind].append(2 * speeds[kind][-1] / (before + after))
+            before = after
+    found: dict[str, Any] = {kind: spread(values) for kind, values in speeds.items()}
+    for kind, values in ratios.items():
+        found[kind]["ratio"] = spread(values)
+    return found
 
 
 def while_written(engine: Engine, prompt: tuple[int, ...], pages: Path, count: int) -> float:
@@ -290,7 +301,7 @@ def prompt_ids(model: str, tokens: int) -> list[int]:
     return random_token_ids(tokens, config.vocab_size)
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, Any]:
     middle = statistics.median(values)
     return {"median": middle, "min": min(values), "max": max(values), "count": len(values)}
 

@@ -5,7 +5,6 @@ thread of `page_writer`; `prefix_loader` reads pages of waiting requests. Only t
 calls it, except `close`.
 """
 
-import math
 import os
 import time
 import weakref
@@ -27,8 +26,9 @@ from lowlat.engine.tensor_memory import as_memory
 from lowlat.utils.errors import UserError
 
 DEFAULT_DISK_BYTES = 10 * 2**30
-COPY_SHARE = 0.02
-"""Share of a step's time that copying pages to the writer's buffers may take after it."""
+WRITE_SHARE = 0.02
+"""Share of the steps' time that pages may take, to be copied to the writer's buffers and written."""
+MAX_CREDIT_SECONDS = 0.05
 TOUCH_SECONDS = 60.0
 """A page's time of last use on disk is at most this much too old."""
 
@@ -86,6 +86,8 @@ class DiskCache:
         self._writer = PageWriter(self._folder, budget, self.recorder)
         self._pending: OrderedDict[bytes, tuple[IndexedPage, float]] = OrderedDict()
         """Pages to be written, by key, with their times of last use."""
+        self._credit = 0.0
+        """Seconds that pages may take now."""
         self._touched: dict[bytes, float] = {}
         """Times of last use of sequences, by the key of their last page."""
         self._buffer = torch.empty(page_format.file_bytes, dtype=torch.uint8)
@@ -125,27 +127,41 @@ class DiskCache:
             self._pending.pop(content.key, None)
         self._writer.remove(contents)
 
-    def copy_pending(self, seconds: float = math.inf) -> bool:
-        """Copy pages to free buffers and queue them for the writer, at least one page, for at most
-        `seconds`; whether some are left."""
-        end = time.perf_counter() + seconds
-        num_copied = 0
-        while self._pending:
-            if num_copied > 0 and time.perf_counter() >= end:
-                return True
-            num_copied += 1
-            buffer = self._writer.take_buffer()
-            if buffer is None:
-                return True
-            indexed, used_at = self._pending.popitem(last=False)[1]
-            if self._prefix.indexed(indexed.page) is not indexed:
-                # Evicted from memory before a buffer was free.
-                self.recorder.dropped("late")
-                self._writer.give_back(buffer)
-                continue
+    def copy_after_step(self, step_seconds: float) -> None:
+        """Copy pages to free buffers and queue them for the writer, as far as WRITE_SHARE of the
+        steps' time allows."""
+        if not self._pending:
+            self._credit = 0.0
+            return
+        self._credit = min(self._credit + WRITE_SHARE * step_seconds, MAX_CREDIT_SECONDS)
+        while self._credit > 0.0:
+            started = time.perf_counter()
+            if not self._copy_one():
+                return
+            self._credit -= time.perf_counter() - started + self._writer.page_seconds
+
+    def copy_pending(self) -> bool:
+        """Copy pages to free buffers and queue them for the writer; whether some are left."""
+        while self._copy_one():
+            pass
+        return bool(self._pending)
+
+    def _copy_one(self) -> bool:
+        """Copy the next page; False if there is none, or no free buffer."""
+        if not self._pending:
+            return False
+        buffer = self._writer.take_buffer()
+        if buffer is None:
+            return False
+        indexed, used_at = self._pending.popitem(last=False)[1]
+        if self._prefix.indexed(indexed.page) is not indexed:
+            # Evicted from memory before a buffer was free.
+            self.recorder.dropped("late")
+            self._writer.give_back(buffer)
+        else:
             self._runner.export_page(indexed.page, buffer[self._folder.format.payload_start :])
             self._writer.write(indexed.content, buffer, used_at)
-        return False
+        return True
 
     def copy_all(self) -> None:
         """Copy all pages that wait, writing in the calling thread too while no buffer is free."""

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from lowlat.engine.cache_fingerprint import fingerprint_of
-from lowlat.engine.disk_cache import COPY_SHARE, DiskCache, DiskCacheOptions
+from lowlat.engine.disk_cache import DiskCache, DiskCacheOptions
 from lowlat.engine.model_step import StepOutput, num_logits, num_sampled, one_line, run_step
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.pooling import PoolingState
@@ -195,7 +195,7 @@ class Engine:
         self._step_seconds = time.perf_counter() - started
         self._observe(output.chunks, self._step_seconds)
         if self.disk is not None:
-            self.disk.copy_pending(COPY_SHARE * self._step_seconds)
+            self.disk.copy_after_step(self._step_seconds)
         return events
 
     def copy_pending(self) -> bool:

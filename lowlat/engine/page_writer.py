@@ -51,6 +51,8 @@ class PageWriter:
         self._running = threading.Lock()
         """Held while a job runs: jobs run in order, whichever thread runs them."""
         self._paused_until = 0.0
+        self.page_seconds = 0.0
+        """Processor time of the last page that was written."""
         count = max(MIN_BUFFERS, BUFFER_BYTES // folder.format.file_bytes)
         self._num_unmade = count
         self._free: deque[Tensor] = deque()
@@ -156,6 +158,7 @@ class PageWriter:
                 touch(self._folder.path(content), used_at)
                 return
             size = self._folder.format.file_bytes
+            started = time.thread_time()
             self._recorder.evicted(self._budget.reserve(size))
             try:
                 self._folder.write(content, as_memory(buffer), used_at)
@@ -163,6 +166,7 @@ class PageWriter:
                 self._budget.give_back(size)
                 raise
             self._recorder.wrote(size)
+            self.page_seconds = time.thread_time() - started
         finally:
             self._free.append(buffer)
 
