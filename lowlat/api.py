@@ -72,23 +72,22 @@ def load(
     int8, int4 or GGUF blocks stay quantized. context: most tokens of prompt and output together,
     None for all the model allows. cache: dtype of the KV cache, bf16, int8, or auto (the dtype of
     the activations). max_cache_bytes: bound of the KV cache, at most the machine's memory; "auto"
-    takes most of the memory left after the weights. prefix_cache_dir: folder that keeps the prefix
-    cache on disk, within prefix_cache_disk_bytes, for later processes; processes may share it, and
-    loading then reads all weights once, to identify them. speculates: whether speculative decoding
-    runs; it does not change the output. lora: folders of LoRA adapters in PEFT's layout, by name.
-    tokenizer: the model's own, read before. A model without one takes and gives token ids; text
-    raises UserError when it is used. Raises UserError naming what cannot be found, read or served.
+    takes most of the memory left after the weights. prefix_cache_dir: folder for the prefix cache
+    on disk, within prefix_cache_disk_bytes; processes may share it, and loading then reads all
+    weights once, to identify them. speculates: whether speculative decoding runs; it does not
+    change the output. lora: folders of LoRA adapters in PEFT's layout, by name. tokenizer: the
+    model's own, read before; a model without one takes and gives token ids. Raises UserError naming
+    what cannot be found, read or served, and when text is used without a tokenizer.
 
-    Effect on the whole process: a model on the native kernels applies `torch.set_num_threads(1)`,
-    because idle PyTorch threads slow the kernels' own thread pool; call it afterwards for more.
+    A model on the native kernels applies `torch.set_num_threads(1)` to the whole process: idle
+    PyTorch threads slow the kernels' own thread pool.
     """
     parse_cache(cache)
     check_cache_limit(max_cache_bytes, parse_device(device))
     if prefix_cache_dir is not None:
         open_folder(Path(prefix_cache_dir))
     native.available()  # a wrong LOWLAT_ISA is an error before minutes of loading
-    path = prepare(name, progress=progress)
-    checkpoint = open_checkpoint(path)  # quick checks come before the weights
+    checkpoint = open_checkpoint(path := prepare(name, progress=progress))
     config = read_config(checkpoint)
     check_context(config, context)
     adapters = read_adapters(lora, config)

@@ -27,7 +27,7 @@ from lowlat.utils.errors import UserError
 
 DEFAULT_DISK_BYTES = 10 * 2**30
 WRITE_SHARE = 0.02
-"""Share of the steps' time that pages may take, to be copied to the writer's buffers and written."""
+"""Share of the steps' time that copying pages to the writer's buffers and writing them may take."""
 MAX_CREDIT_SECONDS = 0.05
 TOUCH_SECONDS = 60.0
 """A page's time of last use on disk is at most this much too old."""
