@@ -87,6 +87,24 @@ def test_blocks_of_fp8_become_deepseek_s(tmp_path: Path, family: str) -> None:
             assert torch.equal(module.dense_weight(torch.float32), wanted), name
 
 
+def test_static_scales_of_activations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """bf16 activations do not need them; a warning says so."""
+    exact = quantize_folder(tmp_path / "m", grouped_config(), FORMATS["fp8-tensor"])
+
+    def add_scales(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            tensors[name.replace("weight", "input_scale")] = torch.ones(1)
+
+    rewrite(tmp_path / "m", add_scales)
+    inputs = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    table = edited("fp8-tensor", *G, "input_activations", value=inputs)
+    edit_config(tmp_path / "m", quantization_config=table)
+    for name, value in load_model(tmp_path / "m", dtype="fp32").model.state_dict().items():
+        stored = name if name.startswith("lm_head") else f"model.{name}"
+        assert torch.equal(value.float(), exact[stored]), name
+    assert "their stored fp8 scales are unused" in caplog.text
+
+
 def test_stacked_experts(tmp_path: Path) -> None:
     """gpt-oss's layout: two tensors for all experts of a layer, the gates' rows first."""
     model, wanted = write_model(tmp_path / "m", latent_config()), dict[str, torch.Tensor]()
@@ -211,7 +229,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "transform": (edited("int4", "transform_config", value={"a": 1}), "transform_config"),
     "cache": (edited("int4", "kv_cache_scheme", value={"num_bits": 8}), "kv_cache_scheme"),
     "sparse": (edited("int4", "sparsity_config", value={"format": "x"}), "sparsity_config.format"),
-    "static": (edited("int4", *G, "input_activations", value={}), "input_activations.dynamic"),
     "outputs": (edited("int4", *G, "output_activations", value={"a": 1}), "output_activations"),
     "preset": (edited("int4", "config_groups", value={"W4A16": ["Linear"]}), "group"),
     "no groups": (edited("int4", "config_groups", value={}), "config_groups is missing"),
