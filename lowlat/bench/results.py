@@ -11,11 +11,11 @@ from typing import Any
 
 from lowlat.bench.benchmark_plan import BenchmarkCase, BenchmarkPlan
 from lowlat.bench.measure import CaseResult, median_rates
-from lowlat.bench.roofline import TimeBound, time_bound
-from lowlat.bench.stored_weights import StoredWeights
+from lowlat.bench.roofline import TokenBound, time_bound
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.ops import native
+from lowlat.plan.serving.weights import WeightBytes
 from lowlat.utils.machine import package_version, physical_memory, processor
 
 FORMAT = 1
@@ -30,7 +30,7 @@ def build(
     machine: dict[str, Any],
     model: Path,
     config: ModelConfig,
-    weights: StoredWeights | None = None,
+    weights: WeightBytes | None = None,
     plan: BenchmarkPlan,
     programs: Mapping[str, dict[str, Any]],
     rows: Sequence[CaseResult],
@@ -46,7 +46,6 @@ def build(
             dtype=plan.dtype,
             weights=weights,
             cache=plan.cache,
-            entry_bytes=entry_bytes,
             rates=median_rates(rates),
         )
         for case in plan.cases
@@ -86,7 +85,7 @@ def _model(model: Path, config: ModelConfig, entry_bytes: int) -> dict[str, Any]
     }
 
 
-def _row(row: CaseResult, bound: TimeBound, rows: Sequence[CaseResult]) -> dict[str, Any]:
+def _row(row: CaseResult, bound: TokenBound, rows: Sequence[CaseResult]) -> dict[str, Any]:
     best = best_peer(rows, row.case) if row.program == "lowlat" else None
     median = row.median
     return {

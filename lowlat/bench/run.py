@@ -16,11 +16,11 @@ from lowlat.bench.agreement import Agreement
 from lowlat.bench.benchmark_plan import STORED, BenchmarkPlan, Program
 from lowlat.bench.measure import CaseResult, measure
 from lowlat.bench.session import BenchmarkSession
-from lowlat.bench.stored_weights import stored_weights
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.config.model import ModelConfig
 from lowlat.peers.worker import PeerError, Worker
+from lowlat.plan.serving.weights import stored_weights
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -74,7 +74,7 @@ def bench(model: str, plan: BenchmarkPlan, progress: Progress) -> dict[str, Any]
 
 
 def _stored_dtype(config: ModelConfig) -> str:
-    """The dtype of a checkpoint without `StoredWeights`; plain weights are timed in bf16."""
+    """The dtype of a checkpoint without quantized matrices; plain weights are timed in bf16."""
     return config.packing or ("bf16" if config.quantization is None else "fp8")
 
 

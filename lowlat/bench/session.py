@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lowlat.bench.benchmark_plan import GGUF_KINDS, STORED, BenchmarkPlan, Program
-from lowlat.bench.stored_weights import StoredWeights
 from lowlat.checkpoint.fetch.cache_dir import cache_disk_errors, derived_dir
 from lowlat.checkpoint.hf_folder import weight_files
 from lowlat.config.model import ModelConfig
 from lowlat.convert.run import convert
 from lowlat.peers.worker import PeerError, Worker
+from lowlat.plan.serving.weights import WeightBytes
 from lowlat.utils.atomic_files import rename_new
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
@@ -49,7 +49,7 @@ class BenchmarkSession:
     model: Path
     """The checkpoint folder or .gguf file."""
     config: ModelConfig
-    weights: StoredWeights | None = None
+    weights: WeightBytes | None = None
     """Bytes of weights that are timed as stored."""
     folder: Path
     """Folder for logs; removed after the run."""

@@ -10,6 +10,7 @@ import typer
 
 from lowlat.cli import options
 from lowlat.cli.info import find
+from lowlat.cli.plan_serve import plan_serve
 from lowlat.config.model import ModelConfig
 from lowlat.plan.job import TrainingJob, check
 from lowlat.plan.machine import H100, MACHINES, Machine
@@ -37,6 +38,9 @@ app = typer.Typer(
 @app.callback()
 def plan_group() -> None:
     """Estimate what a workload needs before it runs."""
+
+
+app.command("serve")(plan_serve)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -69,6 +69,14 @@ def read_bytes(config: ModelConfig, dtype: str, experts: int) -> int:
     )
 
 
+def head_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of the output head within `read_bytes`."""
+    head = Matrices(1, config.vocab_size, config.hidden_size)
+    if dtype in PACKED_DTYPES:
+        return _packed_bytes(head, "int8")
+    return head.rows * head.columns * ELEMENT_BYTES.get(dtype, ELEMENT_BYTES["bf16"])
+
+
 def memory_at(
     config: ModelConfig, context: int, dtype: str | None = None, cache: str = "bf16"
 ) -> dict[str, int]:

@@ -63,7 +63,7 @@ def test_lowlat_is_set_against_the_fastest_peer_and_the_roofline() -> None:
     assert own["tokens_per_second"] == 100.0 and own["spread"] == pytest.approx(0.3)
     assert (own["best_peer"], own["ratio_to_best_peer"]) == ("llama.cpp", 2.0)
     case = BenchmarkCase(kind="prefill", tokens=8)
-    bound = time_bound(CONFIG, case, dtype="bf16", entry_bytes=68, rates=RATES)
+    bound = time_bound(CONFIG, case, dtype="bf16", rates=RATES)
     assert own["roofline_tokens_per_second"] == 1 / bound.overlapped
     assert own["share_of_roofline"] == pytest.approx(100 * bound.overlapped)
     assert own["share_of_serial_bound"] == pytest.approx(100 * bound.serial)

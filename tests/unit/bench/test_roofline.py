@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from lowlat.bench.benchmark_plan import BenchmarkCase
-from lowlat.bench.roofline import attention_flops, step_cost, step_seconds, time_bound
+from lowlat.bench.roofline import case_cost, peak_rates, time_bound
 from lowlat.config.model import IndexerConfig, MLAConfig, QuantConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.model.quant import store_packed, store_quantized
 from lowlat.model.transformer import Transformer
+from lowlat.plan.serving.step_cost import StepCost, TimeBound, attention_flops
+from lowlat.plan.serving.step_cost import step_seconds as seconds_at
 from tests import fakes
 from tests.lowlat_configs import GLA, GTA, MLA, MOE, TPA, lowlat_config
 
@@ -23,32 +25,33 @@ BIASES = 2 * 11 * 32
 RATES = {"bandwidth": 1e10, "gemm_fp32": 1e11, "gemm_bf16": 1e12, "gemm_int8": 2e12}
 
 
+def step_seconds(cost: StepCost, dtype: str, rates: dict[str, float]) -> TimeBound:
+    return seconds_at(cost, peak_rates(dtype, rates))
+
+
 def test_a_step_reads_active_weights_and_every_cache_entry() -> None:
-    cost = step_cost(
-        MINI, BenchmarkCase(kind="decode", tokens=8192), dtype="bf16", entry_bytes=ENTRY
-    )
+    cost = case_cost(MINI, BenchmarkCase(kind="decode", tokens=8192), dtype="bf16")
     assert cost.weight_bytes == 2 * count_parameters(MINI).active_without_embedding + BIASES
     assert cost.weight_bytes == pytest.approx(409.2e6, rel=1e-3)
-    assert cost.cache_bytes == 8192 * 13_824
+    assert cost.cache_bytes == 8193 * ENTRY
     assert cost.weight_flops == cost.weight_bytes - BIASES
     # absorbed: 12 layers, 16 heads, 8193 keys of 512 + 64 for the score and 512 for the value
     assert cost.attention_flops == 12 * 16 * 8193 * 2 * (576 + 512)
 
 
-def test_sparse_attention_reads_the_chosen_entries() -> None:
+def test_sparse_attention_reads_all_index_keys_and_the_chosen_entries() -> None:
     assert isinstance(MINI.attention, MLAConfig)
     indexer = IndexerConfig(index_n_heads=8, index_head_dim=128, index_topk=2048)
     sparse = replace(MINI, attention=replace(MINI.attention, indexer=indexer))
     long = BenchmarkCase(kind="decode", tokens=8192)
-    cost = step_cost(sparse, long, dtype="bf16", entry_bytes=ENTRY)
-    assert cost.cache_bytes == 2048 * ENTRY
-    assert cost.attention_flops == 12 * 16 * 2048 * 2 * (576 + 512)
+    cost = case_cost(sparse, long, dtype="bf16")
+    assert cost.cache_bytes == 2048 * ENTRY + 12 * 8193 * 128 * 2
+    index = 12 * 8193 * 2 * 8 * 128
+    assert cost.attention_flops == 12 * 16 * 2048 * 2 * (576 + 512) + index
 
 
 def test_a_long_prompt_reads_every_expert_once_and_the_head_for_one_token() -> None:
-    cost = step_cost(
-        MINI, BenchmarkCase(kind="prefill", tokens=2048), dtype="bf16", entry_bytes=ENTRY
-    )
+    cost = case_cost(MINI, BenchmarkCase(kind="prefill", tokens=2048), dtype="bf16")
     count, head = count_parameters(MINI), 32000 * 1024
     assert cost.weight_bytes == 2 * (count.total - head) + BIASES
     per_token = count.active_without_embedding - head
@@ -58,7 +61,7 @@ def test_a_long_prompt_reads_every_expert_once_and_the_head_for_one_token() -> N
 
 
 def test_a_short_prompt_does_not_reach_every_expert() -> None:
-    one = step_cost(MINI, BenchmarkCase(kind="prefill", tokens=1), dtype="bf16", entry_bytes=ENTRY)
+    one = case_cost(MINI, BenchmarkCase(kind="prefill", tokens=1), dtype="bf16")
     assert one.weight_bytes == 2 * count_parameters(MINI).active_without_embedding + BIASES
 
 
@@ -81,12 +84,12 @@ def test_a_step_reads_the_bytes_its_weights_have_in_memory(dtype: str, tied: boo
     if not tied or dtype in ("int8", "int4"):
         del kept["embed_tokens.weight"]
     held = sum(p.numel() * (4 if "bias" in name else p.itemsize) for name, p in kept.items())
-    cost = step_cost(config, BenchmarkCase(kind="decode", tokens=1), dtype=dtype, entry_bytes=ENTRY)
+    cost = case_cost(config, BenchmarkCase(kind="decode", tokens=1), dtype=dtype)
     assert cost.weight_bytes == held
 
 
 def test_int4_models_read_their_head_and_kv_b_proj_in_int8() -> None:
-    cost = step_cost(MINI, BenchmarkCase(kind="decode", tokens=1), dtype="int4", entry_bytes=ENTRY)
+    cost = case_cost(MINI, BenchmarkCase(kind="decode", tokens=1), dtype="int4")
     assert cost.weight_bytes == pytest.approx(152.4e6, rel=1e-3)
 
 
@@ -94,12 +97,10 @@ def test_keys_beyond_the_window_are_not_read() -> None:
     config = replace(fakes.gqa_config(), sliding_window=16, sliding_window_layers=(1,))
     heads, dim = config.num_attention_heads, config.attention.head_dim
     assert config.num_hidden_layers == 2
-    step = step_cost(config, BenchmarkCase(kind="decode", tokens=100), dtype="bf16", entry_bytes=20)
-    assert step.cache_bytes == (100 + 16) * 10
+    step = case_cost(config, BenchmarkCase(kind="decode", tokens=100), dtype="bf16")
+    assert step.cache_bytes == (101 + 16) * 2 * config.attention.entry_dim
     assert step.attention_flops == heads * 4 * dim * (101 + 16)
-    prompt = step_cost(
-        config, BenchmarkCase(kind="prefill", tokens=100), dtype="bf16", entry_bytes=20
-    )
+    prompt = case_cost(config, BenchmarkCase(kind="prefill", tokens=100), dtype="bf16")
     seen = sum(range(1, 101)), sum(min(n, 16) for n in range(1, 101))
     assert prompt.attention_flops == heads * 4 * dim * sum(seen)
     assert attention_flops(config, queries=1, keys=8, pairs=None) == heads * 4 * dim * 16
@@ -113,9 +114,7 @@ def test_latents_without_nope_components_are_not_scored_by_their_latent() -> Non
 
 
 def test_the_slower_of_memory_and_arithmetic_counts() -> None:
-    cost = step_cost(
-        MINI, BenchmarkCase(kind="decode", tokens=128), dtype="int8", entry_bytes=ENTRY
-    )
+    cost = case_cost(MINI, BenchmarkCase(kind="decode", tokens=128), dtype="int8")
     memory = (cost.weight_bytes + cost.cache_bytes) / 1e10
     assert step_seconds(cost, "int8", RATES).overlapped == memory
     products = cost.weight_flops / 2e12 + cost.attention_flops / 1e12
@@ -123,9 +122,7 @@ def test_the_slower_of_memory_and_arithmetic_counts() -> None:
 
 
 def test_serial_bound_adds_weights_and_attention() -> None:
-    cost = step_cost(
-        MINI, BenchmarkCase(kind="decode", tokens=32768), dtype="bf16", entry_bytes=ENTRY
-    )
+    cost = case_cost(MINI, BenchmarkCase(kind="decode", tokens=32768), dtype="bf16")
     rates = RATES | {"gemm_bf16": 1e11}
     bound = step_seconds(cost, "bf16", rates)
     attention = cost.attention_flops / 1e11
@@ -137,7 +134,7 @@ def test_serial_bound_adds_weights_and_attention() -> None:
 
 def test_a_step_over_an_int8_cache_multiplies_its_latents_at_the_rate_of_int8() -> None:
     case = BenchmarkCase(kind="decode", tokens=8192)
-    cost = step_cost(MINI, case, dtype="bf16", entry_bytes=ENTRY, cache="int8")
+    cost = case_cost(MINI, case, dtype="bf16", cache="int8")
     rotary = 12 * 16 * 8193 * 2 * 64
     assert cost.attention_flops - cost.int8_flops == rotary
     products = (cost.weight_flops + rotary) / 1e12 + cost.int8_flops / 2e12
@@ -151,17 +148,15 @@ def test_a_step_over_an_int8_cache_multiplies_its_latents_at_the_rate_of_int8() 
 
 
 def test_int8_products_slower_than_bf16_do_not_lower_the_bar() -> None:
-    cost = step_cost(
-        MINI, BenchmarkCase(kind="prefill", tokens=2048), dtype="int8", entry_bytes=ENTRY
-    )
+    cost = case_cost(MINI, BenchmarkCase(kind="prefill", tokens=2048), dtype="int8")
     slow = step_seconds(cost, "int8", RATES | {"gemm_int8": 1e9})
     assert slow.overlapped == pytest.approx((cost.weight_flops + cost.attention_flops) / 1e12)
 
 
 def test_prefill_bound_is_per_token() -> None:
     case = BenchmarkCase(kind="prefill", tokens=2048)
-    cost = step_cost(MINI, case, dtype="bf16", entry_bytes=ENTRY)
-    bound = time_bound(MINI, case, dtype="bf16", entry_bytes=ENTRY, rates=RATES)
+    cost = case_cost(MINI, case, dtype="bf16")
+    bound = time_bound(MINI, case, dtype="bf16", rates=RATES)
     whole = step_seconds(cost, "bf16", RATES)
     assert bound.overlapped == pytest.approx(whole.overlapped / 2048)
     assert bound.serial == pytest.approx(whole.serial / 2048)
@@ -176,7 +171,7 @@ def test_expanding_a_long_cache_for_one_query_never_pays() -> None:
 
 def test_dense_gqa_models_with_tied_heads() -> None:
     config = replace(fakes.gqa_config(), tie_word_embeddings=True)
-    cost = step_cost(config, BenchmarkCase(kind="prefill", tokens=5), dtype="fp32", entry_bytes=1)
+    cost = case_cost(config, BenchmarkCase(kind="prefill", tokens=5), dtype="fp32")
     assert cost.weight_bytes == 4 * count_parameters(config).total
     assert cost.attention_flops == 2 * 6 * 15 * 4 * 10
 

@@ -5,14 +5,12 @@ from pathlib import Path
 import pytest
 from gguf import GGUFReader
 
-from lowlat.bench.benchmark_plan import STORED, BenchmarkCase
-from lowlat.bench.roofline import step_cost
-from lowlat.bench.stored_weights import stored_weights
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.convert.run import convert
-
-from .benchmarks import random_checkpoint
+from lowlat.plan.serving.step_cost import Step, step_cost
+from lowlat.plan.serving.weights import stored_weights
+from tests.unit.bench.benchmarks import random_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +27,14 @@ def test_bytes_are_those_of_the_file(folder: Path, tmp_path: Path) -> None:
     config = read_config(source)
     assert config.moe is not None
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(file).tensors}
-    sizes.pop("token_embd.weight")
+    embedding = sizes.pop("token_embd.weight")
     experts = sum(size for name, size in sizes.items() if "_exps" in name)
     found = stored_weights(source, config)
     assert found is not None
-    assert found.shared == sum(sizes.values()) - experts
+    assert found.layers == sum(sizes.values()) - experts - sizes["output.weight"]
+    assert found.total(config) == pytest.approx(sum(sizes.values()) + embedding)
     assert found.read_bytes(config.moe.n_routed_experts) == pytest.approx(sum(sizes.values()))
-    step = BenchmarkCase(kind="decode", tokens=9)
-    cost = step_cost(config, step, dtype=STORED, weights=found, entry_bytes=1)
+    cost = step_cost(config, Step(context=9), found)
     assert cost.weight_bytes == found.read_bytes(config.moe.num_experts_per_tok)
 
 

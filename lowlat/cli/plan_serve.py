@@ -1,0 +1,275 @@
+"""`lowlat plan serve`: rank parallel layouts of a cluster by memory, throughput and time to first
+token.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowlat.cli import options
+from lowlat.config.model import ModelConfig
+from lowlat.config.presets import load_preset, preset_names
+from lowlat.config.serving_layout import check_layout, parse_layout
+from lowlat.config.weight_memory import PACKED_DTYPES
+from lowlat.plan.serving.machines import HERE, MACHINES, Cluster, parse_cluster
+from lowlat.plan.serving.weights import WeightBytes, dtype_weights, gguf_weights, stored_weights
+from lowlat.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from lowlat.plan.serving.estimate import ServingEstimate, ServingJob
+    from lowlat.plan.serving.search import RankedLayouts
+
+DTYPES = ("fp32", "bf16", "fp8", *PACKED_DTYPES)
+TOP = 10
+MOST = 10**8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModel:
+    """Config and weights of the model of a plan."""
+
+    name: str
+    config: ModelConfig
+    weights: WeightBytes
+    dtype: str
+    """Number type of products: fp32, bf16, fp8."""
+    stored: str
+    """Number type of the weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterOptions:
+    """The machines."""
+
+    machine: Annotated[
+        str,
+        typer.Option(
+            metavar="[Nx]NAME",
+            help=f"N machines: {', '.join(MACHINES)}, {HERE} (this one, measured), or a .toml "
+            "file. Servers have two sockets; of GPUs, N is their number.",
+        ),
+    ]
+    network: Annotated[
+        float | None,
+        typer.Option(metavar="GB/S", help="Bandwidth of a device to other machines."),
+    ] = None
+    latency: Annotated[
+        float | None,
+        typer.Option(metavar="US", help="Microseconds of a message to another machine."),
+    ] = None
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXIS=N,...",
+            help="Only this layout, such as tensor=2,pipeline=2,expert=4; by default all.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadOptions:
+    """What users ask for."""
+
+    context: Annotated[int, typer.Option(metavar="N", help="Tokens in the KV cache per user.")]
+    users: Annotated[
+        int, typer.Option(metavar="N", help="Users whose answers are generated at once.")
+    ] = 1
+    prompt: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Tokens of a new prompt, by default the context."),
+    ] = None
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help=f"Weights: {', '.join(DTYPES)}, a GGUF type such as Q4_K, or auto (as stored; a "
+            "preset's as released)."
+        ),
+    ] = "auto"
+    cache: Annotated[str, typer.Option(help="KV cache: bf16 or int8.")] = "bf16"
+
+
+@options.with_option_groups
+def plan_serve(
+    *,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Any model that lowlat info accepts, such as a preset."
+        ),
+    ],
+    cluster: ClusterOptions,
+    load: LoadOptions,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="Number of layouts to show.")] = TOP,
+    as_json: options.Json = False,
+) -> None:
+    """Memory, throughput and time to first token of serving MODEL, by parallel layout.
+
+    Layouts are ranked by decoded tokens per second of all users; those that do not fit are named
+    with the memory that is missing.
+    """
+    from lowlat.plan.serving.search import all_layouts, rank_layouts
+
+    _check_load(load)
+    served = served_model(model, load.dtype)
+    machines = _cluster(cluster, served, load)
+    job = _job(served, load)
+    if cluster.parallel is None:
+        layouts = all_layouts(served.config, machines)
+    else:
+        layout = parse_layout(cluster.parallel)
+        check_layout(served.config, layout)
+        if layout.ranks > machines.devices:
+            raise UserError(
+                f"--parallel {layout}: needs {layout.ranks} devices, but {machines} has "
+                f"{machines.devices}; give more machines"
+            )
+        layouts = [layout]
+    ranked = rank_layouts(served.config, job, machines, layouts)
+    if as_json:
+        print(json.dumps(plan_object(served, job, machines, ranked, top), indent=2))
+        return
+    from lowlat.cli.plan_serve_view import show
+
+    show(served, job, machines, ranked, top=top)
+
+
+def plan_object(
+    served: ServedModel,
+    job: "ServingJob",
+    machines: Cluster,
+    ranked: "RankedLayouts",
+    top: int,
+) -> dict[str, Any]:
+    """The object of --json, in bytes and seconds."""
+    return {
+        "model": served.name,
+        "weights": {"dtype": served.stored, "bytes": served.weights.total(served.config)},
+        "machine": {"name": machines.machine.name, "devices": machines.devices},
+        "users": job.users,
+        "context": job.context,
+        "prompt": job.prompt,
+        "layouts": [_estimate(found) for found in ranked.fitting[:top]],
+        "too_large": [_estimate(found) for found in ranked.too_large[:top]],
+    }
+
+
+def _estimate(found: "ServingEstimate") -> dict[str, Any]:
+    return {
+        "layout": asdict(found.layout),
+        "replicas": found.replicas,
+        "memory": {"total": found.total_bytes, "by_purpose": found.memory},
+        "missing_bytes": found.missing_bytes,
+        "tokens_per_second": found.tokens_per_second,
+        "tokens_per_second_per_user": found.per_user,
+        "first_token_seconds": found.first_token,
+        "decode_step_seconds": {"total": found.decode.total, **_seconds(found)},
+        "limit": found.decode.limit,
+        "sent_bytes_per_token": found.sent_bytes,
+        "messages_per_step": found.messages,
+    }
+
+
+def _seconds(found: "ServingEstimate") -> dict[str, float]:
+    """Seconds of a decode step of the slowest stage by part."""
+    parts = found.decode
+    return {
+        "weights": parts.weights,
+        "attention": parts.attention,
+        "messages": parts.messages,
+        "overhead": parts.overhead,
+    }
+
+
+def _check_load(load: LoadOptions) -> None:
+    for option, value in (
+        ("--context", load.context),
+        ("--users", load.users),
+        ("--prompt", load.prompt),
+    ):
+        if value is not None and not 1 <= value <= MOST:
+            raise UserError(f"{option} {value}: give a number from 1 to {MOST:,}")
+    if load.cache not in ("bf16", "int8"):
+        raise UserError(f"--cache '{load.cache}' is unknown; choose bf16 or int8")
+
+
+def served_model(name: str, dtype: str) -> ServedModel:
+    """The model `name` with weights of `dtype`. Raises UserError for an unknown one."""
+    if name in preset_names():
+        config, stored = load_preset(name), None
+        released = config.packing or ("bf16" if config.quantization is None else "fp8")
+    else:
+        from lowlat import api
+        from lowlat.checkpoint.hf_folder import open_checkpoint
+        from lowlat.checkpoint.load import read_config
+        from lowlat.utils.device import dtype_name
+        from lowlat.utils.progress import make_progress
+
+        source = open_checkpoint(api.prepare(name, progress=make_progress()).absolute())
+        config, stored = read_config(source), None
+        if dtype == "auto":
+            stored = stored_weights(source, config)
+        plain = dtype_name(source.dtype("model.embed_tokens.weight"))
+        released = config.packing or (plain if config.quantization is None else "fp8")
+    if stored is not None:
+        return ServedModel(
+            name=name, config=config, weights=stored, dtype="bf16", stored="as stored"
+        )
+    own = released if dtype == "auto" else dtype
+    own = "bf16" if own == "fp16" else own
+    if own in DTYPES:
+        weights, products = dtype_weights(config, own), own
+    else:
+        weights, products = gguf_weights(config, gguf_bits(own)), "bf16"
+    products = products if products in ("fp32", "fp8") else "bf16"
+    return ServedModel(name=name, config=config, weights=weights, dtype=products, stored=own)
+
+
+def gguf_bits(name: str) -> float:
+    """Bits per weight of the GGUF type `name`. Raises UserError for an unknown one."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        columns, size = GGML_QUANT_SIZES[GGMLQuantizationType[name.upper()]]
+    except KeyError:
+        known = ", ".join((*DTYPES, "auto"))
+        raise UserError(
+            f"--dtype '{name}' is unknown; choose {known}, or a GGUF type such as Q4_K, Q8_0"
+        ) from None
+    return 8 * size / columns
+
+
+def _job(served: ServedModel, load: LoadOptions) -> "ServingJob":
+    from lowlat.plan.serving.estimate import ServingJob
+
+    limit = served.config.max_position_embeddings
+    prompt = load.context if load.prompt is None else load.prompt
+    for option, tokens in (("--context", load.context), ("--prompt", prompt)):
+        if tokens > limit:
+            raise UserError(
+                f"{option} {tokens:,}: the model's max_position_embeddings is {limit:,}; give less"
+            )
+    return ServingJob(
+        weights=served.weights,
+        dtype=served.dtype,
+        users=load.users,
+        context=load.context,
+        prompt=prompt,
+        cache=load.cache,
+    )
+
+
+def _cluster(cluster: ClusterOptions, served: ServedModel, load: LoadOptions) -> Cluster:
+    machines = parse_cluster(cluster.machine)
+    changes: dict[str, float] = {}
+    for option, value, field, unit in (
+        ("--network", cluster.network, "network_bandwidth", 1e9),
+        ("--latency", cluster.latency, "network_latency", 1e-6),
+    ):
+        if value is None:
+            continue
+        if not 0 < value < 1e9:
+            raise UserError(f"{option} {value}: give a number above 0")
+        changes[field] = value * unit
+    return replace(machines, machine=replace(machines.machine, **changes))

@@ -1,0 +1,118 @@
+"""Tables of `lowlat plan serve`."""
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lowlat.cli.plan_serve import ServedModel
+from lowlat.cli.tables import number_table, print_block
+from lowlat.plan.serving.estimate import ServingEstimate, ServingJob
+from lowlat.plan.serving.machines import Cluster, ServingMachine
+from lowlat.plan.serving.search import RankedLayouts
+
+
+def show(
+    served: ServedModel,
+    job: ServingJob,
+    machines: Cluster,
+    ranked: RankedLayouts,
+    *,
+    top: int,
+    console: Console | None = None,
+) -> None:
+    """Print the best `top` layouts, the parts of the best one, and those that do not fit."""
+    console = Console() if console is None else console
+    print_block(_title(served, job, machines), console)
+    if ranked.fitting:
+        print_block(_layouts(ranked.fitting[:top], len(ranked.fitting)), console)
+        print_block(_best(ranked.fitting[0]), console)
+    if ranked.too_large:
+        print_block(_too_large(ranked.too_large[:top], len(ranked.too_large)), console)
+    print_block(_assumed(machines.machine), console)
+    console.print()
+
+
+def _title(served: ServedModel, job: ServingJob, machines: Cluster) -> Text:
+    size = served.weights.total(served.config)
+    device = machines.machine
+    lines = (
+        f"{machines}, {machines.devices} devices of {device.memory_bytes / 1e9:,.0f} GB at "
+        f"{device.memory_bandwidth / 1e9:,.0f} GB/s",
+        f"{size / 1e9:,.1f} GB of weights ({served.stored}), {job.cache} KV cache",
+        f"{job.users:,} users with {job.context:,} cached tokens; prompts of {job.prompt:,} tokens",
+    )
+    return Text.assemble((served.name, "bold"), "\n", ("\n".join(lines), "dim"), overflow="fold")
+
+
+def _layouts(found: list[ServingEstimate], total: int) -> Table:
+    table = number_table(
+        "Layout", "copies", "GB", "tok/s", "per user", "first token", "KB/tok", notes=False
+    )
+    for each in found:
+        table.add_row(
+            str(each.layout),
+            f"{each.replicas}",
+            _gb(each.total_bytes),
+            _number(each.tokens_per_second),
+            _number(each.per_user),
+            f"{_number(each.first_token)} s",
+            _number(each.sent_bytes / 1e3),
+        )
+    table.caption = "GB: fullest rank; KB/tok: sent between ranks per decoded token" + (
+        f"; {total} layouts fit" if total > len(found) else ""
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _best(found: ServingEstimate) -> Table:
+    table = number_table(f"Decode step of {found.layout}", "ms", "share")
+    parts = found.decode
+    bound = "memory" if parts.is_memory_bound else "arithmetic"
+    rows = (
+        ("weights", parts.weights, f"bound by {bound}"),
+        ("attention", parts.attention, ""),
+        ("messages", parts.messages, f"{found.messages:,.0f} per step"),
+        ("layer overhead", parts.overhead, ""),
+    )
+    for name, seconds, note in rows:
+        table.add_row(name, _number(seconds * 1e3), f"{seconds / parts.total:.0%}", note)
+    table.add_section()
+    table.add_row("slowest stage", _number(parts.total * 1e3), "", f"limit: {parts.limit}")
+    for purpose, size in found.memory.items():
+        table.add_row(f"{purpose}, GB", _gb(size), f"{size / found.total_bytes:.0%}", "")
+    return table
+
+
+def _too_large(found: list[ServingEstimate], total: int) -> Table:
+    table = number_table("Does not fit", "GB", "missing GB", "largest part", notes=False)
+    for each in found:
+        largest = max(each.memory, key=lambda purpose: each.memory[purpose])
+        table.add_row(
+            str(each.layout), _gb(each.total_bytes), _gb(each.missing_bytes), largest, style="red"
+        )
+    if total > len(found):
+        table.caption = f"{total} layouts do not fit"
+        table.caption_justify = "left"
+    return table
+
+
+def _assumed(machine: ServingMachine) -> Text:
+    link, network = machine.node_bandwidth / 1e9, machine.network_bandwidth / 1e9
+    return Text(
+        f"Assumed: {machine.loses}; {link:g} GB/s and {machine.node_latency * 1e6:g} us within a "
+        f"node, {network:g} GB/s and {machine.network_latency * 1e6:g} us between machines, "
+        f"{machine.layer_seconds * 1e6:.0f} us per layer.",
+        style="dim",
+        overflow="fold",
+    )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f}" if size >= 1e8 or not size else f"{size / 1e9:.3f}"
+
+
+def _number(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -1,0 +1,319 @@
+"""Step model of serving: bytes read and FLOPs of one step, and their time at given rates.
+
+A step runs `queries` new tokens of each of its sequences after `context` cached ones: a decode
+step, a chunk of a prompt, or a whole prompt. It reads the weights of the experts that its tokens
+use and every attended KV cache entry once. Attention counts as the cheaper of absorbed and expanded
+MLA; sparse attention (DSA) as the index keys of all tokens and the entries of the chosen ones. A
+multiply-add is two FLOPs. Zero weights count as well, even those in zero tiles, which kernels skip
+in exactly converted models.
+
+    seconds >= max((weights + KV cache) / bandwidth,
+                   FLOPs of the weights / product rate + FLOPs of attention / score rate)
+
+Reaching this bound (the roofline) requires weights to be read while attention is computed. The
+serial bound is the sum of the bound of the weights and the bound of attention. It is larger if one
+of them is memory-bound and the other compute-bound.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lowlat.config.attention import GTAConfig
+from lowlat.config.kv_cache_size import int8_entry_bytes
+from lowlat.config.model import AttentionConfig, GQAConfig, MLAConfig, ModelConfig, TPAConfig
+from lowlat.config.parameter_count import (
+    ELEMENT_BYTES,
+    attention_parameters,
+    count_parameters,
+    expert_parameters,
+    gate_parameters,
+    mlp_parameters,
+)
+from lowlat.plan.serving.weights import WeightBytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """Tokens of one step."""
+
+    sequences: int = 1
+    queries: int = 1
+    """New tokens of each sequence; 1 when decoding."""
+    context: int = 0
+    """Tokens of each sequence that are cached before the step."""
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all sequences."""
+        return self.sequences * self.queries
+
+    @property
+    def keys(self) -> int:
+        """Tokens of a sequence after the step."""
+        return self.context + self.queries
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of a sequence under the causal mask."""
+        return self.queries * self.context + self.queries * (self.queries + 1) // 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankShare:
+    """The part of a model and of a step that one rank computes; by default all of it."""
+
+    layers: range | None = None
+    """Decoder layers; None for all."""
+    has_head: bool = True
+    tensor: int = 1
+    """Ranks that divide heads and channels."""
+    data: int = 1
+    """Ranks that divide the sequences in attention (data-parallel attention)."""
+    experts: float | None = None
+    """Routed experts per layer that the rank reads; None for those that the tokens use."""
+    choices: float | None = None
+    """Tokens times routed experts that the rank computes per layer; None for all."""
+
+
+WHOLE = RankShare()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepCost:
+    """Bytes and FLOPs of a step."""
+
+    weight_bytes: float
+    cache_bytes: float
+    weight_flops: float
+    attention_flops: float
+    int8_flops: float = 0.0
+    """FLOPs of attention over int8 channels of the cache."""
+
+
+def step_cost(
+    config: ModelConfig,
+    step: Step,
+    weights: WeightBytes,
+    *,
+    cache: str = "bf16",
+    share: RankShare = WHOLE,
+) -> StepCost:
+    """The cost of one step, or of a rank's share of it. cache: number type of the KV cache."""
+    layers = range(config.num_hidden_layers) if share.layers is None else share.layers
+    sparse = sum(config.is_moe_layer(layer) for layer in layers)
+    own, every = _shared_parameters(config, layers), _shared_parameters(config)
+    used, choices = share.experts, share.choices
+    if config.moe is None:
+        used = choices = 0.0
+    else:
+        used = expected_experts(config, step.tokens) if used is None else used
+        choices = step.tokens * config.moe.num_experts_per_tok if choices is None else choices
+    routed = expert_parameters(config) * sparse * choices if config.moe else 0.0
+    head = config.vocab_size * config.hidden_size * share.has_head
+    sequences = step.sequences / share.data
+    rows = own * step.tokens + head * step.sequences
+    attention = attention_flops(
+        config, queries=step.queries, keys=step.keys, pairs=step.pairs, layers=layers
+    )
+    integers = 0.0
+    if cache == "int8" and step.queries == 1:
+        integers = attention - _bf16_flops(config, keys=step.keys, layers=layers)
+    all_sparse = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
+    return StepCost(
+        weight_bytes=(
+            (weights.layers * (own / every) + weights.head * share.has_head) / share.tensor
+            + (weights.expert * (sparse / all_sparse) * used if sparse else 0.0)
+        ),
+        cache_bytes=sequences * _cache_read(config, step, cache, layers, share.tensor),
+        weight_flops=2.0 * (rows / share.tensor / share.data + routed),
+        attention_flops=sequences * attention / share.tensor,
+        int8_flops=sequences * integers / share.tensor,
+    )
+
+
+@lru_cache(maxsize=256)
+def _shared_parameters(config: ModelConfig, layers: range | None = None) -> int:
+    """Parameters outside routed experts, embedding and head that `layers` have; None: the model."""
+    if layers is None or len(layers) == config.num_hidden_layers:
+        count = count_parameters(config)
+        return count.total - count.routed_experts - count.embedding - count.head
+    moe, total = config.moe, 0
+    for layer in layers:
+        total += attention_parameters(config, layer) + 2 * config.hidden_size
+        if moe is None or not config.is_moe_layer(layer):
+            total += mlp_parameters(config, config.intermediate_size)
+        else:
+            total += expert_parameters(config) * moe.n_shared_experts
+            total += gate_parameters(config, moe)
+    return total
+
+
+def entry_bytes(
+    config: ModelConfig, cache: str, layers: Iterable[int] | None = None, tensor: int = 1
+) -> float:
+    """Bytes of a token's KV cache entries in `layers` (None: all, MTP modules included) that one of
+    `tensor` tensor-parallel ranks holds.
+    """
+    layers = range(config.num_cache_layers) if layers is None else layers
+    return sum(_entry(config.attention_of(layer), cache, tensor)[0] for layer in layers)
+
+
+def _entry(attention: AttentionConfig, cache: str, tensor: int) -> tuple[float, float]:
+    """(bytes of a KV cache entry of one layer, bytes of the index key in it)."""
+    index = attention.index_key_dim if isinstance(attention, MLAConfig) else 0
+    # latents are shared by all heads, so every tensor-parallel rank has them
+    parts = tensor if isinstance(attention, GQAConfig | GTAConfig) else 1
+    if cache == "int8":
+        size = int8_entry_bytes(attention.entry_dim, attention.quantized_dim)
+        return size / parts, float(int8_entry_bytes(index, index))
+    element = ELEMENT_BYTES[cache]
+    return attention.entry_dim * element / parts, float(index * element)
+
+
+def _cache_read(config: ModelConfig, step: Step, cache: str, layers: range, tensor: int) -> float:
+    """Bytes of KV cache that the queries of one sequence attend to, each entry once."""
+    total = 0.0
+    for (attention, window), number in _kinds(config, layers).items():
+        size, index = _entry(attention, cache, tensor)
+        seen, topk = step.keys, _topk(attention)
+        if window is not None:
+            seen = min(seen, window + step.queries - 1)
+        if topk is not None:
+            seen = min(seen, topk * step.queries)
+        total += number * (seen * (size - index) + step.keys * index)
+    return total
+
+
+def attention_flops(
+    config: ModelConfig,
+    *,
+    queries: int,
+    keys: int,
+    pairs: int | None,
+    layers: range | None = None,
+) -> float:
+    """FLOPs of attention scores and values of one sequence over `layers` (None: all). pairs:
+    query-key pairs; None: all.
+
+    kv_b_proj of the new tokens counts among the weights; the expanded path also expands the keys
+    cached before. GLA and GTA count as the latent attention that computes them.
+    """
+    pairs = queries * keys if pairs is None else pairs
+    layers = range(config.num_hidden_layers) if layers is None else layers
+    total = 0
+    for (attention, window), number in _kinds(config, layers).items():
+        bounds = [bound for bound in (window, _topk(attention)) if bound is not None]
+        seen = _pairs_within(min(bounds, default=None), queries, keys, pairs)
+        one = config.num_attention_heads * _head_flops(attention, queries, keys, seen)
+        if isinstance(attention, MLAConfig) and attention.indexer and attention.index_key_dim:
+            one += pairs * 2 * attention.indexer.index_n_heads * attention.index_key_dim
+        total += number * one
+    return float(total)
+
+
+def _kinds(config: ModelConfig, layers: range) -> Counter[tuple[AttentionConfig, int | None]]:
+    """Number of layers by attention and sliding window."""
+    return Counter((config.attention_of(layer), config.window(layer)) for layer in layers)
+
+
+def _topk(attention: AttentionConfig) -> int | None:
+    """Most tokens that a query of sparse attention (DSA) attends to; None for dense attention."""
+    indexer = attention.indexer if isinstance(attention, MLAConfig) else None
+    return None if indexer is None else indexer.index_topk
+
+
+def _pairs_within(window: int | None, queries: int, keys: int, pairs: int) -> int:
+    """Query-key pairs inside a sliding window; the queries are the last of `keys` tokens."""
+    if window is None:
+        return pairs
+
+    def up_to(tokens: int) -> int:
+        inside = min(tokens, window)
+        return inside * (inside + 1) // 2 + (tokens - inside) * window
+
+    return min(pairs, up_to(keys) - up_to(keys - queries))
+
+
+def _bf16_flops(config: ModelConfig, *, keys: int, layers: range) -> float:
+    """FLOPs of one query's scores over the channels that an int8 cache stores in bf16."""
+    attentions = (config.attention_of(layer) for layer in layers)
+    channels = sum(layer.entry_dim - layer.quantized_dim for layer in attentions)
+    return 2.0 * config.num_attention_heads * keys * channels
+
+
+def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int) -> int:
+    """FLOPs of one head in one layer."""
+    if isinstance(attention, GQAConfig):
+        return pairs * 4 * attention.head_dim
+    if isinstance(attention, TPAConfig):
+        products = 2 * (attention.k_rank + attention.v_rank) * attention.head_dim
+        expanded = pairs * 4 * attention.head_dim + keys * products
+        return min(pairs * products, expanded)
+    index_key = attention.index_key_dim if isinstance(attention, MLAConfig) else 0
+    latent = attention.entry_dim - index_key - attention.qk_rope_head_dim
+    # Without NoPE channels the latent has values only.
+    scored = latent if attention.qk_nope_head_dim else 0
+    absorbed = pairs * 2 * (scored + attention.qk_rope_head_dim + latent)
+    expanded = pairs * 2 * (attention.qk_head_dim + attention.v_head_dim)
+    width = attention.qk_nope_head_dim + attention.v_head_dim
+    expanded += (keys - queries) * 2 * latent * width
+    return min(absorbed, expanded)
+
+
+def expected_experts(config: ModelConfig, tokens: int) -> float:
+    """Expected number of distinct experts per layer that `tokens` tokens use, under uniform
+    routing."""
+    moe = config.moe
+    if moe is None:
+        return 0.0
+    missed = (1 - moe.num_experts_per_tok / moe.n_routed_experts) ** tokens
+    return moe.n_routed_experts * (1 - missed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelRates:
+    """Rates that bound the kernels of a step: peaks, or what kernels reach."""
+
+    bandwidth: float
+    """Bytes/s of memory."""
+    products: float
+    """FLOP/s of products with weights."""
+    scores: float
+    """FLOP/s of attention."""
+    int8_scores: float
+    """FLOP/s of attention over int8 channels of the cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeBound:
+    """Lower bound on the seconds of a step."""
+
+    weights: float
+    """Products with weights, at their own roofline."""
+    attention: float
+    """Attention, at its own roofline."""
+    overlapped: float
+    """Memory and arithmetic busy at the same time: the roofline."""
+    is_memory_bound: bool
+    """Whether reading the weights takes longer than their products."""
+
+    @property
+    def serial(self) -> float:
+        """Weights, then attention, each at its own roofline."""
+        return self.weights + self.attention
+
+
+def step_seconds(cost: StepCost, rates: KernelRates) -> TimeBound:
+    """The lower bound on the time of a step at `rates`."""
+    weights = cost.weight_bytes / rates.bandwidth, cost.weight_flops / rates.products
+    scores = (cost.attention_flops - cost.int8_flops) / rates.scores
+    scores += cost.int8_flops / rates.int8_scores
+    attention = cost.cache_bytes / rates.bandwidth, scores
+    return TimeBound(
+        weights=max(weights),
+        attention=max(attention),
+        overlapped=max(weights[0] + attention[0], weights[1] + attention[1]),
+        is_memory_bound=weights[0] >= weights[1],
+    )
