@@ -10,6 +10,7 @@ from lowlat.attention.path import choose_path
 from lowlat.bench.benchmark_plan import STORED
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.engine.request import Chunk
+from lowlat.engine.runner import ModelRunner
 from lowlat.ops import native
 from lowlat.peers.protocol import TimedModel, serve_requests, timed_handlers
 
@@ -29,12 +30,16 @@ class Lowlat(TimedModel):
         options: dict[str, Any] = {"cache": cache} if cache == "int8" else {}
         # fp8 blocks and GGUF blocks are a property of the checkpoint
         dtype = "auto" if precision in ("fp8", STORED) else precision
-        self.model = api.load(model, dtype=dtype, **options)
-        self.runner = self.model.runner
-        self.vocab_size = self.model.config.vocab_size
+        loaded = api.load(model, dtype=dtype, **options)
+        self.use(loaded.runner)
+        return {"cache_bytes_per_token": loaded.cache_bytes_per_token}
+
+    def use(self, runner: ModelRunner) -> None:
+        """Time the model of `runner`, with an empty cache."""
+        self.runner = runner
+        self.vocab_size = runner.model.config.vocab_size
         self.pages: list[int] = []
         self.filled = 0
-        return {"cache_bytes_per_token": self.model.cache_bytes_per_token}
 
     def prefill(self, ids: Sequence[int]) -> Any:
         return self.prefill_after(ids, 0)
@@ -57,7 +62,7 @@ class Lowlat(TimedModel):
             positions = torch.arange(start, min(start + RANDOM_ENTRIES, context))
             pages = torch.tensor(self.pages)[positions // cache.page_size]
             slots = pages * cache.page_size + positions % cache.page_size
-            for layer in range(self.model.config.num_hidden_layers):
+            for layer in range(self.runner.model.config.num_hidden_layers):
                 part = entries[: len(slots), : cache.entry_dims[layer]]
                 cache.write(layer, slots, part.to(self._dtype()))
         self.filled = max(self.filled, context)
@@ -72,14 +77,14 @@ class Lowlat(TimedModel):
         end = start + len(ids)
         self.runner.reserve(self.pages, end)
         self.filled = max(self.filled, end)
-        form = choose_path(self.model.config.attention, len(ids))
+        form = choose_path(self.runner.model.config.attention, len(ids))
         chunk = Chunk(
             tokens=ids, start=start, pages=tuple(self.pages), num_logits=num_logits, path=form
         )
         return self.runner.run([chunk])
 
     def _dtype(self) -> torch.dtype:
-        return self.model.transformer.embed_tokens.dtype
+        return self.runner.model.embed_tokens.dtype
 
 
 if __name__ == "__main__":

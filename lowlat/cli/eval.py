@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowlat.cli import options
+from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import finite
 
 if TYPE_CHECKING:
     from lowlat.engine.scoring import Score
+    from lowlat.generate.model import Model
 
 
 @options.with_option_groups
@@ -25,6 +29,13 @@ def evaluate(
         typer.Option(
             help="Tokens per window, without overlap or shared context. By default 1024, or the "
             "model's context if that is shorter."
+        ),
+    ] = None,
+    expert_loads: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write how many tokens every expert got, for lowlat plan serve.",
         ),
     ] = None,
     as_json: options.Json = False,
@@ -40,7 +51,8 @@ def evaluate(
     content = read_text_file(text)
     loaded = load_model(model, **asdict(machine))
     started = time.perf_counter()
-    score = loaded.perplexity(content, window=window, progress=make_progress())
+    with counted_loads(loaded, expert_loads):
+        score = loaded.perplexity(content, window=window, progress=make_progress())
     seconds = time.perf_counter() - started
     if as_json:
         report = {"model": loaded.name, "text": str(text), **as_dict(score), "seconds": seconds}
@@ -53,6 +65,37 @@ def evaluate(
         f"predicted      {score.tokens:,} tokens, {score.bytes:,} bytes "
         f"in {seconds:.1f} s ({score.tokens / seconds:,.0f} tokens/s)"
     )
+
+
+@contextmanager
+def counted_loads(model: "Model", file: Path | None) -> Iterator[None]:
+    """Count the tokens of every expert within this context and write them to `file`, if given.
+
+    Raises UserError for a model without experts or on native kernels, which do not report routing.
+    """
+    from lowlat.model.expert_loads import count_expert_loads
+    from lowlat.utils.atomic_files import replace_file
+
+    if file is None:
+        yield
+        return
+    if model.config.moe is None:
+        raise UserError(f"--expert-loads {file}: {model.name} has no routed experts")
+    if model.runner.is_batch_invariant:
+        raise UserError(
+            f"--expert-loads {file}: native kernels do not report routing; add --dtype fp32, which "
+            "runs in PyTorch"
+        )
+    with count_expert_loads(model.transformer) as loads:
+        yield
+    layers = {str(layer): counts.tolist() for layer, counts in loads.items()}
+    text = json.dumps({"model": model.name, "loads": layers}) + "\n"
+    try:
+        replace_file(file, text.encode())
+    except OSError as error:
+        raise UserError(
+            f"--expert-loads {file}: cannot be written ({error.strerror}); give another file"
+        ) from error
 
 
 def as_dict(score: "Score") -> dict[str, Any]:

@@ -4,6 +4,7 @@ token.
 
 import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from lowlat.config.model import ModelConfig
 from lowlat.config.presets import load_preset, preset_names
 from lowlat.config.serving_layout import check_layout, parse_layout
 from lowlat.config.weight_memory import PACKED_DTYPES
-from lowlat.plan.serving.machines import HERE, MACHINES, Cluster, parse_cluster
+from lowlat.plan.serving.machines import HERE, MACHINES, Cluster, parse_cluster, split_count
 from lowlat.plan.serving.weights import WeightBytes, dtype_weights, gguf_weights, stored_weights
 from lowlat.utils.errors import UserError
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 DTYPES = ("fp32", "bf16", "fp8", *PACKED_DTYPES)
 TOP = 10
 MOST = 10**8
+MOST_REDUNDANT = 4096
+FEW_BITS = 6.5
+"""Weights of fewer bits count as int4 where this machine is measured, others as int8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +41,16 @@ class ServedModel:
     """Number type of products: fp32, bf16, fp8."""
     stored: str
     """Number type of the weights."""
+
+    @property
+    def measured(self) -> str:
+        """The dtype whose kernels are measured on this machine: the nearest one of quantized
+        weights."""
+        if self.stored in ("fp32", "bf16", *PACKED_DTYPES):
+            return self.stored
+        count = count_parameters(self.config)
+        bits = 8 * self.weights.total(self.config) / (count.total + count.mtp)
+        return "int4" if bits < FEW_BITS else "int8"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +102,22 @@ class LoadOptions:
         ),
     ] = "auto"
     cache: Annotated[str, typer.Option(help="KV cache: bf16 or int8.")] = "bf16"
+    expert_loads: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measured loads of experts, from lowlat eval --expert-loads; by default all are "
+            "equally likely.",
+        ),
+    ] = None
+    redundant_experts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Place experts and N replicas per layer by their loads (EPLB); by default experts "
+            "are divided by number.",
+        ),
+    ] = None
 
 
 @options.with_option_groups
@@ -117,6 +147,9 @@ def plan_serve(
     job = _job(served, load)
     if cluster.parallel is None:
         layouts = all_layouts(served.config, machines)
+        if served.config.moe is not None and load.redundant_experts:
+            replicas = served.config.moe.n_routed_experts + load.redundant_experts
+            layouts = [each for each in layouts if replicas % each.stage_ranks == 0]
     else:
         layout = parse_layout(cluster.parallel)
         check_layout(served.config, layout)
@@ -168,6 +201,7 @@ def _estimate(found: "ServingEstimate") -> dict[str, Any]:
         "limit": found.decode.limit,
         "sent_bytes_per_token": found.sent_bytes,
         "messages_per_step": found.messages,
+        "expert_balance": found.balance and found.balance._asdict(),
     }
 
 
@@ -190,6 +224,14 @@ def _check_load(load: LoadOptions) -> None:
     ):
         if value is not None and not 1 <= value <= MOST:
             raise UserError(f"{option} {value}: give a number from 1 to {MOST:,}")
+    if load.redundant_experts is not None:
+        if load.expert_loads is None:
+            raise UserError("--redundant-experts needs --expert-loads FILE, by which it places")
+        if not 0 <= load.redundant_experts <= MOST_REDUNDANT:
+            raise UserError(
+                f"--redundant-experts {load.redundant_experts}: give a number from 0 to "
+                f"{MOST_REDUNDANT:,}"
+            )
     if load.cache not in ("bf16", "int8"):
         raise UserError(f"--cache '{load.cache}' is unknown; choose bf16 or int8")
 
@@ -250,6 +292,11 @@ def _job(served: ServedModel, load: LoadOptions) -> "ServingJob":
             raise UserError(
                 f"{option} {tokens:,}: the model's max_position_embeddings is {limit:,}; give less"
             )
+    loads = None
+    if load.expert_loads is not None:
+        from lowlat.plan.serving.expert_load import read_loads
+
+        loads = read_loads(load.expert_loads, served.config)
     return ServingJob(
         weights=served.weights,
         dtype=served.dtype,
@@ -257,11 +304,19 @@ def _job(served: ServedModel, load: LoadOptions) -> "ServingJob":
         context=load.context,
         prompt=prompt,
         cache=load.cache,
+        loads=loads,
+        redundant_experts=load.redundant_experts,
     )
 
 
 def _cluster(cluster: ClusterOptions, served: ServedModel, load: LoadOptions) -> Cluster:
-    machines = parse_cluster(cluster.machine)
+    here = None
+    if split_count(cluster.machine)[1] == HERE:
+        from lowlat.bench.here import measure_here
+        from lowlat.utils.progress import make_progress
+
+        here = measure_here(served.config, served.measured, load.cache, make_progress())
+    machines = parse_cluster(cluster.machine, here)
     changes: dict[str, float] = {}
     for option, value, field, unit in (
         ("--network", cluster.network, "network_bandwidth", 1e9),

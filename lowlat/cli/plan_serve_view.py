@@ -46,7 +46,7 @@ def _title(served: ServedModel, job: ServingJob, machines: Cluster) -> Text:
 
 def _layouts(found: list[ServingEstimate], total: int) -> Table:
     table = number_table(
-        "Layout", "copies", "GB", "tok/s", "per user", "first token", "KB/tok", notes=False
+        "Layout", "copies", "GB", "tok/s", "user", "first s", "MB/tok", notes=False
     )
     for each in found:
         table.add_row(
@@ -55,10 +55,10 @@ def _layouts(found: list[ServingEstimate], total: int) -> Table:
             _gb(each.total_bytes),
             _number(each.tokens_per_second),
             _number(each.per_user),
-            f"{_number(each.first_token)} s",
-            _number(each.sent_bytes / 1e3),
+            _number(each.first_token),
+            _number(each.sent_bytes / 1e6),
         )
-    table.caption = "GB: fullest rank; KB/tok: sent between ranks per decoded token" + (
+    table.caption = "GB: fullest rank; user: tok/s of one user; MB/tok: sent between ranks" + (
         f"; {total} layouts fit" if total > len(found) else ""
     )
     table.caption_justify = "left"
@@ -81,6 +81,10 @@ def _best(found: ServingEstimate) -> Table:
     table.add_row("slowest stage", _number(parts.total * 1e3), "", f"limit: {parts.limit}")
     for purpose, size in found.memory.items():
         table.add_row(f"{purpose}, GB", _gb(size), f"{size / found.total_bytes:.0%}", "")
+    if found.balance is not None:
+        before, after = found.balance
+        note = f"{after:.2f} placed by load (EPLB)"
+        table.add_row("busiest rank's experts", f"{before:.2f}x", "", note)
     return table
 
 

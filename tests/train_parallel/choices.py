@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lowlat.config.model import MoEConfig
 from lowlat.model.block import DecoderLayer
+from lowlat.model.expert_loads import gates
 from lowlat.model.moe import Gate
 from lowlat.model.mtp import MTPModule
 from lowlat.model.transformer import Transformer
 from lowlat.ops.routing import Routing, route
-from lowlat.train.step.balance import gates
 
 MARGIN = 0.01
 """Smallest difference of two scores that may decide; rounding changes one by less than 1e-5."""

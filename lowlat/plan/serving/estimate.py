@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import FP32_BYTES
 from lowlat.config.serving_layout import ServingLayout, check_layout
-from lowlat.plan.serving.expert_load import busiest_rank
+from lowlat.plan.serving.expert_load import Balance, balance, busiest_rank
 from lowlat.plan.serving.machines import Cluster
 from lowlat.plan.serving.step_cost import (
     RankShare,
@@ -42,10 +42,10 @@ class ServingJob:
     """Tokens of the prompt whose first token is awaited."""
     cache: str = "bf16"
     """Number type of the KV cache."""
-    imbalance: float = 1.0
-    """Load of the busiest expert-parallel rank over the mean that unequal experts add."""
-    redundant_experts: int = 0
-    """Replicas of experts per layer beyond one of each."""
+    loads: tuple[tuple[int, ...], ...] | None = None
+    """Measured tokens of every expert, by layer; None: all experts are equally likely."""
+    redundant_experts: int | None = None
+    """Replicas per layer beyond one of each expert, placed by EPLB; None: experts in order."""
     is_data_parallel: bool = False
     """Whether the ranks of a stage have different sequences in attention (DeepSeek's own
     deployment); lowlat repeats or divides attention."""
@@ -99,6 +99,8 @@ class ServingEstimate:
     """Bytes that the ranks of one replica send per decoded token."""
     messages: float
     """Messages that they send per decode step."""
+    balance: Balance | None
+    """Of the measured loads of experts over the ranks of a stage."""
 
     @property
     def total_bytes(self) -> float:
@@ -144,7 +146,19 @@ def estimate(
         decode=slowest,
         sent_bytes=sent / size,
         messages=messages * batches,
+        balance=_balance(config, job, cluster, layout),
     )
+
+
+def _balance(
+    config: ModelConfig, job: ServingJob, cluster: Cluster, layout: ServingLayout
+) -> Balance | None:
+    """The balance of the measured loads; None without loads or with one rank."""
+    if job.loads is None or config.moe is None or layout.stage_ranks == 1:
+        return None
+    ranks, redundant = layout.stage_ranks, job.redundant_experts or 0
+    nodes = max(1, ranks // cluster.machine.devices_per_node)
+    return balance(config.moe, job.loads, ranks=ranks, nodes=nodes, redundant=redundant)
 
 
 def stage_layers(config: ModelConfig, layout: ServingLayout) -> list[range]:
@@ -171,7 +185,10 @@ def _stage(
     machine, data = cluster.machine, _data(layout, job)
     experts = choices = None
     if config.moe is not None:
-        load = busiest_rank(config.moe, step.tokens, layout.stage_ranks, job.imbalance)
+        imbalance = 1.0
+        if found := _balance(config, job, cluster, layout):
+            imbalance = found.in_order if job.redundant_experts is None else found.placed
+        load = busiest_rank(config.moe, step.tokens, layout.stage_ranks, imbalance)
         experts, choices = load.experts, load.choices
     share = RankShare(
         layers=layers,
@@ -241,7 +258,7 @@ def _memory(
     is_last = layers.stop == config.num_hidden_layers
     experts = 0.0
     if config.moe is not None:
-        experts = (config.moe.n_routed_experts + job.redundant_experts) / ranks
+        experts = (config.moe.n_routed_experts + (job.redundant_experts or 0)) / ranks
     share = RankShare(
         layers=layers, has_head=is_last, tensor=layout.tensor, experts=experts, choices=0.0
     )

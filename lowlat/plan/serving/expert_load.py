@@ -7,10 +7,16 @@ chosen experts on 4 ranks, 2 are the mean and 3.9 the expected maximum in DeepSe
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
-from lowlat.config.model import MoEConfig
+from lowlat.config.model import ModelConfig, MoEConfig
+from lowlat.ops.expert_placement import imbalance, rebalance_experts
+from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object
 
 ROWS = 2048
 """Most simulated tokens."""
@@ -70,3 +76,57 @@ def _routing(moe: MoEConfig, tokens: int) -> np.ndarray:
         scores = groups.reshape(scores.shape)
     least = np.sort(scores, axis=-1)[..., -moe.num_experts_per_tok, None]
     return scores >= least
+
+
+class Balance(NamedTuple):
+    """Load of the busiest rank over the mean, averaged over the layers."""
+
+    in_order: float
+    """Experts divided by their number."""
+    placed: float
+    """Experts and their replicas placed by EPLB."""
+
+
+@lru_cache(maxsize=64)
+def balance(
+    moe: MoEConfig, loads: tuple[tuple[int, ...], ...], *, ranks: int, nodes: int, redundant: int
+) -> Balance:
+    """The balance of measured `loads` [layers, experts] over `ranks` ranks on `nodes` nodes, with
+    `redundant` replicas per layer beyond one of each expert.
+
+    Raises UserError for numbers that do not divide.
+    """
+    weight = torch.tensor(loads)
+    in_order = torch.arange(moe.n_routed_experts).expand(len(weight), -1)
+    replicas = moe.n_routed_experts + redundant
+    placed = rebalance_experts(weight, replicas, moe.n_group, nodes, ranks)[0]
+    before, after = (imbalance(weight, each, ranks).mean() for each in (in_order, placed))
+    return Balance(float(before), float(after))
+
+
+def read_loads(path: Path, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
+    """The loads in a file of `lowlat eval --expert-loads`, by layer and expert. Raises UserError
+    naming the file for others.
+    """
+    where = f"--expert-loads {path}"
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from error
+    loads = parse_object(data, where).get("loads")
+    experts = config.moe.n_routed_experts if config.moe else 0
+    if not experts:
+        raise UserError(f"{where}: the model has no routed experts")
+    if not isinstance(loads, dict) or not loads:
+        raise UserError(f"{where}: has no loads; write it with lowlat eval --expert-loads")
+    for layer, counts in loads.items():
+        is_counts = isinstance(counts, list) and all(
+            isinstance(count, int) and not isinstance(count, bool) and count >= 0
+            for count in counts
+        )
+        if not is_counts or len(counts) != experts:
+            raise UserError(
+                f"{where}: loads.{layer}: must be a count for each of the model's {experts} experts"
+            )
+    return tuple(tuple(counts) for counts in loads.values())

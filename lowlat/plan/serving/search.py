@@ -44,7 +44,9 @@ def rank_layouts(
 
 
 def all_layouts(config: ModelConfig, cluster: Cluster) -> list[ServingLayout]:
-    """Every layout that divides `config` and whose ranks divide the devices of `cluster`."""
+    """Every layout that divides `config` and whose ranks divide the devices of `cluster`. An expert
+    size within the tensor size changes nothing, as experts take all ranks of a stage.
+    """
     devices = cluster.devices
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     experts = sizes if config.moe is not None else [1]
@@ -53,6 +55,7 @@ def all_layouts(config: ModelConfig, cluster: Cluster) -> list[ServingLayout]:
         for pipeline in sizes
         for tensor in sizes
         for expert in experts
+        if expert == 1 or expert > tensor
     )
     return [
         layout for layout in layouts if devices % layout.ranks == 0 and _divides(config, layout)

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowlat.model.block import DecoderLayer
-from lowlat.model.moe import Gate, MoE
+from lowlat.model.expert_loads import gates
+from lowlat.model.moe import Gate
 from lowlat.model.transformer import Transformer
 from lowlat.ops.routing import Routing
 from lowlat.train.metrics.record import ExpertRecord
@@ -158,16 +158,6 @@ def mean_share(
 ) -> Float[Tensor, "sequences experts"]:
     """P_i of every sequence (DeepSeek-V3 equations 19 and 20): mean normalised scores."""
     return (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)
-
-
-def gates(model: Transformer) -> Iterator[tuple[int, Gate]]:
-    """Every gate that this process has, with its layer; MTP modules are numbered after the decoder
-    layers.
-    """
-    blocks = [*model.layers, *(module.block for module in model.mtp)]
-    for layer, block in enumerate(blocks):
-        if isinstance(block, DecoderLayer) and isinstance(block.mlp, MoE):
-            yield layer, block.mlp.gate
 
 
 class _AddLoss(torch.autograd.Function):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowlat.data.batch import Batch
+from lowlat.model.expert_loads import gates
 from lowlat.model.moe import MoE
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.fused import checkpoint_activations
@@ -14,7 +15,6 @@ from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.balance import (
     LoadBalancer,
     choice_frequency,
-    gates,
     mean_share,
 )
 from lowlat.train.step.optim import Optimizer

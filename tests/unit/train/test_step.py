@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lowlat.data.batch import Batch
+from lowlat.model.expert_loads import gates
 from lowlat.model.transformer import Transformer
 from lowlat.train.recipe.schedule import StepPlan
 from lowlat.train.recipe.schema import OptimizerConfig
-from lowlat.train.step.balance import LoadBalancer, gates
+from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import Passes, PlainPasses
 from lowlat.train.step.step import StepResult, evaluate, train_step
