@@ -170,6 +170,15 @@ def parse_peers(text: str) -> tuple[Program, ...]:
     return tuple(found.values())
 
 
+def parse_threads(text: str) -> list[int]:
+    """`"1,2,4"` -> [1, 2, 4], sorted, without duplicates. Raises UserError."""
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not re.fullmatch(r"[0-9]{1,5}", part):
+            raise UserError(f"--threads '{part}': give numbers of threads, such as 1,2,4")
+    return sorted({check_threads(int(part)) for part in parts})
+
+
 def check_threads(threads: int | None) -> int:
     """`threads`, by default one per core. Raises UserError for more than there are cores."""
     cores = native.processors()

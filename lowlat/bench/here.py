@@ -29,6 +29,7 @@ from lowlat.plan.serving.weights import WeightBytes, dtype_weights
 from lowlat.utils.device import parse_cache
 from lowlat.utils.memory import RESERVE, memory_limit
 from lowlat.utils.progress import Progress
+from lowlat.utils.topology import read_topology
 
 SAMPLE_BYTES = 3 * 2**28
 """Weights of the sample: more than caches hold, and read in well under a second."""
@@ -110,13 +111,16 @@ def solve(
         times.decode - overhead - short.attention_flops / decode_scores,
     )
     products = _rate(first.weight_flops, times.prefill - overhead - first.attention_flops / scores)
+    # one rank per NUMA node; the measurement ran on all of them
+    nodes = len(read_topology().nodes)
     return ServingMachine(
         name=HERE,
-        memory_bytes=memory_limit(),
+        memory_bytes=memory_limit() // nodes,
         reserve_bytes=RESERVE,
-        devices_per_node=1,
-        flops={"fp32": products, "bf16": products},
-        memory_bandwidth=bandwidth,
+        devices=nodes,
+        devices_per_node=nodes,
+        flops={"fp32": products / nodes, "bf16": products / nodes},
+        memory_bandwidth=bandwidth / nodes,
         node_bandwidth=10e9,
         network_bandwidth=1.25e9,
         node_latency=10e-6,
@@ -129,7 +133,7 @@ def solve(
     )
 
 
-def _rate(work: float, seconds: float) -> float:
+def _rate(work: int | float, seconds: float) -> float:
     """Work per second; on a busy machine, differences of times may not be positive."""
     return work / max(seconds, 1e-9)
 
@@ -217,7 +221,7 @@ def _first_layers(config: ModelConfig, number: int) -> ModelConfig:
     )
 
 
-def _bytes(config: ModelConfig, dtype: str) -> float:
+def _bytes(config: ModelConfig, dtype: str) -> int | float:
     return dtype_weights(config, dtype).total(config)
 
 

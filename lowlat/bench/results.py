@@ -11,12 +11,14 @@ from typing import Any
 
 from lowlat.bench.benchmark_plan import BenchmarkCase, BenchmarkPlan
 from lowlat.bench.measure import CaseResult, median_rates
-from lowlat.bench.roofline import TokenBound, time_bound
+from lowlat.bench.roofline import time_bound
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.ops import native
+from lowlat.plan.serving.step_cost import TimeBound
 from lowlat.plan.serving.weights import WeightBytes
 from lowlat.utils.machine import package_version, physical_memory, processor
+from lowlat.utils.topology import read_topology
 
 FORMAT = 1
 """Version of the JSON object."""
@@ -85,18 +87,21 @@ def _model(model: Path, config: ModelConfig, entry_bytes: int) -> dict[str, Any]
     }
 
 
-def _row(row: CaseResult, bound: TokenBound, rows: Sequence[CaseResult]) -> dict[str, Any]:
+def _row(row: CaseResult, bound: TimeBound, rows: Sequence[CaseResult]) -> dict[str, Any]:
     best = best_peer(rows, row.case) if row.program == "lowlat" else None
     median = row.median
+    tokens = row.case.tokens if row.case.kind == "prefill" else 1
+    overlapped, serial = bound.overlapped / tokens, bound.serial / tokens
     return {
         "program": row.program,
         "kind": row.case.kind,
         "tokens": row.case.tokens,
         "tokens_per_second": median,
         "spread": row.spread,
-        "roofline_tokens_per_second": 1 / bound.overlapped,
-        "share_of_roofline": None if median is None else median * bound.overlapped,
-        "share_of_serial_bound": None if median is None else median * bound.serial,
+        "roofline_tokens_per_second": 1 / overlapped,
+        "share_of_roofline": None if median is None else median * overlapped,
+        "share_of_serial_bound": None if median is None else median * serial,
+        "bound_seconds": asdict(bound),
         "best_peer": None if best is None else best.program,
         "ratio_to_best_peer": median / best.median if median and best and best.median else None,
         "peak_bytes": row.peak_bytes,
@@ -113,6 +118,7 @@ def describe_machine() -> dict[str, Any]:
         "flags": cpu.flags,
         "isa": native.level() if native.available() else "plain PyTorch",
         "cores": native.processors(),
+        "topology": str(read_topology()),
         "memory_bytes": physical_memory(),
         "system": platform.platform(),
         "python": platform.python_version(),

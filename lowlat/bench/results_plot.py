@@ -36,6 +36,27 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
+def draw_scaling(scaling: dict[str, Any], path: Path) -> None:
+    """Write the scaling curve: speedup over the fewest threads by number of threads."""
+    from matplotlib.figure import Figure
+
+    threads = scaling["threads"]
+    figure = Figure(figsize=(6.0, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    ideal = [count / threads[0] for count in threads]
+    axes.plot(threads, ideal, "--", color="black", label="proportional")
+    for case in scaling["cases"]:
+        rates = case["tokens_per_second"]
+        if all(rates):
+            speedups = [rate / rates[0] for rate in rates]
+            axes.plot(threads, speedups, "o-", label=f"{case['kind']} {case['tokens']:,}")
+    axes.set(xlabel="threads", ylabel="speedup", title=scaling["runs"][0]["machine"]["cpu"])
+    axes.set_xticks(threads)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
 def _panel(axes: Any, results: dict[str, Any], kind: str) -> None:
     rows = [row for row in results["rows"] if row["kind"] == kind]
     own = [row for row in rows if row["program"] == "lowlat"]

@@ -37,7 +37,7 @@ def heading(results: Results) -> str:
             f"{model['active_parameters'] / 1e6:,.1f}M active; {plan['dtype']} weights, "
             f"{plan['cache']} KV cache of {model['cache_bytes_per_token']:,} bytes per token",
             f"{machine['cpu']} ({', '.join(machine['flags'])}), kernels: {machine['isa']}, "
-            f"{plan['threads']} threads; commit {machine['commit']}",
+            f"{machine['topology']}, {plan['threads']} threads; commit {machine['commit']}",
             f"peak: memory read {limits['bandwidth'] / 1e9:,.1f} GB/s; GEMM {gemm} GFLOP/s",
         ]
     )
@@ -49,7 +49,7 @@ def throughput(results: Results) -> Table:
     Columns after the rate: half its spread over the rounds, its shares of the roofline and of the
     serial bound, the speedup of lowlat, and the peak resident memory of prefill in GB.
     """
-    table = _table("", "", "tok/s", "", "roofline", "serial", "speedup", "GB")
+    table = new_table("", "", "tok/s", "", "roofline", "serial", "speedup", "GB")
     for case in dict.fromkeys((row["kind"], row["tokens"]) for row in results["rows"]):
         rows = [row for row in results["rows"] if (row["kind"], row["tokens"]) == case]
         rows.sort(key=lambda row: row["program"] != "lowlat")
@@ -57,14 +57,14 @@ def throughput(results: Results) -> Table:
         for row in rows:
             table.add_row(name, row["program"], *_figures(row, rows[0]))
             name = ""
-        table.add_row("", "roofline", _number(rows[0]["roofline_tokens_per_second"]), style="dim")
+        table.add_row("", "roofline", number(rows[0]["roofline_tokens_per_second"]), style="dim")
         table.add_section()
     return table
 
 
 def starts(results: Results) -> Table:
     """Seconds from process start to first token."""
-    table = _table("start to first token", "seconds")
+    table = new_table("start to first token", "seconds")
     for name, taken in results["start_to_first_token"].items():
         table.add_row(name, f"{taken['seconds']:.2f}")
     return table
@@ -102,7 +102,7 @@ def _figures(row: dict[str, Any], own: dict[str, Any]) -> list[str]:
         return ["-"]
     faster = own["tokens_per_second"] / rate if own["tokens_per_second"] and row != own else None
     return [
-        _number(rate),
+        number(rate),
         f"±{row['spread'] / 2:.0%}",
         f"{row['share_of_roofline']:.0%}",
         f"{row['share_of_serial_bound']:.0%}",
@@ -111,11 +111,13 @@ def _figures(row: dict[str, Any], own: dict[str, Any]) -> list[str]:
     ]
 
 
-def _number(rate: float) -> str:
+def number(rate: float) -> str:
+    """A rate with three digits or more."""
     return f"{rate:,.0f}" if rate >= 1000 else f"{rate:,.1f}"
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
+    """A table without lines: two columns of text, then numbers."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold cyan")
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place > 1 else "left", no_wrap=True)

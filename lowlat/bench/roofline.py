@@ -1,8 +1,6 @@
-"""Roofline: lower bound on the time per token of benchmark cases at this machine's peak rates; the
+"""Roofline: lower bound on the time of benchmark cases at this machine's peak rates; the
 bytes and FLOPs are those of `plan.serving.step_cost`.
 """
-
-from typing import NamedTuple
 
 from lowlat.bench.benchmark_plan import STORED, BenchmarkCase
 from lowlat.config.model import ModelConfig
@@ -10,6 +8,7 @@ from lowlat.plan.serving.step_cost import (
     KernelRates,
     Step,
     StepCost,
+    TimeBound,
     step_cost,
     step_seconds,
 )
@@ -62,15 +61,6 @@ def peak_rates(dtype: str, rates: dict[str, float]) -> KernelRates:
     )
 
 
-class TokenBound(NamedTuple):
-    """Lower bounds on the seconds per token of a case."""
-
-    overlapped: float
-    """The roofline."""
-    serial: float
-    """Weights, then attention, each at its own roofline."""
-
-
 def time_bound(
     config: ModelConfig,
     case: BenchmarkCase,
@@ -79,9 +69,7 @@ def time_bound(
     weights: WeightBytes | None = None,
     rates: dict[str, float],
     cache: str = "bf16",
-) -> TokenBound:
-    """Lower bounds on the seconds per token of a case."""
+) -> TimeBound:
+    """Lower bound on the seconds of a case, of the whole prompt or of one decode step."""
     cost = case_cost(config, case, dtype=dtype, weights=weights, cache=cache)
-    bound = step_seconds(cost, peak_rates(dtype, rates))
-    tokens = case.tokens if case.kind == "prefill" else 1
-    return TokenBound(bound.overlapped / tokens, bound.serial / tokens)
+    return step_seconds(cost, peak_rates(dtype, rates))

@@ -1,14 +1,18 @@
 """`lowlat bench`: throughput of lowlat and peer programs on the same weights."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowlat.cli import options
 from lowlat.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from lowlat.bench.benchmark_plan import BenchmarkPlan
 
 # As in bench.benchmark_plan, whose import is slow for --help.
 PREFILL = "512,2048,8192"
@@ -50,7 +54,14 @@ class BenchmarkOptions:
             "bf16)."
         ),
     ] = "auto"
-    threads: options.Threads = None
+    threads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,...",
+            help="CPU threads, by default one per core. Several numbers show the scaling curve of "
+            "lowlat and the phase that limits it.",
+        ),
+    ] = None
     peers: Annotated[
         str,
         typer.Option(
@@ -82,16 +93,14 @@ def bench(
     Before anything is timed, the logits of all programs must agree in fp32.
     """
     from lowlat.bench.benchmark_plan import make_plan
-    from lowlat.bench.results_plot import draw, require_matplotlib
-    from lowlat.bench.results_table import show
-    from lowlat.bench.run import bench as run
-    from lowlat.utils.progress import make_progress
+    from lowlat.bench.results_plot import require_matplotlib
 
-    plan = make_plan(**asdict(benchmark))
+    counts = _threads(benchmark)
+    plan = make_plan(**asdict(benchmark) | {"threads": counts[-1] if counts else None})
     if out is not None:
         require_matplotlib()
         make_folder(out)
-    results = run(model, plan, make_progress())
+    results, show, draw = _measured(model, plan, counts)
     # Printed before writing, so that a full disk loses no results.
     if as_json:
         print(json.dumps(results, indent=2))
@@ -106,6 +115,34 @@ def bench(
             raise UserError(
                 f"--out {out}: the results cannot be written ({error.strerror}); they were printed"
             ) from error
+
+
+def _threads(benchmark: BenchmarkOptions) -> list[int]:
+    """The numbers of --threads; empty without it."""
+    from lowlat.bench.benchmark_plan import parse_threads
+
+    counts = [] if benchmark.threads is None else parse_threads(benchmark.threads)
+    if len(counts) > 1 and benchmark.peers:
+        raise UserError("--threads with several numbers measures lowlat alone; leave out --peers")
+    return counts
+
+
+def _measured(
+    model: str, plan: "BenchmarkPlan", counts: list[int]
+) -> tuple[
+    dict[str, Any], Callable[[dict[str, Any]], None], Callable[[dict[str, Any], Path], None]
+]:
+    """The results, and the functions that print and draw them."""
+    from lowlat.bench.results_plot import draw, draw_scaling
+    from lowlat.bench.results_table import show
+    from lowlat.bench.run import bench as run
+    from lowlat.bench.scaling import bench_scaling, show_scaling
+    from lowlat.utils.progress import make_progress
+
+    if len(counts) > 1:
+        scaling = bench_scaling(model, plan, counts, make_progress())
+        return scaling, show_scaling, draw_scaling
+    return run(model, plan, make_progress()), show, draw
 
 
 def make_folder(folder: Path) -> None:

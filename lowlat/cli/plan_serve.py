@@ -10,47 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowlat.cli import options
-from lowlat.config.model import ModelConfig
-from lowlat.config.presets import load_preset, preset_names
-from lowlat.config.serving_layout import check_layout, parse_layout
-from lowlat.config.weight_memory import PACKED_DTYPES
+from lowlat.cli.served_model import DTYPES, ServedModel, served_model
+from lowlat.config.serving_layout import ServingLayout
+from lowlat.plan.serving.layout import check_layout
 from lowlat.plan.serving.machines import HERE, MACHINES, Cluster, parse_cluster, split_count
-from lowlat.plan.serving.weights import WeightBytes, dtype_weights, gguf_weights, stored_weights
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
     from lowlat.plan.serving.estimate import ServingEstimate, ServingJob
     from lowlat.plan.serving.search import RankedLayouts
 
-DTYPES = ("fp32", "bf16", "fp8", *PACKED_DTYPES)
 TOP = 10
 MOST = 10**8
 MOST_REDUNDANT = 4096
-FEW_BITS = 6.5
-"""Weights of fewer bits count as int4 where this machine is measured, others as int8."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServedModel:
-    """Config and weights of the model of a plan."""
-
-    name: str
-    config: ModelConfig
-    weights: WeightBytes
-    dtype: str
-    """Number type of products: fp32, bf16, fp8."""
-    stored: str
-    """Number type of the weights."""
-
-    @property
-    def measured(self) -> str:
-        """The dtype whose kernels are measured on this machine: the nearest one of quantized
-        weights."""
-        if self.stored in ("fp32", "bf16", *PACKED_DTYPES):
-            return self.stored
-        count = count_parameters(self.config)
-        bits = 8 * self.weights.total(self.config) / (count.total + count.mtp)
-        return "int4" if bits < FEW_BITS else "int8"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +52,14 @@ class ClusterOptions:
             help="Only this layout, such as tensor=2,pipeline=2,expert=4; by default all.",
         ),
     ] = None
+    data_parallel_attention: Annotated[
+        bool,
+        typer.Option(
+            "--data-parallel-attention",
+            help="Divide users among the ranks of a stage in attention, as in DeepSeek's own "
+            "deployment; lowlat serve does not.",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,18 +124,18 @@ def plan_serve(
     _check_load(load)
     served = served_model(model, load.dtype)
     machines = _cluster(cluster, served, load)
-    job = _job(served, load)
+    job = _job(served, load, cluster)
     if cluster.parallel is None:
         layouts = all_layouts(served.config, machines)
         if served.config.moe is not None and load.redundant_experts:
             replicas = served.config.moe.n_routed_experts + load.redundant_experts
-            layouts = [each for each in layouts if replicas % each.stage_ranks == 0]
+            layouts = [each for each in layouts if replicas % each.stage_size == 0]
     else:
-        layout = parse_layout(cluster.parallel)
+        layout = ServingLayout.parse(cluster.parallel)
         check_layout(served.config, layout)
-        if layout.ranks > machines.devices:
+        if layout.processes > machines.devices:
             raise UserError(
-                f"--parallel {layout}: needs {layout.ranks} devices, but {machines} has "
+                f"--parallel {layout}: needs {layout.processes} devices, but {machines} has "
                 f"{machines.devices}; give more machines"
             )
         layouts = [layout]
@@ -236,53 +216,7 @@ def _check_load(load: LoadOptions) -> None:
         raise UserError(f"--cache '{load.cache}' is unknown; choose bf16 or int8")
 
 
-def served_model(name: str, dtype: str) -> ServedModel:
-    """The model `name` with weights of `dtype`. Raises UserError for an unknown one."""
-    if name in preset_names():
-        config, stored = load_preset(name), None
-        released = config.packing or ("bf16" if config.quantization is None else "fp8")
-    else:
-        from lowlat import api
-        from lowlat.checkpoint.hf_folder import open_checkpoint
-        from lowlat.checkpoint.load import read_config
-        from lowlat.utils.device import dtype_name
-        from lowlat.utils.progress import make_progress
-
-        source = open_checkpoint(api.prepare(name, progress=make_progress()).absolute())
-        config, stored = read_config(source), None
-        if dtype == "auto":
-            stored = stored_weights(source, config)
-        plain = dtype_name(source.dtype("model.embed_tokens.weight"))
-        released = config.packing or (plain if config.quantization is None else "fp8")
-    if stored is not None:
-        return ServedModel(
-            name=name, config=config, weights=stored, dtype="bf16", stored="as stored"
-        )
-    own = released if dtype == "auto" else dtype
-    own = "bf16" if own == "fp16" else own
-    if own in DTYPES:
-        weights, products = dtype_weights(config, own), own
-    else:
-        weights, products = gguf_weights(config, gguf_bits(own)), "bf16"
-    products = products if products in ("fp32", "fp8") else "bf16"
-    return ServedModel(name=name, config=config, weights=weights, dtype=products, stored=own)
-
-
-def gguf_bits(name: str) -> float:
-    """Bits per weight of the GGUF type `name`. Raises UserError for an unknown one."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    try:
-        columns, size = GGML_QUANT_SIZES[GGMLQuantizationType[name.upper()]]
-    except KeyError:
-        known = ", ".join((*DTYPES, "auto"))
-        raise UserError(
-            f"--dtype '{name}' is unknown; choose {known}, or a GGUF type such as Q4_K, Q8_0"
-        ) from None
-    return 8 * size / columns
-
-
-def _job(served: ServedModel, load: LoadOptions) -> "ServingJob":
+def _job(served: ServedModel, load: LoadOptions, cluster: ClusterOptions) -> "ServingJob":
     from lowlat.plan.serving.estimate import ServingJob
 
     limit = served.config.max_position_embeddings
@@ -306,6 +240,7 @@ def _job(served: ServedModel, load: LoadOptions) -> "ServingJob":
         cache=load.cache,
         loads=loads,
         redundant_experts=load.redundant_experts,
+        is_data_parallel=cluster.data_parallel_attention,
     )
 
 

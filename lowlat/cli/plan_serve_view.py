@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowlat.cli.plan_serve import ServedModel
+from lowlat.cli.served_model import ServedModel
 from lowlat.cli.tables import number_table, print_block
 from lowlat.plan.serving.estimate import ServingEstimate, ServingJob
 from lowlat.plan.serving.machines import Cluster, ServingMachine
@@ -112,11 +112,11 @@ def _assumed(machine: ServingMachine) -> Text:
     )
 
 
-def _gb(size: float) -> str:
+def _gb(size: int | float) -> str:
     return f"{size / 1e9:,.1f}" if size >= 1e8 or not size else f"{size / 1e9:.3f}"
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

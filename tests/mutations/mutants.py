@@ -5,6 +5,7 @@ A text that is not found exactly once is an error of the list: whoever changes t
 
 from .lora import LORA
 from .mutant import Mutant
+from .planning import PLANNING
 from .positions import QUERIES, ROPE, YARN
 from .quantization import QUANTIZED
 from .routing import ROUTING
@@ -348,6 +349,7 @@ MUTANTS = [
     *ROUTING,
     *SAMPLING,
     *SPARSE,
+    *PLANNING,
     *ATTENTION_FORMS,
     *FURTHER_FORMS,
     *LAYERS,

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import FP32_BYTES
-from lowlat.config.serving_layout import ServingLayout, check_layout
-from lowlat.plan.serving.expert_load import Balance, balance, busiest_rank
+from lowlat.config.serving_layout import ServingLayout
+from lowlat.engine.prefill_planner import PREFILL_CHUNK
+from lowlat.plan.serving.expert_load import Balance, ExpertLoad, balance, busiest_rank
+from lowlat.plan.serving.layout import check_layout
 from lowlat.plan.serving.machines import Cluster
 from lowlat.plan.serving.step_cost import (
     RankShare,
@@ -20,11 +22,12 @@ from lowlat.plan.serving.step_cost import (
     step_cost,
     step_seconds,
 )
-from lowlat.plan.serving.traffic import step_messages
+from lowlat.plan.serving.traffic import Message, step_messages
 from lowlat.plan.serving.weights import WeightBytes
 
-CHUNK = 2048
-"""Tokens of a chunk of prefill, as `engine.prefill_planner`."""
+MICRO_BATCH_TOKENS = 256
+"""A step of at least twice as many tokens is divided into micro-batches, one after another through
+the stages. Fewer are bound by weight bandwidth, and would read the weights again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +87,7 @@ class ServingEstimate:
     layout: ServingLayout
     replicas: int
     """Copies of the model, each with its own users."""
-    memory: dict[str, float]
+    memory: dict[str, int | float]
     """Bytes of the fullest rank by purpose: weights, KV cache, workspace."""
     usable_bytes: int
     tokens_per_second: float
@@ -97,17 +100,17 @@ class ServingEstimate:
     """A decode step of the slowest stage."""
     sent_bytes: float
     """Bytes that the ranks of one replica send per decoded token."""
-    messages: float
+    messages: int | float
     """Messages that they send per decode step."""
     balance: Balance | None
     """Of the measured loads of experts over the ranks of a stage."""
 
     @property
-    def total_bytes(self) -> float:
+    def total_bytes(self) -> int | float:
         return sum(self.memory.values())
 
     @property
-    def missing_bytes(self) -> float:
+    def missing_bytes(self) -> int | float:
         """Bytes by which the fullest rank exceeds its memory; 0 if it fits."""
         return max(0.0, self.total_bytes - self.usable_bytes)
 
@@ -123,10 +126,10 @@ def estimate(
     a layout that does not divide the model.
     """
     check_layout(config, layout)
-    replicas = max(1, cluster.devices // layout.ranks)
+    replicas = max(1, cluster.devices // layout.processes)
     users = -(-job.users // replicas)
     stages = stage_layers(config, layout)
-    batches = min(layout.pipeline, users)
+    batches = max(1, min(layout.pipeline, users // MICRO_BATCH_TOKENS))
     size = -(-users // batches)
     decode = Step(sequences=size, context=job.context)
     times = [_stage(config, job, cluster, layout, layers, decode) for layers in stages]
@@ -154,9 +157,9 @@ def _balance(
     config: ModelConfig, job: ServingJob, cluster: Cluster, layout: ServingLayout
 ) -> Balance | None:
     """The balance of the measured loads; None without loads or with one rank."""
-    if job.loads is None or config.moe is None or layout.stage_ranks == 1:
+    if job.loads is None or config.moe is None or layout.stage_size == 1:
         return None
-    ranks, redundant = layout.stage_ranks, job.redundant_experts or 0
+    ranks, redundant = layout.stage_size, job.redundant_experts or 0
     nodes = max(1, ranks // cluster.machine.devices_per_node)
     return balance(config.moe, job.loads, ranks=ranks, nodes=nodes, redundant=redundant)
 
@@ -170,7 +173,7 @@ def stage_layers(config: ModelConfig, layout: ServingLayout) -> list[range]:
 
 def _data(layout: ServingLayout, job: ServingJob) -> int:
     """Ranks of a stage with different sequences in attention."""
-    return layout.stage_ranks // layout.tensor if job.is_data_parallel else 1
+    return layout.stage_size // layout.tensor if job.is_data_parallel else 1
 
 
 def _stage(
@@ -183,30 +186,57 @@ def _stage(
 ) -> StepParts:
     """Time of a step on the busiest rank of the stage with `layers`."""
     machine, data = cluster.machine, _data(layout, job)
-    experts = choices = None
-    if config.moe is not None:
-        imbalance = 1.0
-        if found := _balance(config, job, cluster, layout):
-            imbalance = found.in_order if job.redundant_experts is None else found.placed
-        load = busiest_rank(config.moe, step.tokens, layout.stage_ranks, imbalance)
-        experts, choices = load.experts, load.choices
+    load = _busiest(config, job, cluster, layout, step)
     share = RankShare(
         layers=layers,
         has_head=layers.stop == config.num_hidden_layers,
         tensor=layout.tensor,
         data=data,
-        experts=experts,
-        choices=choices,
+        experts=load.experts,
+        choices=load.choices,
     )
     cost = step_cost(config, step, job.weights, cache=job.cache, share=share)
     bound = step_seconds(cost, machine.rates(job.dtype, decodes=step.queries == 1))
-    sent = step_messages(config, layout, machine, tokens=step.tokens, layers=layers, data=data)
+    sent = _messages(config, job, cluster, layout, layers, step)
     return StepParts(
-        weights=bound.weights,
-        attention=bound.attention,
-        messages=sum(message.seconds(machine) for message in sent),
+        weights=bound.weights.seconds,
+        attention=bound.attention.seconds,
+        messages=sum((message.seconds(machine) for message in sent), 0.0),
         overhead=len(layers) * machine.layer_seconds,
-        is_memory_bound=bound.is_memory_bound,
+        is_memory_bound=bound.weights.is_memory_bound,
+    )
+
+
+def _busiest(
+    config: ModelConfig, job: ServingJob, cluster: Cluster, layout: ServingLayout, step: Step
+) -> ExpertLoad:
+    """Experts of the busiest rank of a stage."""
+    if config.moe is None:
+        return ExpertLoad(experts=0.0, choices=0.0)
+    imbalance = 1.0
+    if found := _balance(config, job, cluster, layout):
+        imbalance = found.in_order if job.redundant_experts is None else found.placed
+    return busiest_rank(config.moe, step.tokens, layout.stage_size, imbalance)
+
+
+def _messages(
+    config: ModelConfig,
+    job: ServingJob,
+    cluster: Cluster,
+    layout: ServingLayout,
+    layers: range,
+    step: Step,
+) -> list[Message]:
+    """What a rank of the stage with `layers` sends in a step."""
+    return step_messages(
+        config,
+        layout,
+        cluster.machine,
+        tokens=step.tokens,
+        sequences=step.sequences,
+        layers=layers,
+        choices=_busiest(config, job, cluster, layout, step).choices,
+        data=_data(layout, job),
     )
 
 
@@ -219,8 +249,8 @@ def _first_token(
 ) -> float:
     """Seconds of a prompt: the first chunk passes all stages, the others follow."""
     seconds = 0.0
-    for start in range(0, job.prompt, CHUNK):
-        step = Step(queries=min(CHUNK, job.prompt - start), context=start)
+    for start in range(0, job.prompt, PREFILL_CHUNK):
+        step = Step(queries=min(PREFILL_CHUNK, job.prompt - start), context=start)
         times = [_stage(config, job, cluster, layout, layers, step).total for layers in stages]
         seconds += max(times) if start else sum(times)
     return seconds
@@ -237,24 +267,17 @@ def _sent(
     """(bytes, messages) that all ranks of a replica send in a step of one micro-batch."""
     sent, messages = 0.0, 0
     for layers in stages:
-        for message in step_messages(
-            config,
-            layout,
-            cluster.machine,
-            tokens=step.tokens,
-            layers=layers,
-            data=_data(layout, job),
-        ):
-            sent += layout.stage_ranks * message.sent_bytes
-            messages += layout.stage_ranks * message.messages
+        for message in _messages(config, job, cluster, layout, layers, step):
+            sent += layout.stage_size * message.sent_bytes
+            messages += layout.stage_size * message.messages
     return sent, messages
 
 
 def _memory(
     config: ModelConfig, job: ServingJob, layout: ServingLayout, layers: range, users: int
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     """Bytes of a rank of the stage with `layers` by purpose."""
-    weights, ranks = job.weights, layout.stage_ranks
+    weights, ranks = job.weights, layout.stage_size
     is_last = layers.stop == config.num_hidden_layers
     experts = 0.0
     if config.moe is not None:
@@ -270,10 +293,10 @@ def _memory(
     return {"weights": held, "KV cache": cache, "workspace": _workspace(config, users)}
 
 
-def _workspace(config: ModelConfig, users: int) -> float:
+def _workspace(config: ModelConfig, users: int) -> int:
     """Bytes of the activations of one layer for a chunk of prefill, and of logits, in fp32."""
     attention = config.attention_of(0)
     heads = config.num_attention_heads * (2 * attention.qk_head_dim + attention.v_head_dim)
     chosen = config.moe.num_experts_per_tok if config.moe else 0
     width = heads + (4 + chosen) * config.hidden_size + 2 * config.intermediate_size
-    return FP32_BYTES * (CHUNK * width + users * config.vocab_size)
+    return FP32_BYTES * (PREFILL_CHUNK * width + users * config.vocab_size)

@@ -34,7 +34,9 @@ class ExpertLoad:
 
 
 @lru_cache(maxsize=1024)
-def busiest_rank(moe: MoEConfig, tokens: int, ranks: int, imbalance: float = 1.0) -> ExpertLoad:
+def busiest_rank(
+    moe: MoEConfig, tokens: int, ranks: int, imbalance: int | float = 1.0
+) -> ExpertLoad:
     """The busiest of `ranks` ranks with equal numbers of experts, for a batch of `tokens` tokens.
 
     All experts, and all groups, are equally likely. imbalance: load of the busiest rank over the
@@ -96,7 +98,7 @@ def balance(
 
     Raises UserError for numbers that do not divide.
     """
-    weight = torch.tensor(loads)
+    weight = torch.tensor(loads, dtype=torch.float64)
     in_order = torch.arange(moe.n_routed_experts).expand(len(weight), -1)
     replicas = moe.n_routed_experts + redundant
     placed = rebalance_experts(weight, replicas, moe.n_group, nodes, ranks)[0]

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowlat.plan.job import Precision
 from lowlat.plan.machine import H100, H800, Machine
 from lowlat.plan.serving.step_cost import KernelRates
 from lowlat.utils.errors import UserError
@@ -80,12 +81,18 @@ def _gpu(machine: Machine, **changes: Any) -> ServingMachine:
 
 
 def _server(
-    name: str, *, cores: int, ghz: float, per_cycle: int, gbs: float, gb: int = 768, amx: bool
+    name: str,
+    *,
+    cores: int,
+    ghz: int | float,
+    per_cycle: int,
+    gbs: int | float,
+    gb: int = 768,
+    amx: bool,
 ) -> ServingMachine:
     """A two-socket server. per_cycle: bf16 FLOPs per cycle and core; gbs, gb: per socket."""
     rate = cores * ghz * 1e9 * per_cycle
-    shares = AMX_SHARES if amx else AVX_SHARES
-    return ServingMachine(
+    machine = ServingMachine(
         name=name,
         memory_bytes=gb * GIB,
         reserve_bytes=RESERVE,
@@ -98,8 +105,8 @@ def _server(
         node_latency=10e-6,
         network_latency=30e-6,
         layer_seconds=50e-6,
-        **shares,
     )
+    return replace(machine, **(AMX_SHARES if amx else AVX_SHARES))
 
 
 AVX_SHARES = {
@@ -149,7 +156,7 @@ KEYS = {
     "decode_attention_share": ("decode_attention_share", 1),
 }
 """Keys of a machine's TOML table: field and unit (GB, GB/s, microseconds)."""
-RATES = {"bf16": "bf16", "fp32": "fp32", "fp8": "fp8"}
+RATES: dict[str, Precision] = {"bf16": "bf16", "fp32": "fp32", "fp8": "fp8"}
 """Keys of rates, in TFLOP/s."""
 COUNTS = ("devices", "devices_per_node")
 SHARES = tuple(key for key in KEYS if key.endswith("_share"))
@@ -203,7 +210,7 @@ def read_machine(path: Path) -> ServingMachine:
     for key, value in table.items():
         number = _number(path, key, value)
         if key in RATES:
-            flops[key] = number * 1e12  # type: ignore[index]
+            flops[RATES[key]] = number * 1e12
             continue
         field, unit = KEYS[key]
         changes[field] = int(number * unit) if isinstance(unit, int) and unit > 1 else number * unit

@@ -4,8 +4,9 @@ first token."""
 from dataclasses import dataclass
 
 from lowlat.config.model import ModelConfig
-from lowlat.config.serving_layout import ServingLayout, check_layout
+from lowlat.config.serving_layout import ServingLayout
 from lowlat.plan.serving.estimate import ServingEstimate, ServingJob, estimate
+from lowlat.plan.serving.layout import check_layout
 from lowlat.plan.serving.machines import Cluster
 from lowlat.utils.errors import UserError
 
@@ -31,7 +32,7 @@ def rank_layouts(
     fitting = [each for each in found if each.fits]
     best = max((each.tokens_per_second for each in fitting), default=0.0)
 
-    def place(each: ServingEstimate) -> tuple[float, float]:
+    def place(each: ServingEstimate) -> tuple[int, float]:
         # throughputs within a tie share a step of this scale
         return round(best / each.tokens_per_second / TIE), each.first_token
 
@@ -58,7 +59,7 @@ def all_layouts(config: ModelConfig, cluster: Cluster) -> list[ServingLayout]:
         if expert == 1 or expert > tensor
     )
     return [
-        layout for layout in layouts if devices % layout.ranks == 0 and _divides(config, layout)
+        layout for layout in layouts if devices % layout.processes == 0 and _divides(config, layout)
     ]
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lowlat.config.attention import GTAConfig
+from lowlat.config.attention import GLAConfig, GTAConfig
 from lowlat.config.kv_cache_size import int8_entry_bytes
 from lowlat.config.model import AttentionConfig, GQAConfig, MLAConfig, ModelConfig, TPAConfig
 from lowlat.config.parameter_count import (
@@ -71,9 +71,9 @@ class RankShare:
     """Ranks that divide heads and channels."""
     data: int = 1
     """Ranks that divide the sequences in attention (data-parallel attention)."""
-    experts: float | None = None
+    experts: int | float | None = None
     """Routed experts per layer that the rank reads; None for those that the tokens use."""
-    choices: float | None = None
+    choices: int | float | None = None
     """Tokens times routed experts that the rank computes per layer; None for all."""
 
 
@@ -84,11 +84,11 @@ WHOLE = RankShare()
 class StepCost:
     """Bytes and FLOPs of a step."""
 
-    weight_bytes: float
-    cache_bytes: float
-    weight_flops: float
-    attention_flops: float
-    int8_flops: float = 0.0
+    weight_bytes: int | float
+    cache_bytes: int | float
+    weight_flops: int | float
+    attention_flops: int | float
+    int8_flops: int | float = 0.0
     """FLOPs of attention over int8 channels of the cache."""
 
 
@@ -113,7 +113,9 @@ def step_cost(
     routed = expert_parameters(config) * sparse * choices if config.moe else 0.0
     head = config.vocab_size * config.hidden_size * share.has_head
     sequences = step.sequences / share.data
-    rows = own * step.tokens + head * step.sequences
+    repeated = _repeated_parameters(config, layers) if share.tensor > 1 else 0
+    per_rank = repeated + (own - repeated) / share.tensor
+    rows = per_rank * step.tokens + head / share.tensor * step.sequences
     attention = attention_flops(
         config, queries=step.queries, keys=step.keys, pairs=step.pairs, layers=layers
     )
@@ -123,11 +125,12 @@ def step_cost(
     all_sparse = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
     return StepCost(
         weight_bytes=(
-            (weights.layers * (own / every) + weights.head * share.has_head) / share.tensor
+            weights.layers * (per_rank / every)
+            + weights.head * share.has_head / share.tensor
             + (weights.expert * (sparse / all_sparse) * used if sparse else 0.0)
         ),
         cache_bytes=sequences * _cache_read(config, step, cache, layers, share.tensor),
-        weight_flops=2.0 * (rows / share.tensor / share.data + routed),
+        weight_flops=2.0 * (rows / share.data + routed),
         attention_flops=sequences * attention / share.tensor,
         int8_flops=sequences * integers / share.tensor,
     )
@@ -150,9 +153,22 @@ def _shared_parameters(config: ModelConfig, layers: range | None = None) -> int:
     return total
 
 
+def _repeated_parameters(config: ModelConfig, layers: range) -> int:
+    """Parameters of `layers` that every tensor-parallel rank has: down-projections to latents, and
+    gates."""
+    moe, total = config.moe, 0
+    for layer in layers:
+        attention = config.attention_of(layer)
+        if isinstance(attention, MLAConfig | GLAConfig):
+            total += config.hidden_size * ((attention.q_lora_rank or 0) + attention.kv_a_dim)
+        if moe is not None and config.is_moe_layer(layer):
+            total += gate_parameters(config, moe)
+    return total
+
+
 def entry_bytes(
     config: ModelConfig, cache: str, layers: Iterable[int] | None = None, tensor: int = 1
-) -> float:
+) -> int | float:
     """Bytes of a token's KV cache entries in `layers` (None: all, MTP modules included) that one of
     `tensor` tensor-parallel ranks holds.
     """
@@ -287,33 +303,54 @@ class KernelRates:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseBound:
+    """Lower bound on the seconds of a phase of a step."""
+
+    memory: float
+    """Bytes over the memory bandwidth."""
+    arithmetic: float
+    """FLOPs over the rate of the phase."""
+
+    @property
+    def seconds(self) -> float:
+        return max(self.memory, self.arithmetic)
+
+    @property
+    def is_memory_bound(self) -> bool:
+        return self.memory >= self.arithmetic
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TimeBound:
     """Lower bound on the seconds of a step."""
 
-    weights: float
-    """Products with weights, at their own roofline."""
-    attention: float
-    """Attention, at its own roofline."""
-    overlapped: float
-    """Memory and arithmetic busy at the same time: the roofline."""
-    is_memory_bound: bool
-    """Whether reading the weights takes longer than their products."""
+    weights: PhaseBound
+    """Products with weights."""
+    attention: PhaseBound
+
+    @property
+    def overlapped(self) -> float:
+        """Memory and arithmetic busy at the same time: the roofline."""
+        weights, attention = self.weights, self.attention
+        memory = weights.memory + attention.memory
+        return max(memory, weights.arithmetic + attention.arithmetic)
 
     @property
     def serial(self) -> float:
         """Weights, then attention, each at its own roofline."""
-        return self.weights + self.attention
+        return self.weights.seconds + self.attention.seconds
 
 
 def step_seconds(cost: StepCost, rates: KernelRates) -> TimeBound:
     """The lower bound on the time of a step at `rates`."""
-    weights = cost.weight_bytes / rates.bandwidth, cost.weight_flops / rates.products
     scores = (cost.attention_flops - cost.int8_flops) / rates.scores
-    scores += cost.int8_flops / rates.int8_scores
-    attention = cost.cache_bytes / rates.bandwidth, scores
     return TimeBound(
-        weights=max(weights),
-        attention=max(attention),
-        overlapped=max(weights[0] + attention[0], weights[1] + attention[1]),
-        is_memory_bound=weights[0] >= weights[1],
+        weights=PhaseBound(
+            memory=cost.weight_bytes / rates.bandwidth,
+            arithmetic=cost.weight_flops / rates.products,
+        ),
+        attention=PhaseBound(
+            memory=cost.cache_bytes / rates.bandwidth,
+            arithmetic=scores + cost.int8_flops / rates.int8_scores,
+        ),
     )

@@ -1,13 +1,14 @@
 """Communication of a serving step: bytes and messages that a rank sends, by kind of parallelism.
 
-Sums of products are never divided, so that every output keeps its order of additions: tensor
-parallelism divides output rows and gathers inputs, expert parallelism gathers the outputs of the
-chosen experts, pipeline parallelism sends the residual stream.
+No partial sums are added, so that every output keeps its order of additions: tensor parallelism
+divides output rows and gathers the inputs and outputs of output projections and MLPs, expert
+parallelism gathers the outputs of the chosen experts, pipeline parallelism sends the residual
+stream.
 """
 
 from dataclasses import dataclass
 
-from lowlat.config.model import AttentionConfig, GLAConfig, MLAConfig, ModelConfig
+from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import FP32_BYTES
 from lowlat.config.serving_layout import ServingLayout
 from lowlat.plan.serving.machines import ServingMachine
@@ -43,16 +44,21 @@ def step_messages(
     machine: ServingMachine,
     *,
     tokens: int,
+    sequences: int = 1,
     layers: range,
+    choices: int | float = 0.0,
     data: int = 1,
 ) -> list[Message]:
-    """What one rank of the stage with `layers` sends in a step of `tokens` tokens. data: ranks with
-    different tokens (data-parallel attention), which are sent to their experts.
+    """What one rank of the stage with `layers` sends in a step of `tokens` tokens of `sequences`
+    sequences. choices: tokens times routed experts of the busiest rank per layer, to which the
+    others pad their outputs. data: ranks with different tokens (data-parallel attention), which are
+    sent to their experts.
     """
+    is_last = layers.stop == config.num_hidden_layers
     found = [
-        _tensor(config, layout, machine, tokens, layers),
-        _expert(config, layout, machine, tokens, layers, data),
-        _pipeline(config, layout, machine, tokens),
+        _tensor(config, layout, machine, tokens, layers, sequences if is_last else 0),
+        _expert(config, layout, machine, choices, layers, data),
+        _pipeline(config, layout, machine, tokens, sequences if is_last else None),
     ]
     return [message for message in found if message.messages]
 
@@ -63,73 +69,72 @@ def _tensor(
     machine: ServingMachine,
     tokens: int,
     layers: range,
+    logits: int,
 ) -> Message:
-    """All-gathers of the inputs of projections whose producers divided their rows."""
+    """All-gathers of the heads' outputs, of MLPs' inner channels and of both projections' outputs,
+    and of `logits` rows of logits."""
     others = layout.tensor - 1
-    width, gathers = 0.0, 0
+    width, gathers = 0, 0
     for layer in layers:
         attention = config.attention_of(layer)
-        inner = _inner_widths(attention)
-        is_moe = config.is_moe_layer(layer)
-        mlp = config.intermediate_size
-        if is_moe and config.moe is not None:
-            mlp = config.moe.moe_intermediate_size * config.moe.n_shared_experts
-        widths = [*inner, config.hidden_size, *([mlp, config.hidden_size] if mlp else [])]
+        inner = config.intermediate_size
+        if config.moe is not None and config.is_moe_layer(layer):
+            inner = config.moe.moe_intermediate_size * config.moe.n_shared_experts
+        outputs = attention.num_attention_heads * attention.v_head_dim
+        widths = [outputs, config.hidden_size, *([inner, config.hidden_size] if inner else [])]
         width += sum(widths)
         gathers += len(widths)
+    own = tokens * width * ELEMENT_BYTES + logits * config.vocab_size * FP32_BYTES
     return Message(
         kind="tensor",
-        sent_bytes=tokens * width / layout.tensor * others * ELEMENT_BYTES,
-        messages=gathers * others,
+        sent_bytes=own / layout.tensor * others,
+        messages=(gathers + (logits > 0)) * others,
         is_local=layout.tensor <= machine.devices_per_node,
     )
-
-
-def _inner_widths(attention: AttentionConfig) -> list[int]:
-    """Channels gathered inside attention: latents, then the heads' outputs."""
-    outputs = attention.num_attention_heads * attention.v_head_dim
-    if isinstance(attention, MLAConfig | GLAConfig):
-        return [(attention.q_lora_rank or 0) + attention.kv_a_dim, outputs]
-    return [outputs]
 
 
 def _expert(
     config: ModelConfig,
     layout: ServingLayout,
     machine: ServingMachine,
-    tokens: int,
+    choices: int | float,
     layers: range,
     data: int,
 ) -> Message:
     """Outputs of the chosen experts to all ranks of the stage. With data-parallel attention, tokens
     to the ranks of their experts in fp8, and the outputs back.
     """
-    moe, ranks = config.moe, layout.stage_ranks
+    ranks = layout.stage_size
     sparse = sum(config.is_moe_layer(layer) for layer in layers)
-    if moe is None or ranks == 1:
-        return Message(kind="expert", sent_bytes=0.0, messages=0, is_local=True)
-    rows = tokens * moe.num_experts_per_tok / ranks * config.hidden_size
+    rows = choices * config.hidden_size * (ranks - 1)
     if data > 1:
-        sent, rounds = rows * (FP8_BYTES + ELEMENT_BYTES) * (ranks - 1) / ranks, 2
+        # each row goes to one rank; an all-to-all sends its messages at once
+        sent, messages = rows * (FP8_BYTES + ELEMENT_BYTES) / ranks, 2
     else:
-        sent, rounds = rows * FP32_BYTES * (ranks - 1), 1
+        sent, messages = rows * ELEMENT_BYTES, ranks - 1
     return Message(
         kind="expert",
         sent_bytes=sparse * sent,
-        # an all-to-all sends its messages at once, a gather in turn
-        messages=sparse * (2 if data > 1 else rounds * (ranks - 1)),
+        messages=sparse * messages if ranks > 1 else 0,
         is_local=ranks <= machine.devices_per_node,
     )
 
 
 def _pipeline(
-    config: ModelConfig, layout: ServingLayout, machine: ServingMachine, tokens: int
+    config: ModelConfig,
+    layout: ServingLayout,
+    machine: ServingMachine,
+    tokens: int,
+    logits: int | None,
 ) -> Message:
-    """The residual stream to the next stage, or the sampled tokens back to the first."""
-    is_local = layout.ranks <= machine.devices_per_node
+    """The residual stream to the next stage; from the last stage, which has `logits` rows of them,
+    also these to the first."""
+    is_used = layout.pipeline > 1
+    sent = tokens * config.hidden_size * ELEMENT_BYTES
+    sent += (logits or 0) * config.vocab_size * FP32_BYTES
     return Message(
         kind="pipeline",
-        sent_bytes=tokens * config.hidden_size * FP32_BYTES * (layout.pipeline > 1),
-        messages=int(layout.pipeline > 1),
-        is_local=is_local,
+        sent_bytes=float(sent * is_used),
+        messages=is_used * (1 if logits is None else 2),
+        is_local=layout.processes <= machine.devices_per_node,
     )

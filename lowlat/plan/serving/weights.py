@@ -27,24 +27,24 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class WeightBytes:
     """Bytes of weights as loaded."""
 
-    layers: float
+    layers: int | float
     """Decoder layers without routed experts: attention, dense MLPs, shared experts, gates, norms.
     """
-    head: float
+    head: int | float
     """Output head; the embedding where the two are tied."""
-    expert: float
+    expert: int | float
     """Mean of one routed expert of every layer, summed over the layers."""
-    embedding: float = 0.0
+    embedding: int | float = 0
     """Input embedding, of which a step reads a row per token; 0 if it is the head."""
-    mtp: float = 0.0
+    mtp: int | float = 0
     """MTP modules."""
 
-    def read_bytes(self, experts: float) -> float:
+    def read_bytes(self, experts: int | float) -> int | float:
         """Bytes that a step of the main model reads which uses `experts` routed experts per
         layer."""
         return self.layers + self.head + experts * self.expert
 
-    def total(self, config: ModelConfig) -> float:
+    def total(self, config: ModelConfig) -> int | float:
         """Bytes of all weights."""
         experts = config.moe.n_routed_experts if config.moe else 0
         return self.read_bytes(experts) + self.embedding + self.mtp
@@ -69,7 +69,7 @@ def dtype_weights(config: ModelConfig, dtype: str) -> WeightBytes:
     )
 
 
-def gguf_weights(config: ModelConfig, bits: float) -> WeightBytes:
+def gguf_weights(config: ModelConfig, bits: int | float) -> WeightBytes:
     """All weights in a GGUF type of `bits` bits per weight. Files mix types: their own size is
     `stored_weights`'.
     """

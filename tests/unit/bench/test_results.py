@@ -64,9 +64,10 @@ def test_lowlat_is_set_against_the_fastest_peer_and_the_roofline() -> None:
     assert (own["best_peer"], own["ratio_to_best_peer"]) == ("llama.cpp", 2.0)
     case = BenchmarkCase(kind="prefill", tokens=8)
     bound = time_bound(CONFIG, case, dtype="bf16", rates=RATES)
-    assert own["roofline_tokens_per_second"] == 1 / bound.overlapped
-    assert own["share_of_roofline"] == pytest.approx(100 * bound.overlapped)
-    assert own["share_of_serial_bound"] == pytest.approx(100 * bound.serial)
+    assert own["roofline_tokens_per_second"] == pytest.approx(8 / bound.overlapped)
+    assert own["share_of_roofline"] == pytest.approx(100 * bound.overlapped / 8)
+    assert own["share_of_serial_bound"] == pytest.approx(100 * bound.serial / 8)
+    assert own["bound_seconds"]["weights"]["memory"] == bound.weights.memory
 
 
 def test_a_peer_without_a_figure_is_no_best_peer() -> None:

@@ -153,13 +153,13 @@ def test_int8_products_slower_than_bf16_do_not_lower_the_bar() -> None:
     assert slow.overlapped == pytest.approx((cost.weight_flops + cost.attention_flops) / 1e12)
 
 
-def test_prefill_bound_is_per_token() -> None:
+def test_the_bound_of_a_case_is_that_of_its_step() -> None:
     case = BenchmarkCase(kind="prefill", tokens=2048)
     cost = case_cost(MINI, case, dtype="bf16")
     bound = time_bound(MINI, case, dtype="bf16", rates=RATES)
     whole = step_seconds(cost, "bf16", RATES)
-    assert bound.overlapped == pytest.approx(whole.overlapped / 2048)
-    assert bound.serial == pytest.approx(whole.serial / 2048)
+    assert bound == whole
+    assert bound.serial == pytest.approx(bound.weights.seconds + bound.attention.seconds)
 
 
 def test_expanding_a_long_cache_for_one_query_never_pays() -> None:

@@ -1,0 +1,52 @@
+"""Mistakes in the placement of experts and in the step model of serving."""
+
+from .mutant import Mutant
+
+EPLB = "tests/unit/ops/test_expert_placement.py::"
+ESTIMATE = "tests/unit/plan/serving/test_estimate.py::"
+ROOFLINE = "tests/unit/bench/test_roofline.py::"
+
+PLANNING = [
+    Mutant(
+        "EPLB: replicas for the largest load, not the largest load per replica",
+        "ops/expert_placement.py",
+        "busiest = int((loads / counts).argmax())",
+        "busiest = int(loads.argmax())",
+        EPLB + "test_the_published_example",
+    ),
+    Mutant(
+        "EPLB: devices packed by the load of experts, not of replicas",
+        "ops/expert_placement.py",
+        "shares = (loads[experts] / torch.bincount(owners))[owners]",
+        "shares = loads[experts][owners]",
+        EPLB + "test_the_published_example",
+    ),
+    Mutant(
+        "EPLB: groups of experts spread over nodes",
+        "ops/expert_placement.py",
+        "experts = [group * size + place for group in own_groups for place in range(size)]",
+        "experts = [group + place * groups for group in own_groups for place in range(size)]",
+        EPLB + "test_properties_on_random_loads",
+    ),
+    Mutant(
+        "step model: sparse attention reads no index keys",
+        "plan/serving/step_cost.py",
+        "total += number * (seen * (size - index) + step.keys * index)",
+        "total += number * seen * (size - index)",
+        ROOFLINE + "test_sparse_attention_reads_all_index_keys_and_the_chosen_entries",
+    ),
+    Mutant(
+        "step model: tensor parallelism divides latents",
+        "plan/serving/step_cost.py",
+        "parts = tensor if isinstance(attention, GQAConfig | GTAConfig) else 1",
+        "parts = tensor",
+        ESTIMATE + "test_memory_is_of_the_fullest_rank",
+    ),
+    Mutant(
+        "step model: the mean rank, not the busiest",
+        "plan/serving/expert_load.py",
+        "used = ((per_expert > 0) @ members).max(axis=1).mean()",
+        "used = ((per_expert > 0) @ members).mean()",
+        ESTIMATE + "test_the_busiest_rank_has_more_than_the_mean",
+    ),
+]
