@@ -3,7 +3,7 @@ sequence. Reference implementation of the native kernels.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lowlat.attention.base import AttentionBackend
@@ -27,6 +27,13 @@ class CachedAttention(AttentionBackend):
         self.batch = batch
         self._chosen: list[Tensor] = []
         """Positions that each sequence's queries attend to, of the last layer that chose (DSA)."""
+
+    @property
+    def chosen(self) -> list[Int[Tensor, "sparse topk"]]:
+        """Positions that each sequence's last queries attend to (`ops.sparse_attention`), of the
+        last layer that chose; the queries before them attend to all tokens.
+        """
+        return self._chosen
 
     def mla(
         self,

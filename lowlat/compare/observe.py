@@ -8,10 +8,11 @@ Observation changes no result unless experts are imposed.
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lowlat.compare.trace import EMBEDDING, Block, Trace
@@ -33,6 +34,7 @@ class ModuleNames:
     keys: tuple[str, ...] = ("k_norm", "k_proj")
     latent: str = "kv_a_proj_with_mqa"
     latent_norm: str = "kv_a_layernorm"
+    indexer: str = "indexer"
     gate: str = "gate"
     experts: str = "experts"
     shared: str = "shared_experts"
@@ -106,6 +108,24 @@ class Observer:
             self.output(block, "routed", find(mlp, names.experts))
             self.output(block, "shared", find(mlp, names.shared))
         self._projections(block, attention, widths)
+        self._indexer(block, find(attention, names.indexer))
+
+    def _indexer(self, block: Block, indexer: Any) -> None:
+        """Record the inputs of index scores: projections before norm and rotation, and weights."""
+        if indexer is None:
+            return
+        for name, module in (("index_q", indexer.wq_b), ("index_k", indexer.wk)):
+            self.watch(module, partial(self._evidence, block, name))
+        weights = {
+            "index_norm": indexer.k_norm.weight,
+            "index_norm_bias": indexer.k_norm.bias,
+            "index_head_weight": indexer.weights_proj.weight,
+        }
+        for name, weight in weights.items():
+            self.trace.record_evidence(block, name, weight)
+
+    def _evidence(self, block: Block, name: str, _inputs: Any, out: Tensor) -> None:
+        self.trace.record_evidence(block, name, out.reshape(-1, out.shape[-1]))
 
     def _projections(
         self, block: Block, attention: nn.Module | None, widths: AttentionShape
@@ -164,6 +184,17 @@ class Observer:
         trace.record(block, "scores", scores(q, k, scale, window))
         trace.record(block, "heads", heads)
         trace.record_evidence(block, "scale", float(scale))
+
+    def chose(
+        self,
+        block: Block,
+        choice: Bool[Tensor, "tokens tokens"],
+        scores: Float[Tensor, "tokens tokens"] | None,
+    ) -> None:
+        """Record which tokens each query attends to, and the index scores, if observed."""
+        if scores is not None:
+            self.trace.record(block, "index_scores", scores.tril())
+        self.trace.record(block, "index_choice", choice.float())
 
     def routed(
         self,

@@ -19,6 +19,8 @@ LAYER_PARTS = (
     "q",  # [T, H, d_qk]: queries before RoPE (after QK-norm), channels in file order
     "latent",  # [T, d_c]: MLA: the cached latent
     "k",  # [T, G, d]: keys before RoPE; MLA: the shared one, G = 1, d = r
+    "index_scores",  # [T, T]: DSA: scores of the indexer; 0 where masked
+    "index_choice",  # [T, T]: DSA: 1 for the tokens that a query attends to
     "v",  # [T, G, d_v]: values; MLA: of every head
     "q_rotated",  # [T, H, d_qk]: RoPE channels last, in canonical order: real parts of all
     "k_rotated",  # [T, G, d]: pairs, then imaginary parts, for every pairing in files
@@ -116,7 +118,8 @@ class Trace:
     """The compared parts."""
     evidence: dict[Place, Tensor] = field(default_factory=dict)
     """Inputs and weights of audited steps, by additional names: scale, chosen, gate_weight,
-    gate_bias, embedded, carried, enorm, hnorm, eh_proj, eps.
+    gate_bias, embedded, carried, enorm, hnorm, eh_proj, eps, and of indexers index_q, index_k,
+    index_norm, index_norm_bias, index_head_weight.
     """
 
     def record(self, block: Block, part: str, value: Tensor) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, LlamaConfig
+from transformers import DeepseekV3Config, DeepseekV32Config, GlmMoeDsaConfig, LlamaConfig
 
 from lowlat.checkpoint.load import load_model
 from lowlat.compare.implementations.base import Implementation
@@ -78,6 +79,26 @@ def v3_case(**changes: Any) -> Case:
         start=START,
         bias_shift=-0.7,
     )
+
+
+def sparse_case(family: str = "deepseek_v32", **changes: Any) -> Case:
+    """The same without MTP modules, which transformers leaves out, with indexers that choose 7 of
+    the tokens; three layers of glm_moe_dsa, of which the last shares the choice of the second.
+    """
+    fields = v3_case().config.to_dict() | {
+        "num_hidden_layers": 3,
+        "num_nextn_predict_layers": 0,
+        "index_n_heads": 8,
+        "index_head_dim": 15,
+        "index_topk": 7,
+    }
+    for name in ("model_type", "architectures", "transformers_version", "head_dim"):
+        fields.pop(name, None)
+    kind = {"deepseek_v32": DeepseekV32Config, "glm_moe_dsa": GlmMoeDsaConfig}[family]
+    if family == "glm_moe_dsa":
+        fields["indexer_types"] = ["full", "full", "shared"]
+    config = kind(**(fields | changes))
+    return replace(v3_case(), name=family, family=family, config=config, mtp=0)
 
 
 def llama_case(**changes: Any) -> Case:

@@ -21,6 +21,7 @@ from .models import Planted, own_side, v3_case, window, write
 from .plant import Plant
 from .plants_attention import ATTENTION
 from .plants_gate import GATE, MTP
+from .plants_sparse import FACTORS, SPARSE, THEIR_SPARSE
 from .plants_theirs import THEIRS
 
 Folders = Callable[[Plant | None], Path]
@@ -76,8 +77,9 @@ def test_planted_mistake_is_named(plant: Plant, guilty: str, folders: Folders) -
 
 def test_every_kind_is_planted() -> None:
     """Regression: a detector that no test has seen detect anything."""
-    assert set(NAMES) == {plant.kind for plant in OWN}
-    assert set(NAMES) - {"mtp_hidden"} == {plant.kind for plant in THEIRS}
+    assert set(NAMES) == {plant.kind for plant in (*OWN, *SPARSE)}
+    unseen = {"mtp_hidden", *FACTORS}
+    assert set(NAMES) - unseen == {plant.kind for plant in (*THEIRS, *THEIR_SPARSE)}
 
 
 @pytest.mark.parametrize("plant", FIRST[::4], ids=lambda plant: plant.name)

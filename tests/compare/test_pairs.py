@@ -24,7 +24,7 @@ from lowlat.utils.progress import SilentProgress
 from tests.lowlat_configs import EVERY, random_model
 from tests.parity.draw import Case, draw_case
 
-from .models import START, VOCAB, llama_case, own_side, v3_case, window, write
+from .models import START, VOCAB, llama_case, own_side, sparse_case, v3_case, window, write
 
 FAMILIES = ["deepseek_v2-1", "deepseek_v3-0", "glm4_moe_lite-0", "mistral-0", "qwen2-1", "qwen3-0"]
 
@@ -48,12 +48,22 @@ def layer_parts(report: ComparisonResult) -> set[str]:
     return {place.part for place in report.comparison.places() if place.block.stage == "layer"}
 
 
-def test_sparse_attention_of_transformers_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_sparse_attention_of_transformers_is_the_same(family: str, tmp_path: Path) -> None:
     """Regression: with attention that is watched, transformers computed all tokens."""
-    path = write(drawn("deepseek_v32-2"), tmp_path)
-    config = own_side(path).config
-    with pytest.raises(UserError, match="theirs: sparse attention cannot be compared with"):
-        load_transformers(path, config, label="theirs", dtype=torch.float32)
+    path = write(sparse_case(family), tmp_path)
+    own = own_side(path)
+    theirs = load_transformers(path, own.config, label="theirs", dtype=torch.float32)
+    report = compare(own, theirs, [window()])
+    assert report.equal and report.diagnosis.findings == ()
+    assert report.diagnosis.unexplained == () and "choice of tokens" in report.diagnosis.audited
+    assert set(report.comparison.left_out) == {"index_scores"}
+    (choice,) = {
+        int(own.trace(window()).parts[place].sum(dim=1).max())
+        for place in report.comparison.places()
+        if place.part == "index_choice"
+    }
+    assert choice == 7
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -65,7 +75,7 @@ def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     report = compare(own, theirs, [Window(ids, 5)])
     assert report.equal and report.diagnosis.findings == () and report.with_imposed is None
     assert report.comparison.left_out == {}
-    seen = set(LAYER_PARTS)
+    seen = set(LAYER_PARTS) - {"index_scores", "index_choice"}
     if own.config.moe is None:
         seen -= {"router_scores", "routing_weights", "routed", "shared"}
     if "kv_lora_rank" not in own.config.attention_of(0).__slots__:

@@ -2,7 +2,7 @@
 
 Every step is recomputed from its recorded inputs. The implementation computes the variant that
 reproduces the recorded output; the size of a difference is not used. Steps: RoPE of queries and
-keys, softmax scale, MTP input (this module), router (`gate_audit`).
+keys, softmax scale, MTP input (this module), router (`gate_audit`), indexer (`index_audit`).
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowlat.compare.diagnosis.gate_audit import gate
+from lowlat.compare.diagnosis.index_audit import indexer
 from lowlat.compare.diagnosis.mistakes import (
     UNEXPLAINED,
     Mistake,
@@ -36,6 +37,8 @@ AUDITED = {
     "scores": "softmax scale",
     "router_scores": "router scores",
     "routing_weights": "expert selection",
+    "index_scores": "index scores",
+    "index_choice": "choice of tokens",
     "joined": "MTP input",
 }
 """Descriptions of the audited steps."""
@@ -52,6 +55,7 @@ def audit(trace: Trace, config: ModelConfig, window: Window) -> dict[Place, Step
             "q_rotated": _rotation(trace, config, block, window, "q"),
             "k_rotated": _rotation(trace, config, block, window, "k"),
             "scores": _scale(trace, config, block),
+            **indexer(trace, config, block, window),
             **gate(trace, config, block),
         }
         found |= {Place(block, part): out for part, out in steps.items() if out is not None}

@@ -29,8 +29,10 @@ from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.moe import Gate, MoE
 from lowlat.model.transformer import Transformer
+from lowlat.ops import sparse_attention
 from lowlat.ops.layout import EntryLayout
 from lowlat.ops.routing import Routing
+from lowlat.ops.sparse_attention import IndexQueries
 from lowlat.utils.device import dtype_name
 
 
@@ -196,7 +198,22 @@ class ObservedAttention(AttentionBackend):
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
         out = self.inner.mla(layer, q_nope, q_rope, entries, w_uk, w_uv, scale)
-        latent, k_rope = self._cached(layer, entries).split([w_uk.shape[-1], q_rope.shape[-1]], -1)
+        rows = self._cached(layer, entries)
+        self._latent_attended(layer, q_nope, q_rope, rows, w_uk, w_uv, out, scale)
+        return out
+
+    def _latent_attended(
+        self,
+        layer: int,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        rows: Tensor,
+        w_uk: Tensor,
+        w_uv: Tensor,
+        out: Tensor,
+        scale: float,
+    ) -> None:
+        latent, k_rope = rows.split([w_uk.shape[-1], q_rope.shape[-1]], -1)
         k_nope = torch.einsum("kc,hnc->khn", latent, w_uk)
         k = torch.cat([k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)], dim=-1)
         self.observer.trace.record(block_of(self.config, layer), "latent", latent)
@@ -208,10 +225,31 @@ class ObservedAttention(AttentionBackend):
             heads=out,
             scale=scale,
         )
-        return out
 
-    def sparse_mla(self, *arguments: Any, **named: Any) -> Tensor:
-        return self.inner.sparse_mla(*arguments, **named)
+    def sparse_mla(
+        self,
+        layer: int,
+        q_nope: Float[Tensor, "tokens heads nope_dim"],
+        q_rope: Float[Tensor, "tokens heads rope_dim"],
+        entries: Float[Tensor, "tokens entry_dim"],
+        w_uk: Float[Tensor, "heads nope_dim latent"],
+        w_uv: Float[Tensor, "heads v_dim latent"],
+        scale: float,
+        index: IndexQueries | None,
+    ) -> Float[Tensor, "tokens heads v_dim"]:
+        out = self.inner.sparse_mla(layer, q_nope, q_rope, entries, w_uk, w_uv, scale, index)
+        cached = self._cached(layer, entries)
+        width = w_uk.shape[-1] + q_rope.shape[-1]
+        keys, rows = cached.split([cached.shape[1] - width, width], dim=-1)
+        self._latent_attended(layer, q_nope, q_rope, rows, w_uk, w_uv, out, scale)
+        scores = None if index is None else sparse_attention.index_scores(index, keys)
+        choice = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
+        (chosen,) = self.inner.chosen
+        if len(chosen):
+            choice[len(rows) - len(chosen) :] = False
+            choice[len(rows) - len(chosen) :].scatter_(1, chosen, True)
+        self.observer.chose(block_of(self.config, layer), choice, scores)
+        return out
 
     def gqa(
         self,

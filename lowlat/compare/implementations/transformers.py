@@ -79,6 +79,7 @@ class TransformersModel(Implementation):
         observer.layer(block, layer, widths)
         attention: Any = find(layer, observer.names.attention)
         attention.lowlat_observed = partial(observer.attended, block, widths)
+        attention.lowlat_chose = partial(observer.chose, block)
         gate = find(find(layer, observer.names.mlp), observer.names.gate)
         if gate is not None and self.config.moe is not None:
             self._watch_gate(observer, block, gate, experts.get(block))
@@ -140,8 +141,18 @@ class TransformersModel(Implementation):
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The eager attention of the module's own file, with inputs and outputs recorded."""
+    """The eager attention of the module's own file, with inputs and outputs recorded; that of
+    sparse attention (DSA) masks the tokens that are not among the chosen `indices`.
+    """
     eager = sys.modules[type(module).__module__].eager_attention_forward
+    chosen = options.pop("indices", None)
+    if chosen is not None:
+        assert mask is not None
+        left_out = torch.ones(mask.shape[-2:], dtype=torch.bool).scatter_(
+            1, chosen[0].long(), False
+        )
+        mask = mask.masked_fill(left_out, torch.finfo(mask.dtype).min)
+        module.lowlat_chose((~left_out).tril(), None)
     out, weights = eager(module, query, key, value, mask, **options)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     module.lowlat_observed(
@@ -158,15 +169,9 @@ def _attention(
 def load_transformers(
     path: Path, config: ModelConfig, *, label: str, dtype: torch.dtype
 ) -> TransformersModel:
-    """The model at `path`. Raises UserError if transformers is missing or cannot load it, and for
-    sparse attention (DSA): it would be dense, because only transformers' own implementations of
-    attention leave tokens out.
+    """The model at `path`, with sparse attention (DSA) without its MTP modules, which transformers
+    leaves out. Raises UserError if transformers is missing or cannot load it.
     """
-    if config.is_sparse:
-        raise UserError(
-            f"{label}: sparse attention cannot be compared with transformers, which computes it "
-            "where compare does not see it; compare it with another file or implementation"
-        )
     try:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -179,7 +184,7 @@ def load_transformers(
     try:
         model = load_causal_lm(str(path), dtype, attn_implementation=ATTENTION)
         mtp = None
-        if config.num_nextn_predict_layers:
+        if config.num_nextn_predict_layers and not config.is_sparse:
             # transformers' own list has only the layer numbers of the released model.
             last = range(config.num_hidden_layers, config.num_cache_layers)
             patterns = [rf"model\.layers\.{layer}\." for layer in last]

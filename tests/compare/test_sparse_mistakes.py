@@ -1,0 +1,69 @@
+"""Known mistakes of sparse attention (DSA), planted in either side, are named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowlat.compare.implementations.base import Implementation
+from lowlat.compare.implementations.transformers import load_transformers
+from lowlat.compare.result_json import as_dict
+from lowlat.compare.result_text import diagnosis_lines
+from lowlat.compare.run import compare
+
+from .models import Planted, own_side, sparse_case, window, write
+from .plant import Plant
+from .plants_sparse import SPARSE, THEIR_SPARSE
+
+GUILTY = [(plant, "B") for plant in (*SPARSE, *THEIR_SPARSE)] + [(plant, "A") for plant in SPARSE]
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Interleaved rotation of the indexer; the last layer shares a choice."""
+    return write(sparse_case("glm_moe_dsa"), tmp_path_factory.mktemp("glm"))
+
+
+def side(path: Path, implementation: str) -> Implementation:
+    own = own_side(path)
+    if implementation == "lowlat":
+        return own
+    return load_transformers(path, own.config, label="theirs", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("plant", "guilty"), GUILTY, ids=[f"{plant.name} in {side}" for plant, side in GUILTY]
+)
+def test_planted_mistake_is_named(plant: Plant, guilty: str, glm: Path) -> None:
+    clean = Planted(lambda: own_side(glm), None)
+    bad = Planted(lambda: side(glm, plant.implementation), plant.plant)
+    report = compare(*((bad, clean) if guilty == "A" else (clean, bad)), [window()])
+    assert not report.equal
+    assert report.first is not None and report.first.part == plant.first
+    found = report.diagnosis.findings
+    assert {item.label for item in found} == {guilty} == {item.judged_by for item in found}
+    assert {item.kind for item in found} == {plant.kind}
+    assert report.first in found[0].places
+    assert not report.diagnosis.unexplained
+    said = diagnosis_lines(as_dict(report))
+    assert plant.says in said[0] and f": {guilty} " in said[0]
+
+
+def test_layout_of_v32_is_half_split(tmp_path: Path) -> None:
+    """The reverse of glm_moe_dsa: interleaved where halves are right."""
+    path = write(sparse_case(), tmp_path)
+    bad = Planted(lambda: own_side(path), SPARSE[0].plant)
+    report = compare(own_side(path), bad, [window()])
+    said = diagnosis_lines(as_dict(report))
+    assert "rotates pairs (2i, 2i+1) of the indexer, not (i, i + d/2)" in said[0]
+
+
+def test_unknown_scores_are_unexplained(glm: Path) -> None:
+    """No known mistake is made of a perturbed weight of an indexer, nor of scores by no rule."""
+    bad = own_side(glm)
+    bad.model.get_parameter("layers.1.self_attn.indexer.wk.weight").mul_(
+        torch.rand(15, 1, generator=torch.Generator().manual_seed(1))
+    )
+    report = compare(own_side(glm), bad, [window()])
+    assert str(report.first) == "layer 1 index_scores"
+    assert report.diagnosis.findings == () and report.diagnosis.unexplained == ()
