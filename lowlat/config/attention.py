@@ -59,13 +59,17 @@ class IndexerConfig:
     index_n_heads: int
     """Heads H_I of the indexer."""
     index_head_dim: int
-    """Channels of an index query and of the one index key; the first qk_rope_head_dim rotate."""
+    """Channels of an index query and of the one index key; the first index_rope_head_dim rotate."""
     index_topk: int
     """Tokens that a query attends to; up to this many, attention is dense."""
     rope_interleave: bool = False
     """Rotated pairs are channels (2i, 2i+1) if true, halves if false (V3.2), whatever MLA has."""
     is_shared: bool = False
     """The layer has no indexer: it attends to the tokens that the last indexer before it chose."""
+    index_rope_head_dim: int | None = None
+    """Rotary channels, at frequencies of the layer's rotary key (`model.indexer.rotary_pairs`);
+    None: qk_rope_head_dim, as in all released models.
+    """
 
     @property
     def key_dim(self) -> int:

@@ -290,6 +290,15 @@ class ModelConfig:
             return last
         return replace(last, indexer=replace(last.indexer, is_shared=False))
 
+    def choosing_layer(self, layer: int) -> int | None:
+        """The layer whose indexer chooses the tokens that `layer`, numbered as above, attends to:
+        itself, or with a shared choice one before it. None with dense attention.
+        """
+        attention = self.attention_of(layer)
+        if not isinstance(attention, MLAConfig) or attention.indexer is None:
+            return None
+        return self.choosing_layer(layer - 1) if attention.indexer.is_shared else layer
+
     def rope_of(self, layer: int) -> RopeConfig:
         """The rotary embedding of `layer`, numbered as above."""
         if not isinstance(self.rope, tuple):

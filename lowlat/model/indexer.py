@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lowlat.config.model import IndexerConfig, MLAConfig, ModelConfig
+from lowlat.config.model import IndexerConfig, MLAConfig, ModelConfig, RopeConfig
 from lowlat.model.linear import LayerNorm, Linear
 from lowlat.ops.norm import accumulation_dtype
 from lowlat.ops.rope import RotaryTable, apply_rope
@@ -17,6 +17,25 @@ from lowlat.ops.sparse_attention import IndexQueries
 
 KEY_NORM_EPS = 1e-6
 """Epsilon of k_norm in every released implementation."""
+
+
+def distinct_pairs(rope: RopeConfig, rope_dim: int) -> int:
+    """Pairs of a rotary key of `rope_dim` channels with frequencies of their own. An exactly
+    converted model repeats those of a key head for every group.
+    """
+    factors, pairs = rope.pair_factors or (), rope_dim // 2
+    periods = (n for n in range(1, pairs) if pairs % n == 0)
+    repeats = (n for n in periods if factors == factors[:n] * (pairs // n))
+    return next(repeats, pairs) if factors else pairs
+
+
+def rotary_pairs(rope: RopeConfig, rope_dim: int, index_dim: int) -> slice:
+    """Pairs of a rotary key of `rope_dim` channels at whose frequencies the `index_dim` rotary
+    channels of an indexer rotate: every n-th of the distinct ones, the base frequencies of a
+    narrower head.
+    """
+    step = max(1, distinct_pairs(rope, rope_dim) // (index_dim // 2))
+    return slice(0, step * (index_dim // 2), step)
 
 
 class HeadWeights(nn.Module):
@@ -35,8 +54,8 @@ class HeadWeights(nn.Module):
 
 class Indexer(nn.Module):
     """q_I from the query latent (from the layer's input, if there is none), w and k_I from the
-    layer's input. The first qk_rope_head_dim channels of q_I and k_I rotate, in a layout of their
-    own: half-split in DeepSeek-V3.2, interleaved in GLM-5.
+    layer's input. The first index_rope_head_dim channels of q_I and k_I rotate, in a layout of
+    their own: half-split in DeepSeek-V3.2, interleaved in GLM-5.
     """
 
     def __init__(
@@ -44,12 +63,14 @@ class Indexer(nn.Module):
         config: ModelConfig,
         attention: MLAConfig,
         indexer: IndexerConfig,
+        rope: RopeConfig,
         *,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.dims = indexer
-        self.rope_dim = attention.qk_rope_head_dim
+        self.rope_dim = indexer.index_rope_head_dim or attention.qk_rope_head_dim
+        self.pairs = rotary_pairs(rope, attention.qk_rope_head_dim, self.rope_dim)
         hidden, heads, width = (
             config.hidden_size,
             indexer.index_n_heads,
@@ -80,5 +101,6 @@ class Indexer(nn.Module):
         self, x: Float[Tensor, "tokens heads index_dim"], rope: RotaryTable
     ) -> Float[Tensor, "tokens heads index_dim"]:
         rotary, rest = x.split([self.rope_dim, x.shape[-1] - self.rope_dim], dim=-1)
+        rope = rope._replace(cos=rope.cos[:, self.pairs], sin=rope.sin[:, self.pairs])
         rotary = apply_rope(rotary, rope, interleave=self.dims.rope_interleave)
         return torch.cat([rotary, rest], dim=-1)

@@ -65,7 +65,8 @@ class MLA(nn.Module):
         )
         self.indexer: Indexer | None = None
         if attention.indexer is not None and not attention.indexer.is_shared:
-            self.indexer = Indexer(config, attention, attention.indexer, dtype=dtype)
+            rope = config.rope_of(layer)
+            self.indexer = Indexer(config, attention, attention.indexer, rope, dtype=dtype)
 
     def forward(
         self,
@@ -122,9 +123,16 @@ class MLA(nn.Module):
     def entries(
         self, x: Float[Tensor, "tokens hidden"], rope: RotaryTable
     ) -> Float[Tensor, "tokens entry_dim"]:
-        """KV cache entries: the normalised latent and the rotated shared key, [c_t ; k_R]
-        (equations 1 and 3); with an indexer [k_I ; c_t ; k_R].
-        """
+        """KV cache entries: those of `latent_entries`, with an indexer [k_I ; c_t ; k_R]."""
+        latent = self.latent_entries(x, rope)
+        if self.indexer is None or self.dims.indexer is None:
+            return latent
+        return torch.cat([self.indexer.keys(x, rope), latent], dim=-1)
+
+    def latent_entries(
+        self, x: Float[Tensor, "tokens hidden"], rope: RotaryTable
+    ) -> Float[Tensor, "tokens kv_a_dim"]:
+        """The normalised latent and the rotated shared key, [c_t ; k_R] (equations 1 and 3)."""
         dims = self.dims
         latent, k_rope = self.kv_a_proj_with_mqa(x).split(
             [dims.kv_lora_rank, dims.qk_rope_head_dim], dim=-1
@@ -132,9 +140,7 @@ class MLA(nn.Module):
         if dims.kv_a_layernorm:
             latent = self.kv_a_layernorm(latent)
         k_rope = apply_rope(k_rope[:, None], rope, interleave=self.interleave)[:, 0]
-        if self.indexer is None or dims.indexer is None:
-            return torch.cat([latent, k_rope], dim=-1)
-        return torch.cat([self.indexer.keys(x, rope), latent, k_rope], dim=-1)
+        return torch.cat([latent, k_rope], dim=-1)
 
     def up_projections(
         self, dtype: torch.dtype

@@ -6,7 +6,88 @@ OPS, MODEL = "tests/unit/ops/test_sparse_attention.py::", "tests/unit/model/"
 INDEXER, LAYERS = MODEL + "test_indexer.py::", MODEL + "test_sparse_mla.py::"
 FILE = "ops/sparse_attention.py"
 
+LOSS = "ops/indexer_loss.py"
+TRAINING = "tests/unit/train/test_sparse_training.py::"
+WRITTEN = TRAINING + "test_gradients_written_out"
 SPARSE = [
+    Mutant(
+        "DSA training: KL with the arguments exchanged",
+        LOSS,
+        "return (torch.xlogy(target, target) - cross).sum()",
+        "own = log_shares.masked_fill(~mask, 0.0)\n"
+        "    return (own.exp() * mask * (own - target.clamp(min=1e-30).log())).sum()",
+        WRITTEN,
+    ),
+    Mutant(
+        "DSA training: target of one head",
+        LOSS,
+        "return out, shares.detach().sum(dim=0), mass",
+        "return out, shares.detach()[0], mass",
+        WRITTEN,
+    ),
+    Mutant(
+        "DSA training: KL over all tokens in the sparse stage",
+        LOSS,
+        "kl = index_divergence(scores, target, mask)",
+        "kl = index_divergence(scores, target, visible)",
+        WRITTEN,
+    ),
+    Mutant(
+        "DSA training: recall of sparse attention",
+        LOSS,
+        "whole = scores.masked_fill(~visible, -torch.inf)",
+        "whole = masked",
+        WRITTEN,
+    ),
+    Mutant(
+        "DSA training: dense attention in the sparse stage",
+        LOSS,
+        "mask = visible if objective.is_dense else picked",
+        "mask = visible",
+        WRITTEN,
+    ),
+    Mutant(
+        "DSA training: input of the indexer not detached",
+        "train/layers/sparse_mla.py",
+        "given = x.detach()",
+        "given = x",
+        WRITTEN,
+    ),
+    Mutant(
+        "DSA training: query latent of the indexer not detached",
+        "train/layers/sparse_mla.py",
+        "self.indexer.queries(given, q_latent.detach(), rope)",
+        "self.indexer.queries(given, q_latent, rope)",
+        WRITTEN,
+    ),
+    Mutant(
+        "DSA training: shared choices count as layers of their own",
+        "train/layers/sparse_mla.py",
+        "self.kl_weight / self.served",
+        "self.kl_weight",
+        WRITTEN + "[sparse-sharing]",
+    ),
+    Mutant(
+        "DSA training: recomputed layers are counted twice",
+        "train/layers/sparse_mla.py",
+        "if weight is not None and torch._C._current_graph_task_id() == -1:",
+        "if weight is not None:",
+        TRAINING + "test_blocks_and_recomputation_change_nothing",
+    ),
+    Mutant(
+        "DSA training: gradients of later keys of a block are dropped",
+        LOSS,
+        "total = parts[-1].keys.clone()",
+        "total = torch.zeros_like(parts[-1].keys)",
+        TRAINING + "test_blocks_and_recomputation_change_nothing",
+    ),
+    Mutant(
+        "DSA training: the warm-up moves routing biases",
+        "train/step/step.py",
+        'match != "attention" and not plan.phase.is_warmup',
+        'match != "attention"',
+        TRAINING + "test_warm_up_lowers_the_divergence_and_moves_nothing_else",
+    ),
     Mutant(
         "DSA: index scores without ReLU",
         FILE,

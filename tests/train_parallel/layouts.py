@@ -67,6 +67,10 @@ SHORT = [
     Case({"fsdp": 2, "expert": 2}, attention="gqa", steps=4, recompute=True),
     Case({"tensor": 2}, steps=4),
     Case({"context": 2, "expert": 2}, steps=4, masks=True),
+    Case({"context": 2, "expert": 2}, attention="dsa", steps=4, masks=True),
+    Case({"fsdp": 2, "expert": 2}, attention="dsa-sharing", steps=4, recompute=True),
+    Case({"tensor": 2}, attention="dsa-sharing", steps=4),
+    Case({"fsdp": 2}, attention="dsa-warmup", steps=4),
 ]
 """A few, each with parts of several kinds."""
 
@@ -96,6 +100,14 @@ ALL = [
     Case({"tensor": 2}, attention="layers"),
     Case({"context": 2}, attention="layers", masks=True),
     Case({"fsdp": 2, "expert": 2}, attention="layers", recompute=True),
+    Case({"data": 2, "expert": 2}, attention="dsa"),
+    Case({"fsdp": 2}, attention="dsa", recompute=True),
+    Case({"fsdp": 2, "expert": 2}, attention="dsa-sharing", recompute=True),
+    Case({"tensor": 2}, attention="dsa"),
+    Case({"tensor": 2}, attention="dsa-warmup"),
+    Case({"context": 2}, attention="dsa-sharing", masks=True),
+    Case({"context": 2}, attention="dsa-warmup"),
+    Case({"fsdp": 2}, attention="dsa-warmup"),
     Case({"fsdp": 2}, bf16=True, steps=1),
     Case({"data": 4}),
     Case({"fsdp": 4}),
@@ -116,6 +128,8 @@ ALL = [
     Case({"context": 2, "data": 2, "expert": 4}, recompute=True),
     Case({"context": 2, "fsdp": 2, "expert": 2}, attention="gqa"),
     Case({"context": 2, "tensor": 2}),
+    Case({"context": 2, "tensor": 2}, attention="dsa", masks=True),
+    Case({"context": 2, "data": 2, "expert": 4}, attention="dsa-warmup", masks=True),
 ]
 
 

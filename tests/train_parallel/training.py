@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowlat.config.model import ModelConfig
+from lowlat.config.model import IndexerConfig, ModelConfig
 from lowlat.data.batch import Batch
 from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.fused import checkpoint_activations, use_fused_layers
+from lowlat.train.layers.sparse_mla import sparse_layers, use_sparse_training
 from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.parallel.launch import process_mesh
 from lowlat.train.parallel.mesh import ProcessMesh
@@ -27,6 +28,7 @@ from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import OptimizerConfig, ParallelConfig, parse_recipe
 from lowlat.train.run.build import new_passes
 from lowlat.train.step.balance import LoadBalancer
+from lowlat.train.step.indexers import IndexerLosses
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.step import train_step
 from tests.configs import MOE
@@ -39,6 +41,9 @@ from tests.train_parallel.pipelines import Pipeline
 LENGTH = 16
 ROWS = 8
 MTP = 1
+SPARSE = ("dsa", "dsa-sharing", "dsa-warmup")
+"""Sparse attention; the last trains its indexers only."""
+INDEXER = IndexerConfig(index_n_heads=3, index_head_dim=7, index_topk=3)
 EPS = 1e-5
 """So large that no update follows the rounding of a gradient that is zero but for it."""
 
@@ -52,9 +57,10 @@ def model_config(attention: str, layers: int = 2) -> ModelConfig:
         "gla": lowlat_config(GLA),
         "gta": lowlat_config(GTA),
         "tpa": lowlat_config(TPA),
+        **dict.fromkeys(SPARSE, mla_config(model_type="lowlat")),
     }[attention]
     sizes: dict[str, Any] = {}
-    if attention in ("mla", "gqa", "layers"):
+    if attention in ("mla", "gqa", "layers", *SPARSE):
         sizes["num_attention_heads"] = 4
     if attention == "gqa":
         sizes |= {"num_key_value_heads": 4, "qk_norm": True}
@@ -65,6 +71,9 @@ def model_config(attention: str, layers: int = 2) -> ModelConfig:
             replace(own, kv_lora_rank=29 - layer, qk_rope_head_dim=2 + 2 * layer)
             for layer in range(layers)
         )
+    if attention in SPARSE:
+        shares = [layer % 2 > 0 and "sharing" in attention for layer in range(layers)]
+        own = tuple(replace(own, indexer=replace(INDEXER, is_shared=one)) for one in shares)
     return replace(
         base,
         num_hidden_layers=layers,
@@ -85,7 +94,7 @@ def model_config(attention: str, layers: int = 2) -> ModelConfig:
     )
 
 
-def timetable(steps: int, ranks: int) -> TrainingSchedule:
+def timetable(steps: int, ranks: int, **phase: Any) -> TrainingSchedule:
     """Two micro-batches of a process where four divide the rows."""
     raw = {
         "name": "t",
@@ -102,6 +111,7 @@ def timetable(steps: int, ranks: int) -> TrainingSchedule:
                 "bias_update_speed": 0.002,
                 "z_weight": 0.001,
             }
+            | phase
         ],
     }
     return TrainingSchedule(parse_recipe(raw, origin="test"), ranks=ranks)
@@ -135,6 +145,12 @@ class Training:
         decide(self.model)
         stack_experts(self.model)
         use_fused_layers(self.model)
+        stage = "warmup" if "warmup" in spec["attention"] else "sparse"
+        if config.is_sparse:
+            use_sparse_training(self.model, stage)
+            for layer in sparse_layers(self.model):
+                if layer.indexer is not None:  # else the bias is little more than rounding
+                    layer.indexer.k_norm.bias.data.fill_(0.3)
         if spec["recompute"]:
             checkpoint_activations(self.model)
         self.passes, self.sharded = new_passes(
@@ -144,7 +160,8 @@ class Training:
         self.optimizer = Optimizer(self.model, table, self.sharded)
         self.balancer = LoadBalancer(self.model, sequence_weight=0.01, mesh=mesh)
         self.margin = Margin(self.model)
-        self.timetable = timetable(spec["steps"], mesh.data_parallel_size)
+        self.indexers = IndexerLosses(self.model, mesh=mesh)
+        self.timetable = timetable(spec["steps"], mesh.data_parallel_size, dsa_stage=stage)
         self.losses: list[list[float]] = []
 
     @property
@@ -162,10 +179,13 @@ class Training:
             batch,
             plan,
             num_ahead=1 + MTP,
+            indexers=self.indexers,
             mesh=self.mesh,
         )
+        kl = sum(layer.kl for layer in result.indexers)
+        recall = sum(layer.recall for layer in result.indexers)
         self.losses.append(
-            [*result.losses, result.z, result.sequence_loss, result.grad_norm]
+            [*result.losses, result.z, result.sequence_loss, kl, recall, result.grad_norm]
             + [load.max_violation for load in result.loads]
         )
 

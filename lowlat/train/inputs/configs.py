@@ -17,13 +17,12 @@ from lowlat.train.inputs.model_files import teacher_config
 from lowlat.train.inputs.parallel_check import check_parallel
 from lowlat.train.recipe.schema import Phase, Recipe
 from lowlat.train.step.lora import check_lora
-from lowlat.train.step.trainable import check_divides_batches, check_trainable
+from lowlat.train.step.trainable import check_divides_batches, check_stages, check_trainable
 from lowlat.utils.errors import UserError
 from lowlat.utils.json_fields import JsonFields
 
 NULLABLE = ("q_lora_rank", "sliding_window")
 """Fields of config.json that are null if missing from [model], since TOML has no null."""
-DENSE_REMEDY = "choose a model with dense attention, such as deepseek_v3"
 
 
 def recipe_config(recipe: Recipe, path: Path, base_model: Path | None) -> ModelConfig:
@@ -55,8 +54,6 @@ def base_config(
                 f"{origin}: [model]: quantization_config describes stored checkpoints; leave it "
                 "out (precision = 'fp8' trains in FP8, train export --dtype fp8 stores it)"
             )
-    if config.is_sparse:
-        raise UserError(f"{origin}: sparse attention (DSA) cannot be trained; {DENSE_REMEDY}")
     if config.vocab_size < vocab_size:
         raise UserError(
             f"{origin}: the data has {vocab_size} token ids, but the model's vocab_size is "
@@ -126,6 +123,7 @@ def check_recipe(
     """Validate `recipe` against the model `config`, except for data; returns the config of each
     phase. Raises UserError naming phase or key.
     """
+    check_stages(config, recipe, origin)
     check_lora(config, recipe, origin)
     check_trainable(config, recipe, origin)
     if recipe.distillation is not None:

@@ -3,6 +3,7 @@ read.
 """
 
 from lowlat.config.model import ModelConfig
+from lowlat.train.layers.sparse_mla import choosing_layers
 from lowlat.train.parallel.mesh import expert_sizes
 from lowlat.train.parallel.tensor import check_divisible
 from lowlat.train.pipeline.stages import (
@@ -38,6 +39,11 @@ def check_parallel(config: ModelConfig, recipe: Recipe, origin: str) -> None:
             expert_sizes(sizes, sizes.data * sizes.context)
         except UserError as error:
             raise UserError(f"{origin}: {error}") from error
+    if sizes.pipeline > 1 and any(layer != own for layer, own in choosing_layers(config).items()):
+        raise UserError(
+            f"{origin}: parallel.pipeline {sizes.pipeline} does not support layers that share a "
+            "choice of tokens (DSA); leave it at 1"
+        )
     if sizes.pipeline > 1:
         _check_pipeline(config, recipe, origin)
     if sizes.context > 1:

@@ -13,6 +13,7 @@ from typing import Any
 from lowlat.train.metrics.record import (
     EvalRecord,
     ExpertRecord,
+    IndexerRecord,
     NoteRecord,
     Record,
     StartRecord,
@@ -63,7 +64,7 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if is_dataclass(value):
         known = [(field, getattr(value, field.name)) for field in fields(value)]
-        return {f.name: plain(v) for f, v in known if v is not None or not _is_optional(f)}
+        return {f.name: plain(v) for f, v in known if not _is_optional(f) or v not in (None, ())}
     return value
 
 
@@ -123,10 +124,15 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _experts(value: Any) -> tuple[ExpertRecord, ...]:
-    if not isinstance(value, list) or not all(isinstance(layer, dict) for layer in value):
-        raise ValueError("is no list of objects")
-    return tuple(ExpertRecord(**_checked(layer, ExpertRecord)) for layer in value)
+def _layers(kind: type[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """Parser of a tuple of records of one layer each."""
+
+    def parse(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list) or not all(isinstance(layer, dict) for layer in value):
+            raise ValueError("is no list of objects")
+        return tuple(kind(**_checked(layer, kind)) for layer in value)
+
+    return parse
 
 
 _PARSERS: dict[Any, Callable[[Any], Any]] = {
@@ -136,7 +142,8 @@ _PARSERS: dict[Any, Callable[[Any], Any]] = {
     str: _text,
     str | None: _text,
     tuple[float, ...]: _numbers,
-    tuple[ExpertRecord, ...]: _experts,
+    tuple[ExpertRecord, ...]: _layers(ExpertRecord),
+    tuple[IndexerRecord, ...]: _layers(IndexerRecord),
     dict[str, str | int | float | bool | None]: _object,
 }
 """Parsers of fields by their type; each raises ValueError or TypeError."""

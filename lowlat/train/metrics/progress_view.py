@@ -7,7 +7,13 @@ from typing import final
 
 from lowlat.train.metrics.formatting import clock, count, memory, rate, utilisation
 from lowlat.train.metrics.metrics_log import MetricsLog
-from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
+from lowlat.train.metrics.record import (
+    EvalRecord,
+    ExpertRecord,
+    IndexerRecord,
+    StartRecord,
+    StepRecord,
+)
 
 FIGURES = {"loss": "loss", "divergence": "KL", "layer_error": "layers"}
 """Smoothed fields of steps, with their labels."""
@@ -129,6 +135,7 @@ def line(pace: ProgressTracker) -> str:
         *([f"MFU {utilisation(last.mfu)}"] if last.mfu is not None else []),
         memory(last.memory_bytes),
         *([_worst(last.experts)] if last.experts else []),
+        *([_indexers(last.indexers)] if last.indexers else []),
         f"{clock(pace.seconds_left)} left",
     ]
     return "  ".join(parts)
@@ -146,6 +153,13 @@ def evaluation_text(record: EvalRecord) -> str:
 def _worst(experts: tuple[ExpertRecord, ...]) -> str:
     worst = max(experts, key=lambda layer: layer.max_violation)
     return f"MaxVio {worst.max_violation:.2f} (layer {worst.layer})"
+
+
+def _indexers(layers: tuple[IndexerRecord, ...]) -> str:
+    """Mean KL divergence of the indexers, and the layer with the lowest recall."""
+    worst = min(layers, key=lambda layer: layer.recall)
+    kl = sum(layer.kl for layer in layers) / len(layers)
+    return f"indexer KL {kl:.4f} recall {worst.recall:.3f} (layer {worst.layer})"
 
 
 def _fact(value: str | int | float | bool | None) -> str:

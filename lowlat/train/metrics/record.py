@@ -28,6 +28,23 @@ class ExpertRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class IndexerRecord:
+    """Sparse attention (DSA) of one layer over the global batch of a step."""
+
+    layer: int
+    """Decoder layer from 0; MTP modules follow the last decoder layer."""
+    kl: float
+    """KL divergence of the indexer's distribution from the attention distribution, nats per query:
+    over all visible tokens in the warm-up, else over the chosen ones. In a layer that shares a
+    choice, that of the indexer that made it.
+    """
+    recall: float
+    """Attention mass of dense attention that the index_topk chosen tokens have, mean over heads and
+    over the queries that see more tokens than that; 1 if there are none.
+    """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
     """One optimizer step over the global batch."""
 
@@ -69,6 +86,8 @@ class StepRecord:
     """With a teacher, forward KL divergence from it, nats per target."""
     layer_error: float | None = None
     """In layer-wise distillation, relative squared error, mean over layers."""
+    indexers: tuple[IndexerRecord, ...] = ()
+    """One record per layer with sparse attention, in order of layers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

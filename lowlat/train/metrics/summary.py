@@ -61,6 +61,7 @@ def summarise(history: RunHistory) -> Summary:
         "mfu": statistics.median(mfu) if mfu else None,
         "memory_bytes": max(step.memory_bytes for step in steps),
         "experts": _experts(steps, ending),
+        "indexers": _indexers(steps, ending),
     }
 
 
@@ -112,6 +113,24 @@ def _experts(steps: Sequence[StepRecord], ending: Sequence[StepRecord]) -> list[
             }
         )
     return layers
+
+
+def _indexers(steps: Sequence[StepRecord], ending: Sequence[StepRecord]) -> list[dict[str, Any]]:
+    """Loss and recall of the indexer of each sparse layer at its first step and at the end."""
+    firsts = {layer.layer: layer for step in reversed(steps) for layer in step.indexers}
+    found = []
+    for number, first in sorted(firsts.items()):
+        last = [layer for step in ending for layer in step.indexers if layer.layer == number]
+        found.append(
+            {
+                "layer": number,
+                "kl_first": first.kl,
+                "kl_last": statistics.fmean(layer.kl for layer in last),
+                "recall_first": first.recall,
+                "recall_last": statistics.fmean(layer.recall for layer in last),
+            }
+        )
+    return found
 
 
 def _by_layer(steps: Sequence[StepRecord]) -> dict[int, list[ExpertRecord]]:

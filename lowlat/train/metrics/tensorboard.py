@@ -138,6 +138,9 @@ def _curves(record: StepRecord) -> dict[str, float]:
         curves[f"load_entropy/layer_{layer.layer:02}"] = layer.entropy
         curves[f"bias_min/layer_{layer.layer:02}"] = layer.bias_min
         curves[f"bias_max/layer_{layer.layer:02}"] = layer.bias_max
+    for layer in record.indexers:
+        curves[f"indexer_kl/layer_{layer.layer:02}"] = layer.kl
+        curves[f"indexer_recall/layer_{layer.layer:02}"] = layer.recall
     return curves
 
 

@@ -61,13 +61,13 @@ class _Copied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _all_reduced(grad, ctx.group), None
+        return all_reduced(grad, ctx.group), None
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return _all_reduced(x, group)
+        return all_reduced(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -103,7 +103,8 @@ class _Exchanged(torch.autograd.Function):
         return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
-def _all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_reduced(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The all-reduced sum of x, without a gradient."""
     out = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(out, group=group)
     return out

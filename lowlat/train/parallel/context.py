@@ -19,6 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 from lowlat.attention.base import AttentionBackend
 from lowlat.data.batch import Batch
 from lowlat.ops.layout import EntryLayout
+from lowlat.train.layers.indexed_attention import KeyRange
 from lowlat.train.parallel.collectives import all_gather
 
 
@@ -95,6 +96,7 @@ class ContextAttention(AttentionBackend):
     ) -> None:
         """`documents`: lengths of the documents in each sequence; attention stays within them."""
         self._rows = len(documents)
+        self._length = sum(documents[0])
         self._pieces = zigzag.pieces(documents)
         self._zigzag = zigzag
         self._group = group
@@ -124,7 +126,19 @@ class ContextAttention(AttentionBackend):
         return self._attend(torch.cat([q_nope, q_rope], dim=-1), k, v, scale, None)
 
     def sparse_mla(self, *arguments: Any, **named: Any) -> Tensor:
-        raise AssertionError("sparse attention is not trained")
+        raise AssertionError("IndexedAttention trains sparse attention")
+
+    def key_ranges(self) -> list[KeyRange]:
+        """This process's queries and their keys among those of `gather`."""
+        starts = (piece.row * self._length for piece in self._pieces)
+        return [
+            KeyRange(start + piece.begin, start + piece.first, start + piece.end)
+            for start, piece in zip(starts, self._pieces, strict=True)
+        ]
+
+    def gather(self, own: Float[Tensor, "tokens width"]) -> Float[Tensor, "all_keys width"]:
+        """The keys of all processes, sequence after sequence."""
+        return self._gathered(own).flatten(0, 1)
 
     def gqa(
         self,

@@ -135,7 +135,7 @@ class TensorParallelAttention(AttentionBackend):
         return self._inner.mla(layer, q_nope, q_rope, entries, w_uk, w_uv, scale)
 
     def sparse_mla(self, *arguments: Any, **named: Any) -> Tensor:
-        raise AssertionError("sparse attention is not trained")
+        raise AssertionError("IndexedAttention trains sparse attention")
 
     def gqa(self, *arguments: Any, **named: Any) -> Tensor:
         return self._inner.gqa(*arguments, **named)

@@ -74,7 +74,7 @@ class PipelinePasses(Passes):
         self, batch: Batch, plan: StepPlan, targets: Sequence[int]
     ) -> Float[Tensor, "heads_and_z"]:
         parts = batch.split(plan.phase.micro_batch_size)
-        micro_batches = [local_batch(self._mesh, part, len(targets)) for part in parts]
+        micro_batches = [self._local(part, len(targets)) for part in parts]
         inputs = StageInputs(
             micro_batches=micro_batches,
             targets=targets,
@@ -93,7 +93,7 @@ class PipelinePasses(Passes):
     @torch.no_grad()
     def likelihood(self, batch: Batch) -> Float[Tensor, "heads"]:
         num_ahead = 1 + self._model.config.num_nextn_predict_layers
-        whole = local_batch(self._mesh, batch, num_ahead)
+        whole = self._local(batch, num_ahead)
         inputs = StageInputs(
             micro_batches=[whole], targets=[1] * num_ahead, mtp_weight=0.0, z_weight=0.0
         )
@@ -104,6 +104,10 @@ class PipelinePasses(Passes):
             x = module(self._received(x, module.stage, len(whole.positions)), place)
             self._send(x, module.stage)
         return self._sums()[:-1]
+
+    def _local(self, batch: Batch, num_ahead: int) -> LocalBatch:
+        is_sparse = self._model.config.is_sparse
+        return local_batch(self._mesh, batch, num_ahead, is_sparse=is_sparse)
 
     def _sums(self) -> Tensor:
         """The sums of the last stage; zeros without it."""
@@ -162,11 +166,11 @@ class PipelinePasses(Passes):
 
     @contextmanager
     def _shared_embedding(self) -> Iterator[None]:
-        """Sum the gradient of the embedding over both processes that hold it."""
-        if self._partner is None:
+        """Sum the gradient of a trained embedding over both processes that hold it."""
+        weight = self._model.embed_tokens.weight if self._partner is not None else None
+        if self._partner is None or weight is None or not weight.requires_grad:
             yield
             return
-        weight = self._model.embed_tokens.weight
         before, weight.grad = weight.grad, None
         yield
         assert weight.grad is not None

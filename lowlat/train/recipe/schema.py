@@ -220,6 +220,17 @@ class Phase(_Table):
     """Distillation target: the teacher's logits, or per layer, on the teacher's input to that
     layer, the output of its attention or what the whole layer adds to the residual stream.
     """
+    dsa_stage: Literal["warmup", "sparse"] | None = None
+    """Training stage of sparse attention (DSA): `warmup` trains the indexers only, under dense
+    attention; `sparse`, the default of sparse models, trains all weights over the chosen tokens.
+    """
+    dsa_indexer_loss_coeff: Amount = 1.0
+    """Weight of the indexers' KL loss."""
+
+    @property
+    def is_warmup(self) -> bool:
+        """Whether only the indexers of sparse attention are trained."""
+        return self.dsa_stage == "warmup"
 
     @model_validator(mode="after")
     def _rows_fit(self) -> "Phase":

@@ -15,10 +15,11 @@ from lowlat.model.init import init_weights
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.fp8 import use_fp8
 from lowlat.train.layers.fused import checkpoint_activations, use_fused_layers
+from lowlat.train.layers.sparse_mla import use_sparse_training
 from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.parallel.parallelize import ShardedParameters, parallelize
-from lowlat.train.recipe.schema import Recipe
+from lowlat.train.recipe.schema import Phase, Recipe
 from lowlat.train.step.lora import add_lora, base_dtype
 from lowlat.train.step.passes import Passes, PlainPasses
 from lowlat.train.step.teacher import Teacher
@@ -34,9 +35,10 @@ def new_model(
     recipe: Recipe,
     base_model: Path | None,
     weights: Mapping[str, Tensor] | None,
+    phase: Phase,
 ) -> Transformer:
-    """The full model on the CPU: with `weights` if given, else those of `base_model`, else
-    initialized.
+    """The full model for `phase` on the CPU: with `weights` if given, else those of `base_model`,
+    else initialized.
 
     Trainable weights are fp32. With LoRA, `weights` are the updates and the base model has the
     dtype of matrix products, as have the frozen matrices of trainable = 'attention'. Weights may be
@@ -65,7 +67,9 @@ def new_model(
     if recipe.precision == "fp8":
         use_fp8(model)
     use_fused_layers(model)
-    if recipe.activation_checkpointing == "full":
+    if config.is_sparse:
+        use_sparse_training(model, phase.dsa_stage or "sparse")
+    if recipe.activation_checkpointing == "full" and not phase.is_warmup:
         checkpoint_activations(model)
     return model
 

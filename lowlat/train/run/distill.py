@@ -16,7 +16,7 @@ from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.cost.dry_run import gigabytes, most_memory, needed_bytes, usable_memory
 from lowlat.train.inputs.phase_data import phase_data
-from lowlat.train.metrics.jsonl import read_log
+from lowlat.train.metrics.jsonl import RunHistory, read_log
 from lowlat.train.metrics.live_view import make_view
 from lowlat.train.metrics.metrics_log import FolderMetricsLog
 from lowlat.train.metrics.record import EvalRecord
@@ -125,7 +125,7 @@ def distillation_recipe(
                 "sequence_length": length,
                 "batch_size": rows,
                 "micro_batch_size": 2 - rows % 2,
-                "learning_rate": _schedule(peak, count),
+                "learning_rate": schedule(peak, count),
                 "bias_update_speed": 0.0,
             }
             for name, match, count in phases
@@ -157,7 +157,30 @@ def distill(
     """
     check_distillation(tokens, options)
     raw = distillation_recipe(student, teacher, tokens, options)
-    recipe = parse_recipe(raw, origin="distillation")
+    model, history = run_recipe(raw, out, student, teacher, quiet=quiet, progress=progress)
+    return DistillationResult(
+        model=model,
+        before=history.evaluations[0],
+        after=history.evaluations[-1],
+        evaluations=tuple(history.evaluations),
+        tokens=history.steps[-1].tokens,
+        seconds=history.steps[-1].seconds,
+    )
+
+
+def run_recipe(
+    raw: dict[str, Any],
+    out: Path,
+    student: Path,
+    teacher: Path | None = None,
+    *,
+    quiet: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Path, RunHistory]:
+    """Run the generated recipe `raw` from the checkpoint `student` to its end in the run folder
+    `out`: the trained model, and the log. Errors as of `distill`.
+    """
+    recipe = parse_recipe(raw, origin=raw["name"])
     with RunFolder(out) as run:
         log = FolderMetricsLog(run, view=make_view(quiet=quiet), tensorboard_wanted=False)
         with closing(log):
@@ -168,22 +191,14 @@ def distill(
                 base=Path("/"),
                 base_model=student,
                 teacher=teacher,
-                origin="distillation",
+                origin=raw["name"],
                 progress=progress,
             )
             run.write_recipe(to_toml(raw))
             outcome = trainer.run()
     if outcome.model is None:
         raise KeyboardInterrupt
-    history = read_log(run.log)
-    return DistillationResult(
-        model=outcome.model,
-        before=history.evaluations[0],
-        after=history.evaluations[-1],
-        evaluations=tuple(history.evaluations),
-        tokens=history.steps[-1].tokens,
-        seconds=history.steps[-1].seconds,
-    )
+    return outcome.model, read_log(run.log)
 
 
 def check_distillation(
@@ -233,7 +248,7 @@ def check_memory(original: ModelConfig, student: ModelConfig, options: Distillat
         )
 
 
-def _schedule(peak: float, steps: int) -> list[dict[str, Any]]:
+def schedule(peak: float, steps: int) -> list[dict[str, Any]]:
     """Warmup-stable-decay (WSD) schedule: linear warmup, a constant peak, linear decay."""
     warm = max(1, min(WARM_UP_STEPS, round(WARM_UP * steps)))
     held = max(0, steps - warm - round(DECAY * steps))

@@ -23,6 +23,7 @@ from lowlat.train.recipe.schedule import TrainingSchedule
 from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
 from lowlat.train.run.export import base_model_of, contents, open_save, teacher_of
 from lowlat.train.step.balance import LoadBalancer
+from lowlat.train.step.indexers import IndexerLosses
 from lowlat.train.step.loss import count_targets
 from lowlat.utils.errors import UserError
 
@@ -72,7 +73,7 @@ def diagnose_failed_step(run: Path) -> FailedStep:
     own = recipe.model_copy(update={"phase": [plan.phase]})
     (config,) = phase_configs(config, own, str(save.folder))
     base_model = None if recipe.lora is None else base_model_of(save)
-    model = new_model(config, recipe, base_model, weights)
+    model = new_model(config, recipe, base_model, weights, plan.phase)
     teacher = None if recipe.distillation is None else new_teacher(teacher_of(save), recipe)
     passes, sharded = new_passes(
         model,
@@ -87,9 +88,11 @@ def diagnose_failed_step(run: Path) -> FailedStep:
     targets = count_targets(batch, num_ahead)
     length = batch.sequence_length(num_ahead)
     watched = {"": model} if teacher is None else {"": model, "teacher.": teacher.model}
+    coeff = plan.phase.dsa_indexer_loss_coeff
     with (
         _first_not_finite(watched) as found,
         balancer.observe(sequence_length=length, num_sequences=batch.rows),
+        IndexerLosses(model).observe(queries=batch.rows * length, coeff=coeff),
     ):
         sums = passes.backward(batch.to(recipe.device), plan, targets).tolist()
     sharded.reduce_gradients()

@@ -48,6 +48,7 @@ class StepRecorder:
             experts=result.loads,
             divergence=result.matched if result.losses else None,
             layer_error=None if result.losses else result.matched,
+            indexers=result.indexers,
         )
 
 

@@ -45,6 +45,7 @@ from lowlat.train.run.state import (
 )
 from lowlat.train.run.step_records import StepRecorder, eval_record
 from lowlat.train.step.balance import LoadBalancer
+from lowlat.train.step.indexers import IndexerLosses
 from lowlat.train.step.lora import merged
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.step import StepResult, evaluate, train_step
@@ -194,14 +195,16 @@ class Trainer:
         moments, random = part(tensors, OPTIMIZER), tensors.get(RANDOM)
         weights = part(tensors, MODEL) or None
         tensors.clear()
-        self.model: Transformer = new_model(config, self.recipe, self._inputs.base_model, weights)
+        phase = self.recipe.phase[self._phase]
+        base_model = self._inputs.base_model
+        self.model: Transformer = new_model(config, self.recipe, base_model, weights, phase)
         del weights
         self._passes, self.sharded = new_passes(
             self.model,
             self._mesh,
             device=self.recipe.device,
             dtype=self._dtype,
-            sequence_length=self.recipe.phase[self._phase].sequence_length,
+            sequence_length=phase.sequence_length,
             teacher=self._teacher,
         )
         self.optimizer = Optimizer(self.model, self.recipe.optimizer, self.sharded)
@@ -213,6 +216,7 @@ class Trainer:
             sequence_weight=self.recipe.balance.sequence_weight,
             mesh=self._mesh,
         )
+        self._indexers = IndexerLosses(self.model, mesh=self._mesh)
 
     def _enter_phase(self, plan: StepPlan) -> None:
         if plan.phase_index == self._phase:
@@ -221,7 +225,8 @@ class Trainer:
         state = state_tensors(self.sharded, self.optimizer)
         tensors = {name: tensor.cpu() for name, tensor in state}
         # Free the old model and optimizer before the new ones are built.
-        del state, self.model, self._passes, self.sharded, self.optimizer, self._balancer
+        del state, self.model, self._passes, self.sharded, self.optimizer
+        del self._balancer, self._indexers
         gc.collect()  # gates and their hooks refer to each other
         self._build(tensors)
         self._meter = self._new_meter()
@@ -238,6 +243,7 @@ class Trainer:
             batch,
             plan,
             num_ahead=1 + self.config.num_nextn_predict_layers,
+            indexers=self._indexers,
             mesh=self._mesh,
         )
         if not result.is_finite:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, MutableMapping
 import torch
 from torch import Tensor, nn
 
+from lowlat.model.indexer import HeadWeights
 from lowlat.model.linear import Embedding, Linear
 from lowlat.model.moe import Gate
 from lowlat.model.transformer import Transformer
@@ -130,8 +131,9 @@ def _groups(model: nn.Module, sharded: ShardedParameters) -> tuple[Named, Named,
 
 
 def _ends(model: nn.Module) -> set[int]:
-    """Identities of the embedding, head and gate matrices."""
-    found = {id(m.weight) for m in model.modules() if isinstance(m, Embedding | Gate)}
+    """Identities of the matrices of embedding, head, gates and indexers' head weights."""
+    ends = Embedding | Gate | HeadWeights
+    found = {id(m.weight) for m in model.modules() if isinstance(m, ends)}
     for module in model.modules():
         if isinstance(module, Transformer):
             heads = [module.lm_head, *(mtp.head for mtp in module.mtp)]

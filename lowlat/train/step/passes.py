@@ -13,7 +13,7 @@ from torch import Tensor
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
 from lowlat.train.parallel.fsdp import sum_over_replicas
-from lowlat.train.parallel.local_batch import local_batch
+from lowlat.train.parallel.local_batch import LocalBatch, local_batch
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan
 from lowlat.train.step.layerwise import layer_errors
@@ -78,7 +78,7 @@ class PlainPasses(Passes):
             sum_over_replicas(self._model, index == len(parts) - 1)
             loss = batch_loss(
                 self._model,
-                *local_batch(self._mesh, part, num_ahead),
+                *self._local(part, num_ahead),
                 targets=targets,
                 mtp_weight=plan.mtp_weight,
                 z_weight=plan.phase.z_weight,
@@ -102,19 +102,23 @@ class PlainPasses(Passes):
             sums[-1] += layer_errors(
                 self._model,
                 teacher,
-                *local_batch(self._mesh, part, len(targets)),
+                *self._local(part, len(targets)),
                 match=match,
                 targets=targets[0],
                 dtype=self._dtype,
             )
         return sums
 
+    def _local(self, batch: Batch, num_ahead: int) -> LocalBatch:
+        is_sparse = self._model.config.is_sparse
+        return local_batch(self._mesh, batch, num_ahead, is_sparse=is_sparse)
+
     @torch.no_grad()
     def likelihood(self, batch: Batch) -> Float[Tensor, "heads"]:
         num_ahead = 1 + len(self._model.mtp)
         loss = batch_loss(
             self._model,
-            *local_batch(self._mesh, batch, num_ahead),
+            *self._local(batch, num_ahead),
             targets=[1] * num_ahead,
             mtp_weight=0.0,
             z_weight=0.0,

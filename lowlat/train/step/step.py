@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowlat.data.batch import Batch
-from lowlat.train.metrics.record import ExpertRecord
+from lowlat.train.metrics.record import ExpertRecord, IndexerRecord
 from lowlat.train.parallel.mesh import BATCH_AXES, TOKEN_AXES, ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan
 from lowlat.train.step.balance import LoadBalancer
+from lowlat.train.step.indexers import IndexerLosses
 from lowlat.train.step.loss import count_targets
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import Passes
@@ -39,13 +40,16 @@ class StepResult:
     """With a teacher, mean divergence from it in nats per token, or in layer-wise distillation the
     relative squared error; None without targets.
     """
+    indexers: tuple[IndexerRecord, ...] = ()
+    """Losses and recall of every indexer; empty with dense attention."""
     has_targets: bool = True
     """Whether the global batch has a target; without one, no weight is updated."""
 
     @property
     def is_finite(self) -> bool:
         """Whether losses and gradient are finite; if not, nothing was updated."""
-        values = torch.tensor([*self.losses, self.matched or 0.0, self.grad_norm])
+        kl = [layer.kl for layer in self.indexers]
+        values = torch.tensor([*self.losses, self.matched or 0.0, self.grad_norm, *kl])
         return bool(values.isfinite().all())
 
 
@@ -57,19 +61,23 @@ def train_step(
     plan: StepPlan,
     *,
     num_ahead: int,
+    indexers: IndexerLosses | None = None,
     mesh: ProcessMesh | None = None,
 ) -> StepResult:
     """Train on one global batch, of which `batch` is this process's part; num_ahead = 1 +
-    num_nextn_predict_layers.
+    num_nextn_predict_layers; indexers: those of a sparse model, which are trained, too.
 
     No weight is updated if a loss or the gradient is not finite (`is_finite` is false) or if the
     batch has no target (`has_targets` is false).
     """
     mesh = mesh or ProcessMesh()
+    indexers = indexers or IndexerLosses()
     targets = mesh.sum(torch.tensor(count_targets(batch, num_ahead)), BATCH_AXES).tolist()
     length = batch.sequence_length(num_ahead)
-    with balancer.observe(
-        sequence_length=length, num_sequences=batch.rows * mesh.data_parallel_size
+    rows = batch.rows * mesh.data_parallel_size
+    with (
+        balancer.observe(sequence_length=length, num_sequences=rows),
+        indexers.observe(queries=rows * length, coeff=plan.phase.dsa_indexer_loss_coeff),
     ):
         sums = passes.backward(batch, plan, targets)
     balancer.reduce()
@@ -91,9 +99,11 @@ def train_step(
         grad_norm=norm,
         loads=(),
         matched=means[num_ahead + 1].item() if more > 1 and num_heads else None,
+        indexers=indexers.records(),
         has_targets=num_heads > 0,
     )
-    if result.is_finite and result.has_targets and match != "attention":
+    trains_gates = match != "attention" and not plan.phase.is_warmup
+    if result.is_finite and result.has_targets and trains_gates:
         balancer.update_biases(plan.bias_update_speed)
     return replace(result, loads=() if match == "attention" else tuple(balancer.loads()))
 

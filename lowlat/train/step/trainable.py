@@ -6,6 +6,7 @@ import torch
 
 from lowlat.config.model import ModelConfig
 from lowlat.model.block import DecoderLayer
+from lowlat.model.indexer import Indexer
 from lowlat.model.linear import Embedding, Linear
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.stacked_experts import StackedExperts
@@ -15,12 +16,12 @@ from lowlat.utils.errors import UserError
 
 
 def freeze_all_but_attention(model: Transformer) -> None:
-    """Freeze all parameters but matrices and biases of attention, MTP modules included."""
+    """Freeze all parameters but matrices, biases and indexers of attention, also of MTP modules."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, DecoderLayer):
             for part in module.self_attn.modules():
-                if isinstance(part, Linear):
+                if isinstance(part, Linear | Indexer):
                     part.requires_grad_(True)
 
 
@@ -46,6 +47,27 @@ def check_trainable(config: ModelConfig, recipe: Recipe, origin: str) -> None:
         raise UserError(f"{origin}: {what} trains in bf16 or fp32; set precision = 'bf16'")
     check_divides_batches(recipe, what, origin)
     check_biases_stay(config, recipe, what, origin)
+
+
+def check_stages(config: ModelConfig, recipe: Recipe, origin: str) -> None:
+    """Raises UserError if `recipe` sets a stage of sparse attention that the model has not, or that
+    trains no weight.
+    """
+    for phase in recipe.phase:
+        where = f"{origin}: phase {phase.name}: dsa_stage = '{phase.dsa_stage}'"
+        if phase.dsa_stage is not None and not config.is_sparse:
+            raise UserError(
+                f"{where} needs a model with indexers, such as deepseek_v32; leave it out, or "
+                "convert the model with lowlat convert --to dsa"
+            )
+        if not phase.is_warmup:
+            continue
+        if recipe.lora is not None:
+            raise UserError(f"{where} trains the indexers only; remove lora")
+        if recipe.distillation is not None:
+            raise UserError(f"{where} learns from the model's own attention; remove distillation")
+        if phase.dsa_indexer_loss_coeff == 0:
+            raise UserError(f"{where} has no loss; set dsa_indexer_loss_coeff above 0")
 
 
 def check_divides_batches(recipe: Recipe, what: str, origin: str) -> None:

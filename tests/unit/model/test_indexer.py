@@ -21,7 +21,7 @@ def build(rope_interleave: bool = False, **changes: object) -> Indexer:
     sizes = replace(SIZES, rope_interleave=rope_interleave)
     attention: MLAConfig = replace(configs.MLA, indexer=sizes, **changes)
     config = mla_config(attention=attention, rope=ROPE)
-    module = Indexer(config, attention, sizes, dtype=torch.float64)
+    module = Indexer(config, attention, sizes, config.rope_of(0), dtype=torch.float64)
     fill(module)
     return module.requires_grad_(False)
 

@@ -149,11 +149,3 @@ def test_refusals(change: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         phase_configs(config, wanted, "r.toml")
     assert "\n" not in str(caught.value)
-
-
-def test_sparse_attention_is_not_trained() -> None:
-    """Its indexers get no gradient from the choice that they make."""
-    indexer = {"index_n_heads": 3, "index_head_dim": 8, "index_topk": 8}
-    wanted = runs.recipe(model=runs.MODEL | {"model_type": "deepseek_v32"} | indexer)
-    with pytest.raises(UserError, match=r"^r\.toml: sparse attention \(DSA\) cannot be trained"):
-        base_config(wanted, None, 260, "r.toml")

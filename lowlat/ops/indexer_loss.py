@@ -1,0 +1,263 @@
+"""Training of DeepSeek Sparse Attention (DSA, DeepSeek-V3.2, section 2.1): attention over the
+chosen tokens, and the KL divergence that trains the indexer, in blocks of queries.
+
+The target of a query is the attention distribution summed over heads and L1-normalised over tokens;
+the indexer's distribution is the softmax of its scores. Warm-up compares them over all visible
+tokens (equation 3), sparse training over the chosen ones (equation 4). Gradients of index scores
+are computed with the loss, so no block is saved for the backward pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lowlat.ops.norm import accumulation_dtype
+from lowlat.ops.sparse_attention import IndexQueries, index_scores, num_dense, top_positions
+
+BLOCK_ELEMENTS = 2**23
+"""Elements of the scores of a block of queries: [heads, queries, keys] or [queries, index_heads,
+keys]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexerObjective:
+    """What a layer computes besides its output."""
+
+    is_dense: bool
+    """Warm-up: attention and KL divergence over all visible tokens, not over the chosen ones."""
+    kl_weight: float | None
+    """Factor of the summed KL divergence in the loss; None computes neither loss nor statistics."""
+    sum_heads: Callable[[Tensor], Tensor]
+    """Sums over the heads of other processes (tensor parallelism)."""
+
+
+class IndexGradients(NamedTuple):
+    """Gradients of the loss with respect to the outputs of the indexer."""
+
+    q: Float[Tensor, "queries index_heads index_dim"]
+    weights: Float[Tensor, "queries index_heads"]
+    keys: Float[Tensor, "keys index_dim"]
+
+
+class SparseOutput(NamedTuple):
+    """Attention of some queries of a sequence."""
+
+    out: Float[Tensor, "queries heads v_dim"]
+    chosen: Int[Tensor, "sparse topk"]
+    """Positions of `sparse_attention.choose_tokens`, int32."""
+    statistics: Float[Tensor, "three"]
+    """fp64 sums over queries: KL divergence, attention mass on the chosen tokens, and the number of
+    queries of the latter, those that see more than topk tokens.
+    """
+    gradients: IndexGradients | None
+
+
+def attend_and_distill(
+    q: Float[Tensor, "queries heads head_dim"],
+    k: Float[Tensor, "keys heads head_dim"],
+    v: Float[Tensor, "keys heads v_dim"],
+    index: IndexQueries,
+    index_keys: Float[Tensor, "keys index_dim"],
+    chosen: Int[Tensor, "sparse topk"] | None,
+    *,
+    scale: float,
+    objective: IndexerObjective,
+) -> SparseOutput:
+    """Attention of the last `queries` of a sequence of `keys` tokens, with the KL divergence of its
+    indexer. chosen: the tokens that an earlier layer chose; None chooses.
+
+    Scores, softmax and sums are fp32 (fp64 for fp64 inputs). The output's gradient reaches q, k and
+    v only, that of the KL divergence the indexer only.
+    """
+    count, start = len(q), len(k) - len(q)
+    widest = max(q.shape[1], index.q.shape[1])
+    step = max(1, BLOCK_ELEMENTS // (widest * len(k)))
+    blocks = []
+    for begin in range(0, count, step):
+        own = slice(begin, min(begin + step, count))
+        seen = start + own.stop
+        known = None
+        if chosen is not None:
+            places = (max(at - num_dense(count, start, index.topk), 0) for at in (begin, own.stop))
+            known = chosen[slice(*places)]
+        blocks.append(
+            _block(
+                q[own],
+                k[:seen],
+                v[:seen],
+                index.rows(own),
+                index_keys[:seen],
+                known,
+                scale=scale,
+                objective=objective,
+            )
+        )
+    return _joined(blocks, len(k))
+
+
+def _block(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: IndexQueries,
+    index_keys: Tensor,
+    chosen: Tensor | None,
+    *,
+    scale: float,
+    objective: IndexerObjective,
+) -> SparseOutput:
+    weight = objective.kl_weight
+    leaves = [x.detach().requires_grad_() for x in (index.q, index.weights, index_keys)]
+    scores = None
+    if chosen is None or weight is not None:
+        is_learning = weight is not None and torch.is_grad_enabled()
+        with torch.set_grad_enabled(is_learning), _plainly_saved():
+            scores = index_scores(IndexQueries(leaves[0], leaves[1], index.topk), leaves[2])
+    if chosen is None:
+        assert scores is not None
+        chosen = _choose(scores.detach(), index.topk)
+    visible = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device)
+    visible = visible.tril(len(k) - len(q))
+    picked = _mask(visible, chosen)
+    mask = visible if objective.is_dense else picked
+    # A block keeps nothing for the backward pass but its inputs.
+    is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    arguments = (q, k, v, mask, visible if weight is not None else None, scale)
+    if is_trained:
+        made = checkpoint(_attention, *arguments, use_reentrant=False, preserve_rng_state=False)
+    else:
+        made = _attention(*arguments)
+    out, shares, mass = made
+    if weight is None or scores is None:
+        return SparseOutput(out, chosen.int(), torch.zeros(3, dtype=torch.float64), None)
+    shares = objective.sum_heads(shares)
+    total = shares.sum(dim=-1, keepdim=True)
+    target = shares / total
+    with _plainly_saved():
+        kl = index_divergence(scores, target, mask)
+    gradients = None
+    if torch.is_grad_enabled():
+        gradients = IndexGradients(*torch.autograd.grad(weight * kl, leaves))
+    recall = (target * picked).sum(dim=-1)
+    if not objective.is_dense:
+        recall = objective.sum_heads(mass) / total[:, 0]
+    sparse = recall[len(q) - len(chosen) :]
+    statistics = torch.stack([kl.detach(), sparse.sum(), sparse.new_tensor(len(sparse))])
+    return SparseOutput(out, chosen.int(), statistics.double(), gradients)
+
+
+def index_divergence(
+    scores: Float[Tensor, "queries keys"],
+    target: Float[Tensor, "queries keys"],
+    mask: Bool[Tensor, "queries keys"],
+) -> Float[Tensor, ""]:
+    """KL(target || softmax of the index scores over the tokens of `mask`), summed over queries. The
+    target is 0 outside of the mask.
+    """
+    log_shares = scores.masked_fill(~mask, -torch.inf).log_softmax(dim=-1)
+    cross = target * log_shares.masked_fill(~mask, 0.0)
+    return (torch.xlogy(target, target) - cross).sum()
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, visible: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, attention summed over heads, and the sum over heads of the attention mass that the
+    tokens of `mask` have among the visible ones (zeros if not asked for).
+    """
+    wide = accumulation_dtype(q.dtype)
+    scores = torch.einsum("qhd,khd->hqk", q.to(wide) * scale, k.to(wide))
+    masked = scores.masked_fill(~mask, -torch.inf)
+    shares = masked.softmax(dim=-1)
+    out = torch.einsum("hqk,khv->qhv", shares, v.to(wide)).to(q.dtype)
+    with torch.no_grad():
+        mass = scores.new_zeros(len(q))
+        if visible is not None and visible is not mask:
+            whole = scores.masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
+            mass = (masked.logsumexp(dim=-1) - whole).exp().sum(dim=0)
+        return out, shares.detach().sum(dim=0), mass
+
+
+def _choose(scores: Float[Tensor, "queries keys"], topk: int) -> Int[Tensor, "sparse topk"]:
+    """The tokens of those queries that see more than `topk`."""
+    count, start = len(scores), scores.shape[1] - len(scores)
+    first = num_dense(count, start, topk)
+    if first == count:
+        return torch.empty(0, topk, dtype=torch.int64, device=scores.device)
+    return top_positions(scores[first:], start=start + first, topk=topk)
+
+
+def _mask(
+    visible: Bool[Tensor, "queries keys"], chosen: Int[Tensor, "sparse topk"]
+) -> Bool[Tensor, "queries keys"]:
+    """The tokens that each query attends to: all that it sees, or the chosen ones."""
+    mask = visible.clone()
+    if len(chosen):
+        rows = torch.zeros_like(mask[len(mask) - len(chosen) :])
+        mask[len(mask) - len(chosen) :] = rows.scatter_(1, chosen.long(), True)
+    return mask
+
+
+def _joined(blocks: list[SparseOutput], keys: int) -> SparseOutput:
+    """The blocks as one; gradients of a key are summed over blocks."""
+    gradients = None
+    parts = [block.gradients for block in blocks if block.gradients is not None]
+    if parts:
+        total = parts[-1].keys.clone()
+        for part in parts[:-1]:
+            total[: len(part.keys)] += part.keys
+        assert len(total) == keys
+        q, weights = (torch.cat([part[place] for part in parts]) for place in (0, 1))
+        gradients = IndexGradients(q, weights, total)
+    return SparseOutput(
+        torch.cat([block.out for block in blocks]),
+        torch.cat([block.chosen for block in blocks]),
+        torch.stack([block.statistics for block in blocks]).sum(dim=0),
+        gradients,
+    )
+
+
+def add_index_gradients(
+    out: Float[Tensor, "tokens heads v_dim"],
+    index: IndexQueries,
+    keys: Float[Tensor, "keys index_dim"],
+    gradients: IndexGradients,
+) -> Float[Tensor, "tokens heads v_dim"]:
+    """Identity on `out` that adds `gradients` to the outputs of an indexer, in whatever backward
+    pass reaches `out`.
+    """
+    made = _AddIndexGradients.apply(out, index.q, index.weights, keys, gradients)
+    assert isinstance(made, Tensor)
+    return made
+
+
+class _AddIndexGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        q: Tensor,
+        weights: Tensor,
+        keys: Tensor,
+        gradients: IndexGradients,
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return grad, *ctx.saved_tensors, None
+
+
+def _plainly_saved() -> torch.autograd.graph.saved_tensors_hooks:
+    """Saves tensors as they are, also where activation checkpointing would drop them: gradients of
+    the index scores are computed at once.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
