@@ -36,6 +36,10 @@ def print_conversion(report: ConversionReport, console: Console | None = None) -
     file = report.destination / REPORT_FILE
     if file.is_file():
         details = json.loads(file.read_text(encoding="utf-8"))
+        if details.get("to") == "dsa":
+            rows |= sparse_rows(details) | {"written": f"{written}, this report as {REPORT_FILE}"}
+            print_rows(rows, console)
+            return
         console.print(_layers(details), highlight=False, markup=False)
         rows |= _compression_rows(details) | _recovery_rows(details) | _evaluation_rows(details)
         plot = report.destination / PLOT_FILE
@@ -43,6 +47,56 @@ def print_conversion(report: ConversionReport, console: Console | None = None) -
         written += f", this report as {REPORT_FILE}{drawn}"
     rows["written"] = written
     print_rows(rows, console)
+
+
+def sparse_rows(details: Object) -> dict[str, str]:
+    """Rows of a conversion to sparse attention."""
+    found, indexer = details["warmup"], details["indexer"]
+    layers = found["layers"]
+    worst = min(layers, key=lambda layer: layer["recall_last"])
+    first, last = (
+        sum(layer[name] for layer in layers) / len(layers) for name in ("kl_first", "kl_last")
+    )
+    reason = details["model_type_reason"]
+    rows = {
+        "model_type": details["model_type"] + (f", because {reason}" if reason else ""),
+        "indexers": f"{indexer['index_n_heads']} heads of {indexer['index_head_dim']}, top-k "
+        f"{indexer['index_topk']:,}",
+        "warm-up": f"{count(found['tokens'])} tokens in {clock(found['seconds'])} "
+        f"({found['tokens_per_second']:,.0f} tokens/s), KL {first:.4f}  ->  {last:.4f} nats",
+        "recall": f"of attention mass {sum(x['recall_last'] for x in layers) / len(layers):.3f} "
+        f"over {found['sequence_length']:,} tokens, worst in layer {worst['layer']}: "
+        f"{worst['recall_last']:.3f}",
+    }
+    if "recovery" in details:
+        recovery = details["recovery"]
+        rows["recovery training"] = (
+            f"{count(recovery['tokens'])} tokens in {clock(recovery['seconds'])}, divergence from "
+            f"the original {recovery['divergence_before']:.4f}  ->  "
+            f"{recovery['divergence_after']:.4f} nats per token"
+        )
+    return rows | _sparse_evaluation_rows(details)
+
+
+def _sparse_evaluation_rows(details: Object) -> dict[str, str]:
+    if "evaluation" not in details:
+        return {}
+    found = details["evaluation"]
+    rows = {
+        "perplexity": f"{found['perplexity']:.3f} dense, {found['context']:,} tokens of context"
+    }
+    for row in found["index_topk"]:
+        rows[f"top-k {row['index_topk']:,}"] = (
+            f"perplexity {row['perplexity']:.3f} ({row['ratio']:.4f}x), recall "
+            f"{row['recall_mean']:.3f}, worst layer {min(row['recall']):.3f}"
+        )
+    for place in found["needle"]:
+        dense, sparse = place["dense"], place["sparse"]
+        rows[f"needle at {place['depth']:.0%}"] = (
+            f"loss {dense['loss']:.3f} dense, {sparse['loss']:.3f} sparse; accuracy "
+            f"{dense['accuracy']:.0%} and {sparse['accuracy']:.0%}"
+        )
+    return rows
 
 
 def _layers(details: Object) -> Table:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,9 @@ Destination = Annotated[
 To = Annotated[
     str | None,
     typer.Option(
-        metavar="ATTENTION", help="mla: convert the attention to Multi-head Latent Attention."
+        metavar="ATTENTION",
+        help="mla: convert the attention to Multi-head Latent Attention; dsa: add the indexers of "
+        "DeepSeek Sparse Attention to an MLA model, trained on --text.",
     ),
 ]
 Experts = Annotated[
@@ -84,8 +86,50 @@ class CacheOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SparseOptions:
+    """Indexers of a conversion to sparse attention."""
+
+    warmup: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="With --to dsa: train the indexers on this many tokens under dense attention "
+            "(default 1M).",
+        ),
+    ] = None
+    index_topk: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Tokens that a query attends to. Default: 2,048, at most an eighth of the "
+            "context.",
+        ),
+    ] = None
+    index_n_heads: Annotated[
+        int | None, typer.Option(metavar="N", help="Heads of the indexers (default 8).")
+    ] = None
+    index_head_dim: Annotated[
+        int | None, typer.Option(metavar="N", help="Channels of an index key (default 128).")
+    ] = None
+    index_rope_head_dim: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Rotary channels of an index key. Default: 64, at most qk_rope_head_dim.",
+        ),
+    ] = None
+
+    def given(self) -> dict[str, int]:
+        """The options that are given, by fields of `convert.options.IndexerOptions`."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.warmup is not None:
+            named["warmup"] = options.parse_count(self.warmup, "--warmup")
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingOptions:
-    """Recovery training of a model with a compressed cache, and its evaluation."""
+    """Recovery training of a model with a compressed cache or sparse attention, and evaluation."""
 
     heal: Annotated[
         str | None,
@@ -112,6 +156,11 @@ class TrainingOptions:
         ),
     ] = None
 
+    def given(self) -> dict[str, Any]:
+        """Fields of `convert.options.RecoveryOptions`."""
+        tokens = None if self.heal is None else options.parse_count(self.heal, "--heal")
+        return {"tokens": tokens, "texts": tuple(self.text or ()), "evaluate": self.evaluate}
+
 
 @options.with_option_groups
 def convert(
@@ -120,7 +169,8 @@ def convert(
     dst: Destination,
     to: To = None,
     smaller_cache: Annotated[CacheOptions, "A smaller cache"],
-    training: Annotated[TrainingOptions, "Recovery training and evaluation of a smaller cache"],
+    sparse: Annotated[SparseOptions, "Sparse attention"],
+    training: Annotated[TrainingOptions, "Recovery training and evaluation"],
     experts: Experts = None,
     dtype: Dtype = "auto",
     file_format: Format = "auto",
@@ -128,13 +178,14 @@ def convert(
     """Convert a model to MLA, to another number type, to another file format, or all of these.
 
     DST appears complete or not at all. An interrupted conversion leaves .DST.partial or, with
-    --heal or --evaluate, .DST.conversion; the same command resumes from it. Weights are streamed:
-    memory grows with the model only for --heal and --cache. --cache holds two fp32 copies of the
-    residual streams of 68 windows of 1,024 tokens.
+    --heal, --evaluate or --to dsa, .DST.conversion; the same command resumes from it. Weights are
+    streamed: memory grows with the model only for --heal, --cache and --to dsa. --cache holds two
+    fp32 copies of the residual streams of 68 windows of 1,024 tokens.
     """
     from lowlat import api
     from lowlat.cli.conversion_view import print_conversion
     from lowlat.convert.options import ConversionOptions, RecoveryOptions, compression_options
+    from lowlat.convert.parameters.indexer import IndexerOptions
     from lowlat.convert.run import convert as run_conversion
     from lowlat.recovery.work_folder import remove_finished_work_folder
     from lowlat.utils.progress import make_progress
@@ -147,27 +198,27 @@ def convert(
         to=to,
         dtype=dtype,
     )
-    recovery = RecoveryOptions(
-        tokens=None if training.heal is None else options.parse_count(training.heal, "--heal"),
-        texts=tuple(training.text or ()),
-        evaluate=training.evaluate,
-    )
+    recovery = RecoveryOptions(**training.given())
     given = {"to": to, "dtype": dtype, "file_format": file_format, "compression": compression}
     given["experts"] = experts
     quantization_text = () if compression else tuple(smaller_cache.calibrate or ())
     remove_finished_work_folder(dst.absolute())
-    ConversionOptions(**given, calibrate=quantization_text, recovery=recovery).check(dst)
+    indexer = IndexerOptions(**sparse.given())
+    checked = ConversionOptions(
+        **given, calibrate=quantization_text, recovery=recovery, indexer=indexer
+    )
+    checked.check(dst)
     progress = make_progress()
     path = api.prepare(src, progress=progress)
     with _naming_partial_results(dst):
-        if recovery.is_empty:
+        if checked.trains:
+            from lowlat.recovery.run import convert_with_training  # imports all of training
+
+            report = convert_with_training(path, dst, checked, progress=progress)
+        else:
             report = run_conversion(
                 path, dst, **given, calibrate=quantization_text, progress=progress
             )
-        else:
-            from lowlat.recovery.run import convert_with_recovery  # imports all of training
-
-            report = convert_with_recovery(path, dst, **given, recovery=recovery, progress=progress)
     print_conversion(report)
 
 

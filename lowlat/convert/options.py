@@ -3,7 +3,7 @@
 Checks here need only the options; `convert.conversion` checks them against the source model.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +11,7 @@ from lowlat.checkpoint.fetch.cache_dir import sha256_file
 from lowlat.convert.compression.calibration import Calibration
 from lowlat.convert.compression.methods import DEFAULT_METHOD, METHODS
 from lowlat.convert.compression.plan import CacheLayout
+from lowlat.convert.parameters.indexer import IndexerOptions
 from lowlat.convert.storage.folder import StorageType
 from lowlat.convert.storage.gguf import GGUF_TYPES
 from lowlat.utils.atomic_files import refuse_existing
@@ -22,6 +23,8 @@ CALIBRATED: tuple[StorageType, ...] = ("int8", "int4")
 """Storage types that choose scales on calibration text."""
 FORMATS = ("auto", "hf", "gguf")
 GGUF_SUFFIX = ".gguf"
+MOST = 10**12
+"""Largest number of an option."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +78,7 @@ class ConversionOptions:
     """All options of a conversion; values are those of the command line."""
 
     to: str | None = None
-    """Attention: "mla", or None to keep the source's."""
+    """Attention: "mla", "dsa" (sparse attention), or None to keep the source's."""
     dtype: str = "auto"
     """A storage type, or auto to keep the type of every tensor."""
     file_format: str = "auto"
@@ -88,11 +91,18 @@ class ConversionOptions:
     """Calibration text files of quantization; the bundled text if empty."""
     recovery: RecoveryOptions = RecoveryOptions()
     """Recovery training and evaluation."""
+    indexer: IndexerOptions = field(default_factory=IndexerOptions)
+    """Indexers of a conversion to sparse attention."""
 
     @property
     def storage_type(self) -> StorageType | None:
         """The storage type; None keeps the type of every tensor."""
         return None if self.dtype == "auto" else STORAGE_TYPES[self.dtype]
+
+    @property
+    def trains(self) -> bool:
+        """Whether the conversion needs training or evaluation (`lowlat.recovery`)."""
+        return self.to == "dsa" or not self.recovery.is_empty
 
     def writes_gguf(self, dst: Path) -> bool:
         """Whether `dst` is to be a GGUF file."""
@@ -102,8 +112,8 @@ class ConversionOptions:
         """Raises UserError for unknown values, options that exclude each other or have no effect,
         and an existing `dst`.
         """
-        if self.to not in (None, "mla"):
-            raise UserError(f"--to '{self.to}' is unknown; the only attention to convert to is mla")
+        if self.to not in (None, "mla", "dsa"):
+            raise UserError(f"--to '{self.to}' is unknown; choose mla or dsa")
         if self.dtype not in (*STORAGE_TYPES, "auto"):
             types = ", ".join(STORAGE_TYPES)
             raise UserError(f"--dtype '{self.dtype}' is unknown; choose {types} or auto")
@@ -124,7 +134,12 @@ class ConversionOptions:
         if self.compression is not None:
             _check_compression(self.compression, self.to)
         _check_texts(self.calibrate)
-        _check_recovery(self.recovery, self.compression)
+        if self.to == "dsa":
+            _check_sparse(self)
+        else:
+            if self.indexer != IndexerOptions():
+                raise UserError("--warmup and --index-... are options of indexers; add --to dsa")
+            _check_recovery(self.recovery, self.compression)
         refuse_existing(dst.absolute())
 
 
@@ -183,6 +198,25 @@ def _check_compression(compression: CompressionOptions, to: str | None) -> None:
         )
 
 
+def _check_sparse(options: ConversionOptions) -> None:
+    """Raises UserError for options that --to dsa excludes, and for no text to learn from."""
+    excluded = {
+        "--cache": options.compression is not None,
+        "--experts": options.experts is not None,
+        "--calibrate": bool(options.calibrate),
+        "--format gguf": options.file_format == "gguf",
+    }
+    for option, is_given in excluded.items():
+        if is_given:
+            raise UserError(f"--to dsa does not support {option}; convert in two steps")
+    for name, value in asdict(options.indexer).items():
+        if value is not None and not 1 <= value <= MOST:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 to {MOST:,}")
+    if not options.recovery.texts:
+        raise UserError("--to dsa trains indexers on text; add --text FILE_OR_FOLDER")
+    _check_evaluation_text(options.recovery, ())
+
+
 def _check_texts(texts: tuple[Path, ...]) -> None:
     for path in texts:  # read twice, so no pipe either
         if path.exists() and not path.is_file():
@@ -203,8 +237,15 @@ def _check_recovery(recovery: RecoveryOptions, compression: CompressionOptions |
         return
     if compression is None:
         raise UserError("--evaluate needs --cache SHARE, the share of the cache to keep")
+    _check_evaluation_text(recovery, compression.calibrate)
+
+
+def _check_evaluation_text(recovery: RecoveryOptions, calibrate: tuple[Path, ...]) -> None:
+    """Raises UserError if the evaluation text is also training or calibration text."""
+    if recovery.evaluate is None:
+        return
     own = recovery.evaluate.resolve()
-    given = {"--text": recovery.texts, "--calibrate": compression.calibrate}
+    given = {"--text": recovery.texts, "--calibrate": calibrate}
     for option, names in given.items():
         for path in (Path(name).resolve() for name in names):
             if own == path or path in own.parents:

@@ -116,6 +116,11 @@ def report_files(report: Mapping[str, Any]) -> dict[str, bytes]:
     return files
 
 
+def sparse_report_files(report: Mapping[str, Any]) -> dict[str, bytes]:
+    """conversion.json of a conversion to sparse attention."""
+    return {REPORT_FILE: (json.dumps(report, indent=2) + "\n").encode()}
+
+
 def describe_attention(attention: ModelAttention) -> str:
     """Kind and dimensions of the attention, e.g. 'GQA, 9 heads in 3 groups of 64'."""
     heads = distinct(attention)[0].num_attention_heads

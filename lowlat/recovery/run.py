@@ -5,7 +5,6 @@ results in the work folder.
 """
 
 import json
-import shutil
 import time
 from dataclasses import asdict
 from functools import partial
@@ -15,22 +14,48 @@ from typing import Any
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.checkpoint.mapping import resolve_mtp_modules
-from lowlat.checkpoint.save import files_of_source, write_checkpoint
-from lowlat.convert.conversion import is_attention, prepare_conversion
+from lowlat.convert.conversion import prepare_conversion
 from lowlat.convert.options import CompressionOptions, ConversionOptions, RecoveryOptions
 from lowlat.convert.report import REPORT_FILE, ConversionReport, measure, report_files
 from lowlat.convert.run import convert
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.recovery.evaluation import evaluate
 from lowlat.recovery.inputs import RecoveryInputs, prepare_recovery, with_calibration
+from lowlat.recovery.sparse import convert_to_sparse
+from lowlat.recovery.trained_attention import write_recovered
 from lowlat.recovery.work_folder import (
     WorkFolder,
     open_work_folder,
     remove_finished_work_folder,
 )
 from lowlat.train.run.distill import DistillationOptions, distill, distillation_recipe
-from lowlat.train.run.export import export_save
 from lowlat.utils.progress import Progress, SilentProgress
+
+
+def convert_with_training(
+    src: Path, dst: Path, options: ConversionOptions, *, progress: Progress | None = None
+) -> ConversionReport:
+    """Convert the model at `src` with `options`, which train or evaluate (`options.trains`)."""
+    if options.to == "dsa":
+        return convert_to_sparse(
+            src,
+            dst,
+            dtype=options.dtype,
+            indexer=options.indexer,
+            recovery=options.recovery,
+            progress=progress,
+        )
+    return convert_with_recovery(
+        src,
+        dst,
+        to=options.to,
+        dtype=options.dtype,
+        file_format=options.file_format,
+        compression=options.compression,
+        experts=options.experts,
+        recovery=options.recovery,
+        progress=progress,
+    )
 
 
 def convert_with_recovery(
@@ -140,7 +165,7 @@ def _train(
         progress=progress,
     )
     if not work.recovered.exists():
-        _write_recovered(work, progress)
+        write_recovered(work.run, work.start, work.recovered, progress)
     folder = TokenizedDataset.open(work.tokens)
     recipe = distillation_recipe(work.start, teacher, work.tokens, distillation)
     phase = recipe["phase"][-1]
@@ -165,17 +190,3 @@ def _train(
             for each in found.evaluations
         ],
     }
-
-
-def _write_recovered(work: WorkFolder, progress: Progress) -> None:
-    """Write the compressed model with the trained attention, in fp32. Other weights are those of
-    `work.start`, because the trainer may store frozen weights in fewer bits.
-    """
-    shutil.rmtree(work.trained, ignore_errors=True)
-    export_save(work.run, work.trained, step=None, dtype="fp32", progress=progress)
-    start, trained = open_checkpoint(work.start), open_checkpoint(work.trained)
-    sources = ((name, trained if is_attention(name) else start) for name in start.names())
-    tensors = ((name, source.read(name)) for name, source in sources)
-    others = files_of_source(work.start)
-    write_checkpoint(work.recovered, start.hf_config, tensors, extra_files=others)
-    shutil.rmtree(work.trained)

@@ -5,11 +5,13 @@ The folder is `.NAME.conversion`, next to the destination:
     lock            locked by the running process
     request.json    fingerprint of source and options
     tokens/         tokenized dataset of the training text
-    start/          the compressed model
+    dense/          the exact MLA conversion of a GQA model (--to dsa)
+    start/          the compressed model, or the one with initial indexers
     run/            run folder of the trainer
     trained/        the trained model, exported in fp32
     recovered/      attention of trained/, all other weights of start/
-    out/            recovered/ in the requested number type; renamed to the destination
+    heal/, healed/  run folder and result of sparse training (--to dsa)
+    out/            the result in the requested number type; renamed to the destination
     *.json          measured figures
     placed          present if only the last rename is missing
 
@@ -40,7 +42,6 @@ class WorkFolder:
         self.tokens = folder / "tokens"
         self.start = folder / "start"
         self.run = folder / "run"
-        self.trained = folder / "trained"
         self.recovered = folder / "recovered"
         self.out = folder / "out"
 

@@ -141,8 +141,11 @@ def config_to_lowlat(config: ModelConfig) -> dict[str, Any]:
 
 def _attention_to_json(attention: AttentionConfig) -> dict[str, Any]:
     fields = _json(asdict(attention))
-    if fields.get("indexer") is None:
+    indexer = fields.get("indexer")
+    if indexer is None:
         fields.pop("indexer", None)  # files of dense models have no such field
+    elif indexer["index_rope_head_dim"] is None:
+        del indexer["index_rope_head_dim"]
     return fields
 
 
@@ -221,7 +224,11 @@ def _layer_attention(table: JsonFields, kind: type[AttentionConfig]) -> Attentio
 
 
 def _check_indexer(table: JsonFields, attention: MLAConfig, indexer: IndexerConfig) -> None:
-    width, rotary = indexer.index_head_dim, attention.qk_rope_head_dim
+    width, own = indexer.index_head_dim, indexer.index_rope_head_dim
+    rotary = attention.qk_rope_head_dim if own is None else own
+    if rotary % 2 or rotary > attention.qk_rope_head_dim:
+        most = attention.qk_rope_head_dim
+        raise table.wrong("indexer.index_rope_head_dim", f"even and at most {most}")
     if width < rotary:
         raise table.error("indexer.index_head_dim", f"{width} is less than its {rotary} RoPE ones")
 

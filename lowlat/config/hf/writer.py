@@ -128,6 +128,9 @@ def _mla_to_hf(config: ModelConfig, attention: MLAConfig) -> dict[str, Any]:
     _require(config, is_sparse == (attention.indexer is not None), "this sparse attention")
     if is_sparse:
         _require(config, attention.q_lora_rank is not None, "an indexer without query latent")
+        own = attention.indexer.index_rope_head_dim if attention.indexer else None
+        fits = own in (None, attention.qk_rope_head_dim)
+        _require(config, fits, f"index_rope_head_dim {own}")
         raw |= indexer_to_hf(config)
         shares = isinstance(config.attention, tuple)
         _require(config, not shares or "indexer_types" in raw, "layers that share a choice")

@@ -14,6 +14,7 @@ import pytest
 
 from lowlat.recovery import inputs as recovery_inputs
 from lowlat.recovery import run as recovery_run
+from lowlat.recovery import trained_attention
 from lowlat.recovery import work_folder as work
 from lowlat.recovery.work_folder import WorkFolder, work_folder_path
 from lowlat.utils.errors import UserError
@@ -29,7 +30,8 @@ class Stopped:
         self, patch: pytest.MonkeyPatch, name: str, at: int, fault: BaseException, *, late: bool
     ) -> None:
         self.calls = 0
-        module = recovery_inputs if name == "build_tokens" else recovery_run
+        modules = {"build_tokens": recovery_inputs, "export_save": trained_attention}
+        module = modules.get(name, recovery_run)
         self._real: Callable[..., Any] = getattr(module, name)
         self._at, self._fault, self._late = at, fault, late
         patch.setattr(module, name, self)

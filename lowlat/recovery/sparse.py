@@ -1,0 +1,287 @@
+"""Conversion of an MLA model to DeepSeek Sparse Attention (`--to dsa`): indexers initialised from
+the model's attention, distilled in a dense warm-up, then optionally trained with the model.
+
+An interrupted call resumes from intermediate results in the work folder. GQA models are first
+converted to MLA exactly.
+"""
+
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.save import save_model
+from lowlat.config.attention import sparse_topk
+from lowlat.config.model import GQAConfig, ModelConfig
+from lowlat.convert.conversion import Conversion, prepare_conversion
+from lowlat.convert.options import ConversionOptions, RecoveryOptions
+from lowlat.convert.parameters.exact_mla import mla_config
+from lowlat.convert.parameters.indexer import (
+    IndexerOptions,
+    init_indexer,
+    measure_inputs,
+    sparse_config,
+)
+from lowlat.convert.report import ConversionReport, measure, sparse_report_files
+from lowlat.convert.run import convert
+from lowlat.data.dataset import TokenizedDataset
+from lowlat.data.overlap import shared_runs
+from lowlat.model.mla import MLA
+from lowlat.model.transformer import Transformer
+from lowlat.recovery.evaluation import EvaluationText, read_evaluation_text
+from lowlat.recovery.sparse_evaluation import evaluate_sparse
+from lowlat.recovery.trained_attention import write_recovered
+from lowlat.recovery.training_text import build_tokens, require_disjoint, text_fingerprint
+from lowlat.recovery.work_folder import (
+    WorkFolder,
+    open_work_folder,
+    remove_finished_work_folder,
+)
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.train.run.distill import (
+    DistillationOptions,
+    check_distillation,
+    distill,
+    run_recipe,
+    schedule,
+)
+from lowlat.utils.errors import UserError
+from lowlat.utils.progress import Progress, SilentProgress
+
+SEQUENCE_LENGTH = 2048
+"""Tokens of a sequence of the warm-up, at least twice index_topk, at most the context."""
+LEARNING_RATE = 1e-3
+"""Peak of the warm-up, that of DeepSeek-V3.2."""
+MEASURED_WINDOWS, MEASURED_LENGTH = 16, 1024
+"""Windows of training text that the initial indexers are fitted on."""
+
+
+def convert_to_sparse(
+    src: Path,
+    dst: Path,
+    *,
+    dtype: str = "auto",
+    indexer: IndexerOptions,
+    recovery: RecoveryOptions,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert the model at `src` to sparse attention, as the folder `dst`: indexers are distilled
+    on `recovery.texts`, with `recovery.tokens` the attention is then trained with them to match the
+    dense model, and `recovery.evaluate` is evaluated. conversion.json has all figures.
+
+    Raises UserError and KeyboardInterrupt as `recovery.run.convert_with_recovery`.
+    """
+    started = time.perf_counter()
+    dst = dst.absolute()
+    remove_finished_work_folder(dst)
+    options = ConversionOptions(to="dsa", dtype=dtype, indexer=indexer, recovery=recovery)
+    conversion = prepare_conversion(src, dst, options)
+    config, reason = sparse_config(_dense_config(conversion), indexer)
+    tokenizer = Tokenizer.from_folder(src) if src.is_dir() else Tokenizer.from_gguf(src)
+    path = recovery.evaluate
+    text = None if path is None else read_evaluation_text(path, tokenizer)
+    progress = progress or SilentProgress()
+    with open_work_folder(dst, _fingerprint(conversion, text)) as work:
+        length = _sequence_length(config)
+        _training_text(conversion, work, tokenizer, length, text, progress)
+        dense = _dense_model(conversion, work, progress)
+        _start(dense, config, work, progress)
+        report: dict[str, Any] = {
+            "to": "dsa",
+            "model_type": config.model_type,
+            "model_type_reason": reason,
+            "dtype": conversion.stored_dtype(),
+            "indexer": asdict(indexer) | {"index_topk": _topk(config)},
+        }
+        report["warmup"] = work.cached("warmup", partial(_warm_up, work, indexer, length, progress))
+        result = work.recovered
+        if not result.exists():
+            write_recovered(work.run, work.start, result, progress)
+        if recovery.tokens is not None:
+            healed = work.folder / "healed"
+            report["recovery"] = work.cached(
+                "recovery", partial(_recover, work, dense, recovery, length, progress)
+            )
+            if not healed.exists():
+                write_recovered(work.folder / "heal", result, healed, progress)
+            result = healed
+        if text is not None:
+            report["evaluation"] = work.cached(
+                "evaluation", partial(evaluate_sparse, result, text, progress)
+            )
+        if not work.out.exists():
+            convert(result, work.out, dtype=report["dtype"], progress=progress)
+        work.place(work.out, sparse_report_files(report), dst)
+    seconds = time.perf_counter() - started
+    return measure(src, dst, conversion.config, config, seconds)
+
+
+def _dense_config(conversion: Conversion) -> ModelConfig:
+    """The config of the dense MLA model, without storage fields."""
+    config = replace(conversion.config, quantization=None, packing=None, mtp_copies=False)
+    return mla_config(config) if isinstance(config.attention, GQAConfig) else config
+
+
+def _sequence_length(config: ModelConfig) -> int:
+    return min(max(SEQUENCE_LENGTH, 2 * _topk(config)), config.max_position_embeddings)
+
+
+def _topk(config: ModelConfig) -> int:
+    topk = sparse_topk(config.attention)
+    assert topk is not None
+    return topk
+
+
+def _fingerprint(conversion: Conversion, text: EvaluationText | None) -> dict[str, str]:
+    recovery = conversion.options.recovery
+    return conversion.fingerprint() | {
+        "indexer": ", ".join(f"{k} {v}" for k, v in asdict(conversion.options.indexer).items()),
+        "recovery": "none" if recovery.tokens is None else f"{recovery.tokens} tokens",
+        "training text": ", ".join(text_fingerprint(each) for each in recovery.texts),
+        "evaluation text": "none" if text is None else str(text.path),
+    }
+
+
+def _training_text(
+    conversion: Conversion,
+    work: WorkFolder,
+    tokenizer: Tokenizer,
+    length: int,
+    text: EvaluationText | None,
+    progress: Progress,
+) -> None:
+    """Build `work.tokens`, and check that it holds no evaluation text."""
+    texts, indexer = conversion.options.recovery.texts, conversion.options.indexer
+    if indexer.warmup < length:
+        raise UserError(
+            f"--warmup {indexer.warmup}: is less than a sequence of {length} tokens; give more"
+        )
+    if not work.tokens.exists():
+        build_tokens(work.tokens, texts, tokenizer, length, progress)
+    folder = TokenizedDataset.open(work.tokens)
+    if folder.vocab_size > conversion.config.vocab_size:
+        raise UserError(
+            f"{conversion.src}: its tokenizer has ids up to {folder.vocab_size - 1}, but the model "
+            f"has {conversion.config.vocab_size} tokens; restore tokenizer.json"
+        )
+    if text is not None:
+        share = shared_runs(folder, text.ids, progress=progress)
+        require_disjoint(share, text.path, "the text of --text")
+
+
+def _dense_model(conversion: Conversion, work: WorkFolder, progress: Progress) -> Path:
+    """The source, if it has MLA, else its exact conversion."""
+    if not isinstance(conversion.config.attention, GQAConfig):
+        return conversion.src
+    dense = work.folder / "dense"
+    if not dense.exists():
+        convert(conversion.src, dense, to="mla", progress=progress)
+    return dense
+
+
+@torch.no_grad()
+def _start(dense: Path, config: ModelConfig, work: WorkFolder, progress: Progress) -> None:
+    """Write `work.start`: the dense model with initialised indexers, in fp32."""
+    if work.start.exists():
+        return
+    loaded = load_model(dense, dtype="fp32", progress=progress).model.requires_grad_(False)
+    folder = TokenizedDataset.open(work.tokens)
+    length = min(MEASURED_LENGTH, config.max_position_embeddings)
+    count = max(1, min(MEASURED_WINDOWS, folder.num_tokens("train") // length))
+    positions = np.arange(min(count * length, folder.num_tokens("train")))
+    ids = torch.from_numpy(folder.tokens("train", positions)).view(-1, length)
+    inputs = measure_inputs(loaded, ids)
+    model = Transformer(config).requires_grad_(False)
+    missing = model.load_state_dict(loaded.state_dict(), strict=False, assign=True)
+    assert all(".indexer." in name for name in missing.missing_keys)
+    layers = [module for module in model.modules() if isinstance(module, MLA)]
+    for layer in layers:
+        assert layer.indexer is not None
+        init_indexer(layer.indexer, layer, inputs[layer.layer], seed=layer.layer)
+    save_model(model, config, work.start, source=dense)
+
+
+def _warm_up(
+    work: WorkFolder, options: IndexerOptions, length: int, progress: Progress
+) -> dict[str, Any]:
+    """Distil the indexers in `work.run`; returns the object `warmup` of the report."""
+    raw = warmup_recipe(work.start, work.tokens, options.warmup, length)
+    _, history = run_recipe(raw, work.run, work.start, quiet=not progress.shown, progress=progress)
+    first, last = history.steps[0], history.steps[-1]
+    window = history.steps[-max(1, len(history.steps) // 10) :]
+    layers = [
+        {
+            "layer": layer.layer,
+            "kl_first": start.kl,
+            "kl_last": sum(step.indexers[place].kl for step in window) / len(window),
+            "recall_first": start.recall,
+            "recall_last": sum(step.indexers[place].recall for step in window) / len(window),
+        }
+        for place, (start, layer) in enumerate(zip(first.indexers, last.indexers, strict=True))
+    ]
+    return {
+        "tokens": last.tokens,
+        "sequence_length": length,
+        "seconds": last.seconds,
+        "tokens_per_second": last.tokens / last.seconds,
+        "layers": layers,
+    }
+
+
+def warmup_recipe(start: Path, tokens: Path, count: int, length: int) -> dict[str, Any]:
+    """The raw recipe of the dense warm-up on `count` tokens, with absolute paths."""
+    steps = max(1, round(count / length))
+    return {
+        "name": "indexer",
+        "base_model": str(start.absolute()),
+        "precision": "bf16",
+        "data": {"folder": str(tokens.absolute())},
+        "optimizer": {"weight_decay": 0.0},
+        "phase": [
+            {
+                "name": "warm-up",
+                "dsa_stage": "warmup",
+                "steps": steps,
+                "sequence_length": length,
+                "batch_size": 1,
+                "micro_batch_size": 1,
+                "learning_rate": schedule(LEARNING_RATE, steps),
+                "bias_update_speed": 0.0,
+            }
+        ],
+        "checkpoints": {"every_steps": max(1, min(50, steps // 4))},
+        "evaluation": {"every_steps": steps, "sequences": 1},
+    }
+
+
+def _recover(
+    work: WorkFolder, dense: Path, recovery: RecoveryOptions, length: int, progress: Progress
+) -> dict[str, Any]:
+    """Sparse training of attention and indexers to match the dense model, in work.folder/heal."""
+    assert recovery.tokens is not None
+    options = DistillationOptions(
+        tokens=recovery.tokens, sequence_length=length, batch_tokens=length
+    )
+    check_distillation(work.tokens, options, origin=f"--text {', '.join(recovery.texts)}")
+    found = distill(
+        work.recovered,
+        dense,
+        work.tokens,
+        work.folder / "heal",
+        options,
+        quiet=not progress.shown,
+        progress=progress,
+    )
+    return {
+        "tokens": found.tokens,
+        "seconds": found.seconds,
+        "divergence_before": found.before.divergence,
+        "divergence_after": found.after.divergence,
+        "loss_before": found.before.loss,
+        "loss_after": found.after.loss,
+    }
