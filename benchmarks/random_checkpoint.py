@@ -73,6 +73,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
         "max_position_embeddings": 163840,
     },
+    # `mini`, with the same weights of the tensors it shares, and an indexer in every layer
+    "mini-dsa": {"model_type": "deepseek_v32"},
+    # an indexer in every fourth layer, whose choice the next three share
+    "mini-shared-dsa": {
+        "model_type": "glm_moe_dsa",
+        "index_topk_freq": 4,
+        "index_skip_topk_offset": 1,
+    },
     # runs for a second in every program: for tests of the benchmark itself
     "tiny": {
         "hidden_size": 64,
@@ -155,6 +163,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 163840,
     },
 }
+INDEXER = {"index_n_heads": 8, "index_head_dim": 128, "index_topk": 2048}
+for _name in ("mini-dsa", "mini-shared-dsa"):
+    PRESETS[_name] = PRESETS["mini"] | INDEXER | PRESETS[_name]
 
 
 def config_of(preset: str) -> ModelConfig:

@@ -13,11 +13,16 @@ namespace lowlat {
 struct BoundCache {
   std::vector<Cache> layers;
   std::vector<std::int64_t> entry_dims;
+  std::vector<IndexCache> index_layers;
+  std::vector<std::int64_t> index_dims;  // 0: no indexer
   std::int64_t pages = 0;
   std::vector<Array> owners;
 
   std::int64_t page_size() const { return layers[0].page_size; }
 };
+
+// The index keys of a layer, [pages, page_size, bytes or bf16 elements of a key], for keys of `dim` channels.
+IndexCache index_cache_of(const Array& keys, std::int64_t dim, bool is_int8);
 
 // Adds class Cache to the module.
 void bind_cache(nb::module_& module);

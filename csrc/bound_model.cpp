@@ -63,12 +63,33 @@ BoundMoe make_moe(const BoundRouter& router, const std::vector<BoundMlp>& expert
   return bound;
 }
 
+BoundIndexer make_indexer(std::int64_t heads, bool interleave, const BoundProjection& q, const BoundProjection& k,
+                          const BoundNorm& k_norm, const Array& k_norm_bias, const BoundMatrix& weights) {
+  BoundIndexer bound;
+  Indexer& indexer = bound.part;
+  indexer.heads = heads;
+  indexer.interleave = interleave;
+  indexer.q = bound.keep(q);
+  indexer.k = bound.keep(k);
+  indexer.dim = indexer.k.weight.rows;
+  indexer.k_norm = bound.keep(k_norm);
+  indexer.k_norm_bias = elements<float>(k_norm_bias, "k_norm_bias", Type::fp32, {indexer.dim});
+  bound.owners.push_back(k_norm_bias);
+  indexer.weights = bound.keep(weights);
+  require(heads > 0 && indexer.dim > 0 && indexer.dim % 2 == 0, "an indexer has no heads, or an odd number of channels");
+  require(indexer.k_norm.size == indexer.dim, "the norm of index keys has another size");
+  require_shape(indexer.q.weight, heads * indexer.dim, indexer.q.weight.columns, "index q");
+  require_shape(indexer.weights, heads, indexer.k.weight.columns, "index weights");
+  return bound;
+}
+
 BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t rope_dim, std::int64_t value_dim,
                         float scale, bool interleave, const std::optional<BoundProjection>& q_a,
                         const std::optional<BoundNorm>& q_a_norm, const BoundProjection& q, const BoundProjection& kv_a,
                         const std::vector<BoundNorm>& kv_a_norms, const BoundMatrix& kv_b,
                         const std::optional<BoundMatrix>& k_b, const BoundProjection& o,
-                        const std::vector<std::optional<BoundLowRank>>& kv_b_updates) {
+                        const std::vector<std::optional<BoundLowRank>>& kv_b_updates, std::int64_t topk,
+                        const std::optional<BoundIndexer>& indexer) {
   BoundAttention bound;
   Attention& a = bound.part;
   a.heads = heads;
@@ -106,6 +127,15 @@ BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t 
   std::int64_t normalized = 0;
   for (const Norm& norm : a.kv_a_norms) normalized += norm.size;
   require(a.kv_a_norms.empty() || normalized == a.latent_dim, "the latent norms have other sizes");
+  a.topk = topk;
+  a.indexer = bound.keep(indexer);
+  require(topk >= 0 && (topk > 0 || !indexer), "an indexer chooses no tokens");
+  if (a.indexer) {
+    require(a.indexer->dim >= rope_dim, "index keys are narrower than the rotated channels");
+    require(a.indexer->q.weight.columns == (a.q_a ? a.q.weight.columns : a.kv_a.weight.columns) &&
+                a.indexer->k.weight.columns == a.kv_a.weight.columns,
+            "the indexer has another input");
+  }
   return bound;
 }
 
@@ -254,6 +284,7 @@ class BoundModel {
     require(a.heads == first.heads && a.kv_heads == first.kv_heads && a.is_mla() == first.is_mla(),
             "the layers' attention differs in form or heads");
     require(!layer.post_mlp_norm || layer.post_mlp_norm->size == model.hidden, "an MLP's norm has another width");
+    require(a.topk == first.topk && (a.topk == 0 || first.indexer), "the layers choose different numbers of tokens, or the first none");
     require(layer.mlp || layer.moe, "a layer has no MLP");
     if (layer.mlp) require(layer.mlp->gate.weight.columns == model.hidden, "an MLP has another width");
     if (!layer.moe) return;
@@ -285,7 +316,12 @@ class BoundModel {
     for (std::size_t layer = 0; layer < model_.layers.size(); ++layer) {
       require(cache.entry_dims[first + layer] == model_.layers[layer].attention.entry_dim(), "the cache has rows of another width");
     }
+    for (std::size_t layer = 0; layer < model_.layers.size(); ++layer) {
+      const std::optional<Indexer>& indexer = model_.layers[layer].attention.indexer;
+      require(cache.index_dims[first + layer] == (indexer ? indexer->dim : 0), "the cache has index keys of another width");
+    }
     step.caches = cache.layers.data() + first;
+    step.index_caches = cache.index_layers.data() + first;
     const std::int64_t slots = cache.pages * cache.page_size();
     for (std::int64_t t = 0; t < step.tokens; ++t) {
       require(step.slots[t] >= 0 && step.slots[t] < slots, "a slot is outside the cache");
@@ -328,10 +364,13 @@ void bind_model(nb::module_& module) {
       .def_static("make", make_router, "weight"_a, "bias"_a.none(), nb::kw_only(), "chosen"_a, "groups"_a,
                   "kept_groups"_a, "best_in_group"_a, "is_sigmoid"_a, "normalizes"_a, "scaling"_a);
   nb::class_<BoundMoe>(module, "Moe").def_static("make", make_moe, "router"_a, "experts"_a);
+  nb::class_<BoundIndexer>(module, "Indexer")
+      .def_static("make", make_indexer, nb::kw_only(), "heads"_a, "interleave"_a, "q"_a, "k"_a, "k_norm"_a,
+                  "k_norm_bias"_a, "weights"_a);
   nb::class_<BoundAttention>(module, "Attention")
       .def_static("mla", make_mla, nb::kw_only(), "heads"_a, "nope_dim"_a, "rope_dim"_a, "value_dim"_a, "scale"_a,
                   "interleave"_a, "q_a"_a.none(), "q_a_norm"_a.none(), "q"_a, "kv_a"_a, "kv_a_norms"_a, "kv_b"_a,
-                  "k_b"_a.none(), "o"_a, "kv_b_updates"_a)
+                  "k_b"_a.none(), "o"_a, "kv_b_updates"_a, "topk"_a = 0, "indexer"_a.none() = nb::none())
       .def_static("gqa", make_gqa, nb::kw_only(), "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "interleave"_a,
                   "window"_a, "q"_a, "k"_a, "v"_a, "o"_a, "q_norm"_a.none(), "k_norm"_a.none());
   nb::class_<BoundLayer>(module, "Layer")

@@ -39,6 +39,7 @@ using BoundProjection = Bound<Projection>;
 using BoundMlp = Bound<Mlp>;
 using BoundRouter = Bound<Router>;
 using BoundMoe = Bound<Moe>;
+using BoundIndexer = Bound<Indexer>;
 using BoundAttention = Bound<Attention>;
 using BoundLayer = Bound<Layer>;
 using BoundMtpInput = Bound<MtpInput>;

@@ -131,6 +131,24 @@ void attention(Team& team, const PagedAttention& a) {
   });
 }
 
+void store_index_keys(Team& team, const bf16* keys, std::int64_t count, std::int64_t dim, const IndexCache& cache) {
+  team.for_chunks(count, 1, [&](std::int64_t slot, std::int64_t) {
+    store_index_key(cache, keys + slot * dim, dim, slot);
+  });
+}
+
+void choose_of_queries(Team& team, const TokenChoice& c) {
+  const ProductSession session;
+  Scratch scratch;
+  const IndexQueries queries{c.q, c.weights, c.queries, c.heads, c.dim};
+  team.for_chunks(c.start + c.queries, kKeyBlock, [&](std::int64_t first, std::int64_t last) {
+    score_index_keys(queries, c.cache, c.pages, first, last, scratch, c.scores, c.score_stride);
+  });
+  team.for_chunks(c.queries, 1, [&](std::int64_t i, std::int64_t) {
+    choose_tokens(c.scores + i * c.score_stride, c.start + i + 1, c.topk, scratch, c.chosen + i * c.topk);
+  });
+}
+
 }  // namespace single
 
 }  // namespace lowlat::LOWLAT_ISA
@@ -157,6 +175,8 @@ const lowlat::Ops LOWLAT_NAME(lowlat_ops_, LOWLAT_ISA) = {
     .route = lowlat::LOWLAT_ISA::single::route,
     .store_entries = lowlat::LOWLAT_ISA::single::store_entries,
     .attention = lowlat::LOWLAT_ISA::single::attention,
+    .store_index_keys = lowlat::LOWLAT_ISA::single::store_index_keys,
+    .choose_tokens = lowlat::LOWLAT_ISA::single::choose_of_queries,
     .draw = lowlat::LOWLAT_ISA::sampling::draw,
     .norm_forward = lowlat::LOWLAT_ISA::training::norm_forward,
     .norm_backward = lowlat::LOWLAT_ISA::training::norm_backward,

@@ -53,6 +53,17 @@ struct Moe {
   std::vector<Mlp> experts;
 };
 
+// Lightning indexer of sparse attention (DSA): its scores choose the tokens that a query attends to.
+struct Indexer {
+  std::int64_t heads = 0, dim = 0;
+  bool interleave = false;           // of the rotation of the first rope_dim channels
+  Projection q;                      // [heads * dim, query latent], or of the layer's input without a query latent
+  Projection k;                      // [dim, hidden]
+  Norm k_norm;                       // LayerNorm
+  const float* k_norm_bias = nullptr;
+  Matrix weights;                    // [heads, hidden]
+};
+
 // MLA if latent_dim > 0, else GQA.
 struct Attention {
   std::int64_t heads = 0;
@@ -72,6 +83,8 @@ struct Attention {
   Matrix kv_b;  // [heads * (nope_dim + value_dim), latent_dim], row-major; [heads * value_dim, latent_dim] with k_b
   std::optional<Matrix> k_b;  // the keys' half of kv_b, each head transposed: [heads * latent_dim, nope_dim]
   std::vector<LowRank> kv_b_updates;  // of [heads * (nope_dim + value_dim), latent_dim], by adapter
+  std::int64_t topk = 0;            // sparse attention: tokens that a query attends to; 0: all
+  std::optional<Indexer> indexer;   // sparse attention without one attends to the previous layer's choice
   // GQA
   std::int64_t kv_heads = 0;
   Projection k, v;
@@ -123,6 +136,16 @@ struct Cache {
   std::int64_t quantized = 0;  // 0: bf16
 };
 
+// The index keys of a layer with an indexer, in the same pages, in tiles of 16 consecutive tokens, so that a tile is a
+// packed operand of the scores. A bf16 tile is a vector of 16 pairs of channels, one per token, for every pair. An
+// int8 tile is such a vector for every 4 channels, as values + 128, then one of fp32 scales for every 64 channels.
+struct IndexCache {
+  std::uint8_t* data = nullptr;  // null: the layer has no indexer
+  std::int64_t tile_bytes = 0;
+  std::int64_t page_size = 0;    // a multiple of 16
+  bool is_int8 = false;
+};
+
 struct Sequence {
   const std::int32_t* pages = nullptr;
   std::int64_t start = 0;        // entries cached before this step
@@ -145,6 +168,7 @@ struct Step {
   std::vector<Sequence> sequences;
   std::vector<std::int32_t> adapters;   // [tokens]: the token's LoRA adapter or -1; empty: no token has one
   const Cache* caches = nullptr;        // one per layer of the model, with the same page table
+  const IndexCache* index_caches = nullptr;  // likewise
   bool is_decode = false;               // every sequence decodes, see Activations
   bf16* hidden = nullptr;               // out [tokens, hidden], after the final norm
   std::vector<std::int64_t> wanted;     // tokens that need logits

@@ -35,6 +35,20 @@ struct PagedAttention {
   bf16* out = nullptr;      // [queries, heads, value_dim]
 };
 
+// The choice of sparse attention (DSA) for queries at positions start .. start + queries - 1 of one sequence, each of
+// which sees more than topk keys.
+struct TokenChoice {
+  const bf16* q = nullptr;         // [queries, heads, dim]
+  const float* weights = nullptr;  // [queries, heads], with the factor dim^-0.5
+  std::int64_t queries = 0, heads = 0, dim = 0, topk = 0;
+  IndexCache cache;
+  const std::int32_t* pages = nullptr;
+  std::int64_t start = 0;
+  float* scores = nullptr;         // out [queries, score_stride], start + queries rounded up to 64
+  std::int64_t score_stride = 0;
+  std::int32_t* chosen = nullptr;  // out [queries, topk]: ascending positions
+};
+
 struct Workspace;
 
 struct Ops {
@@ -76,6 +90,11 @@ struct Ops {
   void (*store_entries)(Team&, const bf16* rows, std::int64_t count, std::int64_t entry_dim, const Cache& cache);
 
   void (*attention)(Team&, const PagedAttention& attention);
+
+  // keys [count, dim] into the first slots of the cache
+  void (*store_index_keys)(Team&, const bf16* keys, std::int64_t count, std::int64_t dim, const IndexCache& cache);
+
+  void (*choose_tokens)(Team&, const TokenChoice& choice);
 
   // Sampling: one token from a row of logits (sampling.h)
   void (*draw)(Team&, const DrawPass&);

@@ -9,6 +9,9 @@ namespace lowlat {
 namespace {
 
 constexpr std::int64_t kQueryRows = 48;     // query rows that share one packing of the keys
+// Tokens that share a pass over the index keys: as many as this, but no more than these bytes hold scores of.
+constexpr std::int64_t kIndexTokens = 64, kIndexScoreBytes = 16 << 20;
+constexpr std::int64_t kIndexBlock = 64;  // keys, a divisor of the keys of a task
 constexpr std::align_val_t kAlignment{64};
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
@@ -27,6 +30,12 @@ Sizes::Sizes(const Model& model) {
     for (const Projection* p : {&a.q, &a.k, &a.v, &a.kv_a, &a.o}) add_updates(p->updates);
     if (a.q_a) add_updates(a.q_a->updates);
     add_updates(a.kv_b_updates);
+    if (a.indexer) {
+      for (const Projection* p : {&a.indexer->q, &a.indexer->k}) add_updates(p->updates);
+      index_queries = std::max(index_queries, a.indexer->heads * a.indexer->dim);
+      index_key = std::max(index_key, a.indexer->dim);
+      index_heads = std::max(index_heads, a.indexer->heads);
+    }
     if (layer.mlp) add_mlp(*layer.mlp);
     row = std::max(row, a.entry_dim());
     queries = std::max(queries, a.heads * a.query_dim());
@@ -105,10 +114,66 @@ void Workspace::prepare(const Model& model, const Step& step, int threads) {
   row_weight.resize(routed);
   next_row.resize(sizes.experts);
   shrunk_stride = step.adapters.empty() ? 0 : sizes.rank;
-  const std::int64_t most = std::max({std::int64_t{3}, a.heads, 2 * (sizes.chosen + 1)});
+  index_k = take<bf16>(19, n * sizes.index_key);
+  const std::int64_t most = std::max({std::int64_t{4}, a.heads, 2 * (sizes.chosen + 1)});
   shrunk = take<float>(18, n * most * shrunk_stride);
   // Head counts are equal in all layers, so one plan serves all.
   plan_attention(a, step, threads);
+}
+
+void Workspace::plan_sequence(const Attention& a, const Step& step, std::int32_t number) {
+  const Sequence& sequence = step.sequences[number];
+  const std::int64_t kv_heads = a.is_mla() ? 1 : a.kv_heads;
+  // Tokens that see at most topk tokens attend to all of them.
+  const std::int64_t dense =
+      a.topk == 0 ? sequence.length : std::clamp<std::int64_t>(a.topk - sequence.start, 0, sequence.length);
+  const bool expands = a.is_mla() && sequence.is_expanded && dense > 0;
+  if (expands) expanded.push_back({number, dense});
+  const std::int64_t first = expands ? dense : 0;
+  const TokenRun run{sequence.first_token + first, sequence.length - first};
+  if (run.tokens > 0 && !absorbed.empty() && absorbed.back().first + absorbed.back().tokens == run.first) {
+    absorbed.back().tokens += run.tokens;
+  } else if (run.tokens > 0) {
+    absorbed.push_back(run);
+  }
+  const std::int64_t tokens = std::max<std::int64_t>(1, kQueryRows * kv_heads / a.heads);
+  for (std::int64_t token = first; token < dense; token += tokens) {
+    const std::int64_t count = std::min(tokens, dense - token);
+    const std::int64_t context = sequence.start + token + count;
+    for (std::int64_t head = 0; head < kv_heads; ++head) {
+      groups.push_back({number, head, token, count, num_splits(context), 0});
+    }
+  }
+  if (dense == sequence.length) return;
+  const std::int64_t context = sequence.start + sequence.length, stride = round_up(context, kIndexBlock);
+  const std::int64_t most = kIndexScoreBytes / static_cast<std::int64_t>(stride * sizeof(float));
+  const std::int64_t group = std::clamp<std::int64_t>(most, 1, kIndexTokens);
+  for (std::int64_t token = dense; token < sequence.length; token += group) {
+    index_groups.push_back({number, token, std::min(group, sequence.length - token), choosers + token - dense, 0, stride});
+  }
+  for (std::int64_t token = dense; token < sequence.length; ++token) {
+    groups.push_back({number, 0, token, 1, num_splits(a.topk), 0, choosers++});
+  }
+}
+
+void Workspace::plan_choices(const Attention& a, const Step& step, int threads) {
+  choices = take<std::int32_t>(20, choosers * a.topk);
+  index_q = take<bf16>(21, choosers > 0 ? step.tokens * sizes.index_queries : 0);
+  index_weights = take<float>(22, choosers > 0 ? step.tokens * sizes.index_heads : 0);
+  std::int64_t scores = 0;
+  // Several threads share a group only if there are too few groups to keep all busy.
+  const bool splits = index_groups.size() < 2 * static_cast<std::size_t>(threads);
+  for (std::size_t g = 0; splits && g < index_groups.size(); ++g) {
+    IndexGroup& group = index_groups[g];
+    group.scores = scores;
+    scores += group.tokens * group.score_stride;
+    const std::int64_t context = step.sequences[group.sequence].start + group.token + group.tokens;
+    const std::int64_t keys = round_up(std::max<std::int64_t>(context / (4 * threads), 1), kIndexBlock);
+    for (std::int64_t key = 0; key < context; key += keys) {
+      index_tasks.push_back({static_cast<std::int32_t>(g), key, std::min(key + keys, context)});
+    }
+  }
+  index_scores = take<float>(23, scores);
 }
 
 void Workspace::plan_attention(const Attention& a, const Step& step, int threads) {
@@ -116,23 +181,12 @@ void Workspace::plan_attention(const Attention& a, const Step& step, int threads
   tasks.clear();
   expanded.clear();
   absorbed.clear();
-  const std::int64_t kv_heads = a.is_mla() ? 1 : a.kv_heads;
-  const std::int64_t heads = a.heads / kv_heads;
-  const std::int64_t tokens = std::max<std::int64_t>(1, kQueryRows / heads);
-  for (std::size_t s = 0; s < step.sequences.size(); ++s) {
-    const Sequence& sequence = step.sequences[s];
-    const auto number = static_cast<std::int32_t>(s);
-    const bool expands = a.is_mla() && sequence.is_expanded;
-    (expands ? expanded : absorbed).push_back(number);
-    if (expands) continue;
-    for (std::int64_t token = 0; token < sequence.length; token += tokens) {
-      const std::int64_t count = std::min(tokens, sequence.length - token);
-      const std::int64_t context = sequence.start + token + count;
-      for (std::int64_t head = 0; head < kv_heads; ++head) {
-        groups.push_back({number, head, token, count, num_splits(context), 0});
-      }
-    }
-  }
+  index_groups.clear();
+  index_tasks.clear();
+  choosers = 0;
+  const std::int64_t heads = a.is_mla() ? a.heads : a.heads / a.kv_heads;
+  for (std::size_t s = 0; s < step.sequences.size(); ++s) plan_sequence(a, step, static_cast<std::int32_t>(s));
+  plan_choices(a, step, threads);
   // Splits of a context run in parallel (split-K, as in flash decoding) only if there are too few groups to keep all
   // threads busy: their partial results take memory.
   const bool splits = groups.size() < 4 * static_cast<std::size_t>(threads);

@@ -60,7 +60,9 @@ inline std::int64_t num_splits(std::int64_t context) {
 }
 
 // Query rows of one sequence that share keys: `tokens` queries from `token` (within the sequence), all heads of one
-// KV head. Their partial results begin at row `partial`, one copy per split.
+// KV head. Their partial results begin at row `partial`, one copy per split. With sparse attention, a token that chose
+// its context is a group: its positions are row `choice` of the choices, and its splits are those of a context of that
+// length.
 struct QueryGroup {
   std::int32_t sequence;
   std::int64_t kv_head;
@@ -68,6 +70,33 @@ struct QueryGroup {
   std::int64_t tokens;
   std::int64_t splits;
   std::int64_t partial;
+  std::int64_t choice = -1;  // -1: dense
+};
+
+// Consecutive tokens of the step.
+struct TokenRun {
+  std::int64_t first, tokens;
+};
+
+// The first `queries` new tokens of a sequence.
+struct ExpandedQueries {
+  std::int32_t sequence;
+  std::int64_t queries;
+};
+
+// Consecutive tokens of a sequence that choose their context, from `token` (within the sequence); their rows of the
+// choices begin at `choice`. They share passes over the index keys. If scored by several threads, their scores are
+// [tokens, score_stride] from `scores`.
+struct IndexGroup {
+  std::int32_t sequence;
+  std::int64_t token, tokens, choice;
+  std::int64_t scores = 0, score_stride = 0;
+};
+
+// Index keys [first, last) for a group.
+struct IndexTask {
+  std::int32_t group;
+  std::int64_t first, last;
 };
 
 // A group and one of its splits, or -1: all of them in order.
@@ -90,6 +119,7 @@ struct Sizes {
   std::int64_t dense_inner = 0, inner = 0;  // of layers without experts, and with
   std::int64_t row = 0, queries = 0, outputs = 0, key = 0, value = 0;
   std::int64_t rank = 0;  // of LoRA adapters
+  std::int64_t index_queries = 0, index_key = 0, index_heads = 0;
 
   explicit Sizes(const Model& model);
 };
@@ -112,12 +142,21 @@ struct Workspace {
   // Attention
   std::vector<QueryGroup> groups;
   std::vector<AttentionTask> tasks;
-  std::vector<std::int32_t> expanded;  // sequences on the expanded path
-  std::vector<std::int32_t> absorbed;  // the other sequences
+  std::vector<ExpandedQueries> expanded;  // on the expanded path
+  std::vector<TokenRun> absorbed;         // all other tokens
   float* top = nullptr;                // partial softmax states: row maximum, [rows]
   float* total = nullptr;
   float* values = nullptr;  // [rows, value_stride]
   std::int64_t value_stride = 0;
+  // Sparse attention; unused in steps of which no token has more than topk before it
+  std::vector<IndexGroup> index_groups;
+  std::vector<IndexTask> index_tasks;  // empty: each group on one thread
+  std::int64_t choosers = 0;           // tokens of index_groups
+  bf16* index_q = nullptr;             // [tokens, index heads, index dim]
+  bf16* index_k = nullptr;             // [tokens, index dim]
+  float* index_weights = nullptr;      // [tokens, index heads]
+  float* index_scores = nullptr;       // of the groups with tasks
+  std::int32_t* choices = nullptr;     // [choosers, topk]: ascending positions, until the next layer that chooses
   // Experts
   float* gate_scores = nullptr;    // [tokens, experts]
   std::int32_t* chosen = nullptr;  // [tokens, chosen]
@@ -141,13 +180,15 @@ struct Workspace {
 
  private:
   void plan_attention(const Attention& attention, const Step& step, int threads);
+  void plan_sequence(const Attention& attention, const Step& step, std::int32_t number);
+  void plan_choices(const Attention& attention, const Step& step, int threads);
   template <class T>
   T* take(int slot, std::int64_t count);
   Activations rows_of(int slot, std::int64_t rows, std::int64_t columns, bool is_decode);
   void make_inner(std::int64_t tokens, bool is_decode);
 
   Sizes sizes;
-  Buffer buffers_[19];
+  Buffer buffers_[24];
 };
 
 }  // namespace lowlat

@@ -133,6 +133,22 @@ class Moe:
     @staticmethod
     def make(router: Router, experts: Sequence[Mlp]) -> Moe: ...
 
+class Indexer:
+    """The lightning indexer of a layer with sparse attention (DSA). weights: bf16
+    [heads, hidden]."""
+
+    @staticmethod
+    def make(
+        *,
+        heads: int,
+        interleave: bool,
+        q: Projection,
+        k: Projection,
+        k_norm: Norm,
+        k_norm_bias: Tensor,
+        weights: Matrix,
+    ) -> Indexer: ...
+
 class Attention:
     """MLA or GQA of a layer."""
 
@@ -154,7 +170,12 @@ class Attention:
         k_b: Matrix | None,
         o: Projection,
         kv_b_updates: Sequence[LowRank | None],
-    ) -> Attention: ...
+        topk: int = 0,
+        indexer: Indexer | None = None,
+    ) -> Attention:
+        """topk: tokens that a query attends to, chosen by `indexer` or, without one, by the last
+        layer that had one; 0: all tokens."""
+
     @staticmethod
     def gqa(
         *,
@@ -202,9 +223,10 @@ class Cache:
     """The paged KV cache of all layers, in place."""
 
     @staticmethod
-    def make(layers: Sequence[tuple[Tensor, int, int]]) -> Cache:
-        """(entries, entry_dim, quantized) of each layer: bf16 [pages, page_size, entry_dim], or
-        uint8 [pages, page_size, entry bytes] of which `quantized` channels are int8.
+    def make(layers: Sequence[tuple[Tensor, int, int, Tensor | None, int]]) -> Cache:
+        """(entries, entry_dim, quantized, index_keys, index_dim) of each layer: bf16
+        [pages, page_size, entry_dim], or uint8 [pages, page_size, entry bytes] of which
+        `quantized` channels are int8; likewise the index keys of layers with an indexer.
         """
 
 class Model:
@@ -384,6 +406,27 @@ def attention(
 ) -> None:
     """q bf16 [queries, heads, key_dim]; cache uint8 [pages, page_size, row_bytes]; pages int32;
     out bf16 [queries, heads, value_dim]. window 0: all keys.
+    """
+
+def store_index_keys(keys: Tensor, cache: Tensor, *, is_int8: bool, level: str = "") -> None:
+    """bf16 [tokens, dim] as the first keys of cache bf16 [pages, page_size, dim], or uint8 with the
+    bytes of a key."""
+
+def choose_tokens(
+    q: Tensor,
+    weights: Tensor,
+    cache: Tensor,
+    pages: Tensor,
+    *,
+    is_int8: bool,
+    start: int,
+    topk: int,
+    scores: Tensor,
+    chosen: Tensor,
+    level: str = "",
+) -> None:
+    """q bf16 [queries, heads, dim]; weights fp32 [queries, heads], with the factor dim^-0.5; pages
+    int32; writes scores fp32 [queries, keys rounded up to 64] and chosen int32 [queries, topk].
     """
 
 def norm_pieces(rows: int) -> int:

@@ -3,21 +3,12 @@
 #pragma once
 
 #include "expanded_mla.h"
+#include "indexer_phases.h"
 #include "low_rank_heads.h"
 #include "phases.h"
 #include "paged_attention.h"
 
 namespace lowlat::LOWLAT_ISA {
-
-// A token's cos and sin in a layer.
-struct Rotation {
-  const float *cos, *sin;
-};
-
-inline Rotation rotation_of(const Step& step, const Attention& a, std::int64_t token) {
-  const std::int64_t at = token * step.pairs + a.first_pair;
-  return {step.cos + at, step.sin + at};
-}
 
 // Writes a token's KV cache entry of a layer.
 inline void store_token(const Pass& pass, const Attention& a, const Cache& cache, std::int64_t token) {
@@ -25,19 +16,10 @@ inline void store_token(const Pass& pass, const Attention& a, const Cache& cache
   store_row(cache, row, a.entry_dim(), cache.data + pass.step.slots[token] * cache.row_bytes);
 }
 
-// body(first, tokens) for every run of tokens on the absorbed path; adjacent sequences form one run.
+// body(first, tokens) for every run of tokens on the absorbed path.
 template <class Body>
 inline void each_absorbed(const Pass& pass, Body&& body) {
-  std::int64_t first = 0, last = 0;
-  for (const std::int32_t s : pass.work.absorbed) {
-    const Sequence& sequence = pass.step.sequences[s];
-    if (sequence.first_token != last) {
-      if (first < last) body(first, last - first);
-      first = sequence.first_token;
-    }
-    last = sequence.first_token + sequence.length;
-  }
-  if (first < last) body(first, last - first);
+  for (const TokenRun& run : pass.work.absorbed) body(run.first, run.tokens);
 }
 
 // --- attention over KV cache entries ---------------------------------------------------------------------------------
@@ -59,7 +41,7 @@ inline Queries queries_of(const Pass& pass, const Attention& a, const QueryGroup
   auto* first = pass.scratch.get<std::int64_t>(3, 2 * rows);
   auto* last = first + rows;
   for (std::int64_t r = 0; r < rows; ++r) {
-    last[r] = sequence.start + group.token + r / heads + 1;
+    last[r] = group.choice < 0 ? sequence.start + group.token + r / heads + 1 : a.topk;
     first[r] = a.window == 0 ? 0 : most(0, last[r] - a.window);
   }
   if (a.is_mla()) {
@@ -76,7 +58,8 @@ inline Queries queries_of(const Pass& pass, const Attention& a, const QueryGroup
 }
 
 inline CachedKeys keys_of(const Pass& pass, const Attention& a, const Cache& cache, const QueryGroup& group) {
-  return {cache, pass.step.sequences[group.sequence].pages, a.entry_dim(), row_view(a, group.kv_head), a.scale};
+  const std::int32_t* chosen = group.choice < 0 ? nullptr : pass.work.choices + group.choice * a.topk;
+  return {cache, pass.step.sequences[group.sequence].pages, a.entry_dim(), row_view(a, group.kv_head), a.scale, chosen};
 }
 
 // Where the attention output of row r of a group goes.
@@ -146,8 +129,7 @@ inline void attend_all(const Pass& pass, const Attention& a, const Cache& cache)
   const auto tasks = static_cast<std::int64_t>(work.tasks.size());
   pass.team.for_chunks(expanded + tasks, 1, [&](std::int64_t item, std::int64_t) {
     if (item < expanded) {
-      const Sequence& sequence = pass.step.sequences[work.expanded[item / a.heads]];
-      expand_head(pass, a, cache, sequence, item % a.heads);
+      expand_head(pass, a, cache, work.expanded[item / a.heads], item % a.heads);
     } else {
       run_attention_task(pass, a, cache, work.tasks[item - expanded]);
     }
@@ -328,7 +310,7 @@ inline void make_head_values(const Pass& pass, const Attention& a, std::int64_t 
   });
 }
 
-inline void attend_mla(const Pass& pass, const Attention& a, const Cache& cache) {
+inline void attend_mla(const Pass& pass, const Attention& a, const Cache& cache, const IndexCache& index_cache) {
   const Workspace& work = pass.work;
   const std::int64_t q_stride = a.heads * a.query_dim();
   const Product rows{&a.kv_a, &work.hidden, work.row, a.entry_dim()};
@@ -339,6 +321,7 @@ inline void attend_mla(const Pass& pass, const Attention& a, const Cache& cache)
   }
   make_mla_rows(pass, a, cache);
   if (a.q_a) multiply_all(pass, {{&a.q, &work.query_latent, work.q, q_stride}});
+  if (a.indexer) run_indexer(pass, a, *a.indexer, index_cache);
   if (pass.step.query_scale != nullptr) {
     pass.each_token([&](std::int64_t t) {
       scale_row(work.q + t * q_stride, pass.step.query_scale[t], q_stride, work.q + t * q_stride);
@@ -386,7 +369,7 @@ inline void add_attention(const Pass& pass, const Layer& layer, std::int64_t num
   const Cache& cache = pass.step.caches[number];
   norm_residual(pass, layer.input_norm);
   if (a.is_mla()) {
-    attend_mla(pass, a, cache);
+    attend_mla(pass, a, cache, pass.step.index_caches[number]);
   } else {
     attend_gqa(pass, a, cache);
   }

@@ -124,11 +124,12 @@ inline KeyBlock build_block(const Pass& pass, const Attention& a, const HeadProj
   return {view(k, count, a.query_dim(), key_stride), view(v, count, a.value_dim, value_stride), {}, {}};
 }
 
-// Attention of all new queries of a sequence for one head.
-inline void expand_head(const Pass& pass, const Attention& a, const Cache& cache, const Sequence& sequence,
+// Attention of the first new queries of a sequence for one head.
+inline void expand_head(const Pass& pass, const Attention& a, const Cache& cache, const ExpandedQueries& expanded,
                         std::int64_t head) {
   const Workspace& work = pass.work;
-  const std::int64_t queries = sequence.length, context = sequence.start + queries;
+  const Sequence& sequence = pass.step.sequences[expanded.sequence];
+  const std::int64_t queries = expanded.queries, context = sequence.start + queries;
   const std::int64_t value_stride = round_up(a.value_dim, 32);
   const Activations q = rows_of_head(pass, a, head, sequence.first_token, queries, a.query_dim(), 11);
   auto* first = pass.scratch.get<std::int64_t>(3, 2 * queries);

@@ -64,6 +64,25 @@ inline void store_row(const Cache& cache, const bf16* row, std::int64_t entry_di
   std::memcpy(scales + 4 * groups, row + cache.quantized, (entry_dim - cache.quantized) * sizeof(bf16));
 }
 
+// Copies `count` <= 64 entries, number i at row_of(i), with the channels `wanted` to `out` [64, entry_dim rounded up to
+// 32].
+template <class RowOf>
+inline Rows gather_rows(const Cache& cache, RowOf&& row_of, std::int64_t count, std::int64_t entry_dim,
+                        std::initializer_list<Channels> wanted, bf16* out) {
+  const std::int64_t stride = round_up(entry_dim, 32);
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::uint8_t* row = row_of(i);
+    bf16* to = out + i * stride;
+    if (cache.quantized == 0) {
+      std::memcpy(to, row, entry_dim * sizeof(bf16));
+    } else {
+      for (const Channels& channels : wanted) dequantize_row(cache, row, channels, to);
+    }
+    std::memset(to + entry_dim, 0, (stride - entry_dim) * sizeof(bf16));
+  }
+  return {out, stride};
+}
+
 // Entries [position, position + count) of a sequence, count <= 64: in place if they are contiguous bf16, else
 // gathered in `scratch` [64, entry_dim rounded up to 32] with the channels `wanted`. `padded` asks for rows readable in
 // whole multiples of 32 elements.
@@ -74,18 +93,8 @@ inline Rows cached_rows(const Cache& cache, const std::int32_t* pages, std::int6
     const std::uint8_t* row = cached_row(cache, pages, position);
     return {reinterpret_cast<const bf16*>(row), entry_dim};
   }
-  const std::int64_t stride = round_up(entry_dim, 32);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::uint8_t* row = cached_row(cache, pages, position + i);
-    bf16* out = scratch + i * stride;
-    if (cache.quantized == 0) {
-      std::memcpy(out, row, entry_dim * sizeof(bf16));
-    } else {
-      for (const Channels& channels : wanted) dequantize_row(cache, row, channels, out);
-    }
-    std::memset(out + entry_dim, 0, (stride - entry_dim) * sizeof(bf16));
-  }
-  return {scratch, stride};
+  const auto row_of = [&](std::int64_t i) { return cached_row(cache, pages, position + i); };
+  return gather_rows(cache, row_of, count, entry_dim, wanted, scratch);
 }
 
 inline Matrix view(const bf16* data, std::int64_t rows, std::int64_t columns, std::int64_t stride) {

@@ -18,6 +18,19 @@ struct CachedKeys {
   std::int64_t entry_dim;
   RowView view;
   float scale;  // of the scores
+  const std::int32_t* chosen = nullptr;  // sparse attention: the context is these positions; null: all
+
+  const std::uint8_t* row(std::int64_t place) const {
+    return cached_row(cache, pages, chosen == nullptr ? place : chosen[place]);
+  }
+
+  // Prefetches the chosen entries that will be gathered from `place`.
+  void prefetch_chosen(std::int64_t place, std::int64_t end) const {
+    for (std::int64_t i = place; i < least(end, place + kKeyBlock); ++i) {
+      const std::uint8_t* at = row(i);
+      for (std::int64_t byte = 0; byte < cache.row_bytes; byte += 64) prefetch_far(at + byte);
+    }
+  }
 
   // Whether integer products apply: keys and values begin at scale-group boundaries, keys are int8 except for the end
   // of the entry, values are int8.
@@ -34,9 +47,10 @@ struct CachedKeys {
 inline const std::uint8_t* packed_rows(const CachedKeys& keys, std::int64_t position, std::int64_t count,
                                        std::uint8_t* scratch) {
   const Cache& cache = keys.cache;
-  if (position % cache.page_size + count <= cache.page_size) return cached_row(cache, keys.pages, position);
+  const bool follows = position % cache.page_size + count <= cache.page_size;
+  if (keys.chosen == nullptr && follows) return cached_row(cache, keys.pages, position);
   for (std::int64_t i = 0; i < count; ++i) {
-    std::memcpy(scratch + i * cache.row_bytes, cached_row(cache, keys.pages, position + i), cache.row_bytes);
+    std::memcpy(scratch + i * cache.row_bytes, keys.row(position + i), cache.row_bytes);
   }
   return scratch;
 }
@@ -45,7 +59,7 @@ inline const std::uint8_t* packed_rows(const CachedKeys& keys, std::int64_t posi
 inline Prefetcher bytes_ahead(const CachedKeys& keys, std::int64_t position, std::int64_t end, std::int64_t first,
                          std::int64_t last) {
   const Cache& cache = keys.cache;
-  if (position >= end) return {};
+  if (position >= end || keys.chosen != nullptr) return {};
   Matrix rows;
   rows.storage = Storage::int8_rows;
   rows.rows = least(least(kKeyBlock, end - position), cache.page_size - position % cache.page_size);
@@ -113,7 +127,7 @@ class IntegerReader {
           values.add(values_ahead(at + kSpan, end));
           scales_ahead(at + kSpan, end).ask_for_all();
         }
-        span.add(block_at(at, least(kKeyBlock, stop - at), span.count));
+        span.add(block_at(at, least(kKeyBlock, stop - at), end, span.count));
       }
       if (span.count == 0) continue;
       attend_integers(q_, rounded_, span, keys_.view.value_dim, first, keys_.scale, work_, state, keys,
@@ -141,7 +155,7 @@ class IntegerReader {
   }
 
   // Block `number` of a span.
-  IntegerBlock block_at(std::int64_t at, std::int64_t count, std::int64_t number) const {
+  IntegerBlock block_at(std::int64_t at, std::int64_t count, std::int64_t end, std::int64_t number) const {
     const RowView& reads = keys_.view;
     const std::int64_t row_bytes = keys_.cache.row_bytes, quantized = keys_.cache.quantized;
     const std::int64_t groups = rounded_.groups, value_groups = work_.weights.groups;
@@ -155,6 +169,7 @@ class IntegerReader {
       gather_scales(scales + 4 * (reads.value / kScaled), row_bytes, count, value_groups, value_scales);
     }
     gather_rest(scales + 4 * groups_of(quantized), row_bytes, count, rest_, rest);
+    if (keys_.chosen != nullptr) keys_.prefetch_chosen(at + kKeyBlock, end);
     return {count, row_bytes, rows + reads.key, rows + reads.value, key_scales, value_scales, rest};
   }
 
@@ -213,7 +228,11 @@ class PlainReader {
     const bool are_apart = reads.value < keys.first || reads.value + reads.value_dim > keys.last;
     const Channels values{reads.value, are_apart ? reads.value + reads.value_dim : reads.value};
     const Rows rows =
-        cached_rows(keys_.cache, keys_.pages, at, count, keys_.entry_dim, false, {keys, values}, gathered);
+        keys_.chosen == nullptr
+            ? cached_rows(keys_.cache, keys_.pages, at, count, keys_.entry_dim, false, {keys, values}, gathered)
+            : gather_rows(keys_.cache, [&](std::int64_t i) { return keys_.row(at + i); }, count, keys_.entry_dim,
+                          {keys, values}, gathered);
+    if (keys_.chosen != nullptr) keys_.prefetch_chosen(at + kKeyBlock, end);
     KeyBlock block{view(rows.data + reads.key, count, reads.key_dim, rows.stride),
                    view(rows.data + reads.value, count, reads.value_dim, rows.stride), {}, {}};
     const std::int64_t later = at + kSpan;

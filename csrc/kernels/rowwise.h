@@ -22,6 +22,26 @@ inline void rms_norm(const Norm& norm, const bf16* x, bf16* out) {
   }
 }
 
+// LayerNorm: out = (x - mean) / sqrt(variance + eps) * weight + bias. May work in place.
+inline void layer_norm(const Norm& norm, const float* bias, const bf16* x, bf16* out) {
+  const auto size = static_cast<float>(norm.size);
+  F total = zero(), squares = zero();
+  for (std::int64_t i = 0; i < norm.size; i += 16) total = add(total, load_bf16(x + i, norm.size - i));
+  const F mean = set1(sum(total) / size);
+  for (std::int64_t i = 0; i < norm.size; i += 16) {
+    const std::int64_t left = norm.size - i;
+    const F lane = add(lane_numbers(), set1(static_cast<float>(i)));
+    const F v = within(sub(load_bf16(x + i, left), mean), lane, zero(), set1(size), zero());
+    squares = fma(v, v, squares);
+  }
+  const F scale = set1(1.0f / std::sqrt(sum(squares) / size + norm.eps));
+  for (std::int64_t i = 0; i < norm.size; i += 16) {
+    const std::int64_t left = norm.size - i;
+    const F v = mul(sub(load_bf16(x + i, left), mean), scale);
+    store_bf16(out + i, fma(v, load(norm.weight + i, left), load(bias + i, left)), left);
+  }
+}
+
 // out = x * factor. May work in place.
 inline void scale_row(const bf16* x, float factor, std::int64_t size, bf16* out) {
   const F scale = set1(factor);

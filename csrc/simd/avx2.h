@@ -69,6 +69,14 @@ inline F within(F a, F x, F first, F last, F other) {
   return {pick(a.lo, x.lo, first.lo, last.lo, other.lo), pick(a.hi, x.hi, first.hi, last.hi, other.hi)};
 }
 
+// Bit i is set where lane i of a is at least that of limit; NaN is not.
+inline std::uint32_t lanes_at_least(F a, F limit) {
+  const auto half = [](__m256 x, __m256 least) {
+    return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, least, _CMP_GE_OQ)));
+  };
+  return half(a.lo, limit.lo) | half(a.hi, limit.hi) << 8;
+}
+
 inline __m128i load_half(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 // The bits of bf16(x) in the high half of each lane: round to nearest even, NaN stays a quiet NaN.
 inline __m256i rounded_bits(__m256 x) {

@@ -42,6 +42,9 @@ inline F within(F a, F x, F first, F last, F other) {
   return {_mm512_mask_mov_ps(other.v, inside, a.v)};
 }
 
+// Bit i is set where lane i of a is at least that of limit; NaN is not.
+inline std::uint32_t lanes_at_least(F a, F limit) { return _mm512_cmp_ps_mask(a.v, limit.v, _CMP_GE_OQ); }
+
 inline F load_bf16(const bf16* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};

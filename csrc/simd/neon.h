@@ -95,6 +95,15 @@ inline F within(F a, F x, F first, F last, F other) {
   });
 }
 
+// Bit i is set where lane i of a is at least that of limit; NaN is not.
+inline std::uint32_t lanes_at_least(F a, F limit) {
+  static constexpr std::uint32_t kBits[4] = {1, 2, 4, 8};
+  const uint32x4_t bits = vld1q_u32(kBits);
+  std::uint32_t mask = 0;
+  for (int i = 0; i < 4; ++i) mask |= vaddvq_u32(vandq_u32(vcgeq_f32(a.q[i], limit.q[i]), bits)) << (4 * i);
+  return mask;
+}
+
 // The bits of bf16(x) in the high half of each lane: round to nearest even, NaN stays a quiet NaN.
 inline uint32x4_t rounded_bits(float32x4_t x) {
   const uint32x4_t bits = vreinterpretq_u32_f32(x);

@@ -105,6 +105,13 @@ inline F within(F a, F x, F first, F last, F other) {
   return lanes<F>([&](int i) { return x.v[i] >= first.v[i] && x.v[i] < last.v[i] ? a.v[i] : other.v[i]; });
 }
 
+// Bit i is set where lane i of a is at least that of limit; NaN is not.
+inline std::uint32_t lanes_at_least(F a, F limit) {
+  std::uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= static_cast<std::uint32_t>(a.v[i] >= limit.v[i]) << i;
+  return mask;
+}
+
 inline float low_half(std::uint32_t pair) { return std::bit_cast<float>(pair << 16); }
 inline float high_half(std::uint32_t pair) { return std::bit_cast<float>(pair & 0xffff0000u); }
 // The bits of bf16(x): round to nearest even, NaN stays a quiet NaN.

@@ -1,17 +1,21 @@
 """Paged KV cache: one entry per token and layer, for every kind of attention.
 
-MLA stores [c_t ; k_R], MHA, GQA and MQA store [K ; V], others what their config defines; layers
-with different attention have entries of different widths. Owns the memory; `engine.page_allocator`
-owns which sequence holds which page. `attention.int8_entry` defines the bytes of an int8 entry.
+MLA stores [c_t ; k_R], with an indexer (DSA) [k_I ; c_t ; k_R], MHA, GQA and MQA store [K ; V],
+others what their config defines; layers with different attention have entries of different widths.
+Owns the memory; `engine.page_allocator` owns which sequence holds which page.
+`attention.int8_entry` defines the bytes of an int8 entry.
 """
 
 import math
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
+from lowlat.attention.index_tiles import is_tiled, read_tiles, write_tiles
 from lowlat.attention.int8_entry import entry_bytes, pack_entries, unpack_entries
+from lowlat.config.attention import index_key_dim
+from lowlat.config.kv_cache_size import int8_entry_bytes
 from lowlat.config.model import ModelConfig
 from lowlat.utils import huge_pages
 
@@ -32,7 +36,9 @@ class PagedCache:
     [pages, page_size, entry_dim], for torch.int8 uint8 [pages, page_size, entry_bytes].
 
     Layers are the decoder layers, then the MTP modules. A page number addresses the same page in
-    every layer.
+    every layer. Index keys, which sparse attention (DSA) reads of all tokens, are apart from the
+    rest of the entry, which it reads of few: index_keys[i] is [pages, page_size, index_dim], None
+    for layers without indexer (`attention.index_tiles`).
     """
 
     def __init__(
@@ -48,60 +54,100 @@ class PagedCache:
         self.dtype = dtype
         self.num_pages = num_pages
         attentions = [config.attention_of(layer) for layer in range(config.num_cache_layers)]
-        self.entry_dims = [attention.entry_dim for attention in attentions]
-        """Elements of an entry of each layer."""
-        is_packed = dtype == torch.int8
-        self.quantized = [attention.quantized_dim * is_packed for attention in attentions]
-        """int8 channels of an entry of each layer."""
-        stored = torch.uint8 if is_packed else dtype
-        self.layers = [
-            _zeros(
-                (num_pages, page_size, entry_bytes(attention, dtype) // stored.itemsize),
-                stored,
-                torch.device(device),
-            )
-            for attention in attentions
+        self.index_dims = [index_key_dim(attention) for attention in attentions]
+        """Elements of an index key of each layer; 0 without indexer."""
+        self.entry_dims = [
+            attention.entry_dim - index
+            for attention, index in zip(attentions, self.index_dims, strict=True)
         ]
+        """Elements of an entry of each layer, without its index key."""
+        is_packed = dtype == torch.int8
+        self.quantized = [
+            (attention.quantized_dim - index) * is_packed
+            for attention, index in zip(attentions, self.index_dims, strict=True)
+        ]
+        """int8 channels of an entry of each layer, without its index key."""
+
+        def pages(elements: int, quantized: int) -> Tensor:
+            stored = torch.uint8 if is_packed else dtype
+            width = int8_entry_bytes(elements, quantized) if is_packed else elements
+            return _zeros((num_pages, page_size, width), stored, torch.device(device))
+
+        self.layers = [
+            pages(elements, quantized)
+            for elements, quantized in zip(self.entry_dims, self.quantized, strict=True)
+        ]
+        self.index_keys = [pages(width, width) if width else None for width in self.index_dims]
 
     def write(
         self, layer: int, slots: Int[Tensor, "tokens"], entries: Float[Tensor, "tokens entry_dim"]
     ) -> None:
-        """Store the entries of new tokens."""
-        quantized, data = self.quantized[layer], self.layers[layer]
-        stored = pack_entries(entries, quantized) if quantized else entries.to(self.dtype)
-        data.view(-1, data.shape[-1])[slots] = stored
+        """Store the entries of new tokens, with their index keys in front: [k_I ; c_t ; k_R]."""
+        index, quantized = self.index_dims[layer], self.quantized[layer]
+        keys, rows = entries.split([index, self.entry_dims[layer]], dim=1)
+        _put(self.layers[layer], slots, self._stored(rows, quantized))
+        data = self.index_keys[layer]
+        if data is None:
+            return
+        if is_tiled(self.page_size, index, self.dtype):
+            write_tiles(data, slots, keys)
+        else:
+            _put(data, slots, self._stored(keys, index))
+
+    def _stored(self, rows: Tensor, quantized: int) -> Tensor:
+        return pack_entries(rows, quantized) if self.dtype == torch.int8 else rows.to(self.dtype)
 
     def read(
         self, layer: int, pages: tuple[int, ...], length: int, dtype: torch.dtype
     ) -> Float[Tensor, "length entry_dim"]:
-        """The first `length` entries of a sequence in `dtype`; a view if that is the cache's dtype
-        and the pages are contiguous, else a copy.
+        """The first `length` entries of a sequence in `dtype`, without index keys; a view if that
+        is the cache's dtype and the pages are contiguous, else a copy.
         """
-        count = -(-length // self.page_size)
-        first = pages[0]
-        if pages[:count] == tuple(range(first, first + count)):
-            block = self.layers[layer][first : first + count]
-        else:
-            block = self.layers[layer][list(pages[:count])]
-        stored = block.flatten(0, 1)[:length]
+        stored = self._pages(self.layers[layer], pages, length).flatten(0, 1)[:length]
         if self.quantized[layer]:
             return unpack_entries(stored, self.entry_dims[layer], self.quantized[layer], dtype)
         return stored.to(dtype)
 
+    def read_index_keys(
+        self, layer: int, pages: tuple[int, ...], length: int, dtype: torch.dtype
+    ) -> Float[Tensor, "length index_dim"]:
+        """The index keys of the first `length` tokens of a sequence in `dtype`."""
+        data, width = self.index_keys[layer], self.index_dims[layer]
+        assert data is not None
+        block = self._pages(data, pages, length)
+        if is_tiled(self.page_size, width, self.dtype):
+            return read_tiles(block, width, dtype)[:length]
+        stored = block.flatten(0, 1)[:length]
+        if self.dtype == torch.int8:
+            return unpack_entries(stored, width, width, dtype)
+        return stored.to(dtype)
+
+    def _pages(self, data: Tensor, pages: tuple[int, ...], length: int) -> Tensor:
+        """The pages of the first `length` tokens: a view if they are contiguous, else a copy."""
+        count, first = -(-length // self.page_size), pages[0]
+        if pages[:count] == tuple(range(first, first + count)):
+            return data[first : first + count]
+        return data[list(pages[:count])]
+
+    @property
+    def tensors(self) -> list[Shaped[Tensor, "pages page_size stored"]]:
+        """The memory of all layers: entries, then index keys."""
+        return [*self.layers, *(keys for keys in self.index_keys if keys is not None)]
+
     def copy_page(self, source: int, destination: int) -> None:
         """Copy a page in every layer, for a fork that continues in a partly filled page."""
-        for data in self.layers:
+        for data in self.tensors:
             data[destination] = data[source]
 
     @property
     def page_bytes(self) -> int:
         """Bytes of a page in all layers."""
-        return sum(data.shape[1] * data.shape[2] * data.itemsize for data in self.layers)
+        return sum(data.shape[1] * data.shape[2] * data.itemsize for data in self.tensors)
 
     def export_page(self, page: int, out: UInt8[Tensor, " page_bytes"]) -> None:
-        """Copy the bytes of a page, layer by layer, to `out` in CPU memory."""
+        """Copy the bytes of a page, tensor by tensor, to `out` in CPU memory."""
         start = 0
-        for data in self.layers:
+        for data in self.tensors:
             part = data[page].flatten().view(torch.uint8)
             out[start : start + len(part)] = part
             start += len(part)
@@ -109,15 +155,19 @@ class PagedCache:
     def import_page(self, page: int, stored: UInt8[Tensor, " page_bytes"]) -> None:
         """Fill a page with bytes that `export_page` wrote."""
         start = 0
-        for data in self.layers:
+        for data in self.tensors:
             part = data[page].flatten().view(torch.uint8)
             part.copy_(stored[start : start + len(part)])
             start += len(part)
 
     def copy_from(self, smaller: "PagedCache") -> None:
         """Copy all pages of a smaller cache of the same model."""
-        for data, old in zip(self.layers, smaller.layers, strict=True):
+        for data, old in zip(self.tensors, smaller.tensors, strict=True):
             data[: smaller.num_pages] = old
+
+
+def _put(data: Tensor, slots: Tensor, rows: Tensor) -> None:
+    data.view(-1, data.shape[-1])[slots] = rows
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

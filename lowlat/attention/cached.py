@@ -71,18 +71,17 @@ class CachedAttention(AttentionBackend):
         if index is not None:
             self._chosen = []
         outputs, first = [], 0
-        width = w_uk.shape[-1] + q_rope.shape[-1]
         for number, item in enumerate(self.batch.sequences):
             own = slice(first, first + item.length)
             context = self._context(layer, item, q_nope.dtype)
             if index is not None:
-                keys = context[:, :-width]
+                keys = self.cache.read_index_keys(layer, item.pages, item.context, q_nope.dtype)
                 self._chosen.append(choose_tokens(index.rows(own), keys, start=item.start))
             outputs.append(
                 sparse_mla(
                     q_nope[own],
                     q_rope[own],
-                    context[:, -width:].contiguous(),
+                    context,
                     w_uk,
                     w_uv,
                     self._chosen[number],

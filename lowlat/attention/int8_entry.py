@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from lowlat.config.attention import index_key_dim
 from lowlat.config.kv_cache_size import SCALE_CHANNELS, int8_entry_bytes
 from lowlat.config.model import AttentionConfig
 
@@ -25,7 +26,8 @@ INT8_MAX = 127
 def entry_bytes(attention: AttentionConfig, dtype: torch.dtype) -> int:
     """Bytes of an entry in a cache of `dtype`."""
     if dtype == torch.int8:
-        return int8_entry_bytes(attention.entry_dim, attention.quantized_dim)
+        index = index_key_dim(attention)
+        return int8_entry_bytes(attention.entry_dim, attention.quantized_dim, index)
     return attention.entry_dim * dtype.itemsize
 
 

@@ -57,13 +57,14 @@ class Lowlat(TimedModel):
     def fill_cache(self, context: int) -> None:
         self.runner.reserve(self.pages, context + SPARE_TOKENS)
         cache = self.runner.cache
-        entries = torch.randn(RANDOM_ENTRIES, max(cache.entry_dims))
+        widths = [sum(dims) for dims in zip(cache.index_dims, cache.entry_dims, strict=True)]
+        entries = torch.randn(RANDOM_ENTRIES, max(widths))
         for start in range(self.filled, context, RANDOM_ENTRIES):
             positions = torch.arange(start, min(start + RANDOM_ENTRIES, context))
             pages = torch.tensor(self.pages)[positions // cache.page_size]
             slots = pages * cache.page_size + positions % cache.page_size
             for layer in range(self.runner.model.config.num_hidden_layers):
-                part = entries[: len(slots), : cache.entry_dims[layer]]
+                part = entries[: len(slots), : widths[layer]]
                 cache.write(layer, slots, part.to(self._dtype()))
         self.filled = max(self.filled, context)
 

@@ -18,7 +18,6 @@ from lowlat.engine.page_folder import open_folder
 from lowlat.generate.lora import read_adapters
 from lowlat.generate.model import Model, check_context
 from lowlat.ops import native
-from lowlat.serve.async_engine import check_dense
 from lowlat.serve.model_info import ModelInfo
 from lowlat.serve.served_model import PreparedModel, ServedModel
 from lowlat.text.tokenizer import Tokenizer
@@ -154,7 +153,6 @@ def read_files(table: ModelTable, progress: Progress) -> ModelFiles:
     tokenizer.require()
     dtype = None if table.dtype == "auto" else table.dtype
     context = check_context(subject.config, table.max_context)
-    check_dense(table.path, subject.config.for_context(context))
     info = ModelInfo.of_files(
         subject.config,
         tokenizer,

@@ -332,6 +332,11 @@ def indexer_problem(attention: ModelAttention) -> str | None:
     return None
 
 
+def index_key_dim(attention: AttentionConfig) -> int:
+    """Elements of the index key in an entry; 0 without an indexer."""
+    return attention.index_key_dim if isinstance(attention, MLAConfig) else 0
+
+
 def sparse_topk(attention: ModelAttention) -> int | None:
     """Tokens that a query attends to with sparse attention (DSA); None for dense attention."""
     layers = [layer for layer in distinct(attention) if isinstance(layer, MLAConfig)]

@@ -6,6 +6,7 @@ Follows DeepSeek-V2 section 2.1.4. Owns no pages: the cache itself is `attention
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lowlat.config.attention import index_key_dim
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import ELEMENT_BYTES, FP32_BYTES
 
@@ -20,6 +21,8 @@ class EntrySize(NamedTuple):
     """All elements."""
     quantized: int
     """Of these, those an int8 cache stores in int8; the others stay bf16."""
+    index: int = 0
+    """Of these, the index key of sparse attention."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,10 +72,14 @@ class KVCacheSize:
         return sum(entry.elements for entry in self.entries) * ELEMENT_BYTES[dtype]
 
 
-def int8_entry_bytes(elements: int, quantized: int) -> int:
+def int8_entry_bytes(elements: int, quantized: int, index: int = 0) -> int:
     """Bytes of a KV cache entry with `quantized` int8 elements (in whole 4 bytes), their scales,
-    and the other elements in bf16.
+    and the other elements in bf16. The first `index` of them, the index key of sparse attention,
+    are stored apart.
     """
+    if index:
+        rest = int8_entry_bytes(elements - index, quantized - index)
+        return int8_entry_bytes(index, index) + rest
     padded, scales = -(-quantized // 4) * 4, -(-quantized // SCALE_CHANNELS)
     return padded + FP32_BYTES * scales + ELEMENT_BYTES["bf16"] * (elements - quantized)
 
@@ -82,7 +89,8 @@ def mtp_cache_bytes(config: ModelConfig, dtype: str) -> int:
     mtp_layers = range(config.num_hidden_layers, config.num_cache_layers)
     entries = [config.attention_of(layer) for layer in mtp_layers]
     if dtype == "int8":
-        return sum(int8_entry_bytes(entry.entry_dim, entry.quantized_dim) for entry in entries)
+        sizes = [EntrySize(e.entry_dim, e.quantized_dim, index_key_dim(e)) for e in entries]
+        return sum(int8_entry_bytes(*size) for size in sizes)
     return sum(entry.entry_dim for entry in entries) * ELEMENT_BYTES[dtype]
 
 
@@ -92,7 +100,10 @@ def kv_cache_size(config: ModelConfig) -> KVCacheSize:
     heads = config.num_attention_heads
     width = max(layer.v_head_dim for layer in layers)
     return KVCacheSize(
-        entries=tuple(EntrySize(layer.entry_dim, layer.quantized_dim) for layer in layers),
+        entries=tuple(
+            EntrySize(layer.entry_dim, layer.quantized_dim, index_key_dim(layer))
+            for layer in layers
+        ),
         mha=2 * heads * width,
         gqa8=2 * min(8, heads) * width,
         mqa=2 * width,

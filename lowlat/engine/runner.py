@@ -109,8 +109,9 @@ class ModelRunner:
         under the interpreter's lock.
         """
         self._native = None
-        while self.cache.layers:
-            self.cache.layers.pop()
+        for tensors in (self.cache.layers, self.cache.index_keys):
+            while tensors:
+                tensors.pop()
         for module in self.model.modules():
             for name, _ in [*module.named_parameters(recurse=False)]:
                 setattr(module, name, None)

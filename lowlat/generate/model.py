@@ -84,16 +84,17 @@ class Model:
         self.tokenizer = tokenizer
         self.context = check_context(config, context)
         transformer.set_context(self.context)
-        if (topk := sparse_topk(transformer.config.attention)) is not None:
-            _log.warning(
-                "%s: sparse attention runs in PyTorch, which is slow; a context of up to its top-k "
-                "of %d tokens runs on native kernels",
-                *(name, topk),
-            )
         self.adapters = adapters or LoadedAdapters({}, SelectedAdapter())
         self.runner, limits = new_runner(
             transformer, cache, max_cache_bytes, self.context, self.adapters.selected
         )
+        topk = sparse_topk(transformer.config.attention)
+        if topk is not None and not self.runner.is_batch_invariant:
+            _log.warning(
+                "%s: sparse attention runs in PyTorch, which is slow; in bf16 on the CPU, and in a "
+                "context of up to its top-k of %d tokens, it runs on native kernels",
+                *(name, topk),
+            )
         self.engine = Engine(
             self.runner,
             context=self.context,

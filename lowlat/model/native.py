@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch
+from lowlat.config.attention import AttentionConfig, distinct, index_key_dim, sparse_topk
 from lowlat.config.model import ModelConfig, TPAConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Linear
@@ -35,10 +36,11 @@ BLOCK = (128, 128)
 def supports_native(model: Transformer) -> bool:
     """Whether the native kernels are available and can run `model`: on the CPU, bf16 activations,
     every projection bf16, int8, int4, in GGUF blocks or fp8 in blocks of 128, with or without
-    updates of LoRA adapters, any attention but TPA and sparse attention (DSA), which is dense in
-    contexts up to its top-k.
+    updates of LoRA adapters, any attention but TPA, sparse attention (DSA) in some layers only, or
+    with an odd index_head_dim.
     """
-    if isinstance(model.config.attention, TPAConfig) or model.config.is_sparse:
+    attention = model.config.attention
+    if isinstance(attention, TPAConfig) or not _has_known_indexers(distinct(attention)):
         return False
     embedding = model.embed_tokens
     if embedding.weight.device.type != "cpu" or embedding.dtype != torch.bfloat16:
@@ -47,6 +49,12 @@ def supports_native(model: Transformer) -> bool:
         return False
     native.warn_if_absent()
     return native.available()
+
+
+def _has_known_indexers(layers: tuple[AttentionConfig, ...]) -> bool:
+    """Whether all layers are dense or all sparse, with index keys of whole pairs of channels."""
+    sparse = {sparse_topk(layer) for layer in layers}
+    return len(sparse) == 1 and not any(index_key_dim(layer) % 2 for layer in layers)
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -188,7 +196,14 @@ class NativeModel:
     def _native_cache(self, cache: PagedCache):
         """`cache` as a native struct, which is reused until the cache has grown."""
         if self._entries is None or self._cache is not cache:
-            layers = zip(cache.layers, cache.entry_dims, cache.quantized, strict=True)
+            layers = zip(
+                cache.layers,
+                cache.entry_dims,
+                cache.quantized,
+                cache.index_keys,
+                cache.index_dims,
+                strict=True,
+            )
             self._entries = native.module().Cache.make(list(layers))
             self._cache = cache
         return self._entries

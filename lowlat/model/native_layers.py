@@ -105,7 +105,27 @@ def _latent(attention: MLA | GLA, norms: list[RMSNorm], kv_b, k_b, *, sparse_que
         k_b=k_b,
         kv_b_updates=[] if isinstance(attention, GLA) else _updates(attention.kv_b_proj),
         o=projection_of(attention.o_proj),
+        **({} if isinstance(attention, GLA) else _sparse(attention)),
     )
+
+
+def _sparse(attention: MLA) -> dict[str, Any]:
+    """The indexer of sparse attention (DSA), or that an earlier layer's chooses."""
+    own, dims = attention.indexer, attention.dims.indexer
+    if dims is None:  # dense, also in a context of up to its top-k
+        return {}
+    if own is None:
+        return {"topk": dims.index_topk, "indexer": None}
+    indexer = native.module().Indexer.make(
+        heads=dims.index_n_heads,
+        interleave=dims.rope_interleave,
+        q=projection_of(own.wq_b),
+        k=projection_of(own.wk),
+        k_norm=native.module().Norm.make(own.k_norm.weight.detach().float(), own.k_norm.eps),
+        k_norm_bias=own.k_norm.bias.detach().float(),
+        weights=matrix_of(own.weights_proj.weight.detach()),
+    )
+    return {"topk": dims.index_topk, "indexer": indexer}
 
 
 def _spread(attention: GLA):

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from lowlat.config.attention import sparse_topk
-from lowlat.config.model import ModelConfig
 from lowlat.engine.constraint import Constraint
 from lowlat.engine.request import LoRARequest, PoolingMode, RequestOptions
 from lowlat.engine.stats import EngineStats
@@ -41,15 +40,15 @@ COPY_SECONDS = 0.02
 Deltas = list[tuple[Generation, CompletionDelta]]
 
 
-def check_dense(name: str, config: ModelConfig) -> None:
-    """Raise UserError for a model with sparse attention over its served context. Without native
-    kernels, which tokens a request attends to could depend on the batch."""
-    if config.is_sparse:
-        topk = sparse_topk(config.attention)
+def check_batch_invariant(model: Model) -> None:
+    """Raise UserError for a model whose sparse attention has no native kernels. In PyTorch, which
+    tokens a request attends to could depend on the batch."""
+    topk = sparse_topk(model.config.attention)
+    if topk is not None and not model.runner.is_batch_invariant:
         raise UserError(
-            f"{name}: sparse attention over more than its top-k of {topk} tokens has no"
-            " native kernels, without which a request's tokens can depend on other requests; serve"
-            f" it with --max-context {topk} or less"
+            f"{model.name}: sparse attention over more than its top-k of {topk} tokens is served by"
+            f" the native kernels only; serve it on the CPU in bf16 or quantized, or with"
+            f" --max-context {topk} or less"
         )
 
 
@@ -57,11 +56,11 @@ class AsyncEngine:
     """One model's engine in its own thread, for one event loop.
 
     At most `max_queue` requests wait for their first step. There is no rate limit per client.
-    Raises UserError for a model with sparse attention and a context beyond its top-k.
+    Raises UserError for a model with sparse attention that has no native kernels.
     """
 
     def __init__(self, model: Model, *, max_queue: int = MAX_QUEUE) -> None:
-        check_dense(model.name, model.config)
+        check_batch_invariant(model)
         self.model = model
         self.max_queue = max_queue
         self._engine = model.engine

@@ -4,6 +4,7 @@ from .mutant import Mutant
 
 OPS, MODEL = "tests/unit/ops/test_sparse_attention.py::", "tests/unit/model/"
 INDEXER, LAYERS = MODEL + "test_indexer.py::", MODEL + "test_sparse_mla.py::"
+NATIVE = "tests/native/test_sparse_attention.py::"
 FILE = "ops/sparse_attention.py"
 
 LOSS = "ops/indexer_loss.py"
@@ -136,6 +137,41 @@ SPARSE = [
         "max(topk - start, 0)",
         "max(topk + 1 - start, 0)",
         OPS + "test_queries_that_see_at_most_topk_tokens",
+    ),
+    Mutant(
+        "DSA: native scores and the reference differ in ReLU",
+        FILE,
+        "torch.relu(products * keys.shape[-1] ** -0.5)",
+        "products * keys.shape[-1] ** -0.5",
+        NATIVE + "test_scores_are_near_to_the_reference",
+    ),
+    Mutant(
+        "DSA: native choice and the reference differ in ties",
+        FILE,
+        "equal.cumsum(dim=-1) <= missing",
+        "equal.flip(-1).cumsum(dim=-1).flip(-1) <= missing",
+        NATIVE + "test_scores_and_choice_are_exact",
+    ),
+    Mutant(
+        "DSA: native choice and the reference differ by one token",
+        FILE,
+        "missing = topk - better.sum",
+        "missing = topk - 1 - better.sum",
+        NATIVE + "test_the_choice_is_that_of_the_scores",
+    ),
+    Mutant(
+        "DSA: index keys in a wrong lane of their tile",
+        "attention/index_tiles.py",
+        "slots % TOKENS] =",
+        "(slots + 1) % TOKENS] =",
+        NATIVE + "test_keys_are_stored_as_in_python",
+    ),
+    Mutant(
+        "DSA: index keys of a wrong page",
+        "attention/index_tiles.py",
+        "tiles[slots // TOKENS,",
+        "tiles[slots // TOKENS - 1,",
+        NATIVE + "test_keys_are_stored_as_in_python",
     ),
     Mutant(
         "DSA: head weights without H_I^-0.5",

@@ -15,6 +15,7 @@ from lowlat.config.model import MoEConfig
 from lowlat.ops import native
 from lowlat.ops.rope import RotaryTable
 from lowlat.ops.routing import Routing
+from lowlat.ops.sparse_attention import IndexQueries
 
 if TYPE_CHECKING:
     from lowlat._native import Matrix
@@ -131,6 +132,44 @@ def pack_entries(
     packed = torch.zeros(1, len(rows), entry_bytes, dtype=torch.uint8)
     native.module().store_entries(rows.contiguous(), packed, quantized=quantized, level=level)
     return packed[0]
+
+
+def store_index_keys(
+    keys: BFloat16[Tensor, "tokens index_dim"], cache: Tensor, *, level: str = ""
+) -> None:
+    """Native kernel of lowlat.attention.index_tiles.write_tiles, for the first slots."""
+    native.module().store_index_keys(keys, cache, is_int8=cache.dtype == torch.uint8, level=level)
+
+
+def choose_tokens(
+    index: IndexQueries,
+    cache: Tensor,
+    pages: Int32[Tensor, " pages"],
+    *,
+    start: int,
+    level: str = "",
+) -> tuple[Float32[Tensor, "queries keys"], Int32[Tensor, "queries topk"]]:
+    """Native kernels of lowlat.ops.sparse_attention: scores and choice of queries at positions
+    start, start + 1, ..., each of which sees more than topk tokens. Scores after a query's own
+    position have no meaning.
+    """
+    count, _, width = index.q.shape
+    keys = start + count
+    scores = torch.empty(count, -(-keys // 64) * 64)
+    chosen = torch.empty(count, index.topk, dtype=torch.int32)
+    native.module().choose_tokens(
+        index.q.contiguous(),
+        index.weights * width**-0.5,
+        cache,
+        pages,
+        is_int8=cache.dtype == torch.uint8,
+        start=start,
+        topk=index.topk,
+        scores=scores,
+        chosen=chosen,
+        level=level,
+    )
+    return scores[:, :keys], chosen
 
 
 def mla_attention(

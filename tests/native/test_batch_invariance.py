@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.config.model import ModelConfig
+from lowlat.config.model import IndexerConfig, MLAConfig, ModelConfig
 from lowlat.engine.engine import Engine
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.request import Request, RequestOptions
@@ -41,7 +41,7 @@ if not native.available():
 VOCAB = 61
 PAGE_SIZE = 8
 CHUNK = 48
-NUM_REQUESTS = {"mla": 250, "gqa": 60, "mtp": 40, "layers": 40}
+NUM_REQUESTS = {"mla": 250, "gqa": 60, "mtp": 40, "layers": 40, "dsa": 40}
 """For each of four concurrencies: 1,000 in all for MLA."""
 SWITCHES = {1: [(True, True)], 2: [(False, True)], 8: [(True, False)], 32: [(True, True)]}
 """By concurrency: prefix cache on, draft tokens on."""
@@ -50,6 +50,8 @@ THREADS = {1: 1, 2: 1, 8: 2, 32: 3}
 if REQUESTS := os.environ.get("LOWLAT_INVARIANCE_REQUESTS"):
     NUM_REQUESTS = dict.fromkeys(NUM_REQUESTS, int(REQUESTS))
     SWITCHES = {concurrency: [*product((True, False), repeat=2)] for concurrency in SWITCHES}
+INDEXER = IndexerConfig(index_n_heads=3, index_head_dim=10, index_topk=29)
+"""Prompts are shorter and longer."""
 CONTEXT = 400
 MAX_TOKENS = 80
 """Of some requests, which outgrow the pages they were admitted with."""
@@ -63,7 +65,18 @@ def small_config(kind: str) -> ModelConfig:
         differing = LAYERS["all"]
         sizes = {"vocab_size": VOCAB, "max_position_embeddings": 512, "eos_token_ids": ()}
         return replace(differing, **sizes)
+    if kind == "dsa":
+        mla = config.attention
+        assert isinstance(mla, MLAConfig)
+        full = replace(mla, indexer=INDEXER)
+        shared = replace(mla, indexer=replace(INDEXER, is_shared=True))
+        return replace(config, attention=(full, shared), num_nextn_predict_layers=1)
     return replace(config, num_nextn_predict_layers=2 if kind == "mtp" else 0)
+
+
+def page_size_for(config: ModelConfig) -> int:
+    """Index keys are in tiles of 16 tokens."""
+    return 2 * PAGE_SIZE if config.is_sparse else PAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,8 @@ def drawn_asks(seed: int, count: int) -> list[Ask]:
 
 
 def engine_for(model: Transformer, **options: Any) -> Engine:
-    runner = ModelRunner(model, page_size=PAGE_SIZE)
+    runner = ModelRunner(model, page_size=page_size_for(model.config))
+    assert runner.is_batch_invariant
     return Engine(runner, context=CONTEXT, eos_ids=frozenset(), prefill_chunk=CHUNK, **options)
 
 
@@ -162,7 +176,7 @@ def test_not_one_token_differs_from_running_alone(
         expected = [alone(model, ask) for ask in asks]
     assert len({tuple(tokens) for found in expected for tokens in found}) > NUM_REQUESTS[kind]
     num_tokens = sum(len(tokens) for found in expected for tokens in found)
-    longest = -(-(max(len(ask.prompt) for ask in asks) + MAX_TOKENS) // PAGE_SIZE)
+    longest = -(-(max(len(ask.prompt) for ask in asks) + MAX_TOKENS) // page_size_for(config))
     found = []
     for number, (concurrency, switches) in enumerate(SWITCHES.items()):
         for has_cache, speculates in switches:

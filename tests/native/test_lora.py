@@ -179,7 +179,7 @@ def test_bits_do_not_depend_on_how_a_text_is_cut(
             batch = AttentionBatch.build([item], page_size=PAGE_SIZE)
             rows.append(model.step(ids[start:end], batch, cache, list(range(end - start)))[1])
             start = end
-        return torch.cat(rows), torch.cat([layer.flatten() for layer in cache.layers])
+        return torch.cat(rows), torch.cat([each.flatten() for each in cache.tensors])
 
     logits, entries = read([length])
     for cuts in ([*range(1, length + 1)], [1, 34, 61, length]):

@@ -24,12 +24,19 @@ from tests.configs import PLAIN_MOE
 from tests.lora import ATTENTION, drawn_updates
 
 from .storages import stored_model
-from .test_batch_invariance import Ask, drawn_asks, engine_for, generated, small_config
+from .test_batch_invariance import (
+    Ask,
+    drawn_asks,
+    engine_for,
+    generated,
+    page_size_for,
+    small_config,
+)
 
 if not native.available():
     pytest.skip(native.reason(), allow_module_level=True)
 
-KINDS = ("mtp", "gqa", "moe")
+KINDS = ("mtp", "gqa", "moe", "dsa")
 NUM_ADAPTERS = 3
 
 
@@ -111,7 +118,7 @@ def test_not_one_token_differs_from_the_adapter_alone(
     mixed = model_with(config, storage, range(1, NUM_ADAPTERS + 1))
     hits = preemptions = 0
     disk: dict[str, Any] = {"disk": DiskCacheOptions(folder=tmp_path, max_bytes=1 << 24)}
-    longest = -(-(max(len(ask.prompt) for ask in asks) + 80) // 8)
+    longest = -(-(max(len(ask.prompt) for ask in asks) + 80) // page_size_for(config))
     for options in (
         {"speculates": False, "has_prefix_cache": False},
         {"limits": Limits(step_tokens=40, mixed_tokens=5, max_pages=longest + 1)},

@@ -198,6 +198,6 @@ def test_a_cache_of_another_model_is_refused() -> None:
         cache = PagedCache(other, num_pages=1, page_size=8, dtype=torch.bfloat16)
         with pytest.raises(ValueError, match=said):
             compiled.step(torch.arange(3), batch, cache, [])
-    layers = [(torch.zeros(pages, 8, 6, dtype=torch.bfloat16), 6, 0) for pages in (2, 3)]
+    layers = [(torch.zeros(pages, 8, 6, dtype=torch.bfloat16), 6, 0, None, 0) for pages in (2, 3)]
     with pytest.raises(ValueError, match="differ in pages"):
         native.module().Cache.make(layers)

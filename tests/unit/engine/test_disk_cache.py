@@ -2,18 +2,21 @@
 Its files are those of `test_disk_cache_files`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lowlat.config.model import IndexerConfig
 from lowlat.engine import prefix_loader
 from lowlat.engine.cache_fingerprint import fingerprint_of
 from lowlat.engine.page_folder import PageFolder
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.runner import ModelRunner
 from lowlat.engine.scheduler import Limits
+from tests.configs import MLA
 from tests.fakes import gqa_config, mla_config, tiny_model
 
 from .disk_engines import (
@@ -31,13 +34,17 @@ from .disk_engines import (
 )
 
 EXPECTED = cold()
+INDEXER = IndexerConfig(index_n_heads=2, index_head_dim=9, index_topk=11)
+SPARSE = tiny_model(mla_config(attention=replace(MLA, indexer=INDEXER)))
 
 
 # The same tokens
 
 
 @pytest.mark.parametrize("dtype", [None, torch.int8])
-@pytest.mark.parametrize("model", [MODEL, tiny_model(gqa_config())], ids=["mla", "gqa"])
+@pytest.mark.parametrize(
+    "model", [MODEL, tiny_model(gqa_config()), SPARSE], ids=["mla", "gqa", "dsa"]
+)
 def test_tokens_are_equal_cold_in_memory_and_from_disk(
     tmp_path: Path, model: Any, dtype: torch.dtype | None
 ) -> None:
@@ -56,7 +63,7 @@ def test_pages_read_from_disk_hold_the_bits_that_were_written(tmp_path: Path) ->
     first, second = disk_engine(tmp_path), disk_engine(tmp_path)
     outputs(first)
     outputs(second)
-    for one, other in zip(first.runner.cache.layers, second.runner.cache.layers, strict=True):
+    for one, other in zip(first.runner.cache.tensors, second.runner.cache.tensors, strict=True):
         held = one[:NUM_PAGES]
         assert held.count_nonzero() > 0
         assert torch.equal(held, other[:NUM_PAGES])

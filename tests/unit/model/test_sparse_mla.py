@@ -171,7 +171,7 @@ def test_layers_that_share_attend_to_the_choice_before_them() -> None:
     modules = [layer.self_attn for layer in model.layers]
     assert [isinstance(m, MLA) and m.indexer is not None for m in modules] == [True, False] * 2
     cache = PagedCache(model.config, num_pages=1, dtype=torch.float64)
-    assert cache.entry_dims == [9 + 13 + 6, 13 + 6] * 2
+    assert cache.index_dims == [9, 0] * 2 and cache.entry_dims == [13 + 6] * 4
     found = run(model, PackedAttention([TOKENS]), ids)
     wrong = with_config(model, sparse_config((SPARSE, SHARED, SHARED, SHARED)))
     other = run(wrong, PackedAttention([TOKENS]), ids)
