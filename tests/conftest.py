@@ -2,6 +2,7 @@
 the suite knows.
 """
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -21,6 +22,12 @@ hypothesis.settings.register_profile(
     "lowlat", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("lowlat")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: garbage collections need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

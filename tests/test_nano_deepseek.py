@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from functools import cache, partial
@@ -20,6 +19,7 @@ from torch import Tensor
 
 import lowlat
 from lowlat.ops.fp8 import dequantize_blocks
+from tests import forked
 
 from .parameters import slow_except
 from .parity.draw import COUNTS, Case, draw_case
@@ -305,7 +305,7 @@ def test_command_takes_token_ids() -> None:
 
 
 def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    done = forked.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return done.stdout.strip()
 
 

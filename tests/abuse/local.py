@@ -5,6 +5,7 @@ All of it is real: sockets, HTTP, the app, the engine, the engine. Only the mode
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 import threading
@@ -67,6 +68,18 @@ class Local:
         """Pages of the cache that a sequence holds."""
         return self.model.runner.allocator.num_used
 
+    @functools.cached_property
+    def routes(self) -> list[tuple[str, str]]:
+        """(method, path) of all."""
+        found = [
+            (method, route.path.replace("{id:path}", NAME))
+            for route in build_app(self.state).routes
+            if isinstance(route, Route)
+            for method in sorted(route.methods or ())
+        ]
+        assert len(found) > 20
+        return found
+
     @property
     def is_idle(self) -> bool:
         return (
@@ -75,18 +88,6 @@ class Local:
             and self.state.num_requests == 0
             and self.state.num_preparing == 0
         )
-
-
-def routes(server: Local) -> list[tuple[str, str]]:
-    """(method, path) of all routes."""
-    found = [
-        (method, route.path.replace("{id:path}", NAME))
-        for route in build_app(server.state).routes
-        if isinstance(route, Route)
-        for method in sorted(route.methods or ())
-    ]
-    assert len(found) > 20
-    return found
 
 
 def num_threads() -> int:

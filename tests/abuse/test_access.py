@@ -10,7 +10,7 @@ import pytest
 
 from lowlat.serve.http.pages import COOKIE, cookie_value
 
-from .local import NAME, Local, listening, routes
+from .local import NAME, Local, listening
 from .wire import HOST, Reply, exchange, request
 
 KEY, OTHER = "k" * 32, "o" * 32
@@ -89,7 +89,7 @@ WRONG_KEYS: dict[str, dict[str, str]] = {
 
 @pytest.mark.parametrize("name", WRONG_KEYS)
 def test_no_route_opens_to_a_wrong_key(locked: Local, name: str) -> None:
-    for method, path in routes(locked):
+    for method, path in locked.routes:
         reply = ask(locked, method, path, WRONG_KEYS[name])
         if is_open(method, path):
             assert reply.status == (200 if path == "/health" else 400)
@@ -99,7 +99,7 @@ def test_no_route_opens_to_a_wrong_key(locked: Local, name: str) -> None:
 
 def test_all_routes_open_to_a_right_key(locked: Local) -> None:
     """Else the tests here would show nothing."""
-    for method, path in routes(locked):
+    for method, path in locked.routes:
         for key in (KEY, OTHER):
             reply = ask(locked, method, path, {"Authorization": f"Bearer {key}"})
             # No response has the name that stands for it in a path.
@@ -120,7 +120,7 @@ def twisted(path: str) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_no_route_opens_by_another_spelling(locked: Local) -> None:
-    for method, path in routes(locked):
+    for method, path in locked.routes:
         for target in twisted(path):
             reply = ask(locked, method, target, {})
             check_refused(locked, reply, method, 401, 400)
@@ -128,7 +128,7 @@ def test_no_route_opens_by_another_spelling(locked: Local) -> None:
 
 def test_encoded_paths_are_those_they_stand_for(locked: Local) -> None:
     """The guard and the routes see the same path."""
-    for method, path in routes(locked):
+    for method, path in locked.routes:
         target = "/" + "".join(f"%{ord(char):02x}" for char in path[1:])
         reply = ask(locked, method, target, {})
         if is_open(method, path):
@@ -138,7 +138,7 @@ def test_encoded_paths_are_those_they_stand_for(locked: Local) -> None:
 
 
 def test_without_keys_other_spellings_are_no_routes(open_server: Local) -> None:
-    for method, path in routes(open_server):
+    for method, path in open_server.routes:
         for target in twisted(path):
             reply = ask(open_server, method, target, {})
             assert reply.status in (400, 404, 405), (method, target, reply)
@@ -158,14 +158,14 @@ HOSTS = (
 def test_no_route_answers_to_a_foreign_host(open_server: Local, locked: Local, host: str) -> None:
     """Regression: DNS rebinding, with which a page reads from a server it has no key for."""
     for server, more in ((open_server, {}), (locked, {"Authorization": f"Bearer {KEY}"})):
-        for method, path in routes(server):
+        for method, path in server.routes:
             reply = ask(server, method, path, {**more, "Host": host})
             check_refused(server, reply, method, 403)
 
 
 def test_no_route_answers_without_a_host(open_server: Local, locked: Local) -> None:
     for server in (open_server, locked):
-        for method, path in routes(server):
+        for method, path in server.routes:
             for version, status in ((b"1.1", 400), (b"1.0", 403)):
                 data = b"%s %s HTTP/%s\r\n\r\n" % (method.encode(), path.encode(), version)
                 reply = exchange(server.port, data, method=method)
@@ -189,7 +189,7 @@ def test_no_route_answers_to_a_foreign_origin(open_server: Local, locked: Local)
     for server, more in ((open_server, {}), (locked, {"Authorization": f"Bearer {KEY}"})):
         for origin in origins(server.port):
             headers = {**more, "Host": f"{HOST}:{server.port}", "Origin": origin}
-            for method, path in routes(server):
+            for method, path in server.routes:
                 check_refused(server, ask(server, method, path, headers), method, 403)
             for method in ("OPTIONS", "PUT"):
                 preflight = {**headers, "Access-Control-Request-Method": "POST"}
@@ -198,7 +198,7 @@ def test_no_route_answers_to_a_foreign_origin(open_server: Local, locked: Local)
 
 def test_the_own_origin_is_answered(open_server: Local) -> None:
     here = f"{HOST}:{open_server.port}"
-    for method, path in routes(open_server):
+    for method, path in open_server.routes:
         reply = ask(open_server, method, path, {"Host": here, "Origin": f"http://{here}"})
         unknown = (404,) if "{" in path else ()
         assert reply.status in (200, 400, *unknown), (method, path, reply)

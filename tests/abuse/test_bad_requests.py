@@ -149,6 +149,7 @@ def test_there_are_enough_of_them() -> None:
 SLOWEST = {"(.*a){30}", "a huge length", "a huge array", "a huge repeat of a rule"}
 
 
+@pytest.mark.parametrize("server", ["python"], indirect=True)
 @pytest.mark.parametrize("name", slow_except(HARD.keys() - SLOWEST, HARD))
 def test_hard_grammars_take_a_moment(server: Server, name: str) -> None:
     """Regression: patterns that keep a server busy for minutes (ReDoS)."""

@@ -20,7 +20,7 @@ from lowlat.serve.http import incoming
 from lowlat.serve.routes import endpoint
 from tests.parameters import slow_except
 
-from .local import NAME, Local, listening, num_descriptors, routes, until
+from .local import NAME, Local, listening, num_descriptors, until
 from .wire import HOST, JSON_HEADERS, SECONDS, exchange, get, post, request
 
 KEY = "k" * 32
@@ -43,7 +43,7 @@ def heads(server: Local) -> Iterator[bytes]:
     """
     none = [("POST", "/nothing"), ("PUT", "/v1/models"), ("BREW", "/"), ("POST", "/health")]
     variants = ({}, {"Authorization": BOUND}, {"Host": "evil.example"})
-    for (method, path), kind, more in itertools.product([*routes(server), *none], TYPES, variants):
+    for (method, path), kind, more in itertools.product([*server.routes, *none], TYPES, variants):
         headers = {"Host": HOST, "Content-Type": kind, **UNENDED, **more}
         yield request(method, path, headers)
 

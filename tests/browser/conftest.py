@@ -14,7 +14,7 @@ from playwright.sync_api import (
     BrowserContext,
     ConsoleMessage,
     Page,
-    Route,
+    Request,
     expect,
     sync_playwright,
 )
@@ -27,6 +27,7 @@ MISSING = (
     "Chromium is not here: install it (Debian, Ubuntu: apt-get install chromium), name the program "
     f"in {VARIABLE}, or leave these tests out with -m 'not browser'"
 )
+ARGUMENTS = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
 TIMEOUT = 60_000.0  # milliseconds: machines that run tests may have much else to do
 # Chromium's own report of an answer with status 4xx or 5xx; tests that cause one allow it.
 REFUSED = "Failed to load resource: the server responded with a status of "
@@ -49,7 +50,7 @@ def browser() -> Iterator[Browser]:
     expect.set_options(timeout=TIMEOUT)
     with sync_playwright() as playwright:
         # Tests may run as root in a container, where Chromium's sandbox does not work.
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=program, args=ARGUMENTS)
         yield chromium
         chromium.close()
 
@@ -109,11 +110,11 @@ def open_page(browser: Browser, server: Server, errors: Errors) -> Iterator[Open
         context.set_default_timeout(TIMEOUT)
         contexts.append(context)
 
-        def outside(route: Route) -> None:
-            errors.seen.append(f"asked for {route.request.url}")
-            route.abort()
+        def look(request: Request) -> None:
+            if not request.url.startswith((at.url, "blob:")):
+                errors.seen.append(f"asked for {request.url}")
 
-        context.route(lambda url: not url.startswith((at.url, "blob:")), outside)
+        context.on("request", look)
         page = context.new_page()
         page.on("console", errors.on_console)
         page.on("pageerror", lambda error: errors.seen.append(str(error)))

@@ -5,7 +5,9 @@ of a second, a new interpreter three. lowlat itself is imported in the forks onl
 """
 
 import contextlib
+import gc
 import importlib
+import io
 import os
 import shutil
 import sys
@@ -25,15 +27,15 @@ REPOSITORY = Path(__file__).parents[2]
 COPIED = ("lowlat", "tests", "pyproject.toml")
 PRELOADED = ("hypothesis", "jaxtyping", "beartype", "safetensors.torch", "filelock", "pydantic")
 PRELOADED += ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.nn.attention.bias")
+PRELOADED += ("compressed_tensors.compressors",)
 
 PASSED, FAILED, CRASHED = 0, 1, 70
 """Exit codes; all but pytest's first two mean that the tests could not run."""
 
 # Without addopts shapes and types are not checked: an assertion of the test must notice.
 # Every fork imports tests and plugins anew: without rewritten asserts, and without the plugins of
-# libraries, that takes about a second instead of four.
-OPTIONS = ("-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=")
-OPTIONS += ("-p", "no:langsmith_plugin", "-p", "no:schemathesis", "--assert=plain")
+# libraries, that takes half a second instead of four.
+OPTIONS = ("-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=", "--assert=plain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class Outcome:
 def prepare(workspace: Path) -> None:
     """Copy the package and its tests, and load what every test needs."""
     assert "lowlat" not in sys.modules, "forks would share the package that is loaded already"
-    sys.dont_write_bytecode = True  # a cached file could outlive a mutant of the same size
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     # An editable install finds the original before the copy's folder is looked at.
     sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
     ignore = shutil.ignore_patterns("__pycache__")
@@ -65,12 +67,21 @@ def prepare(workspace: Path) -> None:
     with contextlib.suppress(AssertionError):
         # The first message of a failed comparison imports sympy.
         torch.testing.assert_close(torch.zeros(1), torch.ones(1))
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["--version"])  # loads pytest's own plugins
+    gc.disable()
+    gc.freeze()
 
 
 def check_baseline(workspace: Path, mutants: Sequence[Mutant]) -> None:
-    """All named tests pass on the package as it is; RuntimeError with pytest's output otherwise."""
+    """All named tests pass on the package as it is; RuntimeError with pytest's output otherwise.
+
+    The bytecode that they leave in the copy is what mutants run with.
+    """
     tests = list(dict.fromkeys(mutant.test for mutant in mutants))
+    sys.dont_write_bytecode = False
     code, output = run_tests(workspace, tests)
+    sys.dont_write_bytecode = True  # a mistake's must not stay
     if code != PASSED:
         raise RuntimeError(f"the tests fail without any mistake put in:\n{output}")
 
@@ -88,18 +99,23 @@ def run_mutant(workspace: Path, mutant: Mutant) -> Outcome:
 
 @contextlib.contextmanager
 def applied(workspace: Path, mutant: Mutant) -> Iterator[None]:
-    """The copy with the mistake; ValueError unless the text to replace is there exactly once."""
+    """The copy with the mistake; ValueError unless the text to replace is there exactly once.
+
+    The file has another time meanwhile, so that Python does not use its cached bytecode.
+    """
     path = workspace / "lowlat" / mutant.file
-    text = path.read_text(encoding="utf-8")
+    text, times = path.read_text(encoding="utf-8"), path.stat()
     if text.count(mutant.old) != 1:
         raise ValueError(
             f"{mutant.name}: {mutant.file} has its text {text.count(mutant.old)} times, not once"
         )
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 10**10))
     try:
         yield
     finally:
         path.write_text(text, encoding="utf-8")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def run_tests(workspace: Path, tests: Sequence[str]) -> tuple[int, str]:

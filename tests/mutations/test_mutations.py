@@ -9,7 +9,7 @@ import pytest
 from .mutants import MUTANTS, Mutant
 from .runner import REPOSITORY, applied
 
-PARTS = 4
+PARTS = 2
 """Processes that share the mutants, so that pytest's workers can run them at the same time."""
 
 

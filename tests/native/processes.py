@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from lowlat.ops import native
+from tests import forked
 
 TESTS = Path(__file__).parents[1]
 
@@ -16,6 +17,6 @@ def run(code: str, isa: str | None = None) -> subprocess.CompletedProcess[str]:
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     if isa is not None:
         environment[native.ISA_VARIABLE] = isa
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
     )

@@ -2,6 +2,8 @@
 weights against `ops.int4_blocks`.
 """
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -130,13 +132,20 @@ def test_values_are_those_of_the_gguf_package(
 @every_type_and_level
 def test_every_byte_of_every_place(level: str, kind: int) -> None:
     """Scales at their extremes: each byte of a block takes all values, the others being random."""
+    weights, expected = every_byte(kind)
+    found = gguf_blocks.dequantize_natively(weights, kind, level=level)
+    assert_same_numbers(found, expected)
+
+
+@functools.lru_cache(maxsize=1)
+def every_byte(kind: int) -> tuple[Tensor, Tensor]:
+    """Blocks, and their values: the same at every level."""
     size = block_sizes(kind)[1]
     weights = usual_blocks(kind, 256 * size, 1, 7)
     for at in range(size):
         weights[256 * at : 256 * (at + 1), at] = torch.arange(256, dtype=torch.uint8)
     weights = with_zero_points(weights, kind)
-    found = gguf_blocks.dequantize_natively(weights, kind, level=level)
-    assert_same_numbers(found, exact(weights, kind))
+    return weights, exact(weights, kind)
 
 
 @every_type_and_level

@@ -142,16 +142,16 @@ def test_bits_do_not_depend_on_other_sequences_and_adapters(
         torch.manual_seed(case.seed)  # of quantized weights
         return stored_model(config, case.seed, storage)
 
-    base, adapters = NativeModel(fresh()), adapters_for(fresh())
+    adapters = adapters_for(fresh())
     mixed = with_adapters(fresh(), adapters)
+    own = [with_adapters(fresh(), [adapters[n - 1]] if n else []) for n in OF_SEQUENCE]
+    places = [item[0] for step in STEPS for item in step]
     for break_even in BREAK_EVENS:
         with thread_count(3):
             together = native_rows(mixed, break_even, OF_SEQUENCE)
-        places = [item[0] for step in STEPS for item in step]
         for s, number in enumerate(OF_SEQUENCE):
-            model = with_adapters(fresh(), [adapters[number - 1]]) if number else base
             with thread_count(1):
-                alone = native_rows(model, break_even, (int(number > 0),) * 3, only=s)
+                alone = native_rows(own[s], break_even, (int(number > 0),) * 3, only=s)
             expected = [rows for rows, place in zip(together, places, strict=True) if place == s]
             assert torch.equal(torch.cat(alone), torch.cat(expected))
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
+
 TESTS = Path(__file__).parents[1]
 KEY = "integration-test-key"
 
@@ -40,7 +42,7 @@ def serving(*options: str) -> Iterator[Server]:
         listener.bind(("127.0.0.1", 0))
         command = [sys.executable, str(Path(__file__).with_name("tiny_server.py"))]
         paths = [str(TESTS), os.environ.get("PYTHONPATH")]
-        process = subprocess.Popen(
+        process = forked.Popen(
             [*command, str(listener.fileno()), *options],
             stdout=subprocess.PIPE,
             stderr=log,

@@ -1,6 +1,5 @@
 """Requests beyond the context: OpenAI's wording on all routes; litellm and LangChain know it."""
 
-import subprocess
 import sys
 from typing import Any
 
@@ -8,6 +7,8 @@ import httpx
 import pytest
 from langchain_core.exceptions import ContextOverflowError
 from langchain_openai import ChatOpenAI
+
+from tests import forked
 
 from .conftest import KEY, Server
 from .tiny_server import CONTEXT, NAME
@@ -67,25 +68,29 @@ def test_langchain(server: Server, options: dict[str, int]) -> None:
         model.invoke("x" if options else LONG, **options)
 
 
-LITELLM = """
+LITELLM = f"""
 import sys, litellm
-try:
-    litellm.completion(
-        model="openai/" + sys.argv[1], api_base=sys.argv[2], api_key=sys.argv[3], num_retries=0,
-        messages=[{"role": "user", "content": sys.argv[4]}], max_tokens=int(sys.argv[5]),
-    )
-except litellm.ContextWindowExceededError:
-    print("recognized")
+for text, most in (({LONG!r}, 1), ("x", {CONTEXT})):
+    try:
+        litellm.completion(
+            model="openai/" + sys.argv[1], api_base=sys.argv[2], api_key=sys.argv[3], num_retries=0,
+            messages=[{{"role": "user", "content": text}}], max_tokens=most,
+        )
+    except litellm.ContextWindowExceededError:
+        print("recognized")
 """
+"""A prompt that is too long, and an output."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("text", "most"), [(LONG, 1), ("x", CONTEXT)], ids=["prompt", "output"])
-def test_litellm(server: Server, text: str, most: int) -> None:
+def test_litellm(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: litellm leaves event loops and sockets open."""
-    command = [sys.executable, "-c", LITELLM, NAME, f"{server.url}/v1", KEY, text, str(most)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "recognized" in done.stdout.splitlines(), done.stderr[-2000:]
+    monkeypatch.setenv(
+        "LITELLM_LOCAL_MODEL_COST_MAP", "True"
+    )  # else it asks the network for prices
+    command = [sys.executable, "-c", LITELLM, NAME, f"{server.url}/v1", KEY]
+    done = forked.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines().count("recognized") == 2, done.stderr[-2000:]
 
 
 def test_an_unknown_model_is_named_in_one_line(server: Server) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from lowlat.bench import lm_eval
 from lowlat.bench.lm_eval import LowlatLM
 from lowlat.utils.errors import UserError
+from tests import forked
 
 pytestmark = pytest.mark.slow
 WORDS = "a tiny model of random weights knows no language but gives the same numbers".split()
@@ -61,9 +63,7 @@ def url(folder: Path) -> Iterator[str]:
     """`lowlat serve` in a process of its own."""
     command = [sys.executable, "-m", "lowlat", "serve", str(folder), "--port", "0"]
     command += ["--dtype", "fp32", "--served-model-name", "tiny"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    process = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
         greeting = process.stdout.readline()
@@ -213,16 +213,23 @@ def test_generation(folder: Path) -> None:
         ask("a", max_gen_toks=500)
 
 
-def test_the_command(folder: Path, tmp_path: Path, tasks: list[dict[str, Any]]) -> None:
+def test_the_command(
+    folder: Path,
+    tmp_path: Path,
+    tasks: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """`python -m lowlat.bench.lm_eval` with a task in a file."""
     (tmp_path / "tiny_choice.yaml").write_text(json.dumps(tasks[0]))
     command = [sys.executable, "-m", "lowlat.bench.lm_eval", "--model", "lowlat"]
     command += ["--model_args", f"model={folder},dtype=fp32", "--tasks", "tiny_choice"]
     command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=offline)
+    done = forked.run(command, capture_output=True, text=True, env=offline)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "tiny_choice" in done.stdout and "acc_norm" in done.stdout
-    command[6] = "model=/no/such/model"
-    failed = subprocess.run(command, capture_output=True, text=True, env=offline)
-    assert failed.returncode == 2 and failed.stderr.strip().splitlines()[-1].startswith("error:")
+    monkeypatch.setattr(sys, "argv", [*command[2:6], "model=/no/such/model", *command[7:]])
+    with pytest.raises(SystemExit, match="2"):
+        lm_eval.main()
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error:")

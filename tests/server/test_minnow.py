@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from lowlat.ops import native
+from tests import forked
 
 COMMAND = [sys.executable, "-c", "from lowlat.cli.main import run; run()", "serve", "minnow"]
 PATIENCE = 180.0
@@ -18,7 +19,7 @@ PATIENCE = 180.0
 @pytest.mark.slow
 def test_it_serves_text_and_tries_drafts() -> None:
     command = [*COMMAND, "--port", "0", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with forked.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             # It comes when connections are taken.

@@ -12,6 +12,7 @@ import pytest
 
 import lowlat
 from lowlat.ops import native
+from tests import forked
 
 COMMAND = [sys.executable, "-c", "from lowlat.cli.main import run; run()", "serve"]
 PATIENCE = 180.0
@@ -53,7 +54,7 @@ def test_each_model_answers_as_it_does_alone(memory: str) -> None:
         *COMMAND, "minnow", "--model", f"small=minnow@dtype=int8,cache_memory={GIB}", "--port", "0",
         "--threads", "1", "--memory", memory, "--cache-memory", str(GIB),
     ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with forked.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             (url,) = re.findall(r"http://\S+", server.stdout.readline())

@@ -16,6 +16,7 @@ from lowlat.data.selection import BuildOptions
 from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.store import CheckpointStore
+from tests import forked
 
 from .states import bits
 
@@ -92,7 +93,7 @@ class TrainServer:
     """The process that trains; see `train_server`."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
+        self._process = forked.Popen(
             [sys.executable, "-m", "train_faults.train_server"],
             cwd=Path(__file__).parents[1],
             env={**os.environ, "OMP_NUM_THREADS": "1"},

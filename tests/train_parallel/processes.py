@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from tests import forked
+
 TIMEOUT = 900
 
 
@@ -31,7 +33,7 @@ def start(count: int, arguments: Sequence[str]) -> list[subprocess.Popen[str]]:
             "PYTHONWARNINGS": "error",
         }
         processes.append(
-            subprocess.Popen(
+            forked.Popen(
                 [sys.executable, *arguments],
                 env=environment,
                 stdout=subprocess.PIPE,

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
+from tests import forked
 from tests.fakes import ScriptedModel, byte_tokenizer, gqa_config
 
 
@@ -158,7 +158,7 @@ def test_options_of_a_wrong_type_are_named() -> None:
     a message alone is a chat, not texts that are its keys.
     """
     command = [sys.executable, "-c", WRONG_TYPES]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    told = forked.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line.split(" must be")[0] for line in told] == [
         "max_cache_bytes", "context", "context", "params", "params",
     ]  # fmt: skip

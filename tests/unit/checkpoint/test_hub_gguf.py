@@ -16,6 +16,7 @@ from lowlat.checkpoint.fetch import resumable_download
 from lowlat.checkpoint.fetch.gguf_variants import choose_variant, gguf_variants
 from lowlat.checkpoint.fetch.resumable_download import INCOMPLETE
 from lowlat.utils.errors import UserError
+from tests import forked
 
 from .hub_server import COMMIT, HubServer, hub_server
 
@@ -57,7 +58,7 @@ def environment(hub: HubServer, cache: Path, **more: str) -> dict[str, str]:
 def fetch(hub: HubServer, cache: Path, name: str, **more: str) -> str:
     """The path that `name` resolves to, below the snapshot; or the error."""
     command = [sys.executable, "-c", CHILD, name]
-    done = subprocess.run(
+    done = forked.run(
         command, env=environment(hub, cache, **more), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
@@ -118,7 +119,7 @@ def test_killed_process_resumes(hub: HubServer, tmp_path: Path, big: bytes) -> N
     hub.stall.clear()
     command = [sys.executable, "-c", CHILD, "org/name:Q4_K_M"]
     folder = tmp_path / "hub" / "models--org--name" / "blobs"
-    with subprocess.Popen(command, env=environment(hub, tmp_path)) as process:
+    with forked.Popen(command, env=environment(hub, tmp_path)) as process:
         while not any(path.stat().st_size >= CHUNK for path in folder.glob("*.incomplete")):
             assert process.poll() is None
             time.sleep(0.05)
@@ -133,7 +134,7 @@ def test_killed_process_resumes(hub: HubServer, tmp_path: Path, big: bytes) -> N
 def test_two_processes_download_once(hub: HubServer, tmp_path: Path, big: bytes) -> None:
     command = [sys.executable, "-c", CHILD, "org/name:Q4_K_M"]
     both = [
-        subprocess.Popen(command, env=environment(hub, tmp_path), stdout=subprocess.PIPE)
+        forked.Popen(command, env=environment(hub, tmp_path), stdout=subprocess.PIPE)
         for _ in range(2)
     ]
     answers = {process.communicate(timeout=120)[0] for process in both}
@@ -172,7 +173,9 @@ library.http_get = fails
 def test_disk_that_fills_up(hub: HubServer, tmp_path: Path, big: bytes) -> None:
     """One line; what was received stays, and the next run continues with it."""
     command = [sys.executable, "-c", FULL_DISK + CHILD, "org/name:Q4_K_M"]
-    said = subprocess.check_output(command, env=environment(hub, tmp_path), text=True)
+    said = forked.run(
+        command, env=environment(hub, tmp_path), capture_output=True, text=True
+    ).stdout
     assert said.startswith("error: no space left on the disk of") and said.count("\n") == 1
     assert fetch(hub, tmp_path, "org/name:Q4_K_M") == "V3-Q4_K_M.gguf"
     assert [first for _, first in hub.sent] == [256_000]

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from lowlat.checkpoint.load import load_model
 from lowlat.ops.fp8 import dequantize_blocks
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import RESERVE
+from tests import forked
 from tests.packed_attention import PackedAttention
 
 from .builders import FAMILIES, FP8, assert_same_bits, edit_config, rewrite, write_model
@@ -344,7 +344,7 @@ print(json.dumps([added("auto"), added("fp32")]))
 
 
 def child(source: str, *arguments: str) -> str:
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", source, *arguments], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.safetensors import writer
 from lowlat.checkpoint.save import save_model, text_files, write_checkpoint
 from lowlat.utils.errors import UserError
+from tests import forked
 
 from .builders import FAMILIES, assert_same_bits, random_model
 
@@ -196,7 +196,7 @@ except UserError as error:
 def test_disk_takes_no_more(tmp_path: Path) -> None:
     """A real write that fails half-way (the system's file size limit stands in for a full disk)."""
     assert resource.RLIMIT_FSIZE is not None
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-c", FULL, str(tmp_path / "m")],
         capture_output=True,
         text=True,

@@ -3,7 +3,6 @@
 import json
 import os
 import stat
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from lowlat.cli.chat_session import delete_session, list_sessions, open_session
 from lowlat.cli.main import app
 from lowlat.generate.model import Model
 from lowlat.utils.errors import UserError
+from tests import forked
 from tests.fakes import byte_tokenizer, gqa_config, tiny_model
 
 Invoke = Callable[..., Result]
@@ -129,7 +129,7 @@ def test_what_cannot_be_opened_is_refused(root: Path) -> None:
 def test_another_process_resumes(root: Path) -> None:
     def ask(question: str, *options: str) -> str:
         command = [sys.executable, "-m", "lowlat", "chat", "minnow", *GREEDY, *options]
-        run = subprocess.run(
+        run = forked.run(
             command, input=question, capture_output=True, text=True, timeout=120, check=True
         )
         return run.stdout

@@ -1,14 +1,19 @@
 """Inputs without end: one line and exit code 2 from every verb, with bounded memory."""
 
-import resource
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-MEMORY = 8 * 2**30
-"""Address space of the verbs; torch maps about 3 GB."""
+from tests import forked
+
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30, 8 * 2**30))
+from lowlat.cli.main import run
+run()
+"""
+"""A verb whose address space has a limit; torch maps about 3 GB."""
 ENDLESS = Path("/dev/zero")
 
 pytestmark = pytest.mark.skipif(not ENDLESS.exists(), reason="this system has no /dev/zero")
@@ -40,14 +45,8 @@ pytestmark = pytest.mark.skipif(not ENDLESS.exists(), reason="this system has no
 )
 def test_endless_input_is_refused(arguments: str, message: str) -> None:
     with ENDLESS.open("rb") as stdin:
-        ended = subprocess.run(
-            [sys.executable, "-m", "lowlat", *arguments.split()],
-            stdin=stdin,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
-        )
+        command = [sys.executable, "-c", LIMITED, *arguments.split()]
+        ended = forked.run(command, stdin=stdin, capture_output=True, text=True, timeout=60)
     lines = [line for line in ended.stderr.splitlines() if not line.startswith("Loading")]
     assert ended.returncode == 2, ended.stderr
     assert len(lines) == 1 and lines[0].startswith("lowlat: error:") and message in lines[0]

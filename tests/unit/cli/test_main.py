@@ -9,11 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from lowlat.cli.main import app
+from tests import forked
 
 
 def lowlat(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The real command in a process of its own."""
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "lowlat", *arguments], capture_output=True, text=True, timeout=600
     )
 

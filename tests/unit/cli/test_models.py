@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.unit.checkpoint.hub_server import HubServer, hub_server
 
 PART = "UD-Q2_K/m-UD-Q2_K-0000{}-of-00002.gguf"
@@ -27,7 +28,7 @@ def run(hub: HubServer, cache: Path, *arguments: str) -> subprocess.CompletedPro
         "LOWLAT_CACHE": str(cache),
         "HF_HUB_OFFLINE": "0",
     }
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "lowlat", "models", *arguments],
         env=environment,
         capture_output=True,

@@ -18,6 +18,7 @@ from lowlat.checkpoint.resumable_writer import partial_path
 from lowlat.convert.run import convert
 from lowlat.utils.atomic_files import rename_new
 from lowlat.utils.errors import UserError
+from tests import forked
 from tests.parameters import slow_except
 from tests.unit.checkpoint.builders import FAMILIES, edit_config, rewrite, write_model
 
@@ -233,9 +234,7 @@ def killed(place: Path, segments: int) -> list[str]:
     """A conversion in a process of its own, killed -9 after a number of segments."""
     arguments = [sys.executable, "-c", CHILD, str(place.parent / "m"), str(place)]
     labels = []
-    with subprocess.Popen(
-        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
+    with forked.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None and child.stdout is not None
         for _ in range(segments):
             labels.append(child.stdout.readline().strip())
@@ -280,19 +279,27 @@ print(peak[0] - before)
 """
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Matrices of 262 MB in fp32 and stacked experts of 50 MB."""
+    config = FAMILIES["deepseek_v3"]
+    assert config.moe is not None
+    moe = replace(config.moe, moe_intermediate_size=512)
+    folder = tmp_path_factory.mktemp("large") / "m"
+    write_model(folder, replace(config, hidden_size=2048, vocab_size=32000, moe=moe))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says RssAnon")
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("new", "int4"), ("new", "fp8"), ("new", "fp32"), ("new.gguf", "int8"), ("new.gguf", "fp32")],
 )
-def test_memory_does_not_grow_with_tensors(tmp_path: Path, name: str, dtype: str) -> None:
-    """Matrices of 262 MB in fp32 and stacked experts of 50 MB, in less than 160 MB."""
-    config = FAMILIES["deepseek_v3"]
-    assert config.moe is not None
-    moe = replace(config.moe, moe_intermediate_size=512)
-    config = replace(config, hidden_size=2048, vocab_size=32000, moe=moe)
-    write_model(tmp_path / "m", config)
-    arguments = [sys.executable, "-c", MEMORY, str(tmp_path / "m"), str(tmp_path / name), dtype]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+def test_memory_does_not_grow_with_tensors(
+    large: Path, tmp_path: Path, name: str, dtype: str
+) -> None:
+    """Less than the largest matrix takes."""
+    arguments = [sys.executable, "-c", MEMORY, str(large), str(tmp_path / name), dtype]
+    done = forked.run(arguments, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 160_000_000

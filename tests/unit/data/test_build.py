@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from lowlat.text import pieces
 from lowlat.text.parts import TokenizerParts
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
+from tests import forked
 
 from .conftest import END, byte_level
 
@@ -130,7 +130,7 @@ def test_the_same_sources_give_the_same_bytes(corpus: Path, tmp_path: Path) -> N
         folder = tmp_path / threads
         command = [sys.executable, "-c", BUILD, str(corpus), str(folder)]
         environment = os.environ | {"RAYON_NUM_THREADS": threads}
-        subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[3])
+        forked.run(command, check=True, env=environment, cwd=Path(__file__).parents[3])
         contents.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert contents[0] == contents[1] and len(contents[0]) > 9
 
@@ -297,10 +297,10 @@ def test_a_full_disk_leaves_nothing(corpus: Path, tmp_path: Path, limit: int) ->
     (corpus / "large.txt").write_text("".join(f"{i * i} " for i in range(3000)))
     command = [sys.executable, "-c", FILL, str(corpus), str(tmp_path / "tokens")]
     place = Path(__file__).parents[3]
-    ended = subprocess.run([*command, str(limit)], capture_output=True, text=True, cwd=place)
+    ended = forked.run([*command, str(limit)], capture_output=True, text=True, cwd=place)
     assert "tokens: cannot be written (File too large); nothing was left" in ended.stdout, ended
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
-    subprocess.run([*command, str(2**30)], check=True, cwd=place)
+    forked.run([*command, str(2**30)], check=True, cwd=place)
     TokenizedDataset.open(tmp_path / "tokens").verify()
 
 

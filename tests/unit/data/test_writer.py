@@ -13,6 +13,7 @@ from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.writer import SplitWriter
 from lowlat.utils.atomic_files import atomic_folder
 from lowlat.utils.errors import UserError
+from tests import forked
 
 from .conftest import END, Make
 
@@ -79,7 +80,7 @@ with atomic_folder(Path(sys.argv[1])) as folder:
 def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path) -> None:
     """Regression: two builds at once of which one removes the other's files, and lost disk."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "tokens")]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = forked.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdin is not None
     left = tmp_path / other.stdout.readline().strip()
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "tokens"):

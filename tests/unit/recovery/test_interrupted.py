@@ -18,6 +18,7 @@ from lowlat.recovery import trained_attention
 from lowlat.recovery import work_folder as work
 from lowlat.recovery.work_folder import WorkFolder, work_folder_path
 from lowlat.utils.errors import UserError
+from tests import forked
 from tests.unit.train.runs import stopped_after
 
 from . import tiny
@@ -255,7 +256,7 @@ def test_killed(made: Path, tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     paths = f"{root}{os.pathsep}{root / 'tests'}"
     environment = os.environ | {"PYTHONPATH": paths}
-    with subprocess.Popen(
+    with forked.Popen(
         arguments, stdout=subprocess.PIPE, text=True, cwd=root, env=environment
     ) as child:
         assert child.stdout is not None

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 from starlette.testclient import TestClient
 
 from lowlat.serve.app import build_app, make_state
@@ -26,8 +27,15 @@ def engine(shared_engine: FakeEngine) -> FakeEngine:
     return FakeEngine(model=shared_engine.model)
 
 
+@pytest.fixture(scope="module")
+def portal() -> Iterator[BlockingPortal]:
+    """An event loop for all requests, each of which would start one of its own."""
+    with start_blocking_portal() as running:
+        yield running
+
+
 @pytest.fixture
-def make_client(engine: FakeEngine) -> Iterator[MakeClient]:
+def make_client(engine: FakeEngine, portal: BlockingPortal) -> Iterator[MakeClient]:
     """`make_client(**options of ServeConfig)`: a client of a new application."""
     state = []
 
@@ -35,7 +43,9 @@ def make_client(engine: FakeEngine) -> Iterator[MakeClient]:
         config = ServeConfig(**options)  # pyright: ignore[reportArgumentType]
         state.append(make_state(engine, config))
         app = build_app(state[-1])
-        return TestClient(app, base_url=URL, raise_server_exceptions=False)
+        client = TestClient(app, base_url=URL, raise_server_exceptions=False)
+        client.portal = portal
+        return client
 
     yield make
     for made in state:

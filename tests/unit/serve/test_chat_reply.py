@@ -1,16 +1,11 @@
 """Chat responses with reasoning and tool calls: complete and streamed responses agree."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from lowlat.serve.app import build_app, make_state
-from lowlat.serve.config import ServeConfig
-
-from .conftest import URL
 from .fake_engine import NAME, Answer, FakeEngine, tiny
 from .templates import tokenizer_of
 from .test_chat_route import chunks_of
@@ -33,13 +28,6 @@ GO = '<tool_call>\n{"name": "go", "arguments": {}}\n</tool_call>'
 def engine() -> FakeEngine:
     """Over a model whose template knows tools and reasoning."""
     return FakeEngine(model=tiny(tokenizer_of("hermes"), context=997))
-
-
-@pytest.fixture
-def client(engine: FakeEngine) -> Iterator[TestClient]:
-    state = make_state(engine, ServeConfig())
-    yield TestClient(build_app(state), base_url=URL)
-    state.close()
 
 
 def whole(client: TestClient, **changes: Any) -> dict[str, Any]:

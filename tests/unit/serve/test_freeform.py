@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lowlat.generate.grammar import GrammarCompiler
+from lowlat.generate.grammar import GrammarCompiler, GrammarState
 from lowlat.generate.structured import Grammar, Regex
 from lowlat.serve.chat.freeform import FreeformReader, arguments_of
 from lowlat.serve.tool_parsers.quoted_grammar import json_quoted
@@ -54,18 +54,22 @@ def test_the_text_does_not_depend_on_the_pieces(text: str, expected: str, size: 
     assert read(text, size) == expected
 
 
-def accepts(output: Regex | Grammar, text: str) -> bool:
-    """Whether the JSON-escaped `text` matches the JSON-escaped grammar."""
-    tokenizer = byte_tokenizer()
-    compiled = GrammarCompiler(tokenizer, tokenizer.vocab_size).compile(
-        Grammar(lark=json_quoted(output))
-    )
-    state = compiled.start()
+TOKENIZER = byte_tokenizer()
+
+
+def accepts(output: Regex | Grammar, *texts: str) -> list[bool]:
+    """Which JSON-escaped texts match the JSON-escaped grammar."""
+    compiler = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size)
+    compiled = compiler.compile(Grammar(lark=json_quoted(output)))
+    return [matches(compiled.start(), text) for text in texts]
+
+
+def matches(state: GrammarState, text: str) -> bool:
     for token in json.dumps(text, ensure_ascii=False)[1:-1].encode():
         if not state.mask()[token]:
             return False
         state.accept(token)
-    return bool(state.mask()[next(iter(tokenizer.eos_ids))]) or state.is_done
+    return bool(state.mask()[next(iter(TOKENIZER.eos_ids))]) or state.is_done
 
 
 @pytest.mark.parametrize(
@@ -90,28 +94,26 @@ def test_a_pattern_means_the_same_inside_a_string(pattern: str) -> None:
         "\n!",
     ]
     texts += ["/a/b", "x\t", r"\\n", "\n", "]", "é\t\xe0", "", "line", '"', "\u2028"]
-    for text in texts:
-        expected = re.fullmatch(pattern, text) is not None
-        assert accepts(Regex(pattern=pattern), text) == expected, text
+    expected = [re.fullmatch(pattern, text) is not None for text in texts]
+    assert accepts(Regex(pattern=pattern), *texts) == expected
 
 
 def test_a_grammar_means_the_same_inside_a_string() -> None:
     grammar = Grammar(lark=PATCH)
     good = '*** Begin\n+a "quoted" \\ line\n-\tx\n  \n*** End\n'
-    assert accepts(grammar, good) and accepts(grammar, good.rstrip("\n"))
-    for bad in (good.replace("+a", "a"), good.replace("End", "end"), good + "x", "*** Begin\n"):
-        assert not accepts(grammar, bad)
+    assert all(accepts(grammar, good, good.rstrip("\n")))
+    bad = (good.replace("+a", "a"), good.replace("End", "end"), good + "x", "*** Begin\n")
+    assert not any(accepts(grammar, *bad))
     ranged = Grammar(lark='start: "\\n".."\\r" X{2}\nX: "q\\n"i | /[^"a-d]/i // a comment\n')
-    for text in ("\rQ\nq\n", "\r\n\n", "\nxQ\n"):
-        assert accepts(ranged, text), text
-    for text in ('\r""', "\rA\n", "\n", "x\n\n", "\rxC"):
-        assert not accepts(ranged, text), text
+    assert all(accepts(ranged, "\rQ\nq\n", "\r\n\n", "\nxQ\n"))
+    assert not any(accepts(ranged, '\r""', "\rA\n", "\n", "x\n\n", "\rxC"))
 
 
 def test_a_terminal_may_end_where_another_goes_on() -> None:
     """The lexer does not backtrack: one terminal for `.*` would consume the end."""
-    assert accepts(Regex(pattern='.*END"?'), 'an END "END"')
-    assert accepts(Grammar(lark='start: /.*/ "\\n" BODY* "END"\nBODY: /.*\\n/'), "x\nEN\nEND")
+    assert accepts(Regex(pattern='.*END"?'), 'an END "END"') == [True]
+    lines = Grammar(lark='start: /.*/ "\\n" BODY* "END"\nBODY: /.*\\n/')
+    assert accepts(lines, "x\nEN\nEND") == [True]
 
 
 @pytest.mark.parametrize(

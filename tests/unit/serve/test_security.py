@@ -8,8 +8,6 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from lowlat.serve.app import build_app, make_state
-from lowlat.serve.config import ServeConfig
 from lowlat.serve.http.pages import COOKIE, cookie_value
 
 from .conftest import URL, MakeClient
@@ -19,25 +17,21 @@ KEY, OTHER = "k" * 32, "o" * 32
 WITH_KEY = {"Authorization": f"Bearer {KEY}"}
 
 
-def make_app(engine: FakeEngine) -> Starlette:
-    return build_app(make_state(engine, ServeConfig(api_keys=(KEY, OTHER))))
-
-
-def routes_of(app: Starlette) -> list[tuple[str, str]]:
+def routes_of(client: TestClient) -> list[tuple[str, str]]:
     """(method, path) of every route there is."""
+    assert isinstance(client.app, Starlette)
     return [
         (method, route.path.replace("{id:path}", NAME))
-        for route in app.routes
+        for route in client.app.routes
         if isinstance(route, Route)
         for method in sorted(route.methods or ())
     ]
 
 
-def test_every_route_needs_a_key(engine: FakeEngine) -> None:
+def test_every_route_needs_a_key(engine: FakeEngine, make_client: MakeClient) -> None:
     """Regression: a new route without access control."""
-    app = make_app(engine)
-    client = TestClient(app, base_url=URL)
-    routes = routes_of(app)
+    client = make_client(api_keys=(KEY, OTHER))
+    routes = routes_of(client)
     assert len(routes) > 15
     bad_keys = [
         {},
@@ -153,12 +147,10 @@ def test_each_key_has_a_salt_of_its_own(make_client: MakeClient, engine: FakeEng
 
 
 def refused_by_every_route(
-    engine: FakeEngine, headers: dict[str, str]
+    client: TestClient, headers: dict[str, str]
 ) -> Iterator[tuple[str, Response]]:
     """Method and answer of every route, all of them 403."""
-    app = build_app(make_state(engine, ServeConfig()))
-    client = TestClient(app, base_url=URL)
-    for method, path in routes_of(app):
+    for method, path in routes_of(client):
         response = client.request(method, path, headers=headers)
         assert response.status_code == 403, (method, path)
         yield method, response
@@ -181,9 +173,9 @@ HOSTS_REFUSED = [
 
 
 @pytest.mark.parametrize("host", HOSTS_REFUSED)
-def test_foreign_hosts_are_refused(engine: FakeEngine, host: str) -> None:
+def test_foreign_hosts_are_refused(client: TestClient, host: str) -> None:
     """Regression: DNS rebinding, by which a foreign name leads to this server."""
-    for method, response in refused_by_every_route(engine, {"Host": host}):
+    for method, response in refused_by_every_route(client, {"Host": host}):
         assert method == "HEAD" or "host_not_allowed" in response.text
 
 
@@ -223,9 +215,9 @@ ORIGINS_REFUSED = [
 
 
 @pytest.mark.parametrize("origin", ORIGINS_REFUSED)
-def test_foreign_origins_are_refused(engine: FakeEngine, origin: str) -> None:
+def test_foreign_origins_are_refused(client: TestClient, origin: str) -> None:
     """Regression: pages of other sites that use the server behind the user's back."""
-    for _, response in refused_by_every_route(engine, {"Origin": origin}):
+    for _, response in refused_by_every_route(client, {"Origin": origin}):
         assert not any("access-control" in name for name in response.headers)
 
 

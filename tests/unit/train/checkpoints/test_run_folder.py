@@ -10,6 +10,7 @@ import pytest
 
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.utils.errors import UserError
+from tests import forked
 
 HOLD = """
 import sys, time
@@ -59,7 +60,7 @@ def test_places(tmp_path: Path) -> None:
 
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
     """Kill -9 leaves the lock's file but not the lock."""
-    holder = subprocess.Popen(
+    holder = forked.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE
     )
     assert holder.stdout is not None
@@ -91,7 +92,7 @@ def test_forked_children_do_not_keep_the_lock(tmp_path: Path) -> None:
     """Regression: workers that outlive a killed run and lock its folder against resuming."""
     ready, tell = os.pipe()
     command = [sys.executable, "-c", FORK_AND_DIE, str(tmp_path / "run"), str(tell), str(ready)]
-    killed = subprocess.run(
+    killed = forked.run(
         command, stdout=subprocess.PIPE, pass_fds=(ready, tell), timeout=600, check=False
     )
     child = int(killed.stdout)

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from lowlat.train.metrics.jsonl import LogWriter, read_log
 from lowlat.train.metrics.lines import encode
 from lowlat.train.metrics.record import NoteRecord, Record
 from lowlat.utils.errors import UserError
+from tests import forked
 from tests.unit.train.metrics.records import evaluation, start, step
 
 
@@ -106,7 +106,7 @@ def test_kill_loses_nothing_written(tmp_path: Path) -> None:
         "for step in range(17): writer.write(NoteRecord(step=step, text='a'))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=False, timeout=120)
+    forked.run([sys.executable, "-c", script], check=False, timeout=120)
     assert path.read_bytes().count(b"\n") == 17
 
 

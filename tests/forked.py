@@ -1,0 +1,215 @@
+"""subprocess for Python programs (-c, -m, FILE): forks of a process that has imported torch.
+
+A new interpreter takes seconds for that. The program imports lowlat itself, and has arguments, an
+environment, a folder, streams and an exit status of its own. What an interpreter reads before any
+program is that of the first: options, PYTHONHASHSEED, OMP_NUM_THREADS.
+"""
+
+import atexit
+import fcntl
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PRELOADED = ("torch", "numpy", "safetensors.torch", "tokenizers", "pydantic")
+PRELOADED += ("torch.distributed.fsdp", "torch.distributed.pipelining", "torch.utils.checkpoint")
+PRELOADED += ("typer", "rich.live", "jaxtyping", "jinja2.sandbox", "llguidance", "httpx")
+PRELOADED += ("prometheus_client", "starlette.applications", "uvicorn")
+MESSAGE = 2**17
+Interpreter = subprocess.Popen
+"""Tests put Popen in its place."""
+
+
+class Popen(Interpreter):
+    """subprocess.Popen; what is no plain `python -c`, `-m` or FILE starts as it would there."""
+
+    _ended: socket.socket | None = None
+
+    def _execute_child(
+        self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
+        creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *rest
+    ):  # fmt: skip
+        """subprocess's place for fork and exec."""
+        environment = dict(os.environ if env is None else env)
+        is_plain = args[0] == sys.executable and (args[1] in ("-c", "-m") or args[1][0] != "-")
+        if not is_plain or preexec_fn is not None or "PYTHONOPTIMIZE" in environment:
+            super()._execute_child(
+                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
+                creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *rest
+            )  # fmt: skip
+            return
+        streams = dict(enumerate((p2cread, c2pwrite, errwrite))) | {fd: fd for fd in pass_fds}
+        request = {
+            "arguments": args[1:],
+            "folder": os.fspath(cwd or os.getcwd()),
+            "environment": environment,
+            "descriptors": list(streams),
+            "is_session": rest[5],
+        }
+        self._ended, other = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        given = [number if used == -1 else used for number, used in streams.items()]
+        with other:
+            message = json.dumps(request).encode()
+            socket.send_fds(_server(), [message], [other.fileno(), *given])
+        self.pid = int(self._ended.recv(MESSAGE))
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        """subprocess's waitpid: this process is not the parent, which sends the status."""
+        if self._ended is None:
+            return super()._try_wait(wait_flags)
+        if wait_flags & os.WNOHANG and not select.select([self._ended], [], [], 0)[0]:
+            return 0, 0
+        with self._ended:
+            return self.pid, int(self._ended.recv(MESSAGE))
+
+    def _internal_poll(self, *others: Any, **options: Any) -> int | None:
+        if self._ended is None:
+            return super()._internal_poll(*others, **options)
+        if self.returncode is None and self._waitpid_lock.acquire(blocking=False):
+            try:
+                pid, status = self._try_wait(os.WNOHANG)
+                if pid == self.pid:
+                    self._handle_exitstatus(status)
+            finally:
+                self._waitpid_lock.release()
+        return self.returncode
+
+
+def run(
+    command: Sequence[Any],
+    *,
+    capture_output: bool = False,
+    timeout: float | None = None,
+    check: bool = False,
+    **options: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """subprocess.run."""
+    if capture_output:
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    given = options.pop("input", None)
+    if given is not None:
+        options["stdin"] = subprocess.PIPE
+    with Popen(command, **options) as process:
+        try:
+            output, errors = process.communicate(given, timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    done = subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+    if check:
+        done.check_returncode()
+    return done
+
+
+@functools.cache
+def _server() -> socket.socket:
+    """Starts the process that forks; it ends when this one does."""
+    mine, its = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with its:
+        process = Interpreter(
+            [sys.executable, "-m", "tests.forked", str(its.fileno())],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            pass_fds=[its.fileno()],
+        )
+
+    def end() -> None:
+        mine.close()
+        process.wait()
+
+    atexit.register(end)
+    return mine
+
+
+def _serve(control: socket.socket) -> Callable[[], object]:
+    """Forks for each request, and exits with the last; in a fork, returns the program to run."""
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, MESSAGE, 64)
+        if not message:
+            sys.exit()
+        if os.fork() == 0:
+            control.close()
+            return _forked(json.loads(message), descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _forked(request: dict[str, Any], descriptors: list[int]) -> Callable[[], object]:
+    """Forks once more: the parent waits for the program and sends its status."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with socket.socket(fileno=descriptors.pop(0)) as ended:
+        child = os.fork()
+        if child != 0:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            ended.send(str(child).encode())
+            ended.send(str(os.waitpid(child, 0)[1]).encode())
+            os._exit(0)
+    if request["is_session"]:
+        os.setsid()
+    # The numbers that they have may be those that others are to get.
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 500) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for descriptor, number in zip(high, request["descriptors"], strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    return functools.partial(_run, request)
+
+
+def _run(request: dict[str, Any]) -> None:
+    """The program, as a new interpreter would run it."""
+    own = _python_path()
+    libraries = [folder for folder in sys.path[1:] if folder not in own]
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    if options := os.environ.get("PYTHONWARNINGS"):
+        warnings._processoptions(options.split(","))
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+    first, *rest = request["arguments"]
+    option, folder = first, os.path.dirname(os.path.abspath(first))
+    if first in ("-c", "-m"):
+        name, *rest = rest
+        folder = "" if first == "-c" else os.getcwd()
+    sys.argv = [option, *rest]
+    sys.path[:] = [folder, *_python_path(), *libraries]
+    if option == "-c":
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(name, "<string>", "exec"), main.__dict__)
+    elif option == "-m":
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(first, run_name="__main__")
+
+
+def _python_path() -> list[str]:
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [os.path.abspath(folder) for folder in given if folder]
+
+
+if __name__ == "__main__":
+    for module in PRELOADED:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    program = _serve(socket.socket(fileno=int(sys.argv[1])))
+    program()
