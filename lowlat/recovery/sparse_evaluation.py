@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lowlat.checkpoint.load import load_model
+from lowlat.config.attention import sparse_topk
 from lowlat.data.batch import Batch
 from lowlat.ops.cross_entropy import linear_cross_entropy
 from lowlat.recovery.evaluation import EvaluationText
@@ -124,7 +125,9 @@ class _Runner:
         self.tokenizer = Tokenizer.from_folder(model)
         use_sparse_training(self._model, "sparse")
         self._layers = [layer for layer in sparse_layers(self._model) if _is_main(layer, config)]
-        self.topk = next(layer.dims.indexer.index_topk for layer in self._layers if layer.indexer)
+        topk = sparse_topk(config.attention)
+        assert topk is not None
+        self.topk = topk
 
     def perplexity(
         self, ids: Int[np.ndarray, " tokens"], topk: int | None
