@@ -238,11 +238,13 @@ class ObservedAttention(AttentionBackend):
         index: IndexQueries | None,
     ) -> Float[Tensor, "tokens heads v_dim"]:
         out = self.inner.sparse_mla(layer, q_nope, q_rope, entries, w_uk, w_uv, scale, index)
-        cached = self._cached(layer, entries)
-        width = w_uk.shape[-1] + q_rope.shape[-1]
-        keys, rows = cached.split([cached.shape[1] - width, width], dim=-1)
+        rows = self._cached(layer, entries)
         self._latent_attended(layer, q_nope, q_rope, rows, w_uk, w_uv, out, scale)
-        scores = None if index is None else sparse_attention.index_scores(index, keys)
+        scores = None
+        if index is not None:
+            (item,) = self.inner.batch.sequences
+            keys = self.inner.cache.read_index_keys(layer, item.pages, item.context, rows.dtype)
+            scores = sparse_attention.index_scores(index, keys)
         choice = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
         (chosen,) = self.inner.chosen
         if len(chosen):
