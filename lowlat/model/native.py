@@ -11,7 +11,7 @@ from torch import Tensor
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch
 from lowlat.config.attention import AttentionConfig, distinct, index_key_dim, sparse_topk
-from lowlat.config.model import ModelConfig, TPAConfig
+from lowlat.config.model import MLAConfig, ModelConfig, TPAConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import Linear
 from lowlat.model.lora import LoraLinear
@@ -36,8 +36,8 @@ BLOCK = (128, 128)
 def supports_native(model: Transformer) -> bool:
     """Whether the native kernels are available and can run `model`: on the CPU, bf16 activations,
     every projection bf16, int8, int4, in GGUF blocks or fp8 in blocks of 128, with or without
-    updates of LoRA adapters, any attention but TPA, sparse attention (DSA) in some layers only, or
-    with an odd index_head_dim.
+    updates of LoRA adapters, any attention but TPA, and sparse attention (DSA) in some layers only,
+    with an odd index_head_dim or with an index_rope_head_dim of its own.
     """
     attention = model.config.attention
     if isinstance(attention, TPAConfig) or not _has_known_indexers(distinct(attention)):
@@ -52,9 +52,14 @@ def supports_native(model: Transformer) -> bool:
 
 
 def _has_known_indexers(layers: tuple[AttentionConfig, ...]) -> bool:
-    """Whether all layers are dense or all sparse, with index keys of whole pairs of channels."""
+    """Whether all layers are dense or all sparse, with index keys of whole pairs of channels that
+    rotate as the rotary key.
+    """
     sparse = {sparse_topk(layer) for layer in layers}
-    return len(sparse) == 1 and not any(index_key_dim(layer) % 2 for layer in layers)
+    indexers = [layer.indexer for layer in layers if isinstance(layer, MLAConfig)]
+    own_rotation = any(one is not None and one.index_rope_head_dim for one in indexers)
+    has_pairs = not any(index_key_dim(layer) % 2 for layer in layers)
+    return len(sparse) == 1 and has_pairs and not own_rotation
 
 
 def weight_bytes(model: Transformer) -> int:

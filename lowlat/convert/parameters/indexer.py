@@ -73,15 +73,12 @@ def sparse_config(config: ModelConfig, options: IndexerOptions) -> tuple[ModelCo
         index_n_heads=options.index_n_heads,
         index_head_dim=options.index_head_dim,
         index_topk=options.index_topk or min(DEFAULT_TOPK, max(1, context // 8)),
-        index_rope_head_dim=width,
+        index_rope_head_dim=None if {width} == {a.qk_rope_head_dim for a in attention} else width,
     )
     sparse = tuple(replace(layer, indexer=indexer) for layer in attention)
     made = replace(config, attention=sparse if isinstance(config.attention, tuple) else sparse[0])
-    own = {layer.qk_rope_head_dim for layer in attention}
-    released = replace(indexer, index_rope_head_dim=None if own == {width} else width)
     try:
-        as_v32 = replace(attention[0], indexer=released)
-        found = replace(made, model_type="deepseek_v32", attention=as_v32)
+        found = replace(made, model_type="deepseek_v32", attention=sparse[0])
         if isinstance(config.attention, tuple):
             raise UserError("a deepseek_v32 has the same sizes in all layers")
         config_to_hf(found)
