@@ -21,7 +21,7 @@ class EntrySize(NamedTuple):
     """All elements."""
     quantized: int
     """Of these, those an int8 cache stores in int8; the others stay bf16."""
-    index: int = 0
+    index_key: int = 0
     """Of these, the index key of sparse attention."""
 
 
