@@ -169,7 +169,7 @@ class IntegerReader {
       gather_scales(scales + 4 * (reads.value / kScaled), row_bytes, count, value_groups, value_scales);
     }
     gather_rest(scales + 4 * groups_of(quantized), row_bytes, count, rest_, rest);
-    if (keys_.chosen != nullptr) keys_.prefetch_chosen(at + kKeyBlock, end);
+    if (keys_.chosen != nullptr) keys_.prefetch_chosen(at + kSpan, end);
     return {count, row_bytes, rows + reads.key, rows + reads.value, key_scales, value_scales, rest};
   }
 
@@ -232,7 +232,7 @@ class PlainReader {
             ? cached_rows(keys_.cache, keys_.pages, at, count, keys_.entry_dim, false, {keys, values}, gathered)
             : gather_rows(keys_.cache, [&](std::int64_t i) { return keys_.row(at + i); }, count, keys_.entry_dim,
                           {keys, values}, gathered);
-    if (keys_.chosen != nullptr) keys_.prefetch_chosen(at + kKeyBlock, end);
+    if (keys_.chosen != nullptr) keys_.prefetch_chosen(at + kSpan, end);
     KeyBlock block{view(rows.data + reads.key, count, reads.key_dim, rows.stride),
                    view(rows.data + reads.value, count, reads.value_dim, rows.stride), {}, {}};
     const std::int64_t later = at + kSpan;
