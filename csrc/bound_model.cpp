@@ -11,6 +11,8 @@
 #include <utility>
 
 #include "bound_cache.h"
+#include "bound_exchange.h"
+#include "bound_mlp.h"
 #include "bound_parts.h"
 #include "dispatch.h"
 #include "thread_pool.h"
@@ -21,47 +23,6 @@ namespace lowlat {
 namespace {
 
 using namespace nb::literals;
-
-BoundMlp make_mlp(const BoundProjection& gate, const BoundProjection& up, const BoundProjection& down) {
-  BoundMlp bound;
-  bound.part = {bound.keep(gate), bound.keep(up), bound.keep(down)};
-  const Mlp& mlp = bound.part;
-  require_shape(mlp.up.weight, mlp.gate.weight.rows, mlp.gate.weight.columns, "up");
-  require_shape(mlp.down.weight, mlp.gate.weight.columns, mlp.gate.weight.rows, "down");
-  require(!mlp.gate.bias && !mlp.up.bias && !mlp.down.bias, "an MLP has a bias");
-  return bound;
-}
-
-BoundRouter make_router(const BoundMatrix& weight, const std::optional<Array>& bias, std::int64_t chosen,
-                        std::int64_t groups, std::int64_t kept_groups, std::int64_t best_in_group, bool is_sigmoid,
-                        bool normalizes, float scaling) {
-  BoundRouter bound;
-  Router& router = bound.part;
-  router.weight = bound.keep(weight);
-  router.experts = router.weight.rows;
-  if (bias) {
-    router.bias = elements<float>(*bias, "bias", Type::fp32, {router.experts});
-    bound.owners.push_back(*bias);
-  }
-  router.chosen = chosen;
-  router.groups = groups;
-  router.kept_groups = kept_groups;
-  router.best_in_group = best_in_group;
-  router.is_sigmoid = is_sigmoid;
-  router.normalizes = normalizes;
-  router.scaling = scaling;
-  require(groups > 0 && router.experts % groups == 0 && kept_groups > 0 && kept_groups <= groups, "groups do not fit");
-  require(chosen > 0 && chosen <= router.experts / groups * kept_groups, "more experts are chosen than there are");
-  return bound;
-}
-
-BoundMoe make_moe(const BoundRouter& router, const std::vector<BoundMlp>& experts) {
-  BoundMoe bound;
-  bound.part.router = bound.keep(router);
-  for (const BoundMlp& expert : experts) bound.part.experts.push_back(bound.keep(expert));
-  require(static_cast<std::int64_t>(experts.size()) == router.part.experts, "the router has another number of experts");
-  return bound;
-}
 
 BoundIndexer make_indexer(std::int64_t heads, bool interleave, const BoundProjection& q, const BoundProjection& k,
                           const BoundNorm& k_norm, const Array& k_norm_bias, const BoundMatrix& weights) {
@@ -119,7 +80,6 @@ BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t 
   }
   require_shape(a.q.weight, heads * (nope_dim + rope_dim), a.q.weight.columns, "q");
   require_shape(a.kv_a.weight, a.latent_dim + rope_dim, a.kv_a.weight.columns, "kv_a");
-  require_shape(a.o.weight, a.o.weight.rows, heads * value_dim, "o");
   require(a.q_a.has_value() == q_a_norm.has_value(), "q_a and its norm come together");
   if (a.q_a) {
     require(a.q_a->weight.rows == a.q.weight.columns && a.q_a_norm.size == a.q.weight.columns, "q_a does not fit q");
@@ -161,7 +121,6 @@ BoundAttention make_gqa(std::int64_t heads, std::int64_t kv_heads, std::int64_t 
   require_shape(a.q.weight, heads * head_dim, a.q.weight.columns, "q");
   require_shape(a.k.weight, kv_heads * head_dim, a.q.weight.columns, "k");
   require_shape(a.v.weight, kv_heads * head_dim, a.q.weight.columns, "v");
-  require_shape(a.o.weight, a.o.weight.rows, heads * head_dim, "o");
   for (const std::optional<Norm>& norm : {a.q_norm, a.k_norm}) {
     if (norm) require(norm->size == head_dim, "a head's norm has another size");
   }
@@ -196,12 +155,16 @@ BoundMtpInput make_mtp_input(const BoundNorm& embedding_norm, const BoundNorm& h
 // path, and its LoRA adapter or -1.
 using SequenceArgs = std::tuple<std::vector<std::int32_t>, std::int64_t, std::int64_t, bool, std::int32_t>;
 
+// Sizes of tensor and expert parallelism, the expert rank, and the processes that divide the head.
+using DivisionArgs = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+
 class BoundModel {
  public:
-  BoundModel(const BoundMatrix& embedding, const std::optional<BoundMtpInput>& mtp_input, const std::vector<BoundLayer>& layers,
-             std::int64_t first_layer, const BoundNorm& norm, const BoundProjection& head, bool is_larger_than_memory,
-             float embedding_scale, float residual_scale)
-      : model_(assemble(embedding, mtp_input, layers, norm, head)) {
+  BoundModel(const std::optional<BoundMatrix>& embedding, const std::optional<BoundMtpInput>& mtp_input,
+             const std::vector<BoundLayer>& layers, std::int64_t first_layer, const std::optional<BoundNorm>& norm,
+             const std::optional<BoundProjection>& head, bool is_larger_than_memory, float embedding_scale,
+             float residual_scale, const DivisionArgs& division)
+      : model_(assemble(embedding, mtp_input, layers, norm, head, division)) {
     require(first_layer >= 0, "first_layer is negative");
     model_.first_layer = first_layer;
     model_.is_larger_than_memory = is_larger_than_memory;
@@ -212,7 +175,7 @@ class BoundModel {
   void step(const Array& ids, const std::optional<Array>& previous, const Array& slots, const Array& cos,
             const Array& sin, const std::vector<SequenceArgs>& sequences, const BoundCache& cache, const Array& hidden,
             const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits, bool is_decode,
-            const std::optional<Array>& query_scale) {
+            const std::optional<Array>& query_scale, const std::optional<nb::callable>& exchange) {
     // Do not wait for the mutex while holding the GIL: the running step needs the GIL before it releases the mutex.
     StepState& own = step_state_.get(model_);
     std::unique_lock one_step(own.mutex, std::defer_lock);
@@ -222,7 +185,8 @@ class BoundModel {
     }
     Step step;
     read_tokens(step, ids, slots, cos, sin);
-    require(previous.has_value() == model_.mtp_input.has_value(), "only MTP modules take previous hidden states, and they need them");
+    require(previous.has_value() == (model_.mtp_input || !model_.embedding),
+            "MTP modules and stages without an embedding take previous hidden states, and no others");
     if (previous) step.previous = elements<bf16>(*previous, "previous", Type::bf16, {step.tokens, model_.hidden});
     if (query_scale) step.query_scale = elements<float>(*query_scale, "query_scale", Type::fp32, {step.tokens});
     read_cache(step, cache);
@@ -233,9 +197,13 @@ class BoundModel {
     step.is_decode = is_decode;
     if (logits) {
       const auto rows = static_cast<std::int64_t>(wanted.size());
-      step.logits = elements<float>(*logits, "logits", Type::fp32, {rows, model_.vocab});
+      step.vocab = model_.head ? model_.head->weight.rows * head_parts_ : 0;
+      step.logits = elements<float>(*logits, "logits", Type::fp32, {rows, step.vocab});
     }
-    require(logits.has_value() || wanted.empty(), "wanted tokens need logits");
+    require(wanted.empty() || (logits && model_.head), "wanted tokens need logits and a head");
+    require(exchange.has_value() != model_.division.is_whole(), "divided models need an exchange, and no others");
+    std::optional<CalledExchange> called;
+    if (exchange) step.exchange = &called.emplace(*exchange);
     if (step.tokens == 0) return;
     const nb::gil_scoped_release released;
     const Ops& table = ops();
@@ -245,32 +213,44 @@ class BoundModel {
   }
 
  private:
-  Model assemble(const BoundMatrix& embedding, const std::optional<BoundMtpInput>& mtp_input, const std::vector<BoundLayer>& layers,
-                 const BoundNorm& norm, const BoundProjection& head) {
+  Model assemble(const std::optional<BoundMatrix>& embedding, const std::optional<BoundMtpInput>& mtp_input,
+                 const std::vector<BoundLayer>& layers, const std::optional<BoundNorm>& norm,
+                 const std::optional<BoundProjection>& head, const DivisionArgs& division) {
+    require(!layers.empty(), "a model has no layers");
     Model model;
-    model.embedding = embedding.matrix;
-    owners_.insert(owners_.end(), embedding.owners.begin(), embedding.owners.end());
-    model.vocab = model.embedding.rows;
-    model.hidden = model.embedding.columns;
-    require(model.embedding.storage == Storage::bf16 || model.embedding.storage == Storage::gguf,
-            "the embedding is neither bf16 nor in GGUF blocks");
+    std::tie(model.division.tensor, model.division.experts, model.division.expert_rank, head_parts_) = division;
+    require(model.division.tensor > 0 && model.division.experts > 0 && head_parts_ > 0 &&
+                (head_parts_ == 1 || head_parts_ == model.division.tensor) && model.division.expert_rank >= 0 &&
+                model.division.expert_rank < model.division.experts,
+            "the division has no such sizes");
+    model.hidden = layers[0].part.input_norm.size;
+    if (embedding) {
+      model.embedding = embedding->matrix;
+      owners_.insert(owners_.end(), embedding->owners.begin(), embedding->owners.end());
+      require(model.embedding->storage == Storage::bf16 || model.embedding->storage == Storage::gguf,
+              "the embedding is neither bf16 nor in GGUF blocks");
+      require(model.embedding->columns == model.hidden, "a layer has another width than the embedding");
+    }
     const auto keep = [&](const auto& bound) {
       owners_.insert(owners_.end(), bound.owners.begin(), bound.owners.end());
       return bound.part;
     };
     if (mtp_input) {
       model.mtp_input = keep(*mtp_input);
+      require(model.embedding.has_value(), "an MTP module needs an embedding");
       require(model.mtp_input->hidden_norm.size == model.hidden, "a module has another width than the embedding");
     }
     for (const BoundLayer& layer : layers) {
       model.layers.push_back(keep(layer));
       check_layer(model, model.layers.back());
     }
-    model.norm = keep(norm);
-    model.head = keep(head);
-    require(!layers.empty(), "a model has no layers");
-    require(model.norm.size == model.hidden, "the final norm has another size than the embedding");
-    require_shape(model.head.weight, model.vocab, model.hidden, "head");
+    require(norm.has_value() == head.has_value(), "the final norm and the head come together");
+    if (!norm) return model;
+    model.norm = keep(*norm);
+    model.head = keep(*head);
+    require(model.norm->size == model.hidden, "the final norm has another size than the embedding");
+    const Matrix& weight = model.head->weight;
+    require_shape(weight, model.embedding ? model.embedding->rows / head_parts_ : weight.rows, model.hidden, "head");
     return model;
   }
 
@@ -278,7 +258,8 @@ class BoundModel {
     const Attention &a = layer.attention, &first = model.layers[0].attention;
     const Projection& input = a.q_a ? *a.q_a : a.q;
     require(layer.input_norm.size == model.hidden && layer.post_attention_norm.size == model.hidden &&
-                input.weight.columns == model.hidden && a.o.weight.rows == model.hidden &&
+                input.weight.columns == model.hidden && a.o.weight.rows * model.division.tensor == model.hidden &&
+                a.o.weight.columns == a.heads * a.out_dim() * model.division.tensor &&
                 (!a.is_mla() || a.kv_a.weight.columns == model.hidden),
             "a layer has another width than the embedding");
     require(a.heads == first.heads && a.kv_heads == first.kv_heads && a.is_mla() == first.is_mla(),
@@ -286,12 +267,19 @@ class BoundModel {
     require(!layer.post_mlp_norm || layer.post_mlp_norm->size == model.hidden, "an MLP's norm has another width");
     require(a.topk == first.topk && (a.topk == 0 || first.indexer), "the layers choose different numbers of tokens, or the first none");
     require(layer.mlp || layer.moe, "a layer has no MLP");
-    if (layer.mlp) require(layer.mlp->gate.weight.columns == model.hidden, "an MLP has another width");
+    if (layer.mlp) check_mlp(model, *layer.mlp, model.division.tensor);
     if (!layer.moe) return;
+    require(static_cast<std::int64_t>(layer.moe->experts.size()) * model.division.experts == layer.moe->router.experts &&
+                layer.moe->first == static_cast<std::int64_t>(layer.moe->experts.size()) * model.division.expert_rank,
+            "the experts are divided in another way");
     require(layer.moe->router.weight.columns == model.hidden, "a router has another width");
-    for (const Mlp& mlp : layer.moe->experts) {
-      require(mlp.gate.weight.columns == model.hidden, "an expert has another width");
-    }
+    for (const Mlp& mlp : layer.moe->experts) check_mlp(model, mlp, 1);
+  }
+
+  static void check_mlp(const Model& model, const Mlp& mlp, std::int64_t parts) {
+    require(mlp.gate.weight.columns == model.hidden, "an MLP has another width");
+    require_shape(mlp.down.weight, model.hidden / parts, mlp.gate.weight.rows * parts, "down");
+    require(model.hidden % parts == 0, "the width is not divisible");
   }
 
   void read_tokens(Step& step, const Array& ids, const Array& slots, const Array& cos, const Array& sin) const {
@@ -306,7 +294,8 @@ class BoundModel {
     step.cos = elements<float>(cos, "cos", Type::fp32, {step.tokens, step.pairs});
     step.sin = elements<float>(sin, "sin", Type::fp32, {step.tokens, step.pairs});
     for (std::int64_t t = 0; t < step.tokens; ++t) {
-      require(step.ids[t] >= 0 && step.ids[t] < model_.vocab, "a token id is outside the vocabulary");
+      require(!model_.embedding || (step.ids[t] >= 0 && step.ids[t] < model_.embedding->rows),
+              "a token id is outside the vocabulary");
     }
   }
 
@@ -348,6 +337,7 @@ class BoundModel {
   }
 
   std::vector<Array> owners_;
+  std::int64_t head_parts_ = 1;  // processes among which the head's rows are divided
   Model model_;
   ProcessStepState step_state_;
 };
@@ -363,7 +353,7 @@ void bind_model(nb::module_& module) {
   nb::class_<BoundRouter>(module, "Router")
       .def_static("make", make_router, "weight"_a, "bias"_a.none(), nb::kw_only(), "chosen"_a, "groups"_a,
                   "kept_groups"_a, "best_in_group"_a, "is_sigmoid"_a, "normalizes"_a, "scaling"_a);
-  nb::class_<BoundMoe>(module, "Moe").def_static("make", make_moe, "router"_a, "experts"_a);
+  nb::class_<BoundMoe>(module, "Moe").def_static("make", make_moe, "router"_a, "experts"_a, "first"_a = 0);
   nb::class_<BoundIndexer>(module, "Indexer")
       .def_static("make", make_indexer, nb::kw_only(), "heads"_a, "interleave"_a, "q"_a, "k"_a, "k_norm"_a,
                   "k_norm_bias"_a, "weights"_a);
@@ -379,13 +369,16 @@ void bind_model(nb::module_& module) {
   nb::class_<BoundMtpInput>(module, "MtpInput")
       .def_static("make", make_mtp_input, "embedding_norm"_a, "hidden_norm"_a, "projection"_a);
   nb::class_<BoundModel>(module, "Model")
-      .def(nb::init<const BoundMatrix&, const std::optional<BoundMtpInput>&, const std::vector<BoundLayer>&, std::int64_t,
-                    const BoundNorm&, const BoundProjection&, bool, float, float>(),
-           nb::kw_only(), "embedding"_a, "mtp_input"_a.none(), "layers"_a, "first_layer"_a, "norm"_a, "head"_a,
-           "is_larger_than_memory"_a, "embedding_scale"_a = 1.0f, "residual_scale"_a = 1.0f)
+      .def(nb::init<const std::optional<BoundMatrix>&, const std::optional<BoundMtpInput>&,
+                    const std::vector<BoundLayer>&, std::int64_t, const std::optional<BoundNorm>&,
+                    const std::optional<BoundProjection>&, bool, float, float, const DivisionArgs&>(),
+           nb::kw_only(), "embedding"_a.none(), "mtp_input"_a.none(), "layers"_a, "first_layer"_a, "norm"_a.none(),
+           "head"_a.none(),
+           "is_larger_than_memory"_a, "embedding_scale"_a = 1.0f, "residual_scale"_a = 1.0f,
+           "division"_a = DivisionArgs{1, 1, 0, 1})
       .def("step", &BoundModel::step, nb::kw_only(), "ids"_a, "previous"_a.none(), "slots"_a, "cos"_a, "sin"_a,
            "sequences"_a, "cache"_a, "hidden"_a, "wanted"_a, "logits"_a.none(), "is_decode"_a,
-           "query_scale"_a.none() = nb::none());
+           "query_scale"_a.none() = nb::none(), "exchange"_a.none() = nb::none());
 }
 
 }  // namespace lowlat

@@ -1,6 +1,7 @@
 // A decoder model, its paged KV cache and one step, as plain structs of pointers and dimensions that Python fills in.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -50,6 +51,7 @@ struct Router {
 
 struct Moe {
   Router router;
+  std::int64_t first = 0;    // the number of experts[0]; the others belong to other processes
   std::vector<Mlp> experts;
 };
 
@@ -112,17 +114,38 @@ struct MtpInput {
   Projection projection;  // [hidden, 2 hidden]
 };
 
+// The processes that divide the layers of a model. Tensor parallelism: this process has 1/tensor of the heads of every
+// attention, and of the rows of output projections, MLPs and head. Expert parallelism: it has 1/experts of the routed
+// experts, those of `expert_rank`.
+struct Division {
+  std::int64_t tensor = 1;
+  std::int64_t experts = 1, expert_rank = 0;
+
+  bool is_whole() const { return tensor == 1 && experts == 1; }
+};
+
+enum class DivisionGroup : int { tensor = 0, expert = 1 };
+
+// All-gather among the processes of a group: every one sends `bytes` from `own`, and receives those of all, in order of
+// their ranks.
+class Exchange {
+ public:
+  virtual ~Exchange() = default;
+  virtual void gather(DivisionGroup group, const void* own, std::size_t bytes, void* all) = 0;
+};
+
+// Consecutive layers of a decoder: all of them, one stage of a pipeline, or an MTP module.
 struct Model {
   std::int64_t hidden = 0;
-  std::int64_t vocab = 0;
-  Matrix embedding;  // [vocab, hidden], bf16 or GGUF blocks
+  std::optional<Matrix> embedding;  // [vocab, hidden], bf16 or GGUF blocks; none: Step::previous is the layers' input
   float embedding_scale = 1;        // factor on the embedding
   float residual_scale = 1;         // factor on what attention and MLP add to the residual stream
   std::optional<MtpInput> mtp_input;  // for an MTP module; without it the layers' input is the embedding
   std::vector<Layer> layers;
+  Division division;
   std::int64_t first_layer = 0;  // the index of layers[0] among the cache's layers
-  Norm norm;
-  Projection head;
+  std::optional<Norm> norm;        // none: a stage before the last, whose output is the residual stream
+  std::optional<Projection> head;  // [vocab, hidden], or this process's part of the rows; comes with norm
   bool is_larger_than_memory = false;  // weights exceed memory and are read from their files repeatedly
 };
 
@@ -159,7 +182,8 @@ struct Sequence {
 struct Step {
   std::int64_t tokens = 0;
   const std::int64_t* ids = nullptr;    // [tokens]
-  const bf16* previous = nullptr;       // with a MtpInput: [tokens, hidden], hidden states of the previous depth
+  const bf16* previous = nullptr;       // [tokens, hidden]: with a MtpInput, hidden states of the previous depth; without
+                                        // an embedding, the residual stream of the previous stage
   const std::int64_t* slots = nullptr;  // [tokens]: page * page_size + row
   const float* cos = nullptr;           // [tokens, pairs]: a layer's columns begin at its first_pair
   const float* sin = nullptr;
@@ -170,9 +194,11 @@ struct Step {
   const Cache* caches = nullptr;        // one per layer of the model, with the same page table
   const IndexCache* index_caches = nullptr;  // likewise
   bool is_decode = false;               // every sequence decodes, see Activations
-  bf16* hidden = nullptr;               // out [tokens, hidden], after the final norm
+  bf16* hidden = nullptr;               // out [tokens, hidden], after the final norm if the model has one
   std::vector<std::int64_t> wanted;     // tokens that need logits
   float* logits = nullptr;              // out [wanted, vocab]
+  std::int64_t vocab = 0;
+  Exchange* exchange = nullptr;         // of a divided model
 };
 
 }  // namespace lowlat

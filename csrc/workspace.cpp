@@ -44,7 +44,7 @@ Sizes::Sizes(const Model& model) {
     value = std::max(value, a.is_mla() ? a.latent_dim : a.out_dim());
     if (a.q_a) query_latent = std::max(query_latent, a.q_a->weight.rows);
     std::int64_t& width = layer.moe ? inner : dense_inner;
-    if (layer.mlp) width = std::max(width, layer.mlp->gate.weight.rows);
+    if (layer.mlp) width = std::max({width, layer.mlp->gate.weight.rows, layer.mlp->down.weight.columns});
     if (!layer.moe) continue;
     experts = std::max(experts, layer.moe->router.experts);
     chosen = std::max(chosen, layer.moe->router.chosen);
@@ -110,6 +110,10 @@ void Workspace::prepare(const Model& model, const Step& step, int threads) {
   gate_scores = take<float>(11, n * sizes.experts);
   chosen = take<std::int32_t>(12, routed);
   weights = take<float>(13, routed);
+  if (!model.division.is_whole()) {
+    all_attended = rows_of(24, n, model.division.tensor * sizes.outputs, step.is_decode);
+    added = take<bf16>(25, n * model.hidden);
+  }
   row_token.resize(routed);
   row_weight.resize(routed);
   next_row.resize(sizes.experts);

@@ -171,6 +171,13 @@ struct Workspace {
   float* shrunk = nullptr;
   std::int64_t shrunk_stride = 0;
 
+  // Of a divided model: what an exchange sends and receives, the heads of all processes, and what a projection adds to
+  // the residual stream.
+  Buffer sent, received;
+  Activations all_attended;
+  bf16* added = nullptr;                // [tokens, hidden]
+  std::vector<std::int64_t> rank_rows;  // first routed row of every process's experts, then the number of rows
+
   std::vector<Scratch> scratch;  // per thread
 
   explicit Workspace(const Model& model) : sizes(model) {}
@@ -188,7 +195,7 @@ struct Workspace {
   void make_inner(std::int64_t tokens, bool is_decode);
 
   Sizes sizes;
-  Buffer buffers_[24];
+  Buffer buffers_[26];
 };
 
 }  // namespace lowlat

@@ -2,7 +2,7 @@
 CPU, contiguous, without gradients, of exactly the dtype given here; anything else is a ValueError.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -131,7 +131,8 @@ class Moe:
     """Routed experts; shared experts are the layer's mlp."""
 
     @staticmethod
-    def make(router: Router, experts: Sequence[Mlp]) -> Moe: ...
+    def make(router: Router, experts: Sequence[Mlp], first: int = 0) -> Moe:
+        """experts: those of this process, from number `first` on."""
 
 class Indexer:
     """The lightning indexer of a layer with sparse attention (DSA). weights: bf16
@@ -231,23 +232,27 @@ class Cache:
 
 class Model:
     """Decoder layers between an embedding (bf16 or gguf [vocab, hidden]) and a head; an MTP module
-    if mtp_input is given. first_layer: the cache layer of layers[0].
+    if mtp_input is given. first_layer: the cache layer of layers[0]. A pipeline stage after the
+    first has no embedding, one before the last no norm and no head.
     """
 
     def __init__(
         self,
         *,
-        embedding: Matrix,
+        embedding: Matrix | None,
         mtp_input: MtpInput | None,
         layers: Sequence[Layer],
         first_layer: int,
-        norm: Norm,
-        head: Projection,
+        norm: Norm | None,
+        head: Projection | None,
         is_larger_than_memory: bool,
         embedding_scale: float = 1.0,
         residual_scale: float = 1.0,
+        division: tuple[int, int, int, int] = (1, 1, 0, 1),
     ) -> None:
-        """Factors on the embedding, and on what a layer adds to the residual stream."""
+        """Factors on the embedding, and on what a layer adds to the residual stream. division:
+        sizes of tensor and expert parallelism, rank in the latter, processes that divide the
+        head."""
     def step(
         self,
         *,
@@ -263,6 +268,7 @@ class Model:
         logits: Tensor | None,
         is_decode: bool,
         query_scale: Tensor | None = None,
+        exchange: Callable[[int, int, int, int], None] | None = None,
     ) -> None:
         """Run one step; writes hidden bf16 [tokens, hidden] and logits fp32 [wanted, vocab].
 
@@ -273,6 +279,8 @@ class Model:
         index of the LoRA adapter or -1).
         is_decode: every sequence has at most 32 new tokens, so products take the GEMV path
         (lowlat.model.native).
+        exchange: of a divided model: group (0 tensor, 1 expert), address and bytes to send, address
+        of what all processes of the group send.
         """
 
 class RoutingRule:

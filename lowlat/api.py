@@ -6,17 +6,28 @@ PyTorch to one thread.
 """
 
 import os
-from collections.abc import Sequence
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
+import torch
+
+from lowlat.checkpoint.adapter import Adapter
 from lowlat.checkpoint.fetch.cache_dir import cache_disk_errors, locked
 from lowlat.checkpoint.fetch.model_names import ModelPreset, resolve
 from lowlat.checkpoint.fetch.pypi import fetch_pypi
+from lowlat.checkpoint.files_digest import files_digest
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
+from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.sentence_transformers import read_pooling
+from lowlat.config.serving_layout import ServingLayout
 from lowlat.convert.run import convert
+from lowlat.engine.cache_fingerprint import code_digest
 from lowlat.engine.cache_size import check_cache_limit
 from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES
 from lowlat.engine.page_folder import open_folder
@@ -27,11 +38,13 @@ from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
 from lowlat.generate.prompt import Prompt, as_prompts
 from lowlat.model.native import supports_native
 from lowlat.ops import native
+from lowlat.plan.serving_stages import share_of
 from lowlat.text.folder import declared_eos_ids
 from lowlat.text.parts import NoTokenizer
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import parse_cache, parse_device
 from lowlat.utils.errors import UserError
+from lowlat.utils.process_group import ProcessGroup, is_follower, join_group, quiet_followers
 from lowlat.utils.progress import Progress, SilentProgress, make_progress
 
 
@@ -47,6 +60,7 @@ class LoadOptions(TypedDict, total=False):
     prefix_cache_disk_bytes: int
     speculates: bool
     lora: LoraFolders | None
+    parallel: str | None
     tokenizer: Tokenizer | None
     progress: Progress | None
 
@@ -63,6 +77,7 @@ def load(
     prefix_cache_disk_bytes: int = DEFAULT_DISK_BYTES,
     speculates: bool = True,
     lora: LoraFolders | None = None,
+    parallel: str | None = None,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -75,42 +90,137 @@ def load(
     takes most of the memory left after the weights. prefix_cache_dir: folder for the prefix cache
     on disk, within prefix_cache_disk_bytes; processes may share it, and loading then reads all
     weights once, to identify them. speculates: whether speculative decoding runs; it does not
-    change the output. lora: folders of LoRA adapters in PEFT's layout, by name. tokenizer: the
-    model's own, read before; a model without one takes and gives token ids. Raises UserError naming
-    what cannot be found, read or served, and when text is used without a tokenizer.
+    change the output. lora: folders of LoRA adapters in PEFT's layout, by name. parallel: layout of
+    the processes that torchrun has started, such as "pipeline=2"; `load` returns in process 0, and
+    raises SystemExit in the others when process 0 ends; max_cache_bytes is per process. tokenizer:
+    the model's own, read before; a model without one takes and gives token ids. Raises UserError
+    naming what cannot be found, read or served, and when text is used without a tokenizer.
 
     A model on the native kernels applies `torch.set_num_threads(1)` to the whole process: idle
     PyTorch threads slow the kernels' own thread pool.
     """
-    parse_cache(cache)
-    check_cache_limit(max_cache_bytes, parse_device(device))
-    if prefix_cache_dir is not None:
-        open_folder(Path(prefix_cache_dir))
+    settings: ModelSettings = {
+        "context": context,
+        "cache": cache,
+        "max_cache_bytes": max_cache_bytes,
+        "prefix_cache_dir": prefix_cache_dir,
+        "prefix_cache_disk_bytes": prefix_cache_disk_bytes,
+        "speculates": speculates,
+    }
+    with _joined(parallel, device) as run:
+        checked = _check(name, settings, dtype, device, lora, run, progress or SilentProgress())
+        return checked.load(settings, tokenizer)
+
+
+class ModelSettings(TypedDict):
+    """The keyword arguments of `load` that are those of `Model`."""
+
+    context: int | None
+    cache: str
+    max_cache_bytes: int | Literal["auto"] | None
+    prefix_cache_dir: str | os.PathLike[str] | None
+    prefix_cache_disk_bytes: int
+    speculates: bool
+
+
+def _check(
+    name: str | os.PathLike[str],
+    settings: ModelSettings,
+    dtype: str,
+    device: str,
+    lora: LoraFolders | None,
+    run: "ParallelRun | None",
+    progress: Progress,
+) -> "CheckedModel":
+    """Everything that can be refused before the weights are read. Raises UserError."""
+    parse_cache(settings["cache"])
+    check_cache_limit(settings["max_cache_bytes"], parse_device(device))
+    folder = settings["prefix_cache_dir"]
+    if folder is not None and not is_follower():
+        open_folder(Path(folder))
     native.available()  # a wrong LOWLAT_ISA is an error before minutes of loading
-    checkpoint = open_checkpoint(path := prepare(name, progress=progress))
-    config = read_config(checkpoint)
-    check_context(config, context)
+    path = prepare(name, progress=progress)
+    source = open_checkpoint(path)
+    config = read_config(source)
+    check_context(config, settings["context"])
     adapters = read_adapters(lora, config)
-    tokenizer, pooling = tokenizer or read_tokenizer(path), read_pooling(path)
-    loaded = load_model(
-        checkpoint, dtype=dtype, device=device, keeps_blocks=True, progress=progress
-    )
-    if supports_native(loaded.model):
-        native.keep_torch_single_threaded()
-    return Model(
-        loaded.model,
-        tokenizer,
-        # paths need not be UTF-8, but the API and JSON results show the name
-        name=os.fsencode(name).decode("utf-8", "replace"),
-        context=context,
-        cache=cache,
-        max_cache_bytes=max_cache_bytes,
-        prefix_cache_dir=prefix_cache_dir,
-        prefix_cache_disk_bytes=prefix_cache_disk_bytes,
-        speculates=speculates,
-        pooling=pooling,
-        adapters=load_adapters(loaded.model, adapters),
-    )
+    if run is not None:
+        options = {**settings, "prefix_cache_dir": folder is not None, "dtype": dtype}
+        run.group.agree(_facts(path, adapters, f"{run.layout} {options}"))
+    # paths need not be UTF-8, but the API and JSON results show the name
+    shown = os.fsencode(name).decode("utf-8", "replace")
+    return CheckedModel(shown, source, adapters, dtype, device, run, progress)
+
+
+class CheckedModel(NamedTuple):
+    """A model whose files and options are checked."""
+
+    name: str
+    source: TensorSource
+    adapters: dict[str, Adapter]
+    dtype: str
+    device: str
+    run: "ParallelRun | None"
+    progress: Progress
+
+    def load(self, settings: ModelSettings, tokenizer: Tokenizer | None) -> Model:
+        """Read the weights of this process, and serve them as `load` documents."""
+        path, run = self.source.path, self.run
+        tokenizer, pooling = tokenizer or read_tokenizer(path), read_pooling(path)
+        loaded = load_model(
+            self.source,
+            dtype=self.dtype,
+            device=self.device,
+            keeps_blocks=True,
+            divide=run and partial(share_of, layout=run.layout, rank=run.group.rank),
+            progress=self.progress,
+        )
+        if supports_native(loaded.model):
+            native.keep_torch_single_threaded()
+        return Model(
+            loaded.model,
+            tokenizer,
+            name=self.name,
+            pooling=pooling,
+            adapters=load_adapters(loaded.model, self.adapters),
+            group=run and run.group,
+            **settings,
+        )
+
+
+class ParallelRun(NamedTuple):
+    """The processes that serve one model."""
+
+    layout: ServingLayout
+    group: ProcessGroup
+
+
+@contextmanager
+def _joined(parallel: str | None, device: str) -> Iterator[ParallelRun | None]:
+    """The run that `parallel` describes, within which a common error is printed once."""
+    if parallel is None:
+        yield None
+        return
+    with quiet_followers():
+        layout = ServingLayout.parse(parallel)
+        if device != "cpu":
+            raise UserError(f"--parallel {layout} divides a model among CPUs; use --device cpu")
+        group = join_group(layout.processes, f"--parallel {layout}")
+    with group.reporting_once():
+        yield ParallelRun(layout, group)
+
+
+def _facts(path: Path, adapters: Mapping[str, Adapter], options: str) -> dict[str, str]:
+    """What must be equal in all processes of a run."""
+    level = native.level() if native.available() else torch.backends.cpu.get_cpu_capability()
+    return {
+        "version": f"{version('lowlat')} ({code_digest()[:12]})",
+        "PyTorch version": torch.__version__,
+        "kernel level": f"{level} on {platform.machine()}",
+        "options": options,
+        "weights": files_digest(path),
+        "LoRA adapters": str({name: own.digest.hex() for name, own in adapters.items()}),
+    }
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -115,7 +115,7 @@ class ScriptedModel(Transformer):
         super().__init__(config, dtype=torch.float32)
         self.successor = successor
 
-    def forward(self, ids: Tensor, positions: Tensor, attention: object) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, attention: object, **_: object) -> Tensor:
         return torch.tensor([[float(self.successor(int(token)))] for token in ids])
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 // projection.
 #pragma once
 
+#include "divided.h"
 #include "expanded_mla.h"
 #include "indexer_phases.h"
 #include "low_rank_heads.h"
@@ -373,6 +374,7 @@ inline void add_attention(const Pass& pass, const Layer& layer, std::int64_t num
   } else {
     attend_gqa(pass, a, cache);
   }
+  if (pass.model.division.tensor > 1) return multiply_divided_into_residual(pass, a.o, a.heads * a.out_dim());
   multiply_into_residual(pass, a.o, pass.work.attended);
 }
 

@@ -26,12 +26,18 @@ inline void group_rows(const Pass& pass, const Layer& layer) {
     const Router& router = layer.moe->router;
     for (std::int64_t e = 0; e < router.experts; ++e) work.next_row[e] = 0;
     for (std::int64_t i = 0; i < tokens * router.chosen; ++i) ++work.next_row[work.chosen[i]];
+    const std::int64_t first = layer.moe->first, own = static_cast<std::int64_t>(layer.moe->experts.size());
+    work.rank_rows.clear();
     for (std::int64_t e = 0; e < router.experts; ++e) {
       const std::int64_t rows = work.next_row[e];
       work.next_row[e] = routed;
-      if (rows > 0) work.expert_rows.push_back({&layer.moe->experts[e], routed, rows, true});
+      if (e % own == 0) work.rank_rows.push_back(routed);
+      if (rows > 0 && e >= first && e < first + own) {
+        work.expert_rows.push_back({&layer.moe->experts[e - first], routed, rows, true});
+      }
       routed += rows;
     }
+    work.rank_rows.push_back(routed);
     for (std::int64_t i = 0; i < tokens * router.chosen; ++i) {
       const std::int64_t row = work.next_row[work.chosen[i]]++;
       work.row_token[row] = static_cast<std::int32_t>(i / router.chosen);
@@ -41,10 +47,12 @@ inline void group_rows(const Pass& pass, const Layer& layer) {
   if (layer.mlp) work.expert_rows.push_back({&*layer.mlp, routed, tokens, false});
 }
 
-inline void gather_rows(const Pass& pass, std::int64_t routed) {
+inline void gather_rows(const Pass& pass) {
   const Workspace& work = pass.work;
   const Activations &from = work.hidden, &to = work.gathered;
-  pass.each(routed, [&](std::int64_t row) {
+  const std::int64_t rank = pass.model.division.expert_rank, first = work.rank_rows[rank];
+  pass.each(work.rank_rows[rank + 1] - first, [&](std::int64_t number) {
+    const std::int64_t row = first + number;
     const std::int64_t token = work.row_token[row];
     std::memcpy(to.values + row * to.stride, from.values + token * from.stride, from.stride * sizeof(bf16));
   });
@@ -69,7 +77,9 @@ inline void shrink_expert_rows(const Pass& pass, bool is_down) {
   const ExpertRows& last = work.expert_rows.back();
   pass.each(last.first + last.rows, [&](std::int64_t row) {
     const ExpertRows* e = work.expert_rows.data();
+    if (row < e->first) return;  // of another process
     while (row >= e->first + e->rows) ++e;
+    if (row < e->first) return;
     const Activations x = is_down ? work.inner.from(e->first) : inputs_of(pass, *e);
     const auto shrink_one = [&](const Projection& p, std::int64_t to) {
       const LowRank* update = update_of(pass, p.updates, token_of(pass, *e, row - e->first));
@@ -208,8 +218,8 @@ inline void choose_experts(const Pass& pass, const Router& router) {
   });
 }
 
-// x += MLP or MoE (norm x), times residual_scale or normalized.
-inline void add_mlp(const Pass& pass, const Layer& layer) {
+// The inner rows of the layer's MLPs over the normalized residual stream.
+inline void make_mlp_rows(const Pass& pass, const Layer& layer) {
   norm_residual(pass, layer.post_attention_norm);
   if (layer.moe) choose_experts(pass, layer.moe->router);
   pass.once([&] {
@@ -219,8 +229,13 @@ inline void add_mlp(const Pass& pass, const Layer& layer) {
       if (e.is_routed) read_ahead(*e.mlp);
     }
   });
-  if (layer.moe && pass.step.tokens > 1) gather_rows(pass, pass.step.tokens * layer.moe->router.chosen);
+  if (layer.moe && pass.step.tokens > 1) gather_rows(pass);
   make_inner_rows(pass);
+}
+
+// x += MLP or MoE (norm x), times residual_scale or normalized.
+inline void add_mlp(const Pass& pass, const Layer& layer) {
+  make_mlp_rows(pass, layer);
   shrink_expert_rows(pass, true);
   pass.each_in_turn((pass.model.hidden + kStrip - 1) / kStrip,
                     [&](std::int64_t strip, bool continues) { add_down_strip(pass, layer, strip, continues); });

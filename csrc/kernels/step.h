@@ -2,13 +2,13 @@
 #pragma once
 
 #include "attention_phases.h"
-#include "mlp.h"
+#include "divided_mlp.h"
 
 namespace lowlat::LOWLAT_ISA {
 
 // The embedding of a token of the step.
 inline void embed_token(const Pass& pass, std::int64_t token, bf16* out) {
-  const Matrix& w = pass.model.embedding;
+  const Matrix& w = *pass.model.embedding;
   const std::int64_t row = pass.step.ids[token];
   if (w.storage == Storage::gguf) return gguf::dequantize_row(w, row, out);
   std::memcpy(out, static_cast<const bf16*>(w.data) + row * w.stride, w.columns * sizeof(bf16));
@@ -37,18 +37,36 @@ inline void embed_mtp_input(const Pass& pass, const MtpInput& mtp_input) {
   multiply_all(pass, {Product{&mtp_input.projection, &work.joined, work.x, work.hidden.stride}});
 }
 
+// The residual stream of the pipeline stage before this one.
+inline void load_residual(const Pass& pass) {
+  const Workspace& work = pass.work;
+  const std::int64_t hidden = pass.model.hidden;
+  pass.each_token([&](std::int64_t t) {
+    std::memcpy(work.x + t * work.hidden.stride, pass.step.previous + t * hidden, hidden * sizeof(bf16));
+  });
+}
+
+// The residual stream into step.hidden, for the next stage.
+inline void store_residual(const Pass& pass) {
+  const Workspace& work = pass.work;
+  const std::int64_t hidden = pass.model.hidden;
+  pass.each_token([&](std::int64_t t) {
+    std::memcpy(pass.step.hidden + t * hidden, work.x + t * work.hidden.stride, hidden * sizeof(bf16));
+  });
+}
+
 // The final norm of every token into step.hidden.
 inline void final_norm(const Pass& pass) {
   const std::int64_t hidden = pass.model.hidden;
   pass.each_token([&](std::int64_t t) {
-    rms_norm(pass.model.norm, pass.work.x + t * pass.work.hidden.stride, pass.step.hidden + t * hidden);
+    rms_norm(*pass.model.norm, pass.work.x + t * pass.work.hidden.stride, pass.step.hidden + t * hidden);
   });
 }
 
 // Logits of the requested tokens: their rows are first gathered at the start of work.hidden.
 inline void make_logits(const Pass& pass) {
   const Workspace& work = pass.work;
-  const Matrix& head = pass.model.head.weight;
+  const Matrix& head = pass.model.head->weight;
   const auto wanted = static_cast<std::int64_t>(pass.step.wanted.size());
   if (wanted == 0) return;
   pass.each(wanted, [&](std::int64_t i) {
@@ -58,14 +76,17 @@ inline void make_logits(const Pass& pass) {
   });
   Activations x = work.hidden;
   x.rows = wanted;
+  const bool is_part = head.rows < pass.step.vocab;
+  float* logits = is_part ? begin_exchange<float>(pass, wanted * head.rows) : pass.step.logits;
   pass.each_in_turn(num_strips(head), [&](std::int64_t strip, bool continues) {
     float* out = pass.strip_out(wanted);
     multiply_strip(head, strip, x, pass.panels(head), out, next_strip(head, strip, continues));
     const std::int64_t first = strip * kStrip, count = least(kStrip, head.rows - first);
     for (std::int64_t i = 0; i < wanted; ++i) {
-      std::memcpy(pass.step.logits + i * head.rows + first, out + i * kStrip, count * sizeof(float));
+      std::memcpy(logits + i * head.rows + first, out + i * kStrip, count * sizeof(float));
     }
   });
+  if (is_part) exchange_columns(pass, wanted, head.rows, pass.step.logits, pass.step.vocab);
 }
 
 // Run by every thread of the team; work.prepare() must have been called.
@@ -74,15 +95,23 @@ inline void run_step(Team& team, const Model& model, const Step& step, Workspace
   const Pass pass{team, model, step, work, work.scratch[team.thread()]};
   if (model.mtp_input) {
     embed_mtp_input(pass, *model.mtp_input);
-  } else {
+  } else if (model.embedding) {
     embed(pass);
+  } else {
+    load_residual(pass);
   }
   std::int64_t number = 0;
   for (const Layer& layer : model.layers) {
     if (model.is_larger_than_memory && team.thread() == 0 && &layer != &model.layers.back()) read_ahead(*(&layer + 1));
     add_attention(pass, layer, number++);
-    add_mlp(pass, layer);
+    if (model.division.is_whole()) {
+      add_mlp(pass, layer);
+    } else {
+      make_mlp_rows(pass, layer);
+      add_divided_mlp(pass, layer);
+    }
   }
+  if (!model.norm) return store_residual(pass);
   final_norm(pass);
   make_logits(pass);
 }

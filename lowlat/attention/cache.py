@@ -7,6 +7,7 @@ Owns the memory; `engine.page_allocator` owns which sequence holds which page.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lowlat.attention.index_tiles import is_tiled, read_tiles, write_tiles
 from lowlat.attention.int8_entry import entry_bytes, pack_entries, unpack_entries
-from lowlat.config.attention import index_key_dim
+from lowlat.config.attention import AttentionConfig, index_key_dim
 from lowlat.config.kv_cache_size import int8_entry_bytes
 from lowlat.config.model import ModelConfig
 from lowlat.utils import huge_pages
@@ -38,7 +39,8 @@ class PagedCache:
     Layers are the decoder layers, then the MTP modules. A page number addresses the same page in
     every layer. Index keys, which sparse attention (DSA) reads of all tokens, are apart from the
     rest of the entry, which it reads of few: index_keys[i] is [pages, page_size, index_dim], None
-    for layers without indexer (`attention.index_tiles`).
+    for layers without indexer (`attention.index_tiles`). attentions: what this process has of every
+    layer, by default all; None: nothing.
     """
 
     def __init__(
@@ -49,26 +51,31 @@ class PagedCache:
         page_size: int = PAGE_SIZE,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        attentions: Sequence[AttentionConfig | None] | None = None,
     ) -> None:
         self.page_size = page_size
         self.dtype = dtype
         self.num_pages = num_pages
-        attentions = [config.attention_of(layer) for layer in range(config.num_cache_layers)]
-        self.index_dims = [index_key_dim(attention) for attention in attentions]
+        if attentions is None:
+            attentions = [config.attention_of(layer) for layer in range(config.num_cache_layers)]
+        self.index_dims = [0 if one is None else index_key_dim(one) for one in attentions]
         """Elements of an index key of each layer; 0 without indexer."""
         self.entry_dims = [
-            attention.entry_dim - index
-            for attention, index in zip(attentions, self.index_dims, strict=True)
+            0 if one is None else one.entry_dim - index
+            for one, index in zip(attentions, self.index_dims, strict=True)
         ]
-        """Elements of an entry of each layer, without its index key."""
+        """Elements of an entry of each layer, without index key; 0 in layers of other processes."""
         is_packed = dtype == torch.int8
         self.quantized = [
-            (attention.quantized_dim - index) * is_packed
-            for attention, index in zip(attentions, self.index_dims, strict=True)
+            0 if one is None else (one.quantized_dim - index) * is_packed
+            for one, index in zip(attentions, self.index_dims, strict=True)
         ]
         """int8 channels of an entry of each layer, without its index key."""
 
         def pages(elements: int, quantized: int) -> Tensor:
+            if elements == 0:
+                empty = torch.bfloat16 if is_packed else dtype
+                return torch.empty(num_pages, page_size, 0, dtype=empty, device=device)
             stored = torch.uint8 if is_packed else dtype
             width = int8_entry_bytes(elements, quantized) if is_packed else elements
             return _zeros((num_pages, page_size, width), stored, torch.device(device))

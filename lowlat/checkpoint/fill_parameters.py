@@ -1,7 +1,7 @@
 """Fill parameters from checkpoint tensors: casts, quantize on load, range checks, device."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from lowlat.checkpoint.mapping import (
     SCALE_SUFFIX,
     check_scale_values,
 )
-from lowlat.checkpoint.mapping_operations import Operation
+from lowlat.checkpoint.mapping_operations import Operation, Shapes
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.model.linear import Linear, Storage
 from lowlat.ops.quantized import Empty
@@ -33,21 +33,30 @@ def fill_parameters(
     device: torch.device,
     progress: Progress,
     packed: Mapping[str, Linear] | None = None,
+    *,
+    shapes: Shapes | None = None,
+    rows_of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
 ) -> dict[str, Tensor]:
     """Tensors for all `parameters` (meta tensors), in `dtype` (None: as stored) on `device`.
 
-    packed: weights to quantize on load, with the modules whose storage they get. At most one file
-    tensor is in memory besides the result. Raises UserError naming file and tensor for dtypes that
-    no weight has, and for values that must be finite and are not.
+    shapes: those of the whole model, if `parameters` are a share of it, and rows_of: the rows of a
+    parameter that belong to the share. packed: weights to quantize on load, with the modules whose
+    storage they get. At most one file tensor is in memory besides the result. Raises UserError
+    naming file and tensor for dtypes that no weight has, and for values that must be finite and are
+    not.
     """
     filled: dict[str, Tensor] = {}
     empty = HugePageAllocator().empty if device.type == "cpu" else torch.empty
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if shapes is None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     total = sum(_stored_bytes(source, name) for step in plan for name in step.file_shapes(shapes))
     with progress.task("Loading weights", total=total, unit="bytes") as task:
         for step in plan:
             names, is_view = list(step.file_shapes(shapes)), True
-            for name, tensor in step.load(source):
+            for name, whole in step.load(source):
+                if name not in parameters:
+                    continue
+                tensor = rows_of(name, whole)
                 where = f"{source.path}: tensor {name!r}"
                 where = source.where(names[0]) if len(names) == 1 else where
                 if packed is not None and name in packed:

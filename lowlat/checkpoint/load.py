@@ -5,28 +5,38 @@ Casting and quantize on load are in `fill_parameters`, file formats in `hf_folde
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lowlat.checkpoint.dequantized_source import dequantized_source
 from lowlat.checkpoint.fill_parameters import fill_parameters
 from lowlat.checkpoint.hf_folder import open_checkpoint
-from lowlat.checkpoint.mapping import check_tensors, operations, resolve_mtp_modules
-from lowlat.checkpoint.mapping_operations import Operation
+from lowlat.checkpoint.mapping import (
+    check_tensors,
+    file_name,
+    operations,
+    resolve_mtp_modules,
+)
+from lowlat.checkpoint.mapping_operations import Operation, Shapes
 from lowlat.checkpoint.stored_blocks import Readers, read_blocks, store_blocks
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.model import ModelConfig, Packing
 from lowlat.config.weight_memory import weight_bytes
 from lowlat.model.quant import PACKED, store_packed
+from lowlat.model.share import ModelShare
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
 from lowlat.utils.device import parse_device, parse_dtype
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import is_larger_than_memory, memory_limit
 from lowlat.utils.progress import Progress, SilentProgress
+
+EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +59,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "cpu",
     keeps_blocks: bool = False,
+    divide: Callable[[ModelConfig], ModelShare] | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the model of `checkpoint`: a Hugging Face folder or a .gguf file, or one opened before.
@@ -59,7 +70,8 @@ def load_model(
     (`model.quant`) and cast the rest to bf16. Router biases are always fp32. Packed weights stay
     packed for auto, bf16 and their own dtype; for others they are dequantized. With `keeps_blocks`
     so do matrices of these two kinds for auto and bf16, where native kernels run; other tensors of
-    their file then become bf16.
+    their file then become bf16. `divide` chooses this process's share of the model, by default all
+    of it; only its weights are read.
 
     Nothing is allocated before all names and shapes match. On the CPU a tensor that needs no change
     stays a copy-on-write view of the memory-mapped file: it takes no memory until it is used, and
@@ -70,13 +82,62 @@ def load_model(
     that no weight has. Also for a router bias that is not finite, and if the weights that `dtype`
     creates do not fit into memory.
     """
+    place = parse_device(device)
+    opened = _open(checkpoint, dtype)
+    model, source, config = opened.model, opened.source, opened.config
+    parameters = model.state_dict()
+    plan = operations(config, parameters, stored=opened.file, source=source)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    check_tensors(config, source, plan, shapes)
+    part = 1.0
+    if divide is not None:
+        model.keep_share(divide(config))
+        parameters = _unfilled(model)
+        plan = [step for step in plan if parameters.keys() & set(step.parameters())]
+        part = sum(map(Tensor.numel, parameters.values())) / sum(map(math.prod, shapes.values()))
+    can_keep = keeps_blocks and dtype in ("auto", "bf16") and place.type == "cpu"
+    can_keep = can_keep and native.available()
+    readers = store_blocks(model, plan, source, part=part) if can_keep else {}
+    if place.type == "cpu":
+        _check_memory(opened, plan, shapes, readers, part)
+    _fill(opened, plan, shapes, readers, place, progress or SilentProgress())
+    return LoadedModel(model=model, config=config, path=opened.stored.path)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Opened:
+    """A checkpoint and its unfilled model."""
+
+    dtype: str
+    stored: TensorSource
+    source: TensorSource
+    """`stored`, or its dequantized weights."""
+    file: ModelConfig
+    """The config of `stored`."""
+    config: ModelConfig
+    """The config of `source`."""
+    model: Transformer
+
+    @property
+    def packing(self) -> Packing | None:
+        """The quantized storage that loading creates."""
+        return _packing_of(self.dtype) if self.config.packing is None else None
+
+    def wanted(self, readers: Readers) -> torch.dtype | None:
+        """The dtype of plain weights; None: as stored."""
+        if readers:
+            return torch.bfloat16
+        is_packed = _packing_of(self.dtype) is not None
+        return None if self.dtype == "auto" else parse_dtype("bf16" if is_packed else self.dtype)
+
+
+def _open(checkpoint: Path | TensorSource, dtype: str) -> _Opened:
+    """Open a checkpoint and build its model on the meta device, to be loaded as `dtype`."""
     form = _packing_of(dtype)
     wanted = None if dtype == "auto" else parse_dtype("bf16" if form else dtype)
-    place = parse_device(device)
     stored = checkpoint if isinstance(checkpoint, TensorSource) else open_checkpoint(checkpoint)
     source = stored
-    config = resolve_mtp_modules(read_config(source), source)
-    file = config
+    file = config = resolve_mtp_modules(read_config(source), source)
     is_packed, keeps = config.packing is not None, dtype in ("auto", "bf16", config.packing)
     if (is_packed and not keeps) or (config.quantization is not None and wanted is not None):
         # quantization rounds once, from the exact values
@@ -85,37 +146,41 @@ def load_model(
     model = _empty_model(config, source)
     if form and config.packing is None:
         model.add_head()
-    parameters = model.state_dict()
-    plan = operations(config, parameters, stored=file, source=source)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    check_tensors(config, source, plan, shapes)
-    readers = _keep_blocks(model, plan, source, dtype, place) if keeps_blocks else {}
-    if readers:
-        wanted, parameters = torch.bfloat16, model.state_dict()
-        plan = [step for step in plan if not readers.keys() & set(step.parameters())]
-    if place.type == "cpu":
-        made = weight_bytes(config, form) if form and config.packing is None else None
-        names = [name for step in plan for name in step.file_shapes(shapes)]
-        _check_memory(stored, source, names, wanted, dtype, made)
-    packed = store_packed(model, form) if form and config.packing is None else {}
-    shown = progress or SilentProgress()
-    filled = fill_parameters(source, plan, parameters, wanted, place, shown, packed)
-    filled |= read_blocks(readers, parameters, shown)
-    model.load_state_dict(filled, strict=True, assign=True)
-    return LoadedModel(model=model, config=config, path=stored.path)
+    return _Opened(dtype=dtype, stored=stored, source=source, file=file, config=config, model=model)
 
 
-def _keep_blocks(
-    model: Transformer,
+def _fill(
+    opened: _Opened,
     plan: list[Operation],
-    source: TensorSource,
-    dtype: str,
-    device: torch.device,
-) -> Readers:
-    """Readers of the quantized matrices that stay as stored; none without native kernels."""
-    if dtype not in ("auto", "bf16") or device.type != "cpu" or not native.available():
-        return {}
-    return store_blocks(model, plan, source)
+    shapes: Shapes,
+    readers: Readers,
+    place: torch.device,
+    progress: Progress,
+) -> None:
+    """Fill the model: the parameters of `readers` by them, the others by `plan`."""
+    model, source, form = opened.model, opened.source, opened.packing
+    wanted = opened.wanted(readers)
+    parameters = _unfilled(model)
+    packed = store_packed(model, form) if form else {}
+
+    def rows_of(name: str, tensor: Tensor) -> Tensor:
+        # quantize on load takes rows that are not in tiles yet
+        return tensor[packed[name].part] if name in packed else model.rows_of(name, tensor)
+
+    plan = [step for step in plan if not readers.keys() & set(step.parameters())]
+    filled = fill_parameters(
+        *(source, plan, parameters, wanted, place, progress, packed), shapes=shapes, rows_of=rows_of
+    )
+    filled |= read_blocks(readers, parameters, progress)
+    if len(embedding := model.embed_tokens.weight) == 0:
+        kind = wanted or source.dtype(file_name(opened.config, EMBEDDING))
+        filled[EMBEDDING] = torch.empty(embedding.shape, dtype=kind, device=place)
+    model.load_state_dict(filled, strict=True, assign=True)
+
+
+def _unfilled(model: Transformer) -> dict[str, Tensor]:
+    """The parameters to read from the checkpoint: all but an embedding without rows."""
+    return {name: tensor for name, tensor in model.state_dict().items() if len(tensor) > 0}
 
 
 def _packing_of(dtype: str) -> Packing | None:
@@ -134,29 +199,27 @@ def config_file(source: TensorSource) -> Path:
 
 
 def _check_memory(
-    stored: TensorSource,
-    source: TensorSource,
-    names: list[str],
-    wanted: torch.dtype | None,
-    dtype: str,
-    made: int | None,
+    opened: _Opened, plan: list[Operation], shapes: Shapes, readers: Readers, part: float
 ) -> None:
     """Raise UserError if the weights that loading creates in memory do not fit: unlike views of a
-    file they cannot be dropped and read again. `source` is `stored`, dequantized if requested;
-    `names` are read from it;
-    `made`: bytes created, if quantize on load decides them.
+    file they cannot be dropped and read again. part: share of all weights that is loaded.
     """
-    if made is None:
+    stored, source, wanted = opened.stored, opened.source, opened.wanted(readers)
+    if opened.packing is not None:
+        made = weight_bytes(opened.config, opened.packing) * part
+    else:
+        steps = [step for step in plan if not readers.keys() & set(step.parameters())]
+        names = [name for step in steps for name in step.file_shapes(shapes)]
         sizes = (
             math.prod(source.shape(name)) * (wanted or source.dtype(name)).itemsize
             for name in names
             if stored.dtype(name) != (wanted or source.dtype(name))
         )
         made = sum(sizes)
-    if is_larger_than_memory(made):
+    if is_larger_than_memory(int(made)):
         raise UserError(
-            f"{source.path}: --dtype {dtype} makes {made / 1e9:,.1f} GB of weights in memory, and "
-            f"{memory_limit() / 1e9:,.1f} GB are there; use --dtype auto, which "
+            f"{source.path}: --dtype {opened.dtype} makes {made / 1e9:,.1f} GB of weights in "
+            f"memory, and {memory_limit() / 1e9:,.1f} GB are there; use --dtype auto, which "
             "memory-maps the checkpoint"
         )
 

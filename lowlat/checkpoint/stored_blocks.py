@@ -32,12 +32,14 @@ Readers = Mapping[str, Callable[[], Tensor]]
 _WEIGHT = ".weight"
 
 
-def store_blocks(model: Transformer, plan: Sequence[Operation], source: TensorSource) -> Readers:
+def store_blocks(
+    model: Transformer, plan: Sequence[Operation], source: TensorSource, *, part: float = 1.0
+) -> Readers:
     """Give every unfilled projection and embedding of `model` that `source` has quantized this
     storage. Returns how its parameters are read. Raises UserError if they must be copied and do not
-    fit into memory.
+    fit into memory. part: share of all weights that `plan` reads.
     """
-    size = stored_bytes(source)
+    size = int(stored_bytes(source) * part)
     in_memory = not is_larger_than_memory(size)
     readers: dict[str, Callable[[], Tensor]] = {}
     empty = HugePageAllocator().empty
@@ -50,8 +52,8 @@ def store_blocks(model: Transformer, plan: Sequence[Operation], source: TensorSo
         match stored.quantized():
             case ScaledRows() as rows if isinstance(module, Linear):
                 module.store_fp8_rows()
-                readers[step.parameter] = rows.weight
-                readers[f"{step.parameter}_scale"] = rows.scale
+                readers[step.parameter] = partial(_part, module, rows.weight)
+                readers[f"{step.parameter}_scale"] = partial(_part, module, rows.scale)
             case (whole,) if isinstance(module, Linear | Embedding):
                 if not (whole.in_file or in_memory):
                     raise _too_large(source, size)
@@ -60,7 +62,8 @@ def store_blocks(model: Transformer, plan: Sequence[Operation], source: TensorSo
                 is_product = is_product and not path.endswith("kv_b_proj")
                 interleaved = in_memory and is_product and can_interleave(whole.kind)
                 module.store_gguf(whole.kind, interleaved=interleaved)
-                readers[step.parameter] = partial(_rows, whole, stored, interleaved, empty)
+                own = module.part if isinstance(module, Linear) else slice(None)
+                readers[step.parameter] = partial(_rows, whole, stored, own, interleaved, empty)
             case (keys, values) if isinstance(module, Linear):
                 attention = model.get_submodule(path.rpartition(".")[0])
                 assert isinstance(attention, MLA)
@@ -99,8 +102,14 @@ def stored_bytes(source: TensorSource) -> int:
     return total
 
 
-def _rows(blocks: Blocks, stored: StoredTensor, interleaved: bool, empty: Empty) -> Tensor:
-    rows = blocks.rows()
+def _part(module: Linear, read: Callable[[], Tensor]) -> Tensor:
+    return read()[module.part]
+
+
+def _rows(
+    blocks: Blocks, stored: StoredTensor, part: slice, interleaved: bool, empty: Empty
+) -> Tensor:
+    rows = blocks.rows()[part]
     if interleaved:
         rows = interleave(rows, blocks.kind, empty)
     if interleaved or not blocks.in_file:
@@ -118,5 +127,15 @@ def _too_large(source: TensorSource, size: int) -> UserError:
 def _store_halves(
     module: Linear, path: str, dims: MLAConfig, keys: Blocks, values: Blocks
 ) -> Readers:
-    module.store_gguf_heads(keys.kind, values.kind, dims.num_attention_heads, dims.qk_nope_head_dim)
-    return {f"{path}{_WEIGHT}": values.rows, f"{path}{_WEIGHT}_keys": keys.rows}
+    heads, nope_dim = dims.num_attention_heads, dims.qk_nope_head_dim
+    module.store_gguf_heads(keys.kind, values.kind, heads, nope_dim)
+    width = nope_dim + dims.v_head_dim
+    first = (module.part.start or 0) // width
+
+    def own(blocks: Blocks, size: int) -> Tensor:
+        return blocks.rows()[first * size : (first + heads) * size]
+
+    return {
+        f"{path}{_WEIGHT}": partial(own, values, dims.v_head_dim),
+        f"{path}{_WEIGHT}_keys": partial(own, keys, module.in_features),
+    }

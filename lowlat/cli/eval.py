@@ -39,6 +39,7 @@ def evaluate(
         ),
     ] = None,
     as_json: options.Json = False,
+    parallel: options.Parallel = None,
     machine: options.Machine,
 ) -> None:
     """Perplexity and bits per byte of a text.
@@ -49,7 +50,7 @@ def evaluate(
     from lowlat.utils.progress import make_progress
 
     content = read_text_file(text)
-    loaded = load_model(model, **asdict(machine))
+    loaded = load_model(model, parallel=parallel, **asdict(machine))
     started = time.perf_counter()
     with counted_loads(loaded, expert_loads):
         score = loaded.perplexity(content, window=window, progress=make_progress())

@@ -86,6 +86,7 @@ def generate(
     ] = None,
     as_json: options.Json = False,
     sampling: Annotated[GenerateSampling, "Sampling"],
+    parallel: options.Parallel = None,
     machine: options.Machine,
 ) -> None:
     """Complete one prompt.
@@ -99,7 +100,7 @@ def generate(
     # Checked before a model is downloaded or loaded.
     _check(make_params(settings), raw=raw, system=system, as_json=as_json)
     text = read_stdin() if prompt == STDIN else prompt
-    loaded = load_model(model, **asdict(machine))
+    loaded = load_model(model, parallel=parallel, **asdict(machine))
     start = as_prompt(loaded, text, raw=raw, system=system)
     if as_json:
         completions = map(completion_dict, loaded.generate_many([start], **settings)[0])

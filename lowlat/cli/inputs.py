@@ -10,7 +10,14 @@ from lowlat.ops import native
 from lowlat.text.plain import MAX_TEXT_BYTES
 from lowlat.utils.bounded_read import read_bounded, read_stream
 from lowlat.utils.errors import UserError
-from lowlat.utils.progress import Progress, make_progress
+from lowlat.utils.process_group import (
+    is_follower,
+    local_processes,
+    quiet_followers,
+    refuse_alone,
+    started_processes,
+)
+from lowlat.utils.progress import Progress, SilentProgress, make_progress
 
 MAX_PROMPT_BYTES = 64 * 2**20
 """Most bytes of a prompt from standard input, ten times what the longest contexts hold."""
@@ -22,9 +29,15 @@ def load_model(name: str, *, threads: int | None, **loading: Unpack[api.LoadOpti
     Sets the threads of PyTorch and of the native kernels if `threads` is given. Raises UserError
     for a model without a tokenizer: all verbs that load one here use text.
     """
+    if loading.get("parallel") is not None:
+        # torchrun sets OMP_NUM_THREADS to 1 unless it is set
+        threads = threads or max(1, native.processors() // local_processes())
+    elif started_processes() > 1:
+        with quiet_followers():
+            refuse_alone()
     if threads is not None:
         native.use_threads(threads)
-    loading.setdefault("progress", make_progress())
+    loading.setdefault("progress", SilentProgress() if is_follower() else make_progress())
     model = api.load(name, **loading)
     model.tokenizer.require()
     return model
@@ -47,12 +60,16 @@ def recipe_checkpoint(recipe: Path, key: str, name: str | None, progress: Progre
 
 def read_stdin() -> str:
     """All of standard input, without the last newline. Raises UserError for endless input."""
+    if is_follower():
+        return ""  # process 0 has the input
     data = read_stream(sys.stdin.buffer.read, MAX_PROMPT_BYTES, "standard input")
     return _decode(data, "standard input").removesuffix("\n").removesuffix("\r")
 
 
 def read_text_file(path: Path) -> str:
     """The text of a UTF-8 file. Raises UserError for devices and files beyond MAX_TEXT_BYTES."""
+    if is_follower():
+        return ""  # process 0 has the input
     try:
         return _decode(read_bounded(path, MAX_TEXT_BYTES, f"'{path}'"), f"'{path}'")
     except OSError as error:

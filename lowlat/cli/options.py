@@ -90,6 +90,15 @@ Seed = Annotated[
     int | None, typer.Option(help="Seed of the random number generator; makes sampling repeatable.")
 ]
 
+Parallel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME=SIZE,...",
+        help="Divide the model among the processes of torchrun: tensor=T, pipeline=P, expert=E.",
+        rich_help_panel="Machine",
+    ),
+]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MachineOptions:

@@ -165,6 +165,7 @@ def serve(
     server: Annotated[ServerOptions, "Server"],
     limits: Annotated[LimitOptions, "Limits"],
     engine: Annotated[EngineOptions, "Machine"],
+    parallel: options.Parallel = None,
     machine: options.Machine,
 ) -> None:
     """Serve models over HTTP: OpenAI's API under /v1, a chat page at /, metrics at /metrics.
@@ -175,6 +176,7 @@ def serve(
     from lowlat.cli.serve_on_demand import Machine, served_models
     from lowlat.serve.http.logs import configure, log
     from lowlat.serve.run import open_socket, run, url_of
+    from lowlat.utils.process_group import is_follower
 
     tables = _tables(models or [], several, server.served_model_name)
     is_one = len(tables) == 1 and several.unload_after is None
@@ -183,10 +185,15 @@ def serve(
     tables = [_with_defaults(table, limits, engine, machine) for table in tables]
     disk = options.disk_cache(engine.prefix_cache_dir, engine.prefix_cache_disk)
     config = _config(tables, is_one, server, limits, several, machine.device)
+    if parallel is not None and not is_one:
+        raise UserError("--parallel divides one model; serve several ones without it")
+    if is_follower():
+        _load_one(tables[0], machine, limits.max_queue, disk, parallel)
+        return
     # Before models are fetched and loaded, so that a port in use fails at once.
     with open_socket(config) as listener:
         if is_one:
-            served = _load_one(tables[0], machine, limits.max_queue, disk)
+            served = _load_one(tables[0], machine, limits.max_queue, disk, parallel)
         else:
             shared = Machine(
                 device=machine.device,
@@ -246,6 +253,7 @@ def _load_one(
     machine: options.MachineOptions,
     max_queue: int,
     disk: options.DiskCacheArguments,
+    parallel: str | None,
 ) -> "AsyncEngine":
     """The engine of a single model, which is loaded."""
     from lowlat.cli.inputs import load_model
@@ -261,6 +269,7 @@ def _load_one(
         max_cache_bytes=_cache_bytes(table.cache_memory, machine.device),
         speculates=table.speculate is not False,
         lora=table.lora,
+        parallel=parallel,
         **disk,
     )
     return AsyncEngine(model, max_queue=max_queue)

@@ -1,7 +1,6 @@
 """Parallel layout of serving: the sizes of `--parallel pipeline=2`."""
 
 from dataclasses import dataclass, fields
-from typing import Self
 
 from lowlat.utils.errors import UserError
 
@@ -19,7 +18,7 @@ class ServingLayout:
     attention and dense layers has expert / tensor copies."""
 
     @classmethod
-    def parse(cls, text: str) -> "Self":
+    def parse(cls, text: str) -> "ServingLayout":
         """The layout of `KEY=SIZE,...`. Raises UserError."""
         names = [field.name for field in fields(cls)]
         sizes: dict[str, int] = {}

@@ -41,7 +41,7 @@ def fingerprint_of(
     ropes = {config.rope_of(layer).for_context(context) for layer in range(config.num_cache_layers)}
     facts = [
         version("lowlat"),
-        _code_digest(),
+        code_digest(),
         torch.__version__,
         platform.machine(),
         torch.backends.cpu.get_cpu_capability(),
@@ -49,7 +49,7 @@ def fingerprint_of(
         f"{runner.device.type} {runner.cache.dtype} {runner.cache.page_size} {prefill_chunk}",
         f"{model.embed_tokens.dtype} {config!r}",
         str(sorted(map(repr, ropes))),
-        weights_digest(model),
+        runner.weights_digest(weights_digest(model)),
     ]
     digest = hashlib.sha256()
     for fact in facts:
@@ -93,7 +93,7 @@ def _torch_facts() -> str:
 
 
 @cache
-def _code_digest() -> str:
+def code_digest() -> str:
     """SHA-256 of the code that computes entries: an installation may change without its version."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()

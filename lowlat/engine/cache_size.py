@@ -10,6 +10,7 @@ import torch
 
 from lowlat.attention.cache import PAGE_SIZE
 from lowlat.attention.int8_entry import entry_bytes
+from lowlat.engine.parallel_runner import ParallelRunner
 from lowlat.engine.params import integer_of
 from lowlat.engine.runner import ModelRunner
 from lowlat.engine.scheduler import MAX_SEQUENCES, Limits
@@ -19,6 +20,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.utils.device import parse_cache
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import RESERVE, memory_limit
+from lowlat.utils.process_group import ProcessGroup
 
 CACHE_SHARE = 0.8
 """Share of the free memory that a cache of size "auto" may grow to (vLLM: gpu_memory_utilization,
@@ -31,38 +33,43 @@ def new_runner(
     max_cache_bytes: int | Literal["auto"] | None,
     context: int,
     selected_adapter: SelectedAdapter | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[ModelRunner, Limits]:
     """A runner whose KV cache stays within `max_cache_bytes`, and the scheduler's limits. `cache`
     is the dtype of its entries (kv_cache_dtype in vLLM), `selected_adapter` that of `add_adapters`.
-    Raises UserError if the bytes are less
-    than a page or more than the device's memory.
+    The bytes are those of one process of `group`; all processes have as many pages. Returns in
+    process 0 of it only (`follow_leader`). Raises UserError if the bytes are less than a page or
+    more than the device's memory.
     """
     dtype = parse_cache(cache)
+
+    def make(**pages: int) -> ModelRunner:
+        options = {"cache_dtype": dtype, "selected_adapter": selected_adapter, **pages}
+        if group is not None:
+            runner = ParallelRunner(transformer, group, **options)
+            runner.follow_leader()
+            return runner
+        return ModelRunner(transformer, **options)
+
     if max_cache_bytes is None:
-        runner = ModelRunner(transformer, cache_dtype=dtype, selected_adapter=selected_adapter)
-        return runner, Limits()
-    config = transformer.config
+        return make(), Limits()
     stored = dtype or transformer.embed_tokens.dtype
-    layers = range(config.num_cache_layers)
-    page = PAGE_SIZE * sum(entry_bytes(config.attention_of(layer), stored) for layer in layers)
+    own = transformer.cached_attentions()
+    page = PAGE_SIZE * sum(entry_bytes(each, stored) for each in own if each is not None)
     limit = check_cache_limit(max_cache_bytes, transformer.embed_tokens.weight.device)
     if limit is None:
         limit = max(page, _spare_memory(transformer))
     # All sequences together fill no more pages than this.
     most = MAX_SEQUENCES * (-(-context // PAGE_SIZE))
     num_pages = min(most, limit // page)
+    if group is not None:
+        num_pages = group.least(num_pages)
     if num_pages < 1:
         raise UserError(
             f"max_cache_bytes {limit} is less than a page of the cache ({page} bytes, "
             f"{PAGE_SIZE} tokens); raise it"
         )
-    runner = ModelRunner(
-        transformer,
-        cache_dtype=dtype,
-        num_pages=num_pages,
-        max_pages=num_pages,
-        selected_adapter=selected_adapter,
-    )
+    runner = make(num_pages=num_pages, max_pages=num_pages)
     return runner, Limits(max_pages=num_pages)
 
 

@@ -69,7 +69,7 @@ class DiskCache:
         page_format = PageFormat(
             fingerprint=fingerprint,
             page_size=runner.cache.page_size,
-            payload_bytes=runner.cache.page_bytes,
+            payload_bytes=runner.page_bytes,
         )
         size = on_disk(page_format.file_bytes)
         if options.max_bytes < 2 * size:

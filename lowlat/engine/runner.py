@@ -4,7 +4,7 @@ Owns the model, the paged KV cache and its page allocator. Knows nothing of requ
 text. The cache starts small and at least doubles when its pages run out: memory follows use.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -53,7 +53,21 @@ class ModelRunner:
             page_size=page_size,
             dtype=cache_dtype or model.embed_tokens.dtype,
             device=self.device,
+            attentions=model.cached_attentions(),
         )
+
+    def watch(self, on_lost: Callable[[str], None]) -> None:
+        """Call `on_lost` with the reason, on another thread, when the runner can no longer run: a
+        process of its group is lost. The process ends shortly after."""
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a KV cache page in all layers of the model."""
+        return self.cache.page_bytes
+
+    def weights_digest(self, own: str) -> str:
+        """Digest of all weights, given that of this process's share."""
+        return own
 
     @property
     def is_batch_invariant(self) -> bool:
@@ -125,35 +139,52 @@ class ModelRunner:
         self, chunks: Sequence[Chunk]
     ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "tokens hidden"]]:
         """Compute the chunks and cache their entries; returns the logits of each chunk's last
-        num_logits tokens, in order, at least fp32, and the final hidden state of every token.
+        num_logits tokens, in order, at least fp32, and the final hidden state of every token."""
+        return self._compute(chunks)
+
+    def _compute(
+        self, chunks: Sequence[Chunk], previous: Float[Tensor, "tokens hidden"] | None = None
+    ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "tokens hidden"]]:
+        """`step` over the layers of this process. A pipeline stage after the first takes the
+        residual stream of the stage before as `previous`; one before the last returns its own, and
+        no logits.
 
         PyTorch computes the chunks of each LoRA adapter by themselves; the kernels all at once."""
         if self._native is None and len({chunk.lora_int_id for chunk in chunks}) > 1:
-            return self._step_by_adapter(chunks)
-        wanted = _wanted(chunks)
+            return self._compute_by_adapter(chunks, previous)
+        is_last = self.model.share.is_last
+        wanted = _wanted(chunks) if is_last else []
         batch = self._batch(chunks)
         ids = self._ids([token for chunk in chunks for token in chunk.tokens])
         if self._native is not None:
-            hidden, logits = self._native.step(ids, batch, self.cache, wanted)
+            hidden, logits = self._native.step(ids, batch, self.cache, wanted, previous=previous)
             return logits, hidden
         self._selected_adapter.lora_int_id = chunks[0].lora_int_id
-        hidden = self.model(ids, batch.positions, CachedAttention(self.cache, batch))
+        attention = CachedAttention(self.cache, batch)
+        hidden = self.model(ids, batch.positions, attention, previous=previous)
+        if not is_last:
+            return hidden.new_empty(0, self.model.config.vocab_size), hidden
         chosen = hidden
         if len(wanted) < len(ids):
             chosen = hidden[torch.tensor(wanted, dtype=torch.int64, device=self.device)]
         return self.model.logits(chosen), hidden
 
-    def _step_by_adapter(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+    def _compute_by_adapter(
+        self, chunks: Sequence[Chunk], previous: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """A step for the chunks of each adapter; results in the order of `chunks`."""
         logits: dict[int, Tensor] = {}
         hidden: dict[int, Tensor] = {}
+        lengths = [len(chunk.tokens) for chunk in chunks]
+        before = None if previous is None else previous.split(lengths)
         for number in {chunk.lora_int_id for chunk in chunks}:
             places = [i for i, chunk in enumerate(chunks) if chunk.lora_int_id == number]
             own = [chunks[i] for i in places]
-            own_logits, own_hidden = self.step(own)
-            rows = own_logits.split([chunk.num_logits for chunk in own])
-            states = own_hidden.split([len(chunk.tokens) for chunk in own])
-            logits.update(zip(places, rows, strict=True))
+            given = None if before is None else torch.cat([before[i] for i in places])
+            own_logits, own_hidden = self._compute(own, given)
+            counts = [chunk.num_logits if self.model.share.is_last else 0 for chunk in own]
+            states = own_hidden.split([lengths[i] for i in places])
+            logits.update(zip(places, own_logits.split(counts), strict=True))
             hidden.update(zip(places, states, strict=True))
         order = range(len(chunks))
         return torch.cat([logits[i] for i in order]), torch.cat([hidden[i] for i in order])
@@ -188,6 +219,7 @@ class ModelRunner:
             page_size=old.page_size,
             dtype=old.dtype,
             device=self.device,
+            attentions=self.model.cached_attentions(),
         )
         self.cache.copy_from(old)
 

@@ -41,6 +41,7 @@ from lowlat.text.pieces import encode_long
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import dtype_name
 from lowlat.utils.errors import UserError
+from lowlat.utils.process_group import ProcessGroup
 from lowlat.utils.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -56,9 +57,10 @@ class Model:
     None takes all the model allows. cache: dtype of the KV cache, auto (that of the activations),
     bf16 or int8. max_cache_bytes: bound of the KV cache ("auto": most of the memory left after the
     weights); completions without free pages wait, or are preempted and recomputed.
-    prefix_cache_dir: folder that keeps the prefix cache on disk, within prefix_cache_disk_bytes;
-    processes may share it. speculates: whether speculative decoding runs; it changes no output.
-    pooling: of an embedding model. adapters: LoRA adapters that requests may name.
+    prefix_cache_dir: folder of the prefix cache on disk, of up to prefix_cache_disk_bytes, which
+    processes may share. speculates: whether speculative decoding runs. pooling: of an embedding
+    model. adapters: LoRA adapters that requests may name. group: processes that divide the model;
+    above 0, the constructor computes its share and then raises SystemExit.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Model:
         speculates: bool = True,
         pooling: Pooling | None = None,
         adapters: LoadedAdapters | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         config = transformer.config
         self.name = name
@@ -86,7 +89,7 @@ class Model:
         transformer.set_context(self.context)
         self.adapters = adapters or LoadedAdapters({}, SelectedAdapter())
         self.runner, limits = new_runner(
-            transformer, cache, max_cache_bytes, self.context, self.adapters.selected
+            transformer, cache, max_cache_bytes, self.context, self.adapters.selected, group
         )
         topk = sparse_topk(transformer.config.attention)
         if topk is not None and not self.runner.is_batch_invariant:

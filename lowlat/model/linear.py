@@ -28,6 +28,7 @@ from lowlat.ops.quantized import (
     num_tiles,
     quantize_rows,
 )
+from lowlat.utils.errors import UserError
 
 Storage = Literal["plain", "fp8", "int8", "int4", "fp8_rows", "int8_rows", "gguf"]
 """Storage formats of a weight."""
@@ -130,7 +131,40 @@ class Linear(nn.Module):
         self.gguf_type: int | None = None
         self.is_interleaved = False
         self.keys_type: int | None = None
+        self.parts, self.part = 1, slice(None)
+        """Processes that divide the rows, and the rows of this one in the checkpoint's matrix."""
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
+
+    def keep_part(self, rank: int, size: int) -> None:
+        """Keep the rows of one of `size` processes of a still unfilled matrix. Raises UserError for
+        rows that do not divide, or not into whole blocks of its storage."""
+        if self.out_features % size:
+            raise UserError(
+                f"tensor={size} does not divide {self.out_features} rows of a projection"
+            )
+        rows = self.out_features // size
+        self.parts, self.part = size, slice(rank * rows, (rank + 1) * rows)
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            own = self.rows_of(name, parameter)
+            setattr(self, name, nn.Parameter(own.detach(), requires_grad=parameter.requires_grad))
+        self.out_features = rows
+
+    def rows_of(self, name: str, stored: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """This process's part of the checkpoint's parameter `name`. Raises UserError as
+        `keep_part`."""
+        if self.parts == 1:
+            return stored
+        unit = 1
+        if self.storage in ("int8", "int4") and name != "bias":
+            unit = TILE
+        elif name == "weight_scale_inv":
+            assert self.block is not None
+            unit = self.block[0]
+        if self.part.start % unit or self.part.stop % unit:
+            raise UserError(
+                f"tensor={self.parts} divides a projection within a block of {unit} rows; give less"
+            )
+        return stored[self.part.start // unit : self.part.stop // unit]
 
     def store_fp8(self, quant: QuantConfig) -> None:
         """Replace the (still unfilled) weight by fp8 blocks and their scales."""

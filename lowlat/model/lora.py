@@ -89,7 +89,8 @@ def add_adapters(
         found = [adapter.get(path) for adapter in adapters]
         if not isinstance(module, Linear) or not any(found):
             return None
-        moved = [own and LowRankUpdate(own.a.to(device), own.b.to(device)) for own in found]
+        rows = module.part
+        moved = [own and LowRankUpdate(own.a.to(device), own.b[rows].to(device)) for own in found]
         return LoraLinear(module, moved, selected)
 
     replace_modules(model, with_updates)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowlat.config.model import ModelConfig, MoEConfig
+from lowlat.model.exchange import EXPERT, Exchange, gathered, project
 from lowlat.model.linear import Linear, RMSNorm
 from lowlat.ops.experts import routed_experts, swiglu
 from lowlat.ops.routing import Routing, route
@@ -17,12 +18,14 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int, *, dtype: torch.dtype) -> None:
         super().__init__()
+        self.exchange: Exchange | None = None
         self.gate_proj = Linear(hidden_size, inner_size, dtype=dtype)
         self.up_proj = Linear(hidden_size, inner_size, dtype=dtype)
         self.down_proj = Linear(inner_size, hidden_size, dtype=dtype)
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        inner = swiglu(self.gate_proj(x), self.up_proj(x))
+        return project(self.down_proj, inner, self.exchange)
 
 
 class Gate(nn.Module):
@@ -50,11 +53,40 @@ class Experts(nn.ModuleList):
     def __init__(self, hidden_size: int, moe: MoEConfig, *, dtype: torch.dtype) -> None:
         inner = moe.moe_intermediate_size
         super().__init__(MLP(hidden_size, inner, dtype=dtype) for _ in range(moe.n_routed_experts))
+        self.parts, self.own = 1, range(moe.n_routed_experts)
+        """Processes that divide the experts, and the experts of this one."""
+        self.exchange: Exchange | None = None
 
     def forward(
         self, x: Float[Tensor, "tokens hidden"], routing: Routing
     ) -> Float[Tensor, "tokens hidden"]:
-        return routed_experts(x, routing, lambda expert, rows: self[expert](rows))
+        if self.parts == 1:
+            return routed_experts(x, routing, lambda expert, rows: self[expert](rows))
+        outputs = self._all_outputs(x, routing)
+        return routed_experts(x, routing, lambda expert, _: outputs[expert])
+
+    def _all_outputs(
+        self, x: Float[Tensor, "tokens hidden"], routing: Routing
+    ) -> dict[int, Float[Tensor, "rows hidden"]]:
+        """The outputs of all chosen experts, gathered from the processes that have them."""
+        assert self.exchange is not None
+        counts = torch.bincount(routing.experts.flatten(), minlength=len(self)).tolist()
+        each = len(self) // self.parts
+        most = max(sum(counts[first : first + each]) for first in range(0, len(self), each))
+        own = x.new_zeros(most, x.shape[1])
+        first = 0
+        for expert in self.own:
+            if counts[expert]:
+                tokens = (routing.experts == expert).nonzero(as_tuple=True)[0]
+                own[first : first + counts[expert]] = self[expert](x[tokens])
+                first += counts[expert]
+        gathered_rows = gathered(self.exchange, EXPERT, own, self.parts)
+        outputs: dict[int, Tensor] = {}
+        for rank, rows in enumerate(gathered_rows):
+            sizes = counts[rank * each : (rank + 1) * each]
+            parts = rows[: sum(sizes)].split(sizes)
+            outputs |= dict(enumerate(parts, start=rank * each))
+        return outputs
 
 
 class MoE(nn.Module):

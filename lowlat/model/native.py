@@ -4,6 +4,9 @@ step.
 The arithmetic is in csrc/; `native_layers` converts the layers.
 """
 
+import ctypes
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -13,6 +16,7 @@ from lowlat.attention.metadata import AttentionBatch
 from lowlat.config.attention import AttentionConfig, distinct, index_key_dim, sparse_topk
 from lowlat.config.model import MLAConfig, ModelConfig, TPAConfig
 from lowlat.model.block import DecoderLayer
+from lowlat.model.exchange import TENSOR
 from lowlat.model.linear import Linear
 from lowlat.model.lora import LoraLinear
 from lowlat.model.moe import Gate
@@ -87,22 +91,32 @@ class NativeModel:
         self.config = model.config
         self.rotary = model.rotary
         module = native.module()
-        embedding = embedding_of(model.embed_tokens)
-        head = embedding if model.lm_head is None else weight_of(model.lm_head)
-        head = module.Projection.make(head, None, updates=[])
+        self.share = share = model.share
+        uses_embedding = share.uses_embedding(self.config, is_head=model.lm_head is None)
+        embedding = embedding_of(model.embed_tokens) if uses_embedding else None
+        head = None
+        if share.is_last:
+            head = embedding if model.lm_head is None else weight_of(model.lm_head)
+            head = module.Projection.make(head, None, updates=[])
         is_larger = is_larger_than_memory(weight_bytes(model))
+        parts = model.lm_head.parts if isinstance(model.lm_head, Linear) else 1
+        experts = share.experts if self.config.moe is not None else 1
+        division = (share.tensor, experts, share.expert_rank, parts)
+        is_whole = share.tensor == experts == 1
+        self._exchange = {} if is_whole else {"exchange": partial(_exchange, model)}
         self._model = module.Model(
-            embedding=embedding,
+            embedding=embedding if share.is_first else None,
             mtp_input=None,
             layers=[
                 layer_of(layer, first_pair=self.rotary.first_pair(number))
                 for number, layer in enumerate(model.layers)
                 if isinstance(layer, DecoderLayer)
             ],
-            first_layer=0,
-            norm=norm_of(model.norm),
+            first_layer=share.layers.start,
+            norm=norm_of(model.norm) if share.is_last else None,
             head=head,
             is_larger_than_memory=is_larger,
+            division=division,
             **_scales(self.config),
         )
         self._modules = []
@@ -118,6 +132,7 @@ class NativeModel:
                     norm=norm_of(mtp.norm),
                     head=head if own_head is None else projection_of(own_head),
                     is_larger_than_memory=is_larger,
+                    division=division,
                 )
             )
         self._cache: PagedCache | None = None
@@ -135,6 +150,9 @@ class NativeModel:
     ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "wanted vocab"]]:
         """One step over new tokens, which writes their KV cache entries: hidden states after the
         final norm (bf16), and logits (fp32) of the tokens with the indices `wanted`.
+
+        A pipeline stage after the first takes the residual stream of the stage before as
+        `previous`; one before the last returns its own, and no logits.
 
         With `depth`, the step of an MTP module from the hidden states `previous` (bf16) of the
         previous depth and the ids depth + 1 places after the batch's positions, as in
@@ -192,9 +210,10 @@ class NativeModel:
             cache=self._native_cache(cache),
             hidden=hidden,
             wanted=wanted,
-            logits=logits,
+            logits=logits if wanted else None,
             is_decode=batch.sequences[0].path == "decode",
             **scaling,
+            **self._exchange,
         )
         return hidden, logits
 
@@ -212,6 +231,19 @@ class NativeModel:
             self._entries = native.module().Cache.make(list(layers))
             self._cache = cache
         return self._entries
+
+
+def _exchange(model: Transformer, group: int, own: int, size: int, out: int) -> None:
+    """Exchange of `size` bytes at address `own`; those of all processes go to address `out`."""
+    share = model.share
+    assert model.exchange is not None
+    count = size * (share.tensor if group == TENSOR else share.experts)
+    model.exchange.gather(group, _memory(own, size), _memory(out, count))
+
+
+def _memory(address: int, size: int) -> Tensor:
+    """Memory of the native module as bytes."""
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=torch.uint8)
 
 
 def _scales(config: ModelConfig) -> dict[str, float]:

@@ -206,7 +206,9 @@ def _moe(mlp: MoE):
         scaling=1.0 if normalizes and not moe.scale_after_norm else moe.routed_scaling_factor,
     )
     assert isinstance(mlp.experts, Experts)
-    return native.module().Moe.make(router, [_dense(expert) for expert in mlp.experts])
+    own = mlp.experts.own
+    experts = [_dense(mlp.experts[number]) for number in own]
+    return native.module().Moe.make(router, experts, first=own.start)
 
 
 def norm_of(norm: RMSNorm):

@@ -1,17 +1,22 @@
 """The model: embedding, decoder layers, final norm, LM head, MTP modules."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from lowlat.attention.base import AttentionBackend
-from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.config.model import AttentionConfig, MLAConfig, ModelConfig
 from lowlat.model.block import DecoderLayer
+from lowlat.model.division import divide_layer, divide_rows, part_of
+from lowlat.model.exchange import Exchange, gather_columns
+from lowlat.model.gqa import GQA
 from lowlat.model.linear import Embedding, Linear, RMSNorm
 from lowlat.model.mla import MLA
+from lowlat.model.moe import MLP, Experts
 from lowlat.model.mtp import MTPModule
 from lowlat.model.quant import store_packed, store_quantized
 from lowlat.model.rotary import RotaryEmbeddings
+from lowlat.model.share import ModelShare, RemoteModule
 
 
 class Transformer(nn.Module):
@@ -26,6 +31,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = self.stored_config = config
+        self.share = ModelShare.whole(config)
+        """What this process has of the model; the other modules are `RemoteModule`s."""
+        self.exchange: Exchange | None = None
         self.rotary = RotaryEmbeddings(config)
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, dtype=dtype, factor=config.scale_emb
@@ -59,7 +67,9 @@ class Transformer(nn.Module):
         for module in self.modules():
             attention = self.config.attention_of(module.layer) if isinstance(module, MLA) else None
             if isinstance(module, MLA) and isinstance(attention, MLAConfig):
-                module.dims = attention
+                dims = part_of(attention, self.share)
+                assert isinstance(dims, MLAConfig)
+                module.dims = dims
 
     def add_head(self) -> None:
         """Add an unfilled head to a model with tied embeddings, so that it can be quantized."""
@@ -69,6 +79,66 @@ class Transformer(nn.Module):
             with weight.device:
                 self.lm_head = Linear(columns, rows, dtype=weight.dtype)
 
+    def keep_share(self, share: ModelShare) -> None:
+        """Remove all modules that `share` does not need; names of parameters do not change. The
+        embedding keeps its dtype and loses its rows.
+        """
+        uses_embedding = share.uses_embedding(self.config, is_head=self.lm_head is None)
+        self.share = share
+        for layer in range(len(self.layers)):
+            if layer not in share.layers:
+                self.layers[layer] = RemoteModule()
+            elif share.is_divided:
+                divide_layer(self._decoder_layer(self.layers[layer]), share)
+        if not share.is_last:
+            self.add_module("norm", RemoteModule())
+            if self.lm_head is not None:
+                self.add_module("lm_head", RemoteModule())
+            self.mtp = nn.ModuleList()
+        elif share.is_divided:
+            self._divide_heads(share)
+        if not uses_embedding:
+            weight = self.embed_tokens.weight
+            self.embed_tokens.weight = nn.Parameter(weight[:0].detach(), requires_grad=False)
+
+    def _divide_heads(self, share: ModelShare) -> None:
+        """Divide the LM head, unless it is the embedding, and the MTP modules."""
+        divides_head = self.config.vocab_size % share.tensor == 0
+        heads = [self.lm_head]
+        for module in self.mtp:
+            assert isinstance(module, MTPModule)
+            divide_layer(module.block, share)
+            heads.append(module.head if self.lm_head is not None else None)
+        for head in heads:
+            if head is not None and divides_head:
+                divide_rows(head, share)
+
+    def cached_attentions(self) -> list[AttentionConfig | None]:
+        """The part of every layer's attention that this process caches; None: nothing."""
+        own = self.share.cache_layers(self.config)
+        return [
+            part_of(self.config.attention_of(layer), self.share) if layer in own else None
+            for layer in range(self.config.num_cache_layers)
+        ]
+
+    def rows_of(self, name: str, stored: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """This process's rows of the checkpoint's parameter `name`."""
+        path, _, own = name.rpartition(".")
+        module = self.get_submodule(path)
+        return module.rows_of(own, stored) if isinstance(module, Linear) else stored
+
+    def use_exchange(self, exchange: Exchange) -> None:
+        """Gather the parts of a divided model by `exchange`."""
+        self.exchange = exchange
+        for module in self.modules():
+            if isinstance(module, MLA | GQA | MLP | Experts):
+                module.exchange = exchange
+
+    @staticmethod
+    def _decoder_layer(module: nn.Module) -> DecoderLayer:
+        assert isinstance(module, DecoderLayer)
+        return module
+
     def forward(
         self,
         ids: Int[Tensor, "tokens"],
@@ -76,18 +146,20 @@ class Transformer(nn.Module):
         attention: AttentionBackend,
         *,
         dtype: torch.dtype | None = None,
+        previous: Float[Tensor, "tokens hidden"] | None = None,
     ) -> Float[Tensor, "tokens hidden"]:
         """Hidden states after the final norm: input of `logits` and of the first MTP module.
 
         Activations have `dtype` (by default the embedding's), and weights are cast to it when they
-        are used: mixed precision with fp32 master weights.
+        are used: mixed precision with fp32 master weights. A pipeline stage after the first takes
+        the residual stream of the stage before as `previous`; one before the last returns its own.
         """
-        x = self.embed_tokens(ids)
+        x = self.embed_tokens(ids) if previous is None else previous
         x = x if dtype is None else x.to(dtype)
         tables = self.rotary(positions)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, self.rotary.of(number, tables), attention)
-        return self.norm(x)
+        for number in self.share.layers:
+            x = self.layers[number](x, self.rotary.of(number, tables), attention)
+        return self.norm(x) if self.share.is_last else x
 
     def logits(self, hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Logits of the next token, at least fp32."""
@@ -136,4 +208,7 @@ class Transformer(nn.Module):
             scores = hidden @ self.embed_tokens.dense_weight(hidden.dtype).T
         else:
             scores = head(hidden)
+            if head.parts > 1:
+                assert self.exchange is not None
+                scores = gather_columns(self.exchange, scores, head.parts)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))

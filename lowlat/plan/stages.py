@@ -56,7 +56,7 @@ def cut(
     """
     is_folded = layout.pipeline > 1 and layout.schedule in BIDIRECTIONAL
     most = most_layers or len(costs)
-    borders = (_folded if is_folded else _balanced)(costs, layout.num_stages, most)
+    borders = (_folded if is_folded else balanced)(costs, layout.num_stages, most)
     runs = enumerate(pairwise((0, *borders)))
     return [
         PipelineStage(
@@ -131,9 +131,9 @@ def _attention(config: ModelConfig, layer: int, tensor: int) -> float:
 
 @lru_cache(maxsize=1024)
 def _folded(costs: tuple[float, ...], parts: int, most: int) -> tuple[int, ...]:
-    """As `_balanced`, where run i and run parts - 1 - i share a device."""
+    """As `balanced`, where run i and run parts - 1 - i share a device."""
     if parts == 2:
-        return _balanced(costs, parts, most)
+        return balanced(costs, parts, most)
     best: tuple[float, tuple[int, ...]] | None = None
     count = len(costs)
     for first in range(1, min(most, count - parts + 1) + 1):
@@ -143,8 +143,8 @@ def _folded(costs: tuple[float, ...], parts: int, most: int) -> tuple[int, ...]:
                 break
             if last - first > most * (parts - 2):
                 continue
-            # `_balanced` treats the last cost as the tail, so a tail of cost 0 is appended.
-            inner = (0, *_balanced((*costs[first:last], 0.0), parts - 2, most)[:-1], last - first)
+            # `balanced` treats the last cost as the tail, so a tail of cost 0 is appended.
+            inner = (0, *balanced((*costs[first:last], 0.0), parts - 2, most)[:-1], last - first)
             runs = [sum(costs[first + a : first + b]) for a, b in pairwise(inner)]
             middle = max((a + b) / 2 for a, b in zip(runs, reversed(runs), strict=True))
             found = (max(outer, middle), (*(first + end for end in inner), count))
@@ -154,7 +154,7 @@ def _folded(costs: tuple[float, ...], parts: int, most: int) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _balanced(costs: tuple[float, ...], parts: int, most: int) -> tuple[int, ...]:
+def balanced(costs: tuple[float, ...], parts: int, most: int) -> tuple[int, ...]:
     """Linear partition by dynamic programming: ends of `parts` nonempty runs of `costs` whose
     largest sum is minimal. A run has at most `most` costs, not counting the last cost.
     """

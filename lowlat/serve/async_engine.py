@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from lowlat.config.attention import sparse_topk
 from lowlat.engine.constraint import Constraint
-from lowlat.engine.request import LoRARequest, PoolingMode, RequestOptions
+from lowlat.engine.request import FinishReason, LoRARequest, PoolingMode, RequestOptions
 from lowlat.engine.stats import EngineStats
 from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.model import Model
@@ -87,6 +87,7 @@ class AsyncEngine:
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._is_idle.set()
+        self.model.runner.watch(self._fail)
         self._thread.start()
         self._check_heartbeat()
 
@@ -206,13 +207,21 @@ class AsyncEngine:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
 
-    def cut_off(self) -> None:
+    def cut_off(self, reason: FinishReason = "abort", error: str | None = None) -> None:
         """End all requests for their clients at once, without waiting for the engine's step."""
         for generation in self._open:
-            for _, delta in ends_of(generation, "abort", None):
+            for _, delta in ends_of(generation, reason, error):
                 generation.put(delta)
         self._open.clear()
         self._is_idle.set()
+
+    def _fail(self, reason: str) -> None:
+        """End all requests with an error: the runner is lost, and the engine's thread may wait for
+        it forever. Called by another thread."""
+        logger.critical("%s; the server ends", reason)
+        self._failure = self._failure or f"the engine ended: {reason}"
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.cut_off, "error", self._failure)
 
     def _check_heartbeat(self) -> None:
         """Check the engine's thread now and every CHECK_SECONDS."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from lowlat.utils.cgroups import group_folders
 from lowlat.utils.machine import physical_memory
 
+_processes = 1
+
 RESERVE = 512 * 2**20
 """Bytes that the program itself and its caches need in addition to the weights."""
 
@@ -21,10 +23,20 @@ MOST_MAPPED = 65536
 """glibc's default."""
 
 
+def share_memory(processes: int) -> None:
+    """Divide the machine's memory among this many equal processes of one run."""
+    global _processes
+    _processes = processes
+
+
 def memory_limit(root: Path = Path("/")) -> int:
-    """Bytes of memory of this machine, or of the process's container or control groups if less.
-    `root` is the folder of proc and sys.
+    """Bytes of memory of this machine, or of the process's container or control groups if less,
+    divided by the processes of `share_memory`. `root` is the folder of proc and sys.
     """
+    return _whole_limit(root) // _processes
+
+
+def _whole_limit(root: Path) -> int:
     total = physical_memory()
     if sys.platform != "linux":
         return total

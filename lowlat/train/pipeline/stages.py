@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lowlat.config.model import ModelConfig
+from lowlat.model.share import RemoteModule
 from lowlat.model.transformer import Transformer
 from lowlat.plan.flops import head_flops, layer_work, mtp_work
 from lowlat.plan.job import ParallelLayout
@@ -62,10 +63,6 @@ def needs_embedding(config: ModelConfig, stage: PipelineStage) -> bool:
     """Whether `stage` uses the embedding matrix: for tokens, as a tied head, or for MTP modules."""
     ahead = config.num_nextn_predict_layers > 0 and not config.mtp_copies
     return stage.is_first or (stage.is_last and (config.tie_word_embeddings or ahead))
-
-
-class RemoteModule(nn.Module):
-    """Placeholder for a module of another process."""
 
 
 def holders_of_embedding(

@@ -210,7 +210,7 @@ def test_the_fingerprint_has_the_kernels_and_the_version(monkeypatch: pytest.Mon
     runner = ModelRunner(MODEL, page_size=PAGE)
     same = fingerprint_of(runner, context=97)
     assert fingerprint_of(ModelRunner(MODEL, page_size=PAGE), context=97) == same
-    for name in ("version", "_code_digest", "_torch_facts"):
+    for name in ("version", "code_digest", "_torch_facts"):
         with monkeypatch.context() as patch:
             patch.setattr(f"lowlat.engine.cache_fingerprint.{name}", lambda *args: "something else")
             assert fingerprint_of(runner, context=97) != same

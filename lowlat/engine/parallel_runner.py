@@ -1,0 +1,302 @@
+"""Model runner over several processes: pipeline, tensor and expert parallelism for serving.
+
+Every process has a runner of its share of the model. Process 0 runs the engine; whatever its runner
+does it announces as a `StepRecord`, and the others do the same with their layers and their part of
+the KV cache. Page numbers are the same in all processes.
+"""
+
+import atexit
+import logging
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, final
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from lowlat.config.model import GQAConfig
+from lowlat.engine.cache_fingerprint import weights_digest
+from lowlat.engine.request import Chunk
+from lowlat.engine.runner import ModelRunner
+from lowlat.engine.step_record import RecordKind, StepRecord
+from lowlat.model.share import ModelShare
+from lowlat.model.transformer import Transformer
+from lowlat.utils.process_group import ProcessGroup, Sending
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+MICRO_BATCH_TOKENS = 256
+"""A step of several sequences and at least twice as many tokens is divided, so that stages compute
+at the same time. Fewer tokens are bound by weight bandwidth, and would read the weights again."""
+
+
+@final
+class GroupExchange:
+    """The exchange of a process's stage."""
+
+    def __init__(self, group: ProcessGroup, share: ModelShare) -> None:
+        self._group = group
+        # In order of TENSOR and EXPERT.
+        self._subgroups = [group.subgroup(size) for size in (share.tensor, share.experts)]
+
+    def gather(self, group: int, own: Tensor, out: Tensor) -> None:
+        """See `Exchange`."""
+        self._group.all_gather(own, out, self._subgroups[group])
+
+
+@final
+class ParallelRunner(ModelRunner):
+    """The runner of one process. Consecutive processes form a stage of the pipeline, whose layers
+    they divide by tensor and expert parallelism.
+
+    An error of one process while the others are at work ends all of them: they would wait for
+    messages that never come.
+    """
+
+    def __init__(self, model: Transformer, group: ProcessGroup, **options: Any) -> None:
+        """options: those of ModelRunner."""
+        super().__init__(model, **options)
+        self.group, share = group, model.share
+        self._size = max(share.tensor, share.experts)
+        """Processes of a stage."""
+        self._last = range(group.world_size - self._size, group.world_size)
+        """The last stage, whose first process sends the results."""
+        self._prior, self._next = group.rank - self._size, group.rank + self._size
+        if share.is_divided:
+            model.use_exchange(GroupExchange(group, share))
+        is_grouped = isinstance(model.config.attention, GQAConfig)
+        self._cache_parts = share.tensor if is_grouped else 1
+        """Processes of a stage with different KV cache entries: MLA's latents are in all."""
+        sizes = [int(text) for text in group.gather_texts(str(self.cache.page_bytes))]
+        self._page_parts = {rank: sizes[rank] for rank in range(len(sizes)) if self._exports(rank)}
+        """Bytes of a KV cache page in the processes that export it."""
+        self._is_busy = self._has_ended = False
+        if group.is_leader:
+            atexit.register(self.end)
+
+    @property
+    def page_bytes(self) -> int:
+        return sum(self._page_parts.values())
+
+    def watch(self, on_lost: Callable[[str], None]) -> None:
+        """See ModelRunner."""
+        self.group.heartbeat.on_lost = on_lost
+
+    # --- the leader ----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(
+        self, chunks: Sequence[Chunk]
+    ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "tokens hidden"]]:
+        self._announce(RecordKind.STEP, chunks=chunks)
+        return self._in_step(lambda: self._lead_step(chunks))
+
+    @torch.inference_mode()
+    def mtp(
+        self, depth: int, hidden: Float[Tensor, "tokens hidden"], chunks: Sequence[Chunk]
+    ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "rows vocab"]]:
+        self._announce(RecordKind.MTP, depth, chunks=chunks)
+        return self._in_step(lambda: self._lead_mtp(depth, hidden, chunks))
+
+    def copy_page(self, source: int, destination: int) -> None:
+        self._announce(RecordKind.COPY_PAGE, source, destination)
+        self._in_step(lambda: super(ParallelRunner, self).copy_page(source, destination))
+
+    def export_page(self, page: int, out: UInt8[Tensor, " page_bytes"]) -> None:
+        """The layers of all stages in order, as one process exports them."""
+        self._announce(RecordKind.EXPORT_PAGE, page)
+        self._in_step(lambda: self._lead_export(page, out))
+
+    def import_page(self, page: int, stored: UInt8[Tensor, " page_bytes"]) -> None:
+        self._announce(RecordKind.IMPORT_PAGE, page)
+        self._in_step(lambda: self._lead_import(page, stored))
+
+    def weights_digest(self, own: str) -> str:
+        """Process 0's call; the digests of all processes."""
+        self._announce(RecordKind.DIGEST)
+        return " ".join(self.group.gather_texts(own))
+
+    def end(self) -> None:
+        """End the processes that follow; the runner cannot be used afterwards."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        if self._is_busy:  # interrupted between two messages
+            return self.group.abandon("process 0 was interrupted")
+        self._announce(RecordKind.END)
+        self.group.leave()
+
+    def free(self) -> None:
+        self.end()
+        super().free()
+
+    def _lead_step(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+        if self.model.share.is_last:
+            return self._compute(chunks)
+        sent: list[Sending] = []
+        parts = list(self._micro_batches(chunks))
+        for part in parts:
+            _, rows = self._compute(part)
+            sent.append(self.group.send(rows, self._next))
+        results = [self._receive_results(part) for part in parts]
+        self._wait(sent)
+        logits, hidden = zip(*results, strict=True)
+        return torch.cat(logits), torch.cat(hidden)
+
+    def _lead_mtp(
+        self, depth: int, hidden: Tensor, chunks: Sequence[Chunk]
+    ) -> tuple[Tensor, Tensor]:
+        sent = [self.group.send(hidden, peer) for peer in self._last if peer != self.group.rank]
+        if self.model.share.is_last:
+            states, logits = super().mtp(depth, hidden, chunks)
+        else:
+            logits, states = self._receive_results(chunks)
+        self._wait(sent)
+        return states, logits
+
+    def _lead_export(self, page: int, out: Tensor) -> None:
+        parts = out.split([*self._page_parts.values()])
+        for rank, part in zip(self._page_parts, parts, strict=True):
+            if rank == self.group.rank:
+                super().export_page(page, part)
+            else:
+                self.group.receive(part, rank)
+
+    def _lead_import(self, page: int, stored: Tensor) -> None:
+        parts = stored.split([*self._page_parts.values()])
+        by_rank = dict(zip(self._page_parts, parts, strict=True))
+        peers = range(1, self.group.world_size)
+        sent = [self.group.send(by_rank[self._exporter(peer)], peer) for peer in peers]
+        super().import_page(page, by_rank[0])
+        self._wait(sent)
+
+    def _receive_results(self, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+        """Logits and hidden states from the last stage."""
+        peer = self._last[0]
+        hidden = self._receive_rows(chunks, peer)
+        rows = sum(chunk.num_logits for chunk in chunks)
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        logits = torch.empty(rows, self.model.config.vocab_size, dtype=kind)
+        return self.group.receive(logits, peer), hidden
+
+    def _announce(self, kind: RecordKind, *numbers: int, chunks: Sequence[Chunk] = ()) -> None:
+        record = StepRecord(
+            kind=kind, num_pages=self.allocator.num_pages, numbers=numbers, chunks=chunks
+        )
+        self.group.announce(record.encode())
+
+    # --- the others ----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def follow_leader(self) -> None:
+        """Except in process 0: do what process 0 announces, until it ends, then raise SystemExit.
+        Signals that torchrun passes to all processes are for process 0, which lets running requests
+        finish."""
+        if self.group.is_leader:
+            return
+        before = [(s, signal.signal(s, signal.SIG_IGN)) for s in (signal.SIGINT, signal.SIGTERM)]
+        while True:
+            record = StepRecord.decode(self.group.receive_record())
+            if record.kind == RecordKind.END:
+                for number, handler in before:
+                    signal.signal(number, handler)
+                self.group.leave()
+                raise SystemExit(0)
+            if record.num_pages > self.allocator.num_pages:
+                self.allocator.grow(record.num_pages)
+            self._in_step(lambda record=record: self._follow(record))
+
+    def _follow(self, record: StepRecord) -> None:
+        match record.kind:
+            case RecordKind.STEP:
+                self._follow_step(record.chunks)
+            case RecordKind.MTP if self.model.share.is_last:
+                hidden = self._receive_rows(record.chunks, 0)
+                states, logits = super().mtp(record.numbers[0], hidden, record.chunks)
+                self._wait(self._send_results(logits, states))
+            case RecordKind.COPY_PAGE:
+                super().copy_page(*record.numbers)
+            case RecordKind.EXPORT_PAGE if self._exports(self.group.rank):
+                own = torch.empty(self.cache.page_bytes, dtype=torch.uint8)
+                super().export_page(record.numbers[0], own)
+                self.group.send(own, 0).wait()
+            case RecordKind.IMPORT_PAGE:
+                own = torch.empty(self.cache.page_bytes, dtype=torch.uint8)
+                super().import_page(record.numbers[0], self.group.receive(own, 0))
+            case RecordKind.DIGEST:
+                self.group.gather_texts(weights_digest(self.model))
+            case _:  # other processes have the MTP modules, or the same entries
+                pass
+
+    def _follow_step(self, chunks: Sequence[Chunk]) -> None:
+        """The layers of this stage: rows from the stage before, results to the stage after."""
+        share, sent = self.model.share, []
+        for part in [chunks] if share.is_first and share.is_last else self._micro_batches(chunks):
+            before = None if share.is_first else self._receive_rows(part, self._prior)
+            logits, rows = self._compute(part, before)
+            if share.is_last:
+                sent += self._send_results(logits, rows)
+            else:
+                sent.append(self.group.send(rows, self._next))
+        self._wait(sent)
+
+    def _send_results(self, logits: Tensor, hidden: Tensor) -> list[Sending]:
+        """Send the results of the last stage, unless process 0 is in it and has them."""
+        if self.group.rank != self._last[0]:
+            return []
+        return [self.group.send(hidden, 0), self.group.send(logits, 0)]
+
+    # --- all -----------------------------------------------------------------------------------
+
+    def _micro_batches(self, chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
+        """Consecutive chunks of a step that run through the stages one after another; results do
+        not depend on the division where batches are invariant."""
+        total = sum(len(chunk.tokens) for chunk in chunks)
+        stages = self.group.world_size // self._size
+        count = min(stages, total // MICRO_BATCH_TOKENS, len(chunks))
+        if count < 2 or not self.is_batch_invariant:
+            yield chunks
+            return
+        part: list[Chunk] = []
+        done = 0
+        for chunk in chunks:
+            if part and done >= total / count:
+                yield part
+                part, done = [], 0
+            part.append(chunk)
+            done += len(chunk.tokens)
+        yield part
+
+    def _exporter(self, rank: int) -> int:
+        """The process that exports the KV cache entries of process `rank`."""
+        own = rank % self._size
+        return rank - own + own % self._cache_parts
+
+    def _exports(self, rank: int) -> bool:
+        return self._exporter(rank) == rank
+
+    def _receive_rows(self, chunks: Sequence[Chunk], peer: int) -> Tensor:
+        tokens = sum(len(chunk.tokens) for chunk in chunks)
+        width, kind = self.model.config.hidden_size, self.model.embed_tokens.dtype
+        return self.group.receive(torch.empty(tokens, width, dtype=kind), peer)
+
+    @staticmethod
+    def _wait(sent: Sequence[Sending]) -> None:
+        for each in sent:
+            each.wait()
+
+    def _in_step(self, act: Callable[[], T]) -> T:
+        """The result of `act`; an error ends all processes."""
+        self._is_busy = True
+        try:
+            result = act()
+            self._is_busy = False
+            return result
+        except Exception as error:
+            logger.exception("process %d of %d failed", self.group.rank, self.group.world_size)
+            self.group.fail(
+                f"process {self.group.rank} of {self.group.world_size} failed: "
+                f"{type(error).__name__}"
+            )

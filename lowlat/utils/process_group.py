@@ -1,0 +1,302 @@
+"""Process group of a serving run under torchrun: start, messages between processes, agreement on
+options, and the end of all processes when one fails.
+
+Built on torch.distributed with gloo. A process that cannot reach another one ends (`heartbeat`).
+"""
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Never, final
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Int
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from lowlat.utils.errors import UserError
+from lowlat.utils.heartbeat import GRACE_SECONDS, Heartbeat
+from lowlat.utils.memory import share_memory
+
+NO_TIMEOUT = timedelta(days=365)
+"""Processes wait for the next step without a limit; heartbeats find those that are lost."""
+SETTLING = 0.2
+"""Seconds for gloo's threads to release their last tensors. A thread that frees a tensor while the
+interpreter shuts down aborts the process.
+"""
+FIRST_INTEGERS = 512
+"""Integers of the first message of a broadcast, which says how many follow in a second one."""
+INTERFACE = "GLOO_SOCKET_IFNAME"
+
+_groups = itertools.count()
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What this process has sent."""
+
+    messages: int = 0
+    bytes: int = 0
+
+    def add(self, tensor: Tensor, receivers: int = 1) -> None:
+        self.messages += receivers
+        self.bytes += receivers * tensor.nbytes
+
+
+def started_processes() -> int:
+    """Processes that torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_follower() -> bool:
+    """Whether this process is not process 0, which alone reads input and prints."""
+    return int(os.environ.get("RANK", "0")) > 0
+
+
+def local_processes() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+@final
+class ProcessGroup:
+    """The processes of a run. Process 0 leads: it announces records, which the others receive.
+
+    A failed message ends this process after its requests (`Heartbeat`); the call does not return.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.traffic = Traffic()
+        self.heartbeat = Heartbeat(store, rank, world_size)
+        self._store = store
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+    def fail(self, reason: str) -> Never:
+        """End all processes: they are no longer in step."""
+        self.heartbeat.lose(reason)
+        while True:
+            time.sleep(1.0)
+
+    def announce(self, record: Int[Tensor, " length"]) -> None:
+        """Send a record from process 0 to all others."""
+        first = torch.zeros(FIRST_INTEGERS, dtype=torch.int64)
+        first[0] = len(record)
+        head = record[: FIRST_INTEGERS - 1]
+        first[1 : 1 + len(head)] = head
+        self._broadcast(first)
+        if len(record) > len(head):
+            self._broadcast(record[len(head) :].contiguous())
+
+    def receive_record(self) -> Int[Tensor, " length"]:
+        """The next record of process 0."""
+        first = torch.empty(FIRST_INTEGERS, dtype=torch.int64)
+        self._broadcast(first)
+        length = int(first[0])
+        head = first[1 : 1 + min(length, FIRST_INTEGERS - 1)]
+        if length == len(head):
+            return head
+        rest = torch.empty(length - len(head), dtype=torch.int64)
+        self._broadcast(rest)
+        return torch.cat([head, rest])
+
+    def send(self, tensor: Tensor, peer: int) -> "Sending":
+        """Begin to send a tensor, which must not change before `Sending.wait`."""
+        data = tensor.contiguous()
+        self.traffic.add(data)
+        with self.communicating():
+            return Sending(self, dist.isend(_bytes_of(data), peer) if data.nbytes else None)
+
+    def receive(self, out: Tensor, peer: int) -> Tensor:
+        """Fill `out`, which is contiguous, with the next tensor of `peer`."""
+        if out.nbytes:
+            with self.communicating():
+                dist.recv(_bytes_of(out), peer)
+        return out
+
+    def gather_texts(self, text: str) -> list[str]:
+        """The texts of all processes, in all of them."""
+        data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        with self.communicating():
+            dist.all_gather(sizes, torch.tensor([len(data)]))
+            most = max(int(size) for size in sizes)
+            padded = torch.nn.functional.pad(data, (0, most - len(data)))
+            texts = [torch.empty_like(padded) for _ in range(self.world_size)]
+            dist.all_gather(texts, padded)
+        each = zip(texts, sizes, strict=True)
+        return [bytes(text[: int(size)].tolist()).decode() for text, size in each]
+
+    def subgroup(self, size: int) -> dist.ProcessGroup | None:
+        """The `size` consecutive processes that this one is part of; None for one. All processes
+        call it at once."""
+        own = None
+        for first in range(0, self.world_size if size > 1 else 0, size):
+            ranks = range(first, first + size)
+            with self.communicating():
+                made = dist.new_group(list(ranks), timeout=NO_TIMEOUT, backend="gloo")
+            if self.rank in ranks:
+                assert isinstance(made, dist.ProcessGroup)
+                own = made
+        return own
+
+    def all_gather(self, own: Tensor, out: Tensor, subgroup: dist.ProcessGroup | None) -> None:
+        """Fill `out` with the tensors of all processes of `subgroup`; both are contiguous."""
+        size = out.nbytes // own.nbytes
+        self.traffic.add(own, size - 1)
+        with self.communicating():
+            dist.all_gather([*_bytes_of(out).chunk(size)], _bytes_of(own), group=subgroup)
+
+    def least(self, value: int) -> int:
+        """The smallest value among all processes."""
+        tensor = torch.tensor(value)
+        with self.communicating():
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return int(tensor)
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Raise UserError, in all processes, unless their facts are equal."""
+        each = [json.loads(text) for text in self.gather_texts(json.dumps(facts))]
+        for rank, other in enumerate(each):
+            for name, value in each[0].items():
+                if other.get(name) != value:
+                    raise UserError(
+                        f"process {rank} of {self.world_size} differs from process 0 in its {name}:"
+                        f" {other.get(name)}, not {value}; start all processes alike"
+                    )
+
+    def leave(self) -> None:
+        """End as it should: the others are about to do so, too."""
+        self.heartbeat.end()
+        dist.destroy_process_group()
+        time.sleep(SETTLING)
+
+    def abandon(self, reason: str) -> None:
+        """End the other processes, which may wait for messages; this one is about to end."""
+        self.heartbeat.end()
+        self.heartbeat.tell(reason)
+
+    @contextmanager
+    def reporting_once(self) -> Iterator[None]:
+        """Within this context, an error that all processes raise is printed by one of them."""
+        try:
+            yield
+        except UserError:
+            self.leave()
+            if self._is_first_report():
+                raise
+            end_silently()
+
+    def _is_first_report(self) -> bool:
+        try:
+            return self._store.add("lowlat/reports", 1) == 1
+        except RuntimeError:  # the store has ended with its owner
+            return False
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        if self.is_leader:
+            self.traffic.add(tensor, self.world_size - 1)
+        with self.communicating():
+            dist.broadcast(tensor, src=0)
+
+    @contextmanager
+    def communicating(self) -> Iterator[None]:
+        """Within this context, an error of a message ends the process."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo has no type of its own; DistError is one, too
+            self.fail(
+                f"process {self.rank} of {self.world_size} lost another one ({_short(error)})"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """A message on its way."""
+
+    _group: ProcessGroup
+    _work: dist.Work | None
+
+    def wait(self) -> None:
+        """Wait until the message has left."""
+        if self._work is not None:
+            with self._group.communicating():
+                self._work.wait()
+
+
+def join_group(processes: int, option: str) -> ProcessGroup:
+    """The group of a run that `option` divides among this many processes, at least two. Raises
+    UserError if torchrun has started another number.
+    """
+    world = started_processes()
+    if world != processes:
+        raise UserError(
+            f"{option} is for {processes} processes, {world} started; start it as: "
+            f"torchrun --nproc-per-node {processes} -m lowlat ..."
+        )
+    _choose_interface(world)
+    share_memory(local_processes())
+    store, rank, world = next(rendezvous("env://"))
+    # A process may join one group after another; keys in the store are never reused.
+    store = PrefixStore(f"lowlat{next(_groups)}", store)
+    dist.init_process_group("gloo", timeout=NO_TIMEOUT, world_size=world, rank=rank, store=store)
+    return ProcessGroup(store, rank, world)
+
+
+@contextmanager
+def quiet_followers() -> Iterator[None]:
+    """Within this context, an error that all processes raise is printed by process 0."""
+    try:
+        yield
+    except UserError:
+        if is_follower():
+            end_silently()
+        raise
+
+
+def refuse_alone() -> Never:
+    """Raise UserError: several processes were started for a program of one."""
+    raise UserError(
+        f"torchrun has started {started_processes()} processes, each of which would load the whole"
+        " model; add --parallel, such as --parallel pipeline=2"
+    )
+
+
+def end_silently() -> Never:
+    """End this process, whose error another one prints: torchrun stops all when one ends."""
+    time.sleep(GRACE_SECONDS)
+    raise SystemExit(2)
+
+
+def _choose_interface(world: int) -> None:
+    """Listen on the loopback interface, unless the run spans machines. Raises UserError if the
+    interface between them is not configured.
+    """
+    if INTERFACE in os.environ:
+        return
+    if local_processes() < world:
+        raise UserError(
+            f"processes on several machines listen on one network interface; set {INTERFACE} to "
+            "its name, such as eth1, on every machine"
+        )
+    os.environ[INTERFACE] = "lo0" if sys.platform == "darwin" else "lo"
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The memory of a contiguous tensor, whatever its dtype."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{error}".split())[:200]

@@ -1,0 +1,86 @@
+"""A model divided among processes gives the bits of one process, for every dtype and feature, and
+sends what docs/scale.md says.
+
+Regression: a token or logit that changes with the layout; loaded weights of other processes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lowlat
+from lowlat.config.serving_layout import ServingLayout
+from lowlat.ops import native
+from lowlat.plan.serving_stages import serving_stages
+
+from .cases import CASES, TRAFFIC_PROMPT, TRAFFIC_TOKENS, outcome
+from .launch import run
+
+if not native.available():
+    pytest.skip(native.reason(), allow_module_level=True)
+
+PROGRAM = str(Path(__file__).with_name("program.py"))
+LAYOUTS = {"pipeline=2": 2, "pipeline=3": 3, "tensor=2": 2, "expert=2": 2, "tensor=2,pipeline=2": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of all cases."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, case in CASES.items():
+        case.write(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, dict[str, Any]]:
+    """Results of one process."""
+    found = {}
+    for name, case in CASES.items():
+        model = lowlat.load(**case.arguments(folder / name))
+        found[name] = outcome(model, case)
+        found[name]["parameters"] = sum(each.numel() for each in model.transformer.parameters())
+        model.free()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_are_those_of_one_process(
+    folder: Path, alone: dict[str, dict[str, Any]], layout: str
+) -> None:
+    names = [name for name, case in CASES.items() if case.config.moe or "expert" not in layout]
+    run(LAYOUTS[layout], [PROGRAM, str(folder), layout, *names])
+    for name in names:
+        found = json.loads((folder / name / f"{layout}.json").read_text())
+        for key in ("tokens", "logits", "nll"):
+            assert found[key] == alone[name][key], f"{name}: {key}"
+        assert found["parameters"] < 0.8 * alone[name]["parameters"], name
+    assert alone["small-cache"]["preemptions"] > 0
+    if "dense" in names:
+        found = json.loads((folder / "dense" / f"{layout}.json").read_text())
+        assert found["traffic"] == expected_traffic(layout)
+
+
+def expected_traffic(layout: str) -> dict[str, int]:
+    """Messages and bytes of process 0 by the formula of docs/scale.md, for one process per stage or
+    one stage.
+    """
+    config, sizes = CASES["dense"].config, ServingLayout.parse(layout)
+    steps, tokens, others = TRAFFIC_TOKENS, TRAFFIC_PROMPT + TRAFFIC_TOKENS - 1, sizes.processes - 1
+    messages, sent = steps * others, steps * others * 4096
+    first = serving_stages(config, sizes.pipeline)[0]
+    if sizes.pipeline > 1:
+        messages, sent = messages + steps, sent + tokens * config.hidden_size * 2
+    if sizes.tensor > 1:
+        peers, attention = sizes.tensor - 1, config.attention_of(0)
+        width = attention.num_attention_heads * attention.v_head_dim
+        width += 2 * config.hidden_size + config.intermediate_size
+        messages += peers * steps * 4 * len(first.layers)
+        sent += peers * tokens * len(first.layers) * width * 2 // sizes.tensor
+        if first.is_last:
+            messages += peers * steps
+            sent += peers * steps * config.vocab_size * 4 // sizes.tensor
+    return {"messages": messages, "bytes": sent}

@@ -1,0 +1,44 @@
+"""Pipeline stages of serving: every layer in one stage, balanced by parameters."""
+
+from dataclasses import replace
+
+import pytest
+
+from lowlat.config.model import ModelConfig
+from lowlat.plan.serving_stages import serving_stages
+from lowlat.utils.errors import UserError
+from tests.configs import MLA, MOE, model_config
+from tests.unit.checkpoint.builders import SPARSE_GLM
+
+CONFIG = model_config("deepseek_v3", MLA, moe=MOE, num_hidden_layers=9, num_nextn_predict_layers=1)
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_stages_cover_all_layers(count: int) -> None:
+    stages = serving_stages(CONFIG, count)
+    assert [layer for stage in stages for layer in stage.layers] == [*range(9)]
+    assert [stage.is_first for stage in stages] == [True] + [False] * (count - 1)
+    assert [stage.is_last for stage in stages] == [False] * (count - 1) + [True]
+    cached = [layer for stage in stages for layer in stage.cache_layers(CONFIG)]
+    assert cached == [*range(10)]
+
+
+def test_dense_layers_and_the_ends_count_by_their_parameters() -> None:
+    """Layers with experts are larger than dense ones; the last stage also has the MTP module."""
+    dense_first = replace(CONFIG, moe=replace(MOE, first_k_dense_replace=5, n_routed_experts=96))
+    first, last = serving_stages(dense_first, 2)
+    assert len(first.layers) > len(last.layers)
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(UserError, match=r"pipeline=10: .* at most 9 stages"):
+        serving_stages(CONFIG, 10)
+
+
+def test_layers_that_share_a_choice_stay_together() -> None:
+    """A sparse layer without an indexer attends to the tokens that the layer before chose."""
+    shared = replace(SPARSE_GLM, indexer=replace(SPARSE_GLM.indexer, is_shared=True))
+    attention = (SPARSE_GLM, shared, shared, SPARSE_GLM, SPARSE_GLM, shared)
+    config: ModelConfig = model_config("glm_moe_dsa", attention, num_hidden_layers=6)
+    starts = {stage.layers.start for stage in serving_stages(config, 3)}
+    assert starts == {0, 3, 4}
