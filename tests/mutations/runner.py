@@ -24,7 +24,7 @@ import torch
 from .mutants import Mutant
 
 REPOSITORY = Path(__file__).parents[2]
-COPIED = ("lowlat", "tests", "pyproject.toml")
+COPIED = ("lowlat", "tests", "benchmarks", "pyproject.toml")
 PRELOADED = ("hypothesis", "jaxtyping", "beartype", "safetensors.torch", "filelock", "pydantic")
 PRELOADED += ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.nn.attention.bias")
 PRELOADED += ("compressed_tensors.compressors",)
