@@ -7,7 +7,6 @@ bandwidth of weights, one with many the rate of attention, and two chunks of pre
 products and of attention. A model of negligible size gives the constant time per layer.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -74,14 +73,14 @@ def measure_here(config: ModelConfig, dtype: str, cache: str, progress: Progress
     """
     sample = sample_config(config, dtype)
     with progress.task("measuring this machine", 5) as task:
-        worker = _worker(sample, dtype, cache)
+        worker = new_worker(sample, dtype, cache)
         task.advance()
         decode, long_decode = (_decode_seconds(worker, context) for context in (SHORT, LONG))
         task.advance(2)
         prefill, later = (_prefill_seconds(worker, start) for start in (0, LONG - CHUNK))
         task.advance()
         narrow = narrow_config(config)
-        layer = _decode_seconds(_worker(narrow, dtype, cache), SHORT) / narrow.num_hidden_layers
+        layer = _decode_seconds(new_worker(narrow, dtype, cache), SHORT) / narrow.num_hidden_layers
         task.advance()
     times = SampleTimes(
         decode=decode, long_decode=long_decode, prefill=prefill, later_prefill=later, layer=layer
@@ -225,7 +224,7 @@ def _bytes(config: ModelConfig, dtype: str) -> int | float:
     return dtype_weights(config, dtype).total(config)
 
 
-def _worker(config: ModelConfig, dtype: str, cache: str) -> Lowlat:
+def new_worker(config: ModelConfig, dtype: str, cache: str) -> Lowlat:
     """A benchmark worker in this process with a model of random weights."""
     plain = torch.float32 if dtype == "fp32" else torch.bfloat16
     with torch.device("meta"):
@@ -267,20 +266,21 @@ def fill(model: nn.Module) -> None:
 def _decode_seconds(worker: Lowlat, context: int) -> float:
     worker.fill_cache(context)
     tokens = iter(random_token_ids(4096, worker.vocab_size))
-    return _median_seconds(lambda: worker.decode_step(next(tokens), context))
+    return _best_seconds(lambda: worker.decode_step(next(tokens), context))
 
 
 def _prefill_seconds(worker: Lowlat, start: int) -> float:
     ids = random_token_ids(CHUNK, worker.vocab_size)
-    return _median_seconds(lambda: worker.prefill_after(ids, start))
+    return _best_seconds(lambda: worker.prefill_after(ids, start))
 
 
-def _median_seconds(run: Callable[[], object]) -> float:
-    """Median time of `run`, repeated for SECONDS after a first time to warm up."""
+def _best_seconds(run: Callable[[], object]) -> float:
+    """Least time of `run`, repeated for SECONDS after a first time to warm up: other programs only
+    add to it."""
     run()
     began, times = time.perf_counter(), []
     while len(times) < LEAST_TRIES or time.perf_counter() - began < SECONDS:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)

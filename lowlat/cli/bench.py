@@ -96,7 +96,9 @@ def bench(
     from lowlat.bench.results_plot import require_matplotlib
 
     counts = _threads(benchmark)
-    plan = make_plan(**asdict(benchmark) | {"threads": counts[-1] if counts else None})
+    given: dict[str, Any] = asdict(benchmark)
+    given["threads"] = counts[-1] if counts else None
+    plan = make_plan(**given)
     if out is not None:
         require_matplotlib()
         make_folder(out)

@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_args, get_type_hints
 
@@ -168,7 +168,7 @@ def _options_of(group: Any, panel: str | None = None) -> Iterator[inspect.Parame
         yield inspect.Parameter(
             item.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=item.default,
+            default=inspect.Parameter.empty if item.default is MISSING else item.default,
             annotation=Annotated[kind, option],
         )
 

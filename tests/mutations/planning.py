@@ -31,7 +31,7 @@ PLANNING = [
     Mutant(
         "step model: sparse attention reads no index keys",
         "plan/serving/step_cost.py",
-        "total += number * (seen * (size - index) + step.keys * index)",
+        "total += number * (seen * (size - index) + scored * index)",
         "total += number * seen * (size - index)",
         ROOFLINE + "test_sparse_attention_reads_all_index_keys_and_the_chosen_entries",
     ),

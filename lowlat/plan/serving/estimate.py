@@ -160,7 +160,8 @@ def _balance(
     if job.loads is None or config.moe is None or layout.stage_size == 1:
         return None
     ranks, redundant = layout.stage_size, job.redundant_experts or 0
-    nodes = max(1, ranks // cluster.machine.devices_per_node)
+    per_node = cluster.machine.devices_per_node
+    nodes = 1 if ranks % per_node else ranks // per_node
     return balance(config.moe, job.loads, ranks=ranks, nodes=nodes, redundant=redundant)
 
 

@@ -230,8 +230,7 @@ def _number(path: Path, key: str, value: object) -> float:
     if key not in KEYS and key not in RATES:
         known = ", ".join(("name", "like", *KEYS, *RATES))
         raise UserError(f"--machine {path}: unknown key {key}; choose from {known}")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < 1e9:
+    if not isinstance(value, int | float) or value is True or not 0 < value < 1e9:
         raise UserError(f"--machine {path}: {key}: give a number above 0, not {value!r}")
     if key in SHARES and value > 1:
         raise UserError(f"--machine {path}: {key}: give a share of at most 1, not {value!r}")

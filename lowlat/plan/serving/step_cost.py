@@ -112,7 +112,8 @@ def step_cost(
         choices = step.tokens * config.moe.num_experts_per_tok if choices is None else choices
     routed = expert_parameters(config) * sparse * choices if config.moe else 0.0
     head = config.vocab_size * config.hidden_size * share.has_head
-    sequences = step.sequences / share.data
+    data = min(share.data, step.sequences)
+    sequences = step.sequences / data
     repeated = _repeated_parameters(config, layers) if share.tensor > 1 else 0
     per_rank = repeated + (own - repeated) / share.tensor
     rows = per_rank * step.tokens + head / share.tensor * step.sequences
@@ -130,7 +131,7 @@ def step_cost(
             + (weights.expert * (sparse / all_sparse) * used if sparse else 0.0)
         ),
         cache_bytes=sequences * _cache_read(config, step, cache, layers, share.tensor),
-        weight_flops=2.0 * (rows / share.data + routed),
+        weight_flops=2.0 * (rows / data + routed),
         attention_flops=sequences * attention / share.tensor,
         int8_flops=sequences * integers / share.tensor,
     )
@@ -182,7 +183,7 @@ def _entry(attention: AttentionConfig, cache: str, tensor: int) -> tuple[float, 
     # latents are shared by all heads, so every tensor-parallel rank has them
     parts = tensor if isinstance(attention, GQAConfig | GTAConfig) else 1
     if cache == "int8":
-        size = int8_entry_bytes(attention.entry_dim, attention.quantized_dim)
+        size = int8_entry_bytes(attention.entry_dim, attention.quantized_dim, index)
         return size / parts, float(int8_entry_bytes(index, index))
     element = ELEMENT_BYTES[cache]
     return attention.entry_dim * element / parts, float(index * element)
@@ -198,7 +199,9 @@ def _cache_read(config: ModelConfig, step: Step, cache: str, layers: range, tens
             seen = min(seen, window + step.queries - 1)
         if topk is not None:
             seen = min(seen, topk * step.queries)
-        total += number * (seen * (size - index) + step.keys * index)
+        # up to top-k tokens, nothing is scored
+        scored = 0 if topk is None or step.keys <= topk else step.keys
+        total += number * (seen * (size - index) + scored * index)
     return total
 
 
@@ -223,10 +226,19 @@ def attention_flops(
         bounds = [bound for bound in (window, _topk(attention)) if bound is not None]
         seen = _pairs_within(min(bounds, default=None), queries, keys, pairs)
         one = config.num_attention_heads * _head_flops(attention, queries, keys, seen)
-        if isinstance(attention, MLAConfig) and attention.indexer and attention.index_key_dim:
-            one += pairs * 2 * attention.indexer.index_n_heads * attention.index_key_dim
-        total += number * one
+        total += number * (one + _index_flops(attention, queries, keys, pairs))
     return float(total)
+
+
+def _index_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int) -> int:
+    """FLOPs of a layer's index scores, for the queries that see more than its top-k; none where it
+    shares an earlier layer's choice."""
+    indexer = attention.indexer if isinstance(attention, MLAConfig) else None
+    if indexer is None or indexer.is_shared or keys <= indexer.index_topk:
+        return 0
+    dense = max(indexer.index_topk - (keys - queries), 0)
+    scored = pairs - dense * (dense + 1) // 2
+    return scored * 2 * indexer.index_n_heads * indexer.index_head_dim
 
 
 def _kinds(config: ModelConfig, layers: range) -> Counter[tuple[AttentionConfig, int | None]]:

@@ -46,8 +46,26 @@ def test_sparse_attention_reads_all_index_keys_and_the_chosen_entries() -> None:
     long = BenchmarkCase(kind="decode", tokens=8192)
     cost = case_cost(sparse, long, dtype="bf16")
     assert cost.cache_bytes == 2048 * ENTRY + 12 * 8193 * 128 * 2
-    index = 12 * 8193 * 2 * 8 * 128
-    assert cost.attention_flops == 12 * 16 * 2048 * 2 * (576 + 512) + index
+    index, chosen = 12 * 8193 * 2 * 8 * 128, 12 * 16 * 2048 * 2 * (576 + 512)
+    assert cost.attention_flops == chosen + index
+    short = case_cost(sparse, BenchmarkCase(kind="decode", tokens=2047), dtype="bf16")
+    assert short.cache_bytes == 2048 * ENTRY
+    assert short.attention_flops == chosen
+
+
+def test_a_shared_choice_is_scored_once() -> None:
+    """A prompt whose first half is dense; the second of two layers shares the first's choice."""
+    assert isinstance(MINI.attention, MLAConfig)
+    indexer = IndexerConfig(index_n_heads=8, index_head_dim=128, index_topk=50)
+    own = replace(MINI.attention, indexer=indexer)
+    shared = replace(MINI.attention, indexer=replace(indexer, is_shared=True))
+
+    def flops(*attention: MLAConfig) -> float:
+        config = replace(MINI, attention=attention, num_hidden_layers=2)
+        return attention_flops(config, queries=100, keys=100, pairs=100 * 101 // 2)
+
+    scores = (100 * 101 - 50 * 51) // 2 * 2 * 8 * 128
+    assert flops(own, own) - flops(own, shared) == scores
 
 
 def test_a_long_prompt_reads_every_expert_once_and_the_head_for_one_token() -> None:

@@ -35,6 +35,16 @@ def test_layouts_are_ranked():
     assert found["machine"] == {"name": "epyc-9654", "devices": 8}
 
 
+def test_machine_and_context_are_required():
+    for arguments, option in (
+        (("--context", "9"), "--machine"),
+        (("--machine", "h100"), "--context"),
+    ):
+        result = CliRunner().invoke(app, ["plan", "serve", "deepseek-v3", *arguments])
+        assert result.exit_code == 2
+        assert option in result.output
+
+
 def test_tables_fit_a_narrow_terminal():
     text = run(*V3, "--users", "16")
     assert "…" not in text
