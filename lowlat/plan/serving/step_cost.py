@@ -236,8 +236,9 @@ def _index_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int
     indexer = attention.indexer if isinstance(attention, MLAConfig) else None
     if indexer is None or indexer.is_shared or keys <= indexer.index_topk:
         return 0
-    dense = max(indexer.index_topk - (keys - queries), 0)
-    scored = pairs - dense * (dense + 1) // 2
+    start = keys - queries
+    dense = max(indexer.index_topk - start, 0)
+    scored = pairs - dense * start - dense * (dense + 1) // 2
     return scored * 2 * indexer.index_n_heads * indexer.index_head_dim
 
 

@@ -50,6 +50,24 @@ def test_sparse_attention_reads_all_index_keys_and_the_chosen_entries() -> None:
     assert cost.attention_flops == chosen + index
     short = case_cost(sparse, BenchmarkCase(kind="decode", tokens=2047), dtype="bf16")
     assert short.cache_bytes == 2048 * ENTRY
+
+
+@pytest.mark.parametrize("start", [0, 30])
+def test_a_shared_choice_is_scored_once(start: int) -> None:
+    """Of two layers the second shares the first's choice; queries of a prompt that see no more
+    than the top-k score nothing."""
+    assert isinstance(MINI.attention, MLAConfig)
+    indexer = IndexerConfig(index_n_heads=8, index_head_dim=128, index_topk=50)
+    own = replace(MINI.attention, indexer=indexer)
+    shared = replace(MINI.attention, indexer=replace(indexer, is_shared=True))
+    pairs = sum(range(start + 1, 101))
+
+    def flops(*attention: MLAConfig) -> float:
+        config = replace(MINI, attention=attention, num_hidden_layers=2)
+        return attention_flops(config, queries=100 - start, keys=100, pairs=pairs)
+
+    scores = sum(range(51, 101)) * 2 * 8 * 128
+    assert flops(own, own) - flops(own, shared) == scores
     assert short.attention_flops == chosen
 
 
