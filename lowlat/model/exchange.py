@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowlat.model.linear import Linear
 
@@ -47,10 +47,10 @@ def gather_columns(
 
 
 def project(
-    linear: Linear, x: Float[Tensor, "rows columns"], exchange: Exchange | None
+    linear: nn.Module, x: Float[Tensor, "rows columns"], exchange: Exchange | None
 ) -> Float[Tensor, "rows out"]:
     """`linear` over the columns of all processes; its outputs in all of them."""
-    if linear.parts == 1:
+    if not isinstance(linear, Linear) or linear.parts == 1:
         return linear(x)
     assert exchange is not None
     own = linear(gather_columns(exchange, x, linear.parts))
