@@ -218,7 +218,7 @@ def test_warm_up_lowers_the_divergence_and_moves_nothing_else() -> None:
 def test_fp8_products_of_the_indexer() -> None:
     """wq_b and wk compute in FP8 as the other projections, weights_proj in fp32; keys and values
     come from the FP8 product with kv_b_proj, so that with all tokens chosen the gradients are those
-    of dense MLA in FP8.
+    of dense MLA in FP8. Activations are fp32: bf16 would choose other experts.
     """
     made = model("wide", torch.float32)
     dense = Transformer(tiny.config(attention=configs.MLA), dtype=torch.float32)
@@ -233,7 +233,7 @@ def test_fp8_products_of_the_indexer() -> None:
         for each in (made, dense):
             local = local_batch(ProcessMesh(), batch, AHEAD, is_sparse=each is made)
             targets = count_targets(batch, AHEAD)
-            options: Any = {"targets": targets, "dtype": torch.bfloat16, **WEIGHTS}
+            options: Any = {"targets": targets, "dtype": torch.float32, **WEIGHTS}
             batch_loss(each, *local, **options).total.backward()
     kinds = {type(m).__name__ for n, m in made.named_modules() if n.endswith(("wq_b", ".wk"))}
     assert kinds == {"Fp8Linear"}
@@ -241,7 +241,7 @@ def test_fp8_products_of_the_indexer() -> None:
     assert {name for name in found if ".indexer." not in name} == expected.keys()
     for name, gradient in expected.items():
         error = (found[name] - gradient).norm() / gradient.norm()
-        assert error < 0.1, name
+        assert error < 0.01, name
 
 
 SPARSE_MODEL: dict[str, Any] = runs.MODEL | {
