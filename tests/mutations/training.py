@@ -117,8 +117,8 @@ BALANCING = [
     Mutant(
         "balance: bias moved after a step that was none",
         "train/step/step.py",
-        "    if result.is_finite and result.has_targets and match",
-        "    if match",
+        "    if result.is_finite and result.has_targets and trains_gates",
+        "    if trains_gates",
         TRAIN + "test_step.py::test_a_step_that_is_not_finite_moves_nothing[gradient-nan]",
     ),
     Mutant(

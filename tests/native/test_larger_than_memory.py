@@ -31,7 +31,7 @@ def large_config(case: Case) -> ModelConfig:
     if moe is not None:
         moe = replace(
             moe,
-            n_routed_experts=2 * moe.n_group,
+            n_routed_experts=max(2 * moe.n_group, 4),
             num_experts_per_tok=3,
             moe_intermediate_size=1061,
             first_k_dense_replace=1,
