@@ -43,6 +43,27 @@ PLANNING = [
         ESTIMATE + "test_memory_is_of_the_fullest_rank",
     ),
     Mutant(
+        "step model: data-parallel attention divides a sequence",
+        "plan/serving/step_cost.py",
+        "return replace(self, sequences=-(-self.sequences // data))",
+        "return replace(self, sequences=self.sequences / data)",
+        ESTIMATE + "test_a_sequence_is_not_divided_by_data_parallel_attention",
+    ),
+    Mutant(
+        "traffic: every rank sends the tokens of all ranks with other sequences",
+        "plan/serving/estimate.py",
+        "own = step.of_rank(data)",
+        "own = step",
+        ESTIMATE + "test_messages_are_of_a_rank_s_own_sequences",
+    ),
+    Mutant(
+        "memory: a tied embedding is in no stage before the last",
+        "plan/serving/estimate.py",
+        "return weights.head * is_first",
+        "return 0",
+        ESTIMATE + "test_tied_embeddings_are_in_the_first_and_last_stage",
+    ),
+    Mutant(
         "step model: the mean rank, not the busiest",
         "plan/serving/expert_load.py",
         "used = ((per_expert > 0) @ members).max(axis=1).mean()",

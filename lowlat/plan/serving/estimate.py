@@ -229,15 +229,17 @@ def _messages(
     step: Step,
 ) -> list[Message]:
     """What a rank of the stage with `layers` sends in a step."""
+    data = _data(layout, job)
+    own = step.of_rank(data)
     return step_messages(
         config,
         layout,
         cluster.machine,
-        tokens=step.tokens,
-        sequences=step.sequences,
+        tokens=own.tokens,
+        sequences=own.sequences,
         layers=layers,
         choices=_busiest(config, job, cluster, layout, step).choices,
-        data=_data(layout, job),
+        data=data,
     )
 
 
@@ -287,11 +289,27 @@ def _memory(
         layers=layers, has_head=is_last, tensor=layout.tensor, experts=experts, choices=0.0
     )
     held = step_cost(config, Step(), weights, share=share).weight_bytes
-    held += weights.embedding * (layers.start == 0) + weights.mtp / ranks * is_last
+    held += _embedding_bytes(weights, layout, is_first=layers.start == 0, is_last=is_last)
+    held += weights.mtp / ranks * is_last
     cached = range(layers.start, config.num_cache_layers) if is_last else layers
     entries = entry_bytes(config, job.cache, cached, layout.tensor)
-    cache = -(-users // _data(layout, job)) * job.context * entries
-    return {"weights": held, "KV cache": cache, "workspace": _workspace(config, users)}
+    own_users = -(-users // _data(layout, job))
+    cache = own_users * job.context * entries
+    return {"weights": held, "KV cache": cache, "workspace": _workspace(config, own_users)}
+
+
+def _embedding_bytes(
+    weights: WeightBytes, layout: ServingLayout, *, is_first: bool, is_last: bool
+) -> int | float:
+    """Bytes of the input embedding of a rank, beyond its part of the head.
+
+    Every rank has all rows of an embedding that is the head (tied), in the first and last stage.
+    """
+    if weights.embedding:
+        return weights.embedding * is_first
+    if is_last:
+        return weights.head - weights.head / layout.tensor
+    return weights.head * is_first
 
 
 def _workspace(config: ModelConfig, users: int) -> int:

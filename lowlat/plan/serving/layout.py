@@ -15,6 +15,10 @@ def check_layout(config: ModelConfig, layout: ServingLayout) -> None:
     small, large = sorted((layout.tensor, layout.expert))
     layers = config.num_hidden_layers
     problems = (
+        (
+            layout.expert > 1 and config.moe is None,
+            f"expert={layout.expert}: the model has no routed experts; leave out expert",
+        ),
         (heads % layout.tensor, f"tensor={layout.tensor}: must divide the {heads} attention heads"),
         (
             experts % layout.expert,

@@ -30,18 +30,24 @@ def rank_layouts(
     """Estimate and rank `layouts`."""
     found = [estimate(config, job, cluster, layout) for layout in layouts]
     fitting = [each for each in found if each.fits]
-    best = max((each.tokens_per_second for each in fitting), default=0.0)
-
-    def place(each: ServingEstimate) -> tuple[int, float]:
-        # throughputs within a tie share a step of this scale
-        return round(best / each.tokens_per_second / TIE), each.first_token
-
     return RankedLayouts(
-        fitting=sorted(fitting, key=place),
+        fitting=by_speed(fitting),
         too_large=sorted(
             (each for each in found if not each.fits), key=lambda each: each.missing_bytes
         ),
     )
+
+
+def by_speed(found: list[ServingEstimate]) -> list[ServingEstimate]:
+    """Fastest first; those within TIE of the fastest of them by time to first token."""
+    ordered = sorted(found, key=lambda each: each.tokens_per_second, reverse=True)
+    groups: list[list[ServingEstimate]] = []
+    for each in ordered:
+        if groups and each.tokens_per_second > (1 - TIE) * groups[-1][0].tokens_per_second:
+            groups[-1].append(each)
+        else:
+            groups.append([each])
+    return [each for group in groups for each in sorted(group, key=lambda each: each.first_token)]
 
 
 def all_layouts(config: ModelConfig, cluster: Cluster) -> list[ServingLayout]:

@@ -17,7 +17,7 @@ of them is memory-bound and the other compute-bound.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from lowlat.config.attention import GLAConfig, GTAConfig
@@ -58,6 +58,10 @@ class Step:
     def pairs(self) -> int:
         """Query-key pairs of a sequence under the causal mask."""
         return self.queries * self.context + self.queries * (self.queries + 1) // 2
+
+    def of_rank(self, data: int) -> "Step":
+        """The step of the fullest of `data` ranks that divide the sequences."""
+        return replace(self, sequences=-(-self.sequences // data))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,11 +116,11 @@ def step_cost(
         choices = step.tokens * config.moe.num_experts_per_tok if choices is None else choices
     routed = expert_parameters(config) * sparse * choices if config.moe else 0.0
     head = config.vocab_size * config.hidden_size * share.has_head
-    data = min(share.data, step.sequences)
-    sequences = step.sequences / data
+    rank_step = step.of_rank(share.data)
+    sequences = rank_step.sequences
     repeated = _repeated_parameters(config, layers) if share.tensor > 1 else 0
     per_rank = repeated + (own - repeated) / share.tensor
-    rows = per_rank * step.tokens + head / share.tensor * step.sequences
+    rows = per_rank * rank_step.tokens + head / share.tensor * sequences
     attention = attention_flops(
         config, queries=step.queries, keys=step.keys, pairs=step.pairs, layers=layers
     )
@@ -131,7 +135,7 @@ def step_cost(
             + (weights.expert * (sparse / all_sparse) * used if sparse else 0.0)
         ),
         cache_bytes=sequences * _cache_read(config, step, cache, layers, share.tensor),
-        weight_flops=2.0 * (rows / data + routed),
+        weight_flops=2.0 * (rows + routed),
         attention_flops=sequences * attention / share.tensor,
         int8_flops=sequences * integers / share.tensor,
     )

@@ -49,10 +49,10 @@ def step_messages(
     choices: int | float = 0.0,
     data: int = 1,
 ) -> list[Message]:
-    """What one rank of the stage with `layers` sends in a step of `tokens` tokens of `sequences`
-    sequences. choices: tokens times routed experts of the busiest rank per layer, to which the
-    others pad their outputs. data: ranks with different tokens (data-parallel attention), which are
-    sent to their experts.
+    """What one rank of the stage with `layers` sends in a step in which it has `tokens` tokens of
+    `sequences` sequences. choices: tokens times routed experts of the busiest rank per layer, to
+    which the others pad their outputs. data: ranks with different tokens (data-parallel attention),
+    which are sent to their experts.
     """
     is_last = layers.stop == config.num_hidden_layers
     found = [

@@ -12,7 +12,7 @@ from lowlat.plan.serving.estimate import ServingEstimate, ServingJob, estimate, 
 from lowlat.plan.serving.expert_load import busiest_rank
 from lowlat.plan.serving.layout import check_layout
 from lowlat.plan.serving.machines import Cluster, ServingMachine, parse_cluster
-from lowlat.plan.serving.search import all_layouts, rank_layouts
+from lowlat.plan.serving.search import all_layouts, by_speed, rank_layouts
 from lowlat.plan.serving.step_cost import RankShare, Step, entry_bytes, step_cost
 from lowlat.plan.serving.traffic import step_messages
 from lowlat.plan.serving.weights import dtype_weights, gguf_weights
@@ -166,6 +166,57 @@ def test_messages_of_tensor_parallelism():
     assert far.seconds(ROUND) == pytest.approx(12e-5 + 3 * sum(widths) / 4 * 3 * 2 / 1e9)
 
 
+def test_a_sequence_is_not_divided_by_data_parallel_attention():
+    """One user has the same attention with and without it; of 12, the fullest of 8 ranks has 2."""
+    alone, divided = (
+        v3("expert=8", context=10_000, is_data_parallel=is_used) for is_used in (False, True)
+    )
+    assert divided.decode.attention == alone.decode.attention
+    assert divided.memory == alone.memory
+    twelve = v3("expert=8", users=12, context=10_000, is_data_parallel=True)
+    assert twelve.decode.attention == pytest.approx(2 * alone.decode.attention)
+    assert twelve.memory["KV cache"] == 2 * alone.memory["KV cache"]
+    step, weights = Step(sequences=12), dtype_weights(V3, "bf16")
+    flops, own = (
+        step_cost(V3, each, weights, share=RankShare(experts=1, choices=0, data=data)).weight_flops
+        for each, data in ((step, 8), (Step(sequences=2), 1))
+    )
+    assert flops == own
+
+
+def test_messages_are_of_a_rank_s_own_sequences():
+    """tensor=2,expert=8: 4 ranks have different sequences, and of 10 users the fullest has 3."""
+    found = v3("tensor=2,expert=8,pipeline=1", users=10, is_data_parallel=True)
+    choices = busiest_rank(V3.moe, 10, 8).choices if V3.moe else 0.0
+    own = {
+        "tensor": 3 * (61 * (128 * 128 + 7168) + 3 * (18432 + 7168) + 58 * (2048 + 7168)) * 2 / 2
+        + 3 * V3.vocab_size * 4 / 2,
+        "expert": 58 * choices * 7168 * 7 / 8 * 3,
+    }
+    assert found.sent_bytes == pytest.approx(8 * sum(own.values()) / 10)
+    staged = v3("expert=4,pipeline=2", users=10, is_data_parallel=True)
+    # the fullest of 4 ranks has 3 sequences
+    choices = busiest_rank(V3.moe, 10, 4).choices if V3.moe else 0.0
+    expected = 58 * choices * 7168 * 3 / 4 * 3 + 3 * (2 * 7168 * 2 + V3.vocab_size * 4)
+    assert staged.sent_bytes == pytest.approx(4 * expected / 10)
+
+
+def test_tied_embeddings_are_in_the_first_and_last_stage():
+    tied = replace(LLAMA, tie_word_embeddings=True)
+    weights = dtype_weights(tied, "bf16")
+    assert weights.embedding == 0
+    one = job(weights=weights)
+
+    def held(**layout: int) -> int | float:
+        cluster = Cluster(machine=ROUND)
+        return estimate(tied, one, cluster, ServingLayout(**layout)).memory["weights"]
+
+    rows = LLAMA.vocab_size * LLAMA.hidden_size * 2
+    assert held() == pytest.approx(weights.total(tied))
+    assert held(pipeline=2) == pytest.approx((weights.total(tied) - rows) / 2 + rows, rel=1e-4)
+    assert held(tensor=2) == pytest.approx((weights.total(tied) - rows) / 2 + rows, rel=1e-4)
+
+
 def test_messages_of_experts_and_stages():
     layout = ServingLayout(expert=4, pipeline=2)
     sent = step_messages(V3, layout, ROUND, tokens=2, layers=range(3, 5), choices=7.0)
@@ -200,6 +251,22 @@ def test_layouts_divide_devices_and_model():
     assert rates[0] >= 0.98 * max(rates) and rates[-1] == min(rates)
 
 
+def test_near_equal_layouts_are_ranked_by_time_to_first_token():
+    """Wherever their throughputs lie: 1 % below the fastest, in any step of a scale."""
+    one = v3("")
+
+    def made(rate: float, first_token: float) -> ServingEstimate:
+        return replace(one, tokens_per_second=rate, first_token=first_token)
+
+    found = [made(99.7, 3.0), made(100.0, 9.0), made(99.4, 1.0), made(50.1, 2.0), made(50.0, 1.0)]
+    assert [each.first_token for each in by_speed(found)] == [1.0, 3.0, 9.0, 1.0, 2.0]
+
+
+def test_expert_parallelism_needs_experts():
+    with pytest.raises(UserError, match="expert=2: the model has no routed experts"):
+        check_layout(LLAMA, ServingLayout(expert=2))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -227,7 +294,7 @@ def test_the_smaller_of_tensor_and_expert_divides_the_larger():
 def test_published_decode_of_deepseek():
     """DeepSeek's inference report (2025): 14,800 decoded tokens per second and node of 8 H800 at 20
     to 22 tokens per second and user, 4,989 cached tokens on average, expert parallelism over 18
-    nodes. docs/planning.md explains the differences.
+    nodes. docs/planning-serving.md explains the differences.
     """
     nodes = 16
     cluster = parse_cluster(f"{8 * nodes}xh800")
