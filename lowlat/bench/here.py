@@ -26,6 +26,7 @@ from lowlat.plan.serving.machines import HERE, ServingMachine
 from lowlat.plan.serving.step_cost import Step, StepCost, step_cost
 from lowlat.plan.serving.weights import WeightBytes, dtype_weights
 from lowlat.utils.device import parse_cache
+from lowlat.utils.errors import UserError
 from lowlat.utils.memory import RESERVE, memory_limit
 from lowlat.utils.progress import Progress
 from lowlat.utils.topology import read_topology
@@ -69,7 +70,8 @@ class SampleTimes:
 
 def measure_here(config: ModelConfig, dtype: str, cache: str, progress: Progress) -> ServingMachine:
     """This machine with the rates of kernels for `config` in `dtype` (fp32, bf16, int8 or int4) and
-    a KV cache of type `cache`. Takes about ten seconds.
+    a KV cache of type `cache`. Takes about ten seconds. Raises UserError on a machine too busy to
+    measure.
     """
     sample = sample_config(config, dtype)
     with progress.task("measuring this machine", 5) as task:
@@ -91,7 +93,9 @@ def measure_here(config: ModelConfig, dtype: str, cache: str, progress: Progress
 def solve(
     sample: ModelConfig, weights: WeightBytes, cache: str, times: SampleTimes
 ) -> ServingMachine:
-    """The machine on which the step model takes `times` for the steps of `sample`."""
+    """The machine on which the step model takes `times` for the steps of `sample`. Raises UserError
+    for times that no rates explain.
+    """
 
     def cost(**step: int) -> StepCost:
         return step_cost(sample, Step(**step), weights, cache=cache)
@@ -100,16 +104,25 @@ def solve(
     short, long = cost(context=SHORT), cost(context=LONG)
     first, later = cost(queries=CHUNK), cost(queries=CHUNK, context=LONG - CHUNK)
     decode_scores = _rate(
-        long.attention_flops - short.attention_flops, times.long_decode - times.decode
+        long.attention_flops - short.attention_flops,
+        times.long_decode - times.decode,
+        "attention of a decode step",
     )
     scores = _rate(
-        later.attention_flops - first.attention_flops, times.later_prefill - times.prefill
+        later.attention_flops - first.attention_flops,
+        times.later_prefill - times.prefill,
+        "attention of prefill",
     )
     bandwidth = _rate(
         short.weight_bytes,
         times.decode - overhead - short.attention_flops / decode_scores,
+        "memory bandwidth",
     )
-    products = _rate(first.weight_flops, times.prefill - overhead - first.attention_flops / scores)
+    products = _rate(
+        first.weight_flops,
+        times.prefill - overhead - first.attention_flops / scores,
+        "products with weights",
+    )
     # one rank per NUMA node; the measurement ran on all of them
     nodes = len(read_topology().nodes)
     return ServingMachine(
@@ -132,9 +145,15 @@ def solve(
     )
 
 
-def _rate(work: int | float, seconds: float) -> float:
-    """Work per second; on a busy machine, differences of times may not be positive."""
-    return work / max(seconds, 1e-9)
+def _rate(work: int | float, seconds: float, what: str) -> float:
+    """Work per second. Raises UserError where a difference of times is not positive, as other
+    programs, or the constant time of a small model, took the rest."""
+    if seconds <= 0:
+        raise UserError(
+            f"--machine {HERE}: the machine is too busy, or the model too small, to measure "
+            f"{what}; stop other programs and try again, or name a machine"
+        )
+    return work / seconds
 
 
 def sample_config(config: ModelConfig, dtype: str) -> ModelConfig:

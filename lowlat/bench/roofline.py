@@ -47,11 +47,16 @@ def case_cost(
     return step_cost(config, case_step(case), weights, cache=cache)
 
 
+def plain_rate(dtype: str) -> str:
+    """The measured rate that bounds attention beside weights of `dtype`."""
+    return "gemm_fp32" if dtype == "fp32" else "gemm_bf16"
+
+
 def peak_rates(dtype: str, rates: dict[str, float]) -> KernelRates:
     """Measured peaks as bounds of kernels. rates: bandwidth in bytes/s; gemm_fp32, gemm_bf16 and
     gemm_int8 in FLOP/s.
     """
-    plain = rates["gemm_fp32" if dtype == "fp32" else "gemm_bf16"]
+    plain = rates[plain_rate(dtype)]
     return KernelRates(
         bandwidth=rates["bandwidth"],
         # If the measured int8 GEMM is slower than bf16, bf16 is the bound.

@@ -2,8 +2,9 @@
 
 Every number of threads is a benchmark run of its own, with the machine's peak rates at that number.
 The limiting phase of a case is the one with the largest lower bound in the step model (weights or
-attention, by memory bandwidth or by arithmetic). If that bound explains less than half of the
-time, barriers and serial parts limit instead.
+attention, by memory bandwidth or by arithmetic). If the bounds explain less than half of the time,
+no phase is the limit: barriers and serial parts are if fewer threads come nearer to their bound,
+else kernels, which are as far below the roofline with few threads.
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,14 @@ from rich.table import Table
 from lowlat.bench import run
 from lowlat.bench.benchmark_plan import BenchmarkPlan
 from lowlat.bench.results_table import heading, new_table, number
+from lowlat.bench.roofline import RATES, peak_rates, plain_rate
 from lowlat.utils.progress import Progress
 
 EXPLAINED = 0.5
 """Least share of a case's time that its bound explains if one of its phases is the limit."""
+FALL = 0.8
+"""Share of the bound with the most threads over that with the fewest, below which barriers and
+serial parts are the limit."""
 BANDWIDTH = "bandwidth"
 
 
@@ -33,8 +38,9 @@ class CaseScaling:
     """Tokens per second for each number of threads."""
     limit: str
     """The limiting phase at the largest number of threads."""
-    resource_speedup: float
-    """How the peak rate of that phase scales over the same numbers of threads."""
+    resource_speedup: float | None
+    """How the peak rate of that phase scales over the same numbers of threads; None where no phase
+    is the limit."""
 
     @property
     def speedup(self) -> float | None:
@@ -72,34 +78,45 @@ def case_scaling(runs: Sequence[dict[str, Any]]) -> list[CaseScaling]:
     rows = [_rows(results) for results in runs]
     found = []
     for key, last in rows[-1].items():
-        limit, rate = limiting_phase(last, runs[-1]["plan"]["dtype"])
-        peaks = [results["calibration"]["median"][rate] for results in (runs[0], runs[-1])]
+        plan = runs[-1]["plan"]
+        limit, rate = limiting_phase(rows[0][key], last, plan["cache"])
+        peaks = [
+            peak_rates(plan["dtype"], results["calibration"]["median"])
+            for results in (runs[0], runs[-1])
+        ]
+        first, most = (getattr(peak, rate) if rate else None for peak in peaks)
         found.append(
             CaseScaling(
                 kind=key[0],
                 tokens=key[1],
                 rates=tuple(each[key]["tokens_per_second"] for each in rows),
                 limit=limit,
-                resource_speedup=peaks[1] / peaks[0],
+                resource_speedup=most / first if first and most else None,
             )
         )
     return found
 
 
-def limiting_phase(row: dict[str, Any], dtype: str) -> tuple[str, str]:
-    """(the limiting phase of lowlat's row of results, the rate of the calibration that bounds
-    it)."""
+def limiting_phase(
+    fewest: dict[str, Any], most: dict[str, Any], cache: str
+) -> tuple[str, str | None]:
+    """(what limits a case with the most threads, the field of `KernelRates` that bounds it; None
+    where no phase is the limit), from lowlat's rows of results with the fewest and most threads."""
+    share, alone = ((row["share_of_serial_bound"] or 0.0) for row in (most, fewest))
+    if share < EXPLAINED:
+        is_falling = share < FALL * alone
+        return "barriers and serial parts" if is_falling else "kernels below the roofline", None
     bounds = {
         (phase, resource): seconds
-        for phase, resources in row["bound_seconds"].items()
+        for phase, resources in most["bound_seconds"].items()
         for resource, seconds in resources.items()
     }
     phase, resource = max(bounds, key=lambda key: bounds[key])
-    gemm = "gemm_fp32" if dtype == "fp32" else "gemm_bf16"
-    rate = BANDWIDTH if resource == "memory" else gemm
-    if (row["share_of_serial_bound"] or 0.0) < EXPLAINED:
-        return "barriers and serial parts", rate
-    return f"{phase}, by {'memory bandwidth' if resource == 'memory' else 'arithmetic'}", rate
+    if resource == "memory":
+        return f"{phase}, by memory bandwidth", BANDWIDTH
+    # prefill attends to new tokens, which are not quantized yet
+    scores = "int8_scores" if cache == "int8" and most["kind"] == "decode" else "scores"
+    return f"{phase}, by arithmetic", "products" if phase == "weights" else scores
 
 
 def _rows(results: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
@@ -125,11 +142,14 @@ def scaling_table(scaling: dict[str, Any]) -> Table:
     for case in scaling["cases"]:
         rates = [number(rate) if rate else "-" for rate in case["tokens_per_second"]]
         speedup = f"{case['speedup']:.2f}x" if case["speedup"] else "-"
-        limit = f"{case['limit']} ({case['resource_speedup']:.2f}x)"
+        peak = case["resource_speedup"]
+        limit = case["limit"] if peak is None else f"{case['limit']} ({peak:.2f}x)"
         table.add_row(f"{case['kind']} {case['tokens']:,}", "tok/s", *rates, speedup, limit)
     table.add_section()
     peaks = [results["calibration"]["median"] for results in scaling["runs"]]
-    for name, unit in ((BANDWIDTH, "GB/s"), ("gemm_bf16", "GFLOP/s")):
+    dtype = scaling["runs"][-1]["plan"]["dtype"]
+    gemms = dict.fromkeys((plain_rate(dtype), RATES[dtype]))
+    for name, unit in ((BANDWIDTH, "GB/s"), *((gemm, "GFLOP/s") for gemm in gemms)):
         values = [peak[name] for peak in peaks]
         cells = [number(value / 1e9) for value in values]
         table.add_row(name, unit, *cells, f"{values[-1] / values[0]:.2f}x", "", style="dim")

@@ -1,13 +1,15 @@
 """This machine measured: the sample of a model's layers, and rates solved from times."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 
 from lowlat.bench import here
 from lowlat.config.presets import load_preset
+from lowlat.plan.serving.machines import MACHINES, ServingMachine
 from lowlat.plan.serving.step_cost import KernelRates, Step, step_cost, step_seconds
 from lowlat.plan.serving.weights import dtype_weights
+from lowlat.utils.errors import UserError
 from lowlat.utils.progress import SilentProgress
 from tests.unit.bench.benchmarks import random_checkpoint
 
@@ -63,12 +65,37 @@ def test_rates_that_explain_the_times_are_found():
     assert machine.layer_seconds == layer
 
 
+@pytest.mark.parametrize(
+    ("times", "what"),
+    [
+        ((1.0, 1.0, 4.0, 5.0, 1e-4), "attention of a decode step"),
+        ((1.0, 1.5, 4.0, 3.9, 1e-4), "attention of prefill"),
+        ((1.0, 1.5, 4.0, 5.0, 9.0), "memory bandwidth"),
+        ((30.0, 30.5, 4.0, 5.0, 1.0), "products with weights"),
+    ],
+)
+def test_times_that_no_rates_explain_are_refused(times: tuple[float, ...], what: str):
+    sample = here.sample_config(load_preset("deepseek-v2-lite"), "bf16")
+    names = ("decode", "long_decode", "prefill", "later_prefill", "layer")
+    taken = here.SampleTimes(**dict(zip(names, times, strict=True)))
+    with pytest.raises(UserError, match=f"^--machine here: the machine is too busy.*{what}; stop"):
+        here.solve(sample, dtype_weights(sample, "bf16"), "bf16", taken)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "int4", "fp32"])
 def test_any_dtype_is_measured(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    """The times; their differences may be lost in other load."""
+    found: list[here.SampleTimes] = []
+
+    def solve(*given: object) -> ServingMachine:
+        times = given[-1]
+        assert isinstance(times, here.SampleTimes)
+        found.append(times)
+        return MACHINES["h100"]
+
     monkeypatch.setattr(here, "SECONDS", 0.01)
     monkeypatch.setattr(here, "LONG", 2048)
-    machine = here.measure_here(
-        TINY, dtype, "int8" if dtype == "int8" else "bf16", SilentProgress()
-    )
-    assert machine.memory_bandwidth > 0 and machine.layer_seconds > 0
+    monkeypatch.setattr(here, "solve", solve)
+    here.measure_here(TINY, dtype, "int8" if dtype == "int8" else "bf16", SilentProgress())
+    assert min(astuple(found[0])) > 0

@@ -53,24 +53,72 @@ def test_the_curve_names_the_limiting_phase(curve: dict[str, Any]) -> None:
     assert "2.00x" in out.getvalue() and "weights, by memory bandwidth (1.27x)" in out.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("bounds", "share", "limit"),
-    [
-        ((1.0, 2.0, 0.5, 0.7), 0.9, ("weights, by arithmetic", "gemm_bf16")),
-        ((1.0, 2.0, 0.5, 2.5), 0.9, ("attention, by arithmetic", "gemm_bf16")),
-        ((1.0, 2.0, 3.5, 2.5), 0.9, ("attention, by memory bandwidth", "bandwidth")),
-        ((3.0, 2.0, 0.5, 2.5), 0.2, ("barriers and serial parts", "bandwidth")),
-    ],
-)
-def test_limits(bounds: tuple[float, ...], share: float, limit: tuple[str, str]) -> None:
-    row = {
+def limited(bounds: tuple[float, ...], share: float, kind: str = "decode") -> dict[str, Any]:
+    return {
+        "kind": kind,
         "share_of_serial_bound": share,
         "bound_seconds": {
             "weights": {"memory": bounds[0], "arithmetic": bounds[1]},
             "attention": {"memory": bounds[2], "arithmetic": bounds[3]},
         },
     }
-    assert scaling.limiting_phase(row, "bf16") == limit
+
+
+@pytest.mark.parametrize(
+    ("bounds", "limit"),
+    [
+        ((1.0, 2.0, 0.5, 0.7), ("weights, by arithmetic", "products")),
+        ((1.0, 2.0, 0.5, 2.5), ("attention, by arithmetic", "scores")),
+        ((1.0, 2.0, 3.5, 2.5), ("attention, by memory bandwidth", "bandwidth")),
+    ],
+)
+def test_limits(bounds: tuple[float, ...], limit: tuple[str, str]) -> None:
+    row = limited(bounds, 0.9)
+    assert scaling.limiting_phase(row, row, "bf16") == limit
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("decode", "int8_scores"), ("prefill", "scores")])
+def test_an_int8_cache_bounds_decode_by_its_own_rate(kind: str, rate: str) -> None:
+    row = limited((1.0, 2.0, 0.5, 2.5), 0.9, kind)
+    assert scaling.limiting_phase(row, row, "int8") == ("attention, by arithmetic", rate)
+
+
+@pytest.mark.parametrize(
+    ("alone", "share", "limit"),
+    [
+        (0.7, 0.2, "barriers and serial parts"),
+        (0.2, 0.2, "kernels below the roofline"),
+        (0.1, 0.2, "kernels below the roofline"),
+    ],
+)
+def test_barriers_limit_what_threads_slow(alone: float, share: float, limit: str) -> None:
+    """A share of the bound that is as low with few threads is the kernels', not the barriers'."""
+    bounds = (3.0, 2.0, 0.5, 2.5)
+    found = scaling.limiting_phase(limited(bounds, alone), limited(bounds, share), "bf16")
+    assert found == (limit, None)
+
+
+def test_barriers_have_no_peak_rate(curve: dict[str, Any]) -> None:
+    slow = copy.deepcopy(curve["runs"])
+    slow[1]["rows"][0]["share_of_serial_bound"] = 0.1
+    case = scaling.case_scaling(slow)[0]
+    assert case.limit == "barriers and serial parts" and case.resource_speedup is None
+    one = scaling.case_scaling(slow[1:])[0]
+    assert one.limit == "kernels below the roofline"
+
+
+def test_int8_products_are_bound_by_the_faster_of_both_rates(curve: dict[str, Any]) -> None:
+    runs = copy.deepcopy(curve["runs"])
+    for results, int8 in zip(runs, (3e9, 9e9), strict=True):
+        results["plan"]["dtype"] = "int8"
+        results["rows"][0]["bound_seconds"]["weights"]["arithmetic"] = 5.0
+        results["calibration"]["median"] |= {"gemm_bf16": 2e9, "gemm_int8": int8}
+    case = scaling.case_scaling(runs)[0]
+    assert case.limit == "weights, by arithmetic" and case.resource_speedup == pytest.approx(3.0)
+    out = StringIO()
+    found = {"threads": [1, 4], "cases": [], "runs": runs}
+    scaling.show_scaling(found, Console(file=out, width=120))
+    assert "gemm_int8" in out.getvalue() and "3.00x" in out.getvalue()
 
 
 def test_the_curve_is_drawn(curve: dict[str, Any], tmp_path: Path) -> None:
