@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 TOP = 10
 MOST = 10**8
 MOST_REDUNDANT = 4096
+MOST_LINK = 10**6
+"""Largest --network, in GB/s, and --latency, in microseconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,30 +124,23 @@ def plan_serve(
     from lowlat.plan.serving.search import all_layouts, rank_layouts
 
     _check_load(load)
+    links = _links(cluster)
     served = served_model(model, load.dtype)
-    machines = _cluster(cluster, served, load)
+    layout = _layout(served, cluster, load)
     job = _job(served, load, cluster)
-    if cluster.parallel is None:
-        layouts = all_layouts(served.config, machines)
-        if served.config.moe is not None and load.redundant_experts:
-            replicas = served.config.moe.n_routed_experts + load.redundant_experts
-            layouts = [each for each in layouts if replicas % each.stage_size == 0]
-    else:
-        layout = ServingLayout.parse(cluster.parallel)
-        check_layout(served.config, layout)
-        if layout.processes > machines.devices:
-            raise UserError(
-                f"--parallel {layout}: needs {layout.processes} devices, but {machines} has "
-                f"{machines.devices}; give more machines"
-            )
-        layouts = [layout]
+    machines = _cluster(cluster, served, load, layout)
+    machines = replace(machines, machine=replace(machines.machine, **links))
+    possible = all_layouts(served.config, machines) if layout is None else [layout]
+    layouts = [each for each in possible if _divides(served, load, each)]
     ranked = rank_layouts(served.config, job, machines, layouts)
+    left_out = len(possible) - len(layouts)
     if as_json:
-        print(json.dumps(plan_object(served, job, machines, ranked, top), indent=2))
+        found = plan_object(served, job, machines, ranked, top)
+        print(json.dumps(found | {"left_out": left_out}, indent=2))
         return
     from lowlat.cli.plan_serve_view import show
 
-    show(served, job, machines, ranked, top=top)
+    show(served, job, machines, ranked, top=top, left_out=left_out)
 
 
 def plan_object(
@@ -244,14 +239,64 @@ def _job(served: ServedModel, load: LoadOptions, cluster: ClusterOptions) -> "Se
     )
 
 
-def _cluster(cluster: ClusterOptions, served: ServedModel, load: LoadOptions) -> Cluster:
-    here = None
-    if split_count(cluster.machine)[1] == HERE:
-        from lowlat.bench.here import measure_here
-        from lowlat.utils.progress import make_progress
+def _layout(
+    served: ServedModel, cluster: ClusterOptions, load: LoadOptions
+) -> ServingLayout | None:
+    """The layout of --parallel. Raises UserError if it does not divide the model."""
+    if cluster.parallel is None:
+        return None
+    layout = ServingLayout.parse(cluster.parallel)
+    check_layout(served.config, layout)
+    if not _divides(served, load, layout):
+        ranks, number = layout.stage_size, load.redundant_experts or 0
+        assert served.config.moe is not None
+        more = -(served.config.moe.n_routed_experts + number) % ranks
+        raise UserError(
+            f"--redundant-experts {number}: the {ranks} ranks of a stage of --parallel {layout} do "
+            f"not divide {served.config.moe.n_routed_experts} experts and {number} replicas; give "
+            f"{number + more}"
+        )
+    return layout
 
-        here = measure_here(served.config, served.measured, load.cache, make_progress())
-    machines = parse_cluster(cluster.machine, here)
+
+def _divides(served: ServedModel, load: LoadOptions, layout: ServingLayout) -> bool:
+    """Whether the ranks of a stage have equally many experts and replicas."""
+    if served.config.moe is None:
+        return True
+    replicas = served.config.moe.n_routed_experts + (load.redundant_experts or 0)
+    return replicas % layout.stage_size == 0
+
+
+def _cluster(
+    cluster: ClusterOptions, served: ServedModel, load: LoadOptions, layout: ServingLayout | None
+) -> Cluster:
+    """The machines, with enough devices for `layout`. Raises UserError."""
+    count, name = split_count(cluster.machine)
+    if name != HERE:
+        machines = parse_cluster(cluster.machine)
+        _check_devices(layout, machines.devices, str(machines))
+        return machines
+    from lowlat.utils.topology import read_topology
+
+    # before the measurement, which takes seconds
+    _check_devices(layout, count * len(read_topology().nodes), f"{count} x {HERE}")
+    from lowlat.bench.here import measure_here
+    from lowlat.utils.progress import make_progress
+
+    here = measure_here(served.config, served.measured, load.cache, make_progress())
+    return parse_cluster(cluster.machine, here)
+
+
+def _check_devices(layout: ServingLayout | None, devices: int, name: str) -> None:
+    if layout is not None and layout.processes > devices:
+        raise UserError(
+            f"--parallel {layout}: needs {layout.processes} devices, but {name} has {devices}; "
+            "give more machines"
+        )
+
+
+def _links(cluster: ClusterOptions) -> dict[str, float]:
+    """Fields of the machine that --network and --latency change. Raises UserError."""
     changes: dict[str, float] = {}
     for option, value, field, unit in (
         ("--network", cluster.network, "network_bandwidth", 1e9),
@@ -259,7 +304,7 @@ def _cluster(cluster: ClusterOptions, served: ServedModel, load: LoadOptions) ->
     ):
         if value is None:
             continue
-        if not 0 < value < 1e9:
-            raise UserError(f"{option} {value}: give a number above 0")
+        if not 0 < value <= MOST_LINK:
+            raise UserError(f"{option} {value:g}: give a number above 0, up to {MOST_LINK:,}")
         changes[field] = value * unit
-    return replace(machines, machine=replace(machines.machine, **changes))
+    return changes

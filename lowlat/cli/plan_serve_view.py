@@ -18,9 +18,11 @@ def show(
     ranked: RankedLayouts,
     *,
     top: int,
+    left_out: int = 0,
     console: Console | None = None,
 ) -> None:
-    """Print the best `top` layouts, the parts of the best one, and those that do not fit."""
+    """Print the best `top` layouts, the parts of the best one, and those that do not fit. left_out:
+    layouts whose ranks do not divide the experts and their replicas."""
     console = Console() if console is None else console
     print_block(_title(served, job, machines), console)
     if ranked.fitting:
@@ -28,6 +30,8 @@ def show(
         print_block(_best(ranked.fitting[0]), console)
     if ranked.too_large:
         print_block(_too_large(ranked.too_large[:top], len(ranked.too_large)), console)
+    if left_out:
+        print_block(_left_out(served, job, left_out), console)
     print_block(_assumed(machines.machine), console)
     console.print()
 
@@ -36,10 +40,11 @@ def _title(served: ServedModel, job: ServingJob, machines: Cluster) -> Text:
     size = served.weights.total(served.config)
     device = machines.machine
     lines = (
-        f"{machines}, {machines.devices} devices of {device.memory_bytes / 1e9:,.0f} GB at "
-        f"{device.memory_bandwidth / 1e9:,.0f} GB/s",
+        f"{machines}, {_counted(machines.devices, 'device')} of "
+        f"{device.memory_bytes / 1e9:,.0f} GB at {device.memory_bandwidth / 1e9:,.0f} GB/s",
         f"{size / 1e9:,.1f} GB of weights ({served.stored}), {job.cache} KV cache",
-        f"{job.users:,} users with {job.context:,} cached tokens; prompts of {job.prompt:,} tokens",
+        f"{_counted(job.users, 'user')} with {job.context:,} cached tokens; "
+        f"prompts of {job.prompt:,} tokens",
     )
     return Text.assemble((served.name, "bold"), "\n", ("\n".join(lines), "dim"), overflow="fold")
 
@@ -101,6 +106,16 @@ def _too_large(found: list[ServingEstimate], total: int) -> Table:
     return table
 
 
+def _left_out(served: ServedModel, job: ServingJob, number: int) -> Text:
+    experts = 0 if served.config.moe is None else served.config.moe.n_routed_experts
+    return Text(
+        f"Left out: {_counted(number, 'layout')} whose ranks do not divide "
+        f"{experts} experts and {job.redundant_experts} replicas (--redundant-experts).",
+        style="yellow",
+        overflow="fold",
+    )
+
+
 def _assumed(machine: ServingMachine) -> Text:
     link, network = machine.node_bandwidth / 1e9, machine.network_bandwidth / 1e9
     return Text(
@@ -110,6 +125,10 @@ def _assumed(machine: ServingMachine) -> Text:
         style="dim",
         overflow="fold",
     )
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def _gb(size: int | float) -> str:

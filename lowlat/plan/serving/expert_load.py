@@ -21,6 +21,8 @@ from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object
 ROWS = 2048
 """Most simulated tokens."""
 LEAST_TRIALS = 4
+MOST_TOKENS = 2**53
+"""Largest count of an expert, which a float holds exactly."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,11 +126,12 @@ def read_loads(path: Path, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
         raise UserError(f"{where}: has no loads; write it with lowlat eval --expert-loads")
     for layer, counts in loads.items():
         is_counts = isinstance(counts, list) and all(
-            isinstance(count, int) and not isinstance(count, bool) and count >= 0
+            isinstance(count, int) and not isinstance(count, bool) and 0 <= count <= MOST_TOKENS
             for count in counts
         )
         if not is_counts or len(counts) != experts:
             raise UserError(
-                f"{where}: loads.{layer}: must be a count for each of the model's {experts} experts"
+                f"{where}: loads.{layer}: must be a count for each of the model's {experts} "
+                "experts, from 0 to 2^53"
             )
     return tuple(tuple(counts) for counts in loads.values())

@@ -87,14 +87,14 @@ def _server(
     ghz: int | float,
     per_cycle: int,
     gbs: int | float,
-    gb: int = 768,
+    gib: int = 768,
     amx: bool,
 ) -> ServingMachine:
-    """A two-socket server. per_cycle: bf16 FLOPs per cycle and core; gbs, gb: per socket."""
+    """A two-socket server. per_cycle: bf16 FLOPs per cycle and core; gbs, gib: per socket."""
     rate = cores * ghz * 1e9 * per_cycle
     machine = ServingMachine(
         name=name,
-        memory_bytes=gb * GIB,
+        memory_bytes=gib * GIB,
         reserve_bytes=RESERVE,
         devices=2,
         devices_per_node=2,
@@ -130,7 +130,7 @@ MACHINES = {
     for machine in (
         _server("epyc-9654", cores=96, ghz=2.4, per_cycle=64, gbs=460.8, amx=False),
         _server("epyc-9755", cores=128, ghz=2.7, per_cycle=128, gbs=576, amx=False),
-        _server("xeon-8480", cores=56, ghz=2.0, per_cycle=2048, gbs=307.2, gb=512, amx=True),
+        _server("xeon-8480", cores=56, ghz=2.0, per_cycle=2048, gbs=307.2, gib=512, amx=True),
         _server("xeon-6980p", cores=128, ghz=2.0, per_cycle=2048, gbs=614.4, amx=True),
         _gpu(H100),
         _gpu(H800),
@@ -141,7 +141,7 @@ MACHINES = {
 data sheets; 100 Gb/s of network per server), and GPUs in nodes of eight."""
 
 KEYS = {
-    "memory": ("memory_bytes", GIB),
+    "memory": ("memory_bytes", 10**9),
     "bandwidth": ("memory_bandwidth", 1e9),
     "devices": ("devices", 1),
     "devices_per_node": ("devices_per_node", 1),
@@ -155,7 +155,7 @@ KEYS = {
     "attention_share": ("attention_share", 1),
     "decode_attention_share": ("decode_attention_share", 1),
 }
-"""Keys of a machine's TOML table: field and unit (GB, GB/s, microseconds)."""
+"""Keys of a machine's TOML table: field and unit (GB of 10^9 bytes, GB/s, microseconds)."""
 RATES: dict[str, Precision] = {"bf16": "bf16", "fp32": "fp32", "fp8": "fp8"}
 """Keys of rates, in TFLOP/s."""
 COUNTS = ("devices", "devices_per_node")
@@ -184,9 +184,10 @@ def split_count(text: str) -> tuple[int, str]:
     match = re.fullmatch(r"([0-9]+)x(.+)", text)
     if match is None:
         return 1, text
-    if not 1 <= int(match[1][:9]) <= MOST_MACHINES:
+    count = int(match[1].lstrip("0")[:9] or 0)
+    if not 1 <= count <= MOST_MACHINES:
         raise UserError(f"--machine '{text}': give 1 to {MOST_MACHINES} machines")
-    return int(match[1]), match[2]
+    return count, match[2]
 
 
 def read_machine(path: Path) -> ServingMachine:
@@ -200,7 +201,7 @@ def read_machine(path: Path) -> ServingMachine:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--machine {path}: is not TOML ({error})") from error
     like = table.pop("like", None)
-    if like not in MACHINES:
+    if not isinstance(like, str) or like not in MACHINES:
         raise UserError(
             f"--machine {path}: like = {like!r}: name the preset that the table changes, one of "
             f"{', '.join(MACHINES)}"

@@ -1,7 +1,9 @@
 """`lowlat plan serve`: tables, JSON, measured loads of experts, and errors in one line."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -93,6 +95,51 @@ def test_measured_loads_and_redundant_experts(tmp_path: Path):
     assert "placed by load (EPLB)" in run(*arguments)
 
 
+def test_replicas_that_do_not_divide(tmp_path: Path):
+    """A layout of one's own is refused with what would divide; of all layouts, those left out are
+    counted."""
+    file = tmp_path / "loads.json"
+    file.write_text(json.dumps({"loads": {"1": [1] * 256}}))
+    arguments = (*V3, "--expert-loads", str(file), "--redundant-experts", "3")
+    with pytest.raises(UserError) as error:
+        run(*arguments, "--parallel", "expert=8")
+    assert str(error.value) == (
+        "--redundant-experts 3: the 8 ranks of a stage of --parallel expert=8 do not divide 256 "
+        "experts and 3 replicas; give 8"
+    )
+    found = answer(*arguments, "--top", "1000")
+    every = answer(*V3, "--top", "1000")
+    kept, all_layouts = (len(each["layouts"] + each["too_large"]) for each in (found, every))
+    assert found["left_out"] == all_layouts - kept > 0 == every["left_out"]
+    text = " ".join(run(*arguments).split())
+    number = found["left_out"]
+    assert f"Left out: {number} layouts whose ranks do not divide 256 experts and 3" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--parallel", "tensor=3"),
+        ("--parallel", "tensor=128"),
+        ("--network", "0"),
+        ("--context", "10000000"),
+    ],
+)
+def test_faults_are_found_before_this_machine_is_measured(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    # without measure_here, which would be imported
+    monkeypatch.setitem(sys.modules, "lowlat.bench.here", ModuleType("here"))
+    here = ("plan", "serve", "deepseek-v3", "--machine", "here", "--context", "512")
+    with pytest.raises(UserError, match=f"^{arguments[0]} "):
+        run(*here, *arguments)
+
+
+def test_one_user_is_one():
+    text = run(*V3)
+    assert "1 user with" in text and "users with" not in text
+
+
 def test_loads_of_a_real_model(tmp_path: Path):
     """minnow's routing of a text, counted in PyTorch: every token of a layer uses its experts."""
     text, file = tmp_path / "text.txt", tmp_path / "loads.json"
@@ -123,7 +170,8 @@ def test_loads_of_a_real_model(tmp_path: Path):
         (("--parallel", "tensor=16"), "needs 16 devices, but 4 x epyc-9654 has 8"),
         (("--dtype", "q9"), "--dtype 'q9' is unknown"),
         (("--cache", "fp4"), "--cache 'fp4' is unknown"),
-        (("--network", "0"), "--network 0.0: give a number above 0"),
+        (("--network", "0"), "--network 0: give a number above 0, up to 1,000,000"),
+        (("--network", "1e9"), "--network 1e+09: give a number above 0, up to 1,000,000"),
         (("--redundant-experts", "4"), "--redundant-experts needs --expert-loads FILE"),
         (("--expert-loads", "nowhere"), "--expert-loads nowhere: cannot be read"),
     ],
@@ -139,6 +187,11 @@ def test_faults_are_one_line(arguments: tuple[str, ...], message: str):
     [
         ("[]", "must hold a JSON object"),
         ("{}", "has no loads"),
+        pytest.param(
+            f'{{"loads": {{"3": {[10**400] + [0] * 255}}}}}',
+            r"experts, from 0 to 2\^53",
+            id="huge count",
+        ),
         ('{"loads": {"3": [1, 2]}}', "loads.3: must be a count for each of the model's 256"),
     ],
 )

@@ -31,7 +31,7 @@ def test_a_table_changes_a_preset(tmp_path: Path):
     )
     cluster = parse_cluster(f"3x{path}")
     assert cluster.machines == 3 and cluster.machine.name == "box"
-    assert cluster.machine.memory_bytes == 384 * 2**30
+    assert cluster.machine.memory_bytes == 384 * 10**9
     assert cluster.machine.memory_bandwidth == 350e9
     assert cluster.machine.flops["bf16"] == 10e12
     assert cluster.machine.network_latency == pytest.approx(5e-6)
@@ -41,6 +41,7 @@ def test_a_table_changes_a_preset(tmp_path: Path):
     ("text", "message"),
     [
         ("", "like = None: name the preset"),
+        ('like = ["h100"]', r"like = \['h100'\]: name the preset"),
         ('like = "abacus"', "like = 'abacus'"),
         ('like = "h100"\nwidth = 3', "unknown key width"),
         ('like = "h100"\nbandwidth = -1', "bandwidth: give a number above 0, not -1"),
@@ -64,6 +65,7 @@ def test_faults_of_tables_name_file_and_key(tmp_path: Path, text: str, message: 
         ("abacus", "'abacus' is unknown; choose one of epyc"),
         ("0xh100", "give 1 to 4096 machines"),
         ("99999xh100", "give 1 to 4096 machines"),
+        pytest.param(f"00000000{'9' * 5000}xh100", "give 1 to 4096 machines", id="long number"),
         ("nowhere.toml", r"nowhere\.toml: cannot be read"),
     ],
 )
