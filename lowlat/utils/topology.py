@@ -10,6 +10,9 @@ from pathlib import Path
 from lowlat.utils.cgroups import group_folders
 
 ROOT = Path("/")
+CPUSETS = ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus")
+"""Files of a cpuset, preferred first: of cgroup v2, of v1, and of v1 where only the requested
+processors are listed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +82,8 @@ def _allowed(root: Path) -> set[int]:
     else:
         allowed = _listed_affinity(root) or set(range(os.cpu_count() or 1))
     for folder in group_folders("cpuset", root):
-        for name in ("cpuset.cpus.effective", "cpuset.effective_cpus"):
-            own = set(parse_cpu_list(_read(folder / name)))
-            allowed = allowed & own or allowed
+        own = next(filter(None, (_read(folder / name) for name in CPUSETS)), "")
+        allowed = allowed & set(parse_cpu_list(own)) or allowed
     return allowed
 
 

@@ -51,6 +51,18 @@ def test_affinity_and_cpuset_limit_it(tmp_path: Path):
     assert found.nodes == (1,)
 
 
+def test_cpusets_of_cgroup_v1(tmp_path: Path):
+    """Its effective processors, or without them those that it lists."""
+    root = machine(tmp_path, allowed="0-3")
+    (root / "proc/self/cgroup").write_text("4:cpuset:/box\n")
+    folder = root / "sys/fs/cgroup/cpuset/box"
+    folder.mkdir(parents=True)
+    (folder / "cpuset.cpus").write_text("1-2\n")
+    assert read_topology(root).cpus == (1, 2)
+    (folder / "cpuset.effective_cpus").write_text("2\n")
+    assert read_topology(root).cpus == (2,)
+
+
 def test_a_container_without_sys(tmp_path: Path):
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/status").write_text("Cpus_allowed_list:\t1-2\n")
