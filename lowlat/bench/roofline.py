@@ -48,7 +48,7 @@ def case_cost(
 
 
 def plain_rate(dtype: str) -> str:
-    """The measured rate that bounds attention next to weights of `dtype`."""
+    """The measured rate that bounds attention in a model with weights of `dtype`."""
     return "gemm_fp32" if dtype == "fp32" else "gemm_bf16"
 
 
