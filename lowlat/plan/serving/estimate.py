@@ -289,7 +289,7 @@ def _memory(
         layers=layers, has_head=is_last, tensor=layout.tensor, experts=experts, choices=0.0
     )
     held = step_cost(config, Step(), weights, share=share).weight_bytes
-    held += _embedding_bytes(weights, layout, is_first=layers.start == 0, is_last=is_last)
+    held += embedding_bytes(weights, layout, is_first=layers.start == 0, is_last=is_last)
     held += weights.mtp / ranks * is_last
     cached = range(layers.start, config.num_cache_layers) if is_last else layers
     entries = entry_bytes(config, job.cache, cached, layout.tensor)
@@ -298,7 +298,7 @@ def _memory(
     return {"weights": held, "KV cache": cache, "workspace": _workspace(config, own_users)}
 
 
-def _embedding_bytes(
+def embedding_bytes(
     weights: WeightBytes, layout: ServingLayout, *, is_first: bool, is_last: bool
 ) -> int | float:
     """Bytes of the input embedding of a rank, beyond its part of the head.

@@ -8,7 +8,13 @@ from lowlat.config.parameter_count import count_parameters
 from lowlat.config.presets import load_preset
 from lowlat.config.serving_layout import ServingLayout
 from lowlat.config.weight_memory import weight_bytes
-from lowlat.plan.serving.estimate import ServingEstimate, ServingJob, estimate, stage_layers
+from lowlat.plan.serving.estimate import (
+    ServingEstimate,
+    ServingJob,
+    embedding_bytes,
+    estimate,
+    stage_layers,
+)
 from lowlat.plan.serving.expert_load import busiest_rank
 from lowlat.plan.serving.layout import check_layout
 from lowlat.plan.serving.machines import Cluster, ServingMachine, parse_cluster
@@ -213,6 +219,12 @@ def test_tied_embeddings_are_in_the_first_and_last_stage():
 
     rows = LLAMA.vocab_size * LLAMA.hidden_size * 2
     assert held() == pytest.approx(weights.total(tied))
+    stages = ((True, False), (False, False), (False, True))
+    found = [
+        embedding_bytes(weights, ServingLayout(pipeline=3), is_first=first, is_last=last)
+        for first, last in stages
+    ]
+    assert found == [rows, 0, 0]  # the last has it as its head
     assert held(pipeline=2) == pytest.approx((weights.total(tied) - rows) / 2 + rows, rel=1e-4)
     assert held(tensor=2) == pytest.approx((weights.total(tied) - rows) / 2 + rows, rel=1e-4)
 
