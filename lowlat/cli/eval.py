@@ -49,6 +49,8 @@ def evaluate(
     from lowlat.cli.inputs import load_model, read_text_file
     from lowlat.utils.progress import make_progress
 
+    if parallel is not None and expert_loads is not None:
+        raise UserError("--expert-loads counts in one process; leave out --parallel")
     content = read_text_file(text)
     loaded = load_model(model, parallel=parallel, **asdict(machine))
     started = time.perf_counter()

@@ -22,6 +22,7 @@ from lowlat.engine.runner import ModelRunner
 from lowlat.engine.step_record import RecordKind, StepRecord
 from lowlat.model.share import ModelShare
 from lowlat.model.transformer import Transformer
+from lowlat.utils.errors import UserError
 from lowlat.utils.process_group import ProcessGroup, Sending
 
 T = TypeVar("T")
@@ -59,6 +60,12 @@ class ParallelRunner(ModelRunner):
         """options: those of ModelRunner."""
         super().__init__(model, **options)
         self.group, share = group, model.share
+        if share.tensor > 1 and not self.is_batch_invariant:
+            raise UserError(
+                f"tensor={share.tensor}: rounding in PyTorch depends on the number of rows of a "
+                "matrix; divide by pipeline or expert, or use --dtype bf16, which runs on native "
+                "kernels"
+            )
         self._size = max(share.tensor, share.experts)
         """Processes of a stage."""
         self._last = range(group.world_size - self._size, group.world_size)
@@ -90,42 +97,42 @@ class ParallelRunner(ModelRunner):
     def step(
         self, chunks: Sequence[Chunk]
     ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "tokens hidden"]]:
-        self._announce(RecordKind.STEP, chunks=chunks)
-        return self._in_step(lambda: self._lead_step(chunks))
+        record = self._record(RecordKind.STEP, chunks=chunks)
+        return self._lead(record, lambda: self._lead_step(chunks))
 
     @torch.inference_mode()
     def mtp(
         self, depth: int, hidden: Float[Tensor, "tokens hidden"], chunks: Sequence[Chunk]
     ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "rows vocab"]]:
-        self._announce(RecordKind.MTP, depth, chunks=chunks)
-        return self._in_step(lambda: self._lead_mtp(depth, hidden, chunks))
+        record = self._record(RecordKind.MTP, depth, chunks=chunks)
+        return self._lead(record, lambda: self._lead_mtp(depth, hidden, chunks))
 
     def copy_page(self, source: int, destination: int) -> None:
-        self._announce(RecordKind.COPY_PAGE, source, destination)
-        self._in_step(lambda: super(ParallelRunner, self).copy_page(source, destination))
+        record = self._record(RecordKind.COPY_PAGE, source, destination)
+        self._lead(record, lambda: super(ParallelRunner, self).copy_page(source, destination))
 
     def export_page(self, page: int, out: UInt8[Tensor, " page_bytes"]) -> None:
         """The layers of all stages in order, as one process exports them."""
-        self._announce(RecordKind.EXPORT_PAGE, page)
-        self._in_step(lambda: self._lead_export(page, out))
+        record = self._record(RecordKind.EXPORT_PAGE, page)
+        self._lead(record, lambda: self._lead_export(page, out))
 
     def import_page(self, page: int, stored: UInt8[Tensor, " page_bytes"]) -> None:
-        self._announce(RecordKind.IMPORT_PAGE, page)
-        self._in_step(lambda: self._lead_import(page, stored))
+        record = self._record(RecordKind.IMPORT_PAGE, page)
+        self._lead(record, lambda: self._lead_import(page, stored))
 
     def weights_digest(self, own: str) -> str:
         """Process 0's call; the digests of all processes."""
-        self._announce(RecordKind.DIGEST)
-        return " ".join(self.group.gather_texts(own))
+        record = self._record(RecordKind.DIGEST)
+        return self._lead(record, lambda: " ".join(self.group.gather_texts(own)))
 
     def end(self) -> None:
         """End the processes that follow; the runner cannot be used afterwards."""
-        if self._has_ended:
+        if self._has_ended or self.group.has_left:
             return
         self._has_ended = True
         if self._is_busy:  # interrupted between two messages
             return self.group.abandon("process 0 was interrupted")
-        self._announce(RecordKind.END)
+        self.group.announce(self._record(RecordKind.END).encode())
         self.group.leave()
 
     def free(self) -> None:
@@ -181,11 +188,19 @@ class ParallelRunner(ModelRunner):
         logits = torch.empty(rows, self.model.config.vocab_size, dtype=kind)
         return self.group.receive(logits, peer), hidden
 
-    def _announce(self, kind: RecordKind, *numbers: int, chunks: Sequence[Chunk] = ()) -> None:
-        record = StepRecord(
+    def _record(self, kind: RecordKind, *numbers: int, chunks: Sequence[Chunk] = ()) -> StepRecord:
+        return StepRecord(
             kind=kind, num_pages=self.allocator.num_pages, numbers=numbers, chunks=chunks
         )
-        self.group.announce(record.encode())
+
+    def _lead(self, record: StepRecord, act: Callable[[], T]) -> T:
+        """Announce `record` and do process 0's part of it."""
+
+        def announced() -> T:
+            self.group.announce(record.encode())
+            return act()
+
+        return self._in_step(announced)
 
     # --- the others ----------------------------------------------------------------------------
 

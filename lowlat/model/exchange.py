@@ -8,10 +8,8 @@ every output has the sums of one process, in their order.
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped
-from torch import Tensor, nn
-
-from lowlat.model.linear import Linear
+from jaxtyping import Shaped
+from torch import Tensor
 
 
 @runtime_checkable
@@ -37,21 +35,3 @@ def gathered(
     if own.nbytes:
         exchange.gather(group, own, out)
     return out
-
-
-def gather_columns(
-    exchange: Exchange, own: Float[Tensor, "rows columns"], size: int
-) -> Float[Tensor, "rows all_columns"]:
-    """The columns of all processes of tensor parallelism, in order of their ranks."""
-    return gathered(exchange, TENSOR, own, size).transpose(0, 1).flatten(1)
-
-
-def project(
-    linear: nn.Module, x: Float[Tensor, "rows columns"], exchange: Exchange | None
-) -> Float[Tensor, "rows out"]:
-    """`linear` over the columns of all processes; its outputs in all of them."""
-    if not isinstance(linear, Linear) or linear.parts == 1:
-        return linear(x)
-    assert exchange is not None
-    own = linear(gather_columns(exchange, x, linear.parts))
-    return gather_columns(exchange, own, linear.parts)

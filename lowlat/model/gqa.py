@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import GQAConfig, ModelConfig
-from lowlat.model.exchange import Exchange, project
 from lowlat.model.linear import Linear, RMSNorm
 from lowlat.ops.rope import RotaryTable, apply_rope
 
@@ -22,7 +21,6 @@ class GQA(nn.Module):
         super().__init__()
         self.layer = layer
         self.dims = attention
-        self.exchange: Exchange | None = None
         self.scale = config.softmax_scale_of(layer)
         self.window = config.window(layer)
         self.interleave = config.rope_of(layer).rope_interleave
@@ -52,4 +50,4 @@ class GQA(nn.Module):
         q = apply_rope(q, rope, interleave=self.interleave)
         k = apply_rope(k, rope, interleave=self.interleave)
         out = attention.gqa(self.layer, q, k, v, self.scale, self.window)
-        return project(self.o_proj, out.flatten(1), self.exchange)
+        return self.o_proj(out.flatten(1))

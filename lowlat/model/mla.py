@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig
-from lowlat.model.exchange import Exchange, project
 from lowlat.model.indexer import Indexer
 from lowlat.model.linear import Linear, RMSNorm
 from lowlat.ops.rope import RotaryTable, apply_rope, scale_queries
@@ -42,7 +41,6 @@ class MLA(nn.Module):
         super().__init__()
         self.layer = layer
         self.dims = attention
-        self.exchange: Exchange | None = None
         self.scale = config.softmax_scale_of(layer)
         self.interleave = config.rope_of(layer).rope_interleave
         hidden, heads, bias = (
@@ -88,7 +86,7 @@ class MLA(nn.Module):
             out = attention.sparse_mla(
                 self.layer, q_nope, q_rope, entries, w_uk, w_uv, self.scale, index
             )
-        return project(self.o_proj, out.flatten(1), self.exchange)
+        return self.o_proj(out.flatten(1))
 
     def attend(
         self,

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowlat.config.model import ModelConfig, MoEConfig
-from lowlat.model.exchange import EXPERT, Exchange, gathered, project
+from lowlat.model.exchange import EXPERT, Exchange, gathered
 from lowlat.model.linear import Linear, RMSNorm
 from lowlat.ops.experts import routed_experts, swiglu
 from lowlat.ops.routing import Routing, route
@@ -18,14 +18,12 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int, *, dtype: torch.dtype) -> None:
         super().__init__()
-        self.exchange: Exchange | None = None
         self.gate_proj = Linear(hidden_size, inner_size, dtype=dtype)
         self.up_proj = Linear(hidden_size, inner_size, dtype=dtype)
         self.down_proj = Linear(inner_size, hidden_size, dtype=dtype)
 
     def forward(self, x: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens hidden"]:
-        inner = swiglu(self.gate_proj(x), self.up_proj(x))
-        return project(self.down_proj, inner, self.exchange)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Gate(nn.Module):

@@ -8,11 +8,10 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.config.model import AttentionConfig, MLAConfig, ModelConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.division import divide_layer, divide_rows, part_of
-from lowlat.model.exchange import Exchange, gather_columns
-from lowlat.model.gqa import GQA
+from lowlat.model.exchange import Exchange
 from lowlat.model.linear import Embedding, Linear, RMSNorm
 from lowlat.model.mla import MLA
-from lowlat.model.moe import MLP, Experts
+from lowlat.model.moe import Experts
 from lowlat.model.mtp import MTPModule
 from lowlat.model.quant import store_packed, store_quantized
 from lowlat.model.rotary import RotaryEmbeddings
@@ -131,7 +130,7 @@ class Transformer(nn.Module):
         """Gather the parts of a divided model by `exchange`."""
         self.exchange = exchange
         for module in self.modules():
-            if isinstance(module, MLA | GQA | MLP | Experts):
+            if isinstance(module, Experts):
                 module.exchange = exchange
 
     @staticmethod
@@ -208,7 +207,4 @@ class Transformer(nn.Module):
             scores = hidden @ self.embed_tokens.dense_weight(hidden.dtype).T
         else:
             scores = head(hidden)
-            if head.parts > 1:
-                assert self.exchange is not None
-                scores = gather_columns(self.exchange, scores, head.parts)
         return scores.to(torch.promote_types(scores.dtype, torch.float32))

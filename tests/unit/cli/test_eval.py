@@ -57,6 +57,13 @@ def test_numbers_that_are_not_finite_are_null() -> None:
         assert (told["bits_per_byte"] is None) == (nll != 1e6)
 
 
+def test_loads_of_experts_are_counted_in_one_process(lowlat: Invoke, alphabet: Path) -> None:
+    counting = ["--expert-loads", "loads.json", "--parallel", "pipeline=2"]
+    result = lowlat("eval", "tiny", "--text", str(alphabet), *counting)
+    assert isinstance(result.exception, UserError)
+    assert "leave out --parallel" in str(result.exception)
+
+
 def test_text_form(lowlat: Invoke, alphabet: Path) -> None:
     result = lowlat("eval", "tiny", "--text", str(alphabet), "--window", "50")
     assert "perplexity" in result.stdout and "bits per byte" in result.stdout
