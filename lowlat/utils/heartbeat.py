@@ -2,7 +2,9 @@
 that are dead, stopped (SIGSTOP) or cut off the network, whatever this process is waiting for.
 """
 
+import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -21,6 +23,7 @@ GRACE_SECONDS = 2.0
 EXIT_CODE = 1
 
 _LOST = "lowlat/lost"
+_LEADER = "lowlat/leader"
 
 
 @final
@@ -28,7 +31,8 @@ class Heartbeat:
     """Two threads: one beats and reads the store, which may block; one watches its progress.
 
     Process 0 watches all others, which watch process 0. When one is lost, or `lose` is called, the
-    process calls `on_lost` with the reason, waits GRACE_SECONDS, and ends with EXIT_CODE.
+    process calls `on_lost` with the reason, waits GRACE_SECONDS, and ends with EXIT_CODE. On Linux,
+    processes on its machine kill a silent process 0, whose clients would wait for it.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
@@ -41,6 +45,7 @@ class Heartbeat:
         self._seen = dict.fromkeys(self._watched, time.monotonic())
         self._store_seen = time.monotonic()
         self._reason: str | None = None
+        self._leader = _leader_on_this_machine(store, rank)
         self._ended = threading.Event()
         for name, body in (("beat", self._beat), ("watch", self._watch)):
             threading.Thread(target=body, name=f"lowlat-{name}", daemon=True).start()
@@ -87,8 +92,14 @@ class Heartbeat:
                 for peer, seen in self._seen.items():
                     if self._store_seen - seen > PEER_SECONDS:
                         self.lose(f"process {peer} of {self._world_size} no longer answers")
+                        self._kill_leader()
             if self._reason is not None:
                 self._abandon(self._reason)
+
+    def _kill_leader(self) -> None:
+        if self._leader is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                signal.pidfd_send_signal(self._leader, signal.SIGKILL)
 
     def _abandon(self, reason: str) -> None:
         try:
@@ -98,6 +109,17 @@ class Heartbeat:
             sys.stderr.flush()
             # Threads that wait for a lost process cannot be interrupted.
             os._exit(EXIT_CODE)
+
+
+def _leader_on_this_machine(store: Store, rank: int) -> int | None:
+    """A file descriptor of process 0, if this is another process of its machine."""
+    if rank == 0:
+        store.set(_LEADER, str(os.getpid()))
+        return None
+    # torchrun numbers processes machine by machine
+    if os.environ.get("LOCAL_RANK") != str(rank) or not hasattr(os, "pidfd_open"):
+        return None
+    return os.pidfd_open(int(store.get(_LEADER)))
 
 
 def _key(rank: int) -> str:

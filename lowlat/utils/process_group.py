@@ -76,6 +76,7 @@ class ProcessGroup:
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self.traffic = Traffic()
+        self.has_left = False
         self.heartbeat = Heartbeat(store, rank, world_size)
         self._store = store
 
@@ -178,6 +179,7 @@ class ProcessGroup:
 
     def leave(self) -> None:
         """End as it should: the others are about to do so, too."""
+        self.has_left = True
         self.heartbeat.end()
         dist.destroy_process_group()
         time.sleep(SETTLING)
@@ -196,7 +198,8 @@ class ProcessGroup:
             self.leave()
             if self._is_first_report():
                 raise
-            end_silently()
+            time.sleep(GRACE_SECONDS)  # torchrun stops all processes when one ends
+            raise SystemExit(2) from None
 
     def _is_first_report(self) -> bool:
         try:
@@ -256,12 +259,13 @@ def join_group(processes: int, option: str) -> ProcessGroup:
 
 @contextmanager
 def quiet_followers() -> Iterator[None]:
-    """Within this context, an error that all processes raise is printed by process 0."""
+    """Within this context, an error that all processes raise is printed by process 0 alone, after
+    which torchrun ends the others."""
     try:
         yield
     except UserError:
         if is_follower():
-            end_silently()
+            time.sleep(GRACE_SECONDS)
         raise
 
 
@@ -271,12 +275,6 @@ def refuse_alone() -> Never:
         f"torchrun has started {started_processes()} processes, each of which would load the whole"
         " model; add --parallel, such as --parallel pipeline=2"
     )
-
-
-def end_silently() -> Never:
-    """End this process, whose error another one prints: torchrun stops all when one ends."""
-    time.sleep(GRACE_SECONDS)
-    raise SystemExit(2)
 
 
 def _choose_interface(world: int) -> None:
