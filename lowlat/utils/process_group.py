@@ -4,9 +4,9 @@ options, and the end of all processes when one fails.
 Built on torch.distributed with gloo. A process that cannot reach another one ends (`heartbeat`).
 """
 
-import itertools
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -36,7 +36,9 @@ FIRST_INTEGERS = 512
 """Integers of the first message of a broadcast, which says how many follow in a second one."""
 INTERFACE = "GLOO_SOCKET_IFNAME"
 
-_groups = itertools.count()
+JOIN_SECONDS = 0.05
+"""Time between attempts to find the others."""
+_PREFIX = "lowlat/prefix"
 
 
 @dataclass(slots=True)
@@ -251,8 +253,7 @@ def join_group(processes: int, option: str) -> ProcessGroup:
     _choose_interface(world)
     share_memory(local_processes())
     store, rank, world = next(rendezvous("env://"))
-    # A process may join one group after another; keys in the store are never reused.
-    store = PrefixStore(f"lowlat{next(_groups)}", store)
+    store = PrefixStore(_common_prefix(store, rank, world), store)
     dist.init_process_group("gloo", timeout=NO_TIMEOUT, world_size=world, rank=rank, store=store)
     return ProcessGroup(store, rank, world)
 
@@ -275,6 +276,27 @@ def refuse_alone() -> Never:
         f"torchrun has started {started_processes()} processes, each of which would load the whole"
         " model; add --parallel, such as --parallel pipeline=2"
     )
+
+
+def _common_prefix(store: Store, rank: int, world: int) -> str:
+    """A new prefix of keys for the processes that join now. torchrun's store outlives restarts, and
+    keys of ended processes would be taken for those of this run: their addresses, and that one was
+    lost.
+    """
+    own = secrets.token_hex(8)
+    if rank == 0:
+        store.set(_PREFIX, own)
+        for peer in range(1, world):
+            greeting = store.get(f"{own}/hello/{peer}").decode()
+            store.set(f"{own}/welcome/{greeting}", "")
+        return own
+    prefix = ""
+    # The first prefix may be that of an ended process 0, which does not answer.
+    while not prefix or not store.check([f"{prefix}/welcome/{own}"]):
+        prefix = store.get(_PREFIX).decode()
+        store.set(f"{prefix}/hello/{rank}", own)
+        time.sleep(JOIN_SECONDS)
+    return prefix
 
 
 def _choose_interface(world: int) -> None:

@@ -1,0 +1,20 @@
+"""Processes of a run find each other in a store that outlives them."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+from torch.distributed import HashStore
+
+from lowlat.utils.process_group import _common_prefix
+
+
+def test_restarted_processes_share_a_new_prefix() -> None:
+    """Regression: the keys of processes that had ended were taken for those of the new ones."""
+    store, found = HashStore(), []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            # process 0 comes last: the others meet the prefix of the one before
+            joined = [pool.submit(_common_prefix, store, rank, 3) for rank in (2, 1, 0)]
+            prefixes = {one.result(60) for one in joined}
+        assert len(prefixes) == 1
+        found += prefixes
+    assert len(set(found)) == 3
