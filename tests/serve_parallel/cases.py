@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType
 
 from lowlat.checkpoint.save import save_model
-from lowlat.config.model import ModelConfig
+from lowlat.config.model import MLAConfig, ModelConfig, QuantConfig
+from lowlat.config.serving_layout import ServingLayout
 from lowlat.engine.parallel_runner import ParallelRunner
 from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
+from lowlat.model.transformer import Transformer
+from lowlat.text.tokenizer import Tokenizer
 from tests.configs import GQA, PLAIN_MOE
 from tests.fakes import MLA, gqa_config, mla_config, tiny_model
 from tests.lora import drawn_updates, save_adapter
+from tests.unit.checkpoint.builders import INDEXER, SPARSE_GLM, mla, random_model
+from tests.unit.checkpoint.gguf_files import write_gguf
 
 VOCAB = 62
 SIZES: dict[str, Any] = {
@@ -32,6 +38,40 @@ DENSE = mla_config(attention=HEADS, num_hidden_layers=3, num_nextn_predict_layer
 GROUPED = gqa_config(
     model_type="qwen2", attention=replace(GQA, qkv_bias=True), num_hidden_layers=4, **SIZES
 )
+BLOCKS = mla_config(
+    attention=MLAConfig(
+        num_attention_heads=4,
+        kv_lora_rank=64,
+        q_lora_rank=32,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=32,
+        v_head_dim=32,
+    ),
+    num_hidden_layers=3,
+    **(SIZES | {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 64}),
+)
+"""Every projection has whole blocks in both halves."""
+SPARSE_HEADS = replace(SPARSE_GLM, num_attention_heads=4)
+SHARED = replace(SPARSE_HEADS, indexer=replace(INDEXER, rope_interleave=True, is_shared=True))
+SPARSE = mla(
+    "glm_moe_dsa",
+    attention=(SPARSE_HEADS, SHARED, SPARSE_HEADS, SPARSE_HEADS, SHARED),
+    num_hidden_layers=5,
+    num_nextn_predict_layers=1,
+    initializer_range=0.3,
+    **(SIZES | {"max_position_embeddings": 512}),
+)
+
+
+def drawn_model(config: ModelConfig) -> Transformer:
+    """Random weights, in fp8 blocks with equal scales if `config` has them."""
+    if config.quantization is None:
+        return tiny_model(config, torch.bfloat16)
+    model = random_model(config)
+    for name, value in model.state_dict().items():
+        if name.endswith("_scale_inv"):
+            value.fill_(0.1)
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,28 +82,61 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     longest: int = 300
     num_adapters: int = 0
+    cache_bytes: int | None = None
+    gguf: GGMLQuantizationType | None = None
 
     def write(self, folder: Path) -> None:
         """The model's files below `folder`."""
         folder.mkdir()
-        model = tiny_model(self.config, torch.bfloat16)
+        model = drawn_model(self.config)
+        if self.gguf is not None:
+            write_gguf(folder / "model.gguf", self.config, model.state_dict(), kind=self.gguf)
+            return
         save_model(model, self.config, folder / "model", source=None)
         for number in range(self.num_adapters):
             updates = drawn_updates(model, rank=3 + number, seed=number)
             save_adapter(folder / f"adapter{number}", self.config, updates)
 
-    def arguments(self, folder: Path) -> dict[str, Any]:
-        """Arguments of `lowlat.load`."""
+    def arguments(self, folder: Path, stages: int = 1) -> dict[str, Any]:
+        """Arguments of `lowlat.load` for as many pages with any number of pipeline stages."""
+        name = folder / ("model" if self.gguf is None else "model.gguf")
         adapters = {f"a{n}": folder / f"adapter{n}" for n in range(self.num_adapters)}
-        return {"name": folder / "model", "lora": adapters, **self.options}
+        tokenizer = Tokenizer.absent("these models have no text")
+        limit = {} if self.cache_bytes is None else {"max_cache_bytes": self.cache_bytes // stages}
+        return {"name": name, "lora": adapters, "tokenizer": tokenizer, **self.options, **limit}
+
+    def allows(self, layout: ServingLayout) -> bool:
+        """Whether `layout` divides the model. Tensor parallelism is for native kernels."""
+        is_native = self.options.get("dtype") != "fp32"
+        return (is_native or layout.tensor == 1) and (bool(self.config.moe) or layout.expert == 1)
 
 
 CASES: dict[str, Case] = {
-    "mtp-moe": Case(config=MTP_MOE, longest=2300),
+    "mtp-moe": Case(config=MTP_MOE, longest=2300, num_adapters=2),
+    "small-cache": Case(config=MTP_MOE, options={"context": 256}, cache_bytes=80_000),
     "int8": Case(config=MTP_MOE, options={"dtype": "int8", "cache": "int8"}),
+    "int4": Case(config=MTP_MOE, options={"dtype": "int4"}),
+    "fp8": Case(config=replace(BLOCKS, quantization=QuantConfig()), options={"dtype": "auto"}),
+    "gguf": Case(
+        config=replace(
+            BLOCKS,
+            moe=replace(EXPERTS, moe_intermediate_size=32),
+            eos_token_ids=(2,),
+            bos_token_id=1,
+        ),
+        options={"dtype": "auto"},
+        gguf=GGMLQuantizationType.Q8_0,
+    ),
     "dense": Case(config=DENSE, options={"speculates": False}),
     "lora": Case(config=GROUPED, num_adapters=2),
+    "tied-fp32": Case(
+        config=replace(GROUPED, tie_word_embeddings=True),
+        options={"dtype": "fp32"},
+        num_adapters=2,
+    ),
     "fp32": Case(config=MTP_MOE, options={"dtype": "fp32"}),
+    "sparse": Case(config=SPARSE),
+    "sparse-fp32": Case(config=SPARSE, options={"dtype": "fp32"}),
 }
 
 

@@ -5,16 +5,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 400.0
 """Seconds that a launch may take on a machine with much else to do."""
 
 
-def torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+def torchrun(processes: int, *arguments: str, restarts: int = 0) -> subprocess.Popen[str]:
     """`processes` processes of `python *arguments`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher.append(f"--max-restarts={restarts}")
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     environment = {
         **os.environ,
@@ -28,7 +28,6 @@ def torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.Pope
         text=True,
         env=environment,
         start_new_session=True,
-        **options,
     )
 
 

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import lowlat
+from lowlat.config.serving_layout import ServingLayout
 from lowlat.engine.parallel_runner import ParallelRunner
+from lowlat.ops import native
 from tests.serve_parallel.cases import CASES, outcome, traffic
 
 
 def main() -> None:
     folder, layout, *names = sys.argv[1:]
+    native.use_threads(1)
+    stages = ServingLayout.parse(layout).pipeline
     for name in names:
         own = Path(folder, name)
         try:
-            model = lowlat.load(**CASES[name].arguments(own), parallel=layout)
+            model = lowlat.load(**CASES[name].arguments(own, stages), parallel=layout)
         except SystemExit as end:
             assert end.code == 0  # this process has followed process 0
             continue

@@ -1,4 +1,6 @@
-"""`lowlat serve` and other verbs under torchrun: answers of one process, refusals in one line."""
+"""`lowlat serve` and other verbs under torchrun: answers of one process; errors, not hangs, when a
+process is killed or stopped.
+"""
 
 import contextlib
 import json
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,7 @@ if sys.platform != "linux":
 
 MODEL = "minnow"
 PROMPT = "The sea"
+ENDLESS = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}
 LAYOUT = ["--parallel", "pipeline=2", "--threads", "1"]
 
 
@@ -34,28 +38,34 @@ class Served:
     """A server of several processes."""
 
     launcher: subprocess.Popen[str]
-    url: str
+    url: str = ""
     lines: list[str] = field(default_factory=list)
     """What it has written to stderr."""
+
+    def read_url(self) -> None:
+        """Wait until the server accepts connections."""
+        assert self.launcher.stdout is not None
+        greeting = self.launcher.stdout.readline()
+        found = re.search(r"http://\S+", greeting)
+        assert found is not None, greeting + "".join(self.lines)
+        self.url = found[0]
 
     def pid(self, rank: int) -> int:
         return pids_by_rank(self.launcher.pid)[rank]
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Served]:
+def serving(*options: str, restarts: int = 0) -> Iterator[Served]:
     """A server of two processes, which is killed at the end."""
-    launcher = torchrun(2, "-m", "lowlat", "serve", MODEL, "--port", "0", *LAYOUT)
-    lines: list[str] = []
+    command = ["-m", "lowlat", "serve", MODEL, "--port", "0", *LAYOUT, *options]
+    launcher = torchrun(2, *command, restarts=restarts)
     assert launcher.stdout is not None and launcher.stderr is not None
-    errors = launcher.stderr
-    reader = threading.Thread(target=lambda: lines.extend(errors), daemon=True)
+    server, errors = Served(launcher), launcher.stderr
+    reader = threading.Thread(target=lambda: server.lines.extend(errors), daemon=True)
     reader.start()
     try:
-        greeting = launcher.stdout.readline()
-        found = re.search(r"http://\S+", greeting)
-        assert found is not None, greeting + "".join(lines)
-        yield Served(launcher, found[0], lines)
+        server.read_url()
+        yield server
     finally:
         kill(launcher)
         reader.join(PATIENCE)
@@ -79,6 +89,83 @@ def test_answers_are_those_of_one_process() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_lost_process_ends_requests_and_server(number: signal.Signals) -> None:
+    with serving() as server:
+        rest = remaining_events(server, server.pid(1), number)
+        assert "error" in json.loads(rest[-1].removeprefix("data: ")), rest[-3:]
+        # 503 for GRACE_SECONDS, unless this test is too slow to ask
+        assert health(server) in (503, None)
+        assert server.launcher.wait(PATIENCE) == 1
+    assert any("no longer answers" in line or "lost" in line for line in server.lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_without_process_0_connections_end(number: signal.Signals) -> None:
+    """Others of its machine kill a stopped process 0, which cannot answer."""
+    with serving() as server:
+        with pytest.raises(httpx.TransportError):
+            remaining_events(server, server.pid(0), number)
+        assert health(server) is None
+        assert server.launcher.wait(PATIENCE) == 1
+
+
+@pytest.mark.slow
+def test_a_restarted_run_has_its_prefix_cache(tmp_path: Path) -> None:
+    """torchrun starts all processes again; prompts of before are in the cache on disk."""
+    prompt = " ".join(f"word{number}" for number in range(200))
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 8, "temperature": 0}
+
+    def answer(server: Served) -> tuple[str, int]:
+        found = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE).json()
+        usage = found["usage"]["prompt_tokens_details"]
+        return found["choices"][0]["text"], usage["cached_tokens"]
+
+    options = ["--prefix-cache-dir", str(tmp_path / "cache")]
+    with serving(*options, restarts=1) as server:
+        text, cached = answer(server)
+        assert cached == 0
+        wait_for_pages(tmp_path / "cache")
+        os.kill(server.pid(1), signal.SIGKILL)
+        server.read_url()
+        again, cached = answer(server)
+    assert again == text
+    assert cached > 0
+
+
+def remaining_events(server: Served, pid: int, number: signal.Signals) -> list[str]:
+    """Events of a request after a signal has been sent to process `pid`. Prints the seconds until
+    its end. Raises TransportError if the connection ends before the response."""
+    endless = httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, timeout=PATIENCE)
+    with endless as response:
+        events = response.iter_lines()
+        next(events)
+        os.kill(pid, number)
+        started = time.monotonic()
+        try:
+            return [line for line in events if line]
+        finally:
+            print(f"ended after {time.monotonic() - started:.1f} s")
+
+
+def wait_for_pages(folder: Path) -> None:
+    """Wait until a page is in the prefix cache on disk."""
+    deadline = time.monotonic() + PATIENCE
+    while not any(folder.glob("*/*/*")):
+        assert time.monotonic() < deadline, [*folder.rglob("*")]
+        time.sleep(0.1)
+
+
+def health(server: Served) -> int | None:
+    """Status of /health; None if the server has ended."""
+    try:
+        return httpx.get(f"{server.url}/health", timeout=PATIENCE).status_code
+    except httpx.TransportError:
+        return None
+
+
+@pytest.mark.slow
 def test_generate() -> None:
     arguments = ["-m", "lowlat", "generate", MODEL, "-p", PROMPT, "--raw", "--json", *LAYOUT]
     code, output, errors = finish(torchrun(2, *arguments, "--max-tokens", "20"))
@@ -94,6 +181,15 @@ def test_processes_that_differ_are_refused() -> None:
     for name in NAMES:
         pattern = f"refused: process 1 of 2 differs from process 0 in its {name}: another, not"
         assert output.count(pattern) == 1, output
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_without_kernels_is_refused() -> None:
+    """PyTorch would give other bits; one process says so."""
+    arguments = ["-m", "lowlat", "generate", MODEL, "-p", "x", "--parallel", "tensor=2"]
+    code, _, errors = finish(torchrun(2, *arguments, "--dtype", "fp32", "--threads", "1"))
+    assert code != 0
+    assert errors.count("lowlat: error: tensor=2: rounding in PyTorch depends on") == 1, errors
 
 
 def test_other_numbers_of_processes_are_refused() -> None:
