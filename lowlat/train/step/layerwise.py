@@ -1,7 +1,8 @@
 """Layer-wise distillation: every layer of the student gets the input of the teacher's layer and
 learns its output, so that all layers learn independently.
 
-Only one layer's activations are in memory at a time.
+Only one layer's activations are in memory at a time; of sparse attention (DSA) those of the layers
+that share a choice, because their KL losses add up in one indexer.
 """
 
 from typing import Literal
@@ -40,7 +41,7 @@ def layer_errors(
     tables = model.rotary(positions)
     layers = layers_of(model)
     ids = batch.tokens[:, :length].flatten()
-    total = 0.0
+    total, group = 0.0, torch.zeros((), device=ids.device)
     passes = zip(layers, teacher.layers(ids, positions, attention), strict=True)
     for number, (layer, taught) in enumerate(passes):
         rope = model.rotary.of(number, tables)
@@ -52,9 +53,12 @@ def layer_errors(
             wanted = taught.added
         errors = _relative_errors(made, wanted, batch.rows)
         loss = (errors * weights).sum() / len(layers)
-        if loss.requires_grad:
-            (loss / max(1, targets)).backward()
         total += loss.item()
+        group = group + loss
+        if model.config.choosing_layer(number + 1) in (None, number + 1):
+            if group.requires_grad:
+                (group / max(1, targets)).backward()
+            group = torch.zeros_like(group)
     return total
 
 

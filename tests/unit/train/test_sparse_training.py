@@ -22,10 +22,12 @@ from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.indexers import IndexerLosses
+from lowlat.train.step.layerwise import layer_errors
 from lowlat.train.step.loss import batch_loss, count_targets
 from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import PlainPasses
 from lowlat.train.step.step import train_step
+from lowlat.train.step.teacher import Teacher
 from lowlat.utils.errors import UserError
 from tests import configs
 from tests.lowlat_configs import random_model
@@ -160,6 +162,29 @@ def test_blocks_and_recomputation_change_nothing(
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-13, msg=name)
     assert {k: pytest.approx(v) for k, v in records.items()} == figures
+
+
+@pytest.mark.parametrize("layers", TRAINED)
+def test_indexers_learn_in_layerwise_distillation(layers: str) -> None:
+    """By the KL loss of the same inputs, if the teacher has the weights of the student; also where
+    layers share a choice.
+    """
+    expected, figures = trained(model(layers), "sparse")
+    student = model(layers)
+    use_sparse_training(student, "sparse")
+    teacher = Teacher(model(layers), torch.float64, cross_entropy=0.0)
+    batch = tiny.batch(masked=True)
+    losses, targets = IndexerLosses(student), count_targets(batch, AHEAD)[0]
+    with losses.observe(queries=batch.rows * tiny.LENGTH, coeff=COEFF):
+        local = local_batch(ProcessMesh(), batch, AHEAD, is_sparse=True)
+        options: Any = {"match": "attention", "targets": targets, "dtype": torch.float64}
+        layer_errors(student, teacher, *local, **options)
+    found = tiny.gradients(student)
+    names = [name for name in expected if ".indexer." in name and not name.startswith("mtp")]
+    assert names
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-7, atol=1e-10, msg=name)
+    assert all(one.kl == pytest.approx(figures[one.layer][0]) for one in losses.records()[:2])
 
 
 def test_forward_is_that_of_inference() -> None:
