@@ -25,6 +25,9 @@ FORMATS = ("auto", "hf", "gguf")
 GGUF_SUFFIX = ".gguf"
 MOST = 10**12
 """Largest number of an option."""
+INDEXER_SIZES = ("index_n_heads", "index_head_dim", "index_rope_head_dim")
+MOST_SIZE = 1024
+"""Largest number of heads and channels of an indexer: V3.2 has 64 and 128."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +138,7 @@ class ConversionOptions:
             _check_compression(self.compression, self.to)
         _check_texts(self.calibrate)
         if self.to == "dsa":
-            _check_sparse(self)
+            _check_sparse(self, writes_gguf=writes_gguf)
         else:
             if self.indexer != IndexerOptions():
                 raise UserError("--warmup and --index-... are options of indexers; add --to dsa")
@@ -198,20 +201,21 @@ def _check_compression(compression: CompressionOptions, to: str | None) -> None:
         )
 
 
-def _check_sparse(options: ConversionOptions) -> None:
+def _check_sparse(options: ConversionOptions, *, writes_gguf: bool) -> None:
     """Raises UserError for options that --to dsa excludes, and for no text to learn from."""
     excluded = {
         "--cache": options.compression is not None,
         "--experts": options.experts is not None,
         "--calibrate": bool(options.calibrate),
-        "--format gguf": options.file_format == "gguf",
+        "GGUF files": writes_gguf,
     }
     for option, is_given in excluded.items():
         if is_given:
             raise UserError(f"--to dsa does not support {option}; convert in two steps")
     for name, value in asdict(options.indexer).items():
-        if value is not None and not 1 <= value <= MOST:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 to {MOST:,}")
+        most = MOST_SIZE if name in INDEXER_SIZES else MOST
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 to {most:,}")
     if not options.recovery.texts:
         raise UserError("--to dsa trains indexers on text; add --text FILE_OR_FOLDER")
     _check_evaluation_text(options.recovery, ())

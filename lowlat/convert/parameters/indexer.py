@@ -62,8 +62,12 @@ def sparse_config(config: ModelConfig, options: IndexerOptions) -> tuple[ModelCo
     if config.is_sparse:
         raise UserError("--to dsa: the model has indexers already; train them with lowlat train")
     rotary = min(layer.qk_rope_head_dim for layer in attention)
+    if rotary == 0:
+        raise UserError(
+            "--to dsa needs rotary channels in every layer; this model has qk_rope_head_dim 0"
+        )
     width = options.index_rope_head_dim or min(64, rotary)
-    if rotary == 0 or width > rotary or width % 2 or width > options.index_head_dim:
+    if width > rotary or width % 2 or width > options.index_head_dim:
         raise UserError(
             f"--index-rope-head-dim {width}: must be even, at most --index-head-dim "
             f"{options.index_head_dim} and at most the model's qk_rope_head_dim {rotary}"

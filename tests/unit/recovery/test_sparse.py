@@ -133,6 +133,8 @@ def test_other_options_are_not_resumed(folder: Path, tmp_path: Path) -> None:
         ({"index_rope_head_dim": 7}, "--index-rope-head-dim 7: must be even"),
         ({"index_rope_head_dim": 34}, "--index-rope-head-dim 34: .* qk_rope_head_dim 32"),
         ({"index_topk": 0}, "--index-topk 0: must be 1 to"),
+        ({"index_n_heads": 10**11}, "--index-n-heads 100000000000: must be 1 to 1,024"),
+        ({"index_head_dim": 1025}, "--index-head-dim 1025: must be 1 to 1,024"),
         ({"texts": ()}, "--to dsa trains indexers on text; add --text"),
         ({"texts": ("nowhere",)}, "--text: source 'nowhere' does not exist"),
         ({"dtype": "int2"}, "--dtype 'int2' is unknown"),
@@ -151,7 +153,7 @@ def test_what_cannot_be_asked(
     ("options", "words"),
     [
         ({"to": "dsa", "experts": 4}, "--to dsa does not support --experts"),
-        ({"to": "dsa", "file_format": "gguf"}, "--to dsa does not support --format gguf"),
+        ({"to": "dsa", "file_format": "gguf"}, "--to dsa does not support GGUF files"),
         ({"to": "mla", "indexer": IndexerOptions(warmup=5)}, "add --to dsa"),
         ({"to": "gqa"}, "--to 'gqa' is unknown; choose mla or dsa"),
     ],
@@ -162,6 +164,12 @@ def test_options_that_exclude_each_other(
     dst = tmp_path / ("x.gguf" if options.get("file_format") == "gguf" else "x")
     with pytest.raises(UserError, match=words):
         ConversionOptions(recovery=RecoveryOptions(texts=("a",)), **options).check(dst)
+
+
+def test_gguf_files_are_refused_by_name(tmp_path: Path) -> None:
+    options = ConversionOptions(to="dsa", recovery=RecoveryOptions(texts=("a",)))
+    with pytest.raises(UserError, match="--to dsa does not support GGUF files"):
+        options.check(tmp_path / "x.gguf")
 
 
 def test_a_released_family_where_it_can_be_expressed() -> None:
@@ -180,6 +188,9 @@ def test_a_released_family_where_it_can_be_expressed() -> None:
 
 
 def test_models_without_indexers_to_add() -> None:
+    flat = lowlat_config(replace(configs.MLA, qk_rope_head_dim=0))
+    with pytest.raises(UserError, match="needs rotary channels .* has qk_rope_head_dim 0"):
+        sparse_config(flat, IndexerOptions())
     with pytest.raises(UserError, match="--to dsa needs an MLA model; this one has GQA"):
         sparse_config(gqa_config(), IndexerOptions())
     sparse_model, _ = sparse_config(mla_config(), IndexerOptions())
