@@ -82,20 +82,24 @@ def _sparse_evaluation_rows(details: Object) -> dict[str, str]:
     if "evaluation" not in details:
         return {}
     found = details["evaluation"]
+    dense = found["dense"]
+    windows = f"{found['windows']} x {found['context']:,} tokens"
     rows = {
-        "perplexity": f"{found['perplexity']:.3f} dense, {found['context']:,} tokens of context"
+        "perplexity": f"{found['original']['perplexity']:.3f}  ->  {dense['perplexity']:.3f} "
+        f"({dense['ratio']:.4f}x) with dense attention, on {windows}"
     }
     for row in found["index_topk"]:
+        low, high = row["ratio_range"]
         rows[f"top-k {row['index_topk']:,}"] = (
-            f"perplexity {row['perplexity']:.3f} ({row['ratio']:.4f}x), recall "
-            f"{row['recall_mean']:.3f}, worst layer {min(row['recall']):.3f}"
+            f"perplexity {row['perplexity']:.3f} ({row['ratio']:.4f}x, by window {low:.4f} to "
+            f"{high:.4f}), recall {row['recall_mean']:.3f}, worst layer {min(row['recall']):.3f}"
         )
     for place in found["needle"]:
-        dense, sparse = place["dense"], place["sparse"]
-        rows[f"needle at {place['depth']:.0%}"] = (
-            f"loss {dense['loss']:.3f} dense, {sparse['loss']:.3f} sparse; accuracy "
-            f"{dense['accuracy']:.0%} and {sparse['accuracy']:.0%}"
-        )
+        parts = [
+            f"{name} {place[name]['loss']:.3f} ({place[name]['accuracy']:.0%})"
+            for name in ("original", "dense", "sparse")
+        ]
+        rows[f"needle at {place['depth']:.0%}"] = f"loss (accuracy): {', '.join(parts)}"
     return rows
 
 

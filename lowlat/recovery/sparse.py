@@ -5,6 +5,7 @@ An interrupted call resumes from intermediate results in the work folder. GQA mo
 converted to MLA exactly.
 """
 
+import hashlib
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -33,8 +34,8 @@ from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.overlap import shared_runs
 from lowlat.model.mla import MLA
 from lowlat.model.transformer import Transformer
-from lowlat.recovery.evaluation import EvaluationText, read_evaluation_text
-from lowlat.recovery.sparse_evaluation import evaluate_sparse
+from lowlat.recovery.evaluation import read_evaluation_text
+from lowlat.recovery.sparse_evaluation import SparseEvaluation, evaluate_sparse, plan_evaluation
 from lowlat.recovery.trained_attention import write_recovered
 from lowlat.recovery.training_text import build_tokens, require_disjoint, text_fingerprint
 from lowlat.recovery.work_folder import (
@@ -46,6 +47,7 @@ from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.run.distill import (
     DistillationOptions,
     check_distillation,
+    check_memory,
     distill,
     run_recipe,
     schedule,
@@ -72,7 +74,8 @@ def convert_to_sparse(
 ) -> ConversionReport:
     """Convert the model at `src` to sparse attention, as the folder `dst`: indexers are distilled
     on `recovery.texts`, with `recovery.tokens` the attention is then trained with them to match the
-    dense model, and `recovery.evaluate` is evaluated. conversion.json has all figures.
+    dense model, and the written model is evaluated on `recovery.evaluate`. conversion.json has all
+    figures.
 
     Raises UserError and KeyboardInterrupt as `recovery.run.convert_with_recovery`.
     """
@@ -81,14 +84,15 @@ def convert_to_sparse(
     remove_finished_work_folder(dst)
     options = ConversionOptions(to="dsa", dtype=dtype, indexer=indexer, recovery=recovery)
     conversion = prepare_conversion(src, dst, options)
-    config, reason = sparse_config(_dense_config(conversion), indexer)
+    dense_config = _dense_config(conversion)
+    config, reason = sparse_config(dense_config, indexer)
+    length = _sequence_length(config)
+    _check_training(dense_config, config, options, length)
     tokenizer = Tokenizer.from_folder(src) if src.is_dir() else Tokenizer.from_gguf(src)
-    path = recovery.evaluate
-    text = None if path is None else read_evaluation_text(path, tokenizer)
+    plan = _evaluation(recovery.evaluate, config, tokenizer)
     progress = progress or SilentProgress()
-    with open_work_folder(dst, _fingerprint(conversion, text)) as work:
-        length = _sequence_length(config)
-        _training_text(conversion, work, tokenizer, length, text, progress)
+    with open_work_folder(dst, _fingerprint(conversion, plan)) as work:
+        _training_text(conversion, work, tokenizer, length, plan, progress)
         dense = _dense_model(conversion, work, progress)
         _start(dense, config, work, progress)
         report: dict[str, Any] = {
@@ -110,15 +114,44 @@ def convert_to_sparse(
             if not healed.exists():
                 write_recovered(work.folder / "heal", result, healed, progress)
             result = healed
-        if text is not None:
-            report["evaluation"] = work.cached(
-                "evaluation", partial(evaluate_sparse, result, text, progress)
-            )
         if not work.out.exists():
             convert(result, work.out, dtype=report["dtype"], progress=progress)
+        if plan is not None:
+            report["evaluation"] = work.cached(
+                "evaluation", partial(evaluate_sparse, plan, work.start, work.out, progress)
+            )
         work.place(work.out, sparse_report_files(report), dst)
     seconds = time.perf_counter() - started
     return measure(src, dst, conversion.config, config, seconds)
+
+
+def _check_training(
+    dense: ModelConfig, config: ModelConfig, options: ConversionOptions, length: int
+) -> None:
+    """Raises UserError for too few tokens to train on, and for too little memory for --heal. The
+    trainer itself checks the memory of the warm-up before it starts.
+    """
+    counts = {"--warmup": options.indexer.warmup, "--heal": options.recovery.tokens}
+    for option, count in counts.items():
+        if count is not None and count < length:
+            raise UserError(
+                f"{option} {count}: is less than a sequence of {length} tokens; give more"
+            )
+    if options.recovery.tokens is not None:
+        check_memory(dense, config, _distillation_options(options.recovery, length))
+
+
+def _distillation_options(recovery: RecoveryOptions, length: int) -> DistillationOptions:
+    assert recovery.tokens is not None
+    return DistillationOptions(tokens=recovery.tokens, sequence_length=length, batch_tokens=length)
+
+
+def _evaluation(
+    path: Path | None, config: ModelConfig, tokenizer: Tokenizer
+) -> SparseEvaluation | None:
+    if path is None:
+        return None
+    return plan_evaluation(read_evaluation_text(path, tokenizer), config, tokenizer)
 
 
 def _dense_config(conversion: Conversion) -> ModelConfig:
@@ -137,13 +170,16 @@ def _topk(config: ModelConfig) -> int:
     return topk
 
 
-def _fingerprint(conversion: Conversion, text: EvaluationText | None) -> dict[str, str]:
-    recovery = conversion.options.recovery
+def _fingerprint(conversion: Conversion, plan: SparseEvaluation | None) -> dict[str, str]:
+    recovery, evaluated = conversion.options.recovery, "none"
+    if plan is not None:
+        digest = hashlib.sha256(plan.text.content.encode()).hexdigest()[:12]
+        evaluated = f"{plan.text.path} {digest}"
     return conversion.fingerprint() | {
         "indexer": ", ".join(f"{k} {v}" for k, v in asdict(conversion.options.indexer).items()),
         "recovery": "none" if recovery.tokens is None else f"{recovery.tokens} tokens",
         "training text": ", ".join(text_fingerprint(each) for each in recovery.texts),
-        "evaluation text": "none" if text is None else str(text.path),
+        "evaluation text": evaluated,
     }
 
 
@@ -152,15 +188,12 @@ def _training_text(
     work: WorkFolder,
     tokenizer: Tokenizer,
     length: int,
-    text: EvaluationText | None,
+    plan: SparseEvaluation | None,
     progress: Progress,
 ) -> None:
-    """Build `work.tokens`, and check that it holds no evaluation text."""
-    texts, indexer = conversion.options.recovery.texts, conversion.options.indexer
-    if indexer.warmup < length:
-        raise UserError(
-            f"--warmup {indexer.warmup}: is less than a sequence of {length} tokens; give more"
-        )
+    """Build `work.tokens`, and check that it suits the training and holds no evaluation text."""
+    recovery = conversion.options.recovery
+    texts = recovery.texts
     if not work.tokens.exists():
         build_tokens(work.tokens, texts, tokenizer, length, progress)
     folder = TokenizedDataset.open(work.tokens)
@@ -169,9 +202,12 @@ def _training_text(
             f"{conversion.src}: its tokenizer has ids up to {folder.vocab_size - 1}, but the model "
             f"has {conversion.config.vocab_size} tokens; restore tokenizer.json"
         )
-    if text is not None:
-        share = shared_runs(folder, text.ids, progress=progress)
-        require_disjoint(share, text.path, "the text of --text")
+    if recovery.tokens is not None:
+        distillation = _distillation_options(recovery, length)
+        check_distillation(work.tokens, distillation, origin=f"--text {', '.join(texts)}")
+    if plan is not None:
+        share = shared_runs(folder, plan.text.ids, progress=progress)
+        require_disjoint(share, plan.text.path, "the text of --text")
 
 
 def _dense_model(conversion: Conversion, work: WorkFolder, progress: Progress) -> Path:
@@ -263,17 +299,12 @@ def _recover(
     work: WorkFolder, dense: Path, recovery: RecoveryOptions, length: int, progress: Progress
 ) -> dict[str, Any]:
     """Sparse training of attention and indexers to match the dense model, in work.folder/heal."""
-    assert recovery.tokens is not None
-    options = DistillationOptions(
-        tokens=recovery.tokens, sequence_length=length, batch_tokens=length
-    )
-    check_distillation(work.tokens, options, origin=f"--text {', '.join(recovery.texts)}")
     found = distill(
         work.recovered,
         dense,
         work.tokens,
         work.folder / "heal",
-        options,
+        _distillation_options(recovery, length),
         quiet=not progress.shown,
         progress=progress,
     )

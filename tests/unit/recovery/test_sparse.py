@@ -1,6 +1,7 @@
 """Conversion to sparse attention: indexers distilled on text, resumed, evaluated, and refused."""
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lowlat.attention.flash import FlashAttention
 from lowlat.checkpoint.load import load_model
 from lowlat.checkpoint.save import save_model
 from lowlat.config.attention import sparse_topk
@@ -26,7 +28,15 @@ from lowlat.model.mla import MLA
 from lowlat.model.transformer import Transformer
 from lowlat.ops.sparse_attention import index_scores
 from lowlat.recovery import sparse
-from lowlat.recovery.sparse_evaluation import plan_needle, plant
+from lowlat.recovery.evaluation import read_evaluation_text
+from lowlat.recovery.sparse_evaluation import (
+    CODES,
+    WINDOWS,
+    SparseEvaluation,
+    draw_needles,
+    plan_evaluation,
+    plant,
+)
 from lowlat.recovery.work_folder import work_folder_path
 from lowlat.utils.errors import UserError
 from tests import configs
@@ -83,25 +93,62 @@ def report(folder: Path) -> dict[str, Any]:
 
 def test_a_converted_model(folder: Path) -> None:
     """Its indexers learned; weights outside of attention are the source's."""
-    found, told = load_model(folder / "whole"), report(folder / "whole")
-    assert found.config.model_type == told["model_type"] == "lowlat"
-    assert "cannot express" in told["model_type_reason"]
-    assert sparse_topk(found.config.attention) == told["indexer"]["index_topk"] == TOPK
+    found, figures = load_model(folder / "whole"), report(folder / "whole")
+    assert found.config.model_type == figures["model_type"] == "lowlat"
+    assert "cannot express" in figures["model_type_reason"]
+    assert sparse_topk(found.config.attention) == figures["indexer"]["index_topk"] == TOPK
     source, made = load_model(folder / "source").model.state_dict(), found.model.state_dict()
     kept = [name for name in source if ".self_attn." not in name]
     assert len(kept) > 8 and all(torch.equal(source[name], made[name]) for name in kept)
-    layers = told["warmup"]["layers"]
+    layers = figures["warmup"]["layers"]
     assert [layer["layer"] for layer in layers] == [0, 1]
     assert all(layer["kl_last"] < layer["kl_first"] for layer in layers)
-    assert told["warmup"]["tokens"] == INDEXER.warmup
-    assert told["recovery"]["tokens"] == 4 * CONTEXT
-    evaluation = told["evaluation"]
-    assert [row["index_topk"] for row in evaluation["index_topk"]] == [TOPK]
-    (row,) = evaluation["index_topk"]
-    assert row["ratio"] == pytest.approx(row["perplexity"] / evaluation["perplexity"])
-    assert all(0 < recall <= 1 for recall in row["recall"]) and len(row["recall"]) == 2
-    assert [place["depth"] for place in evaluation["needle"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert figures["warmup"]["tokens"] == INDEXER.warmup
+    assert figures["recovery"]["tokens"] == 4 * CONTEXT
     assert not work_folder_path(folder / "whole").exists()
+
+
+def test_the_evaluation_is_of_original_and_written_model(folder: Path) -> None:
+    """The original's perplexity does not move with recovery training; ratios are to it."""
+    found = report(folder / "whole")["evaluation"]
+    text = read_evaluation_text(folder / "evaluate.txt", byte_tokenizer())
+    original, made = (load_model(folder / name, dtype="bf16") for name in ("source", "whole"))
+    windows = [text.ids[place * CONTEXT :][: CONTEXT + 1] for place in range(WINDOWS)]
+    assert (found["windows"], found["context"]) == (WINDOWS, CONTEXT)
+    before = perplexity(original.model, windows)
+    assert found["original"]["perplexity"] == pytest.approx(before, rel=5e-3)
+    (row,) = found["index_topk"]
+    assert row["index_topk"] == TOPK
+    assert row["perplexity"] == pytest.approx(perplexity(made.model, windows), rel=5e-3)
+    for each in (row, found["dense"]):
+        assert each["ratio"] == each["perplexity"] / found["original"]["perplexity"]
+        assert each["ratio_range"][0] < each["ratio"] < each["ratio_range"][1]
+    assert row["ratio"] != found["dense"]["ratio"] != 1
+    assert all(0 < recall < 1 for recall in row["recall"]) and len(row["recall"]) == 2
+    assert [place["depth"] for place in found["needle"]] == [0, 0.25, 0.5, 0.75, 1]
+    for place in found["needle"]:
+        losses = [place[name]["loss"] for name in ("original", "dense", "sparse")]
+        assert len(set(losses)) == 3
+
+
+@pytest.mark.slow
+def test_quantized_weights_are_evaluated_as_written(folder: Path, tmp_path: Path) -> None:
+    call(folder, tmp_path / "dsa", dtype="int4", tokens=None)
+    found = report(tmp_path / "dsa")["evaluation"]
+    whole = report(folder / "whole")["evaluation"]
+    assert found["original"] == whole["original"]
+    assert abs(found["dense"]["ratio"] - 1) > 1e-3
+
+
+@torch.no_grad()
+def perplexity(model: Transformer, windows: list[Any]) -> float:
+    losses = []
+    for window in windows:
+        ids = torch.from_numpy(window)
+        attention = FlashAttention([CONTEXT])
+        logits = model.logits(model(ids[:-1], attention.positions(), attention))
+        losses.append(torch.nn.functional.cross_entropy(logits.float(), ids[1:]))
+    return float(torch.stack(losses).mean().exp())
 
 
 @pytest.mark.slow
@@ -135,6 +182,8 @@ def test_other_options_are_not_resumed(folder: Path, tmp_path: Path) -> None:
         ({"index_topk": 0}, "--index-topk 0: must be 1 to"),
         ({"index_n_heads": 10**11}, "--index-n-heads 100000000000: must be 1 to 1,024"),
         ({"index_head_dim": 1025}, "--index-head-dim 1025: must be 1 to 1,024"),
+        ({"tokens": 31}, "--heal 31: is less than a sequence of 160 tokens"),
+        ({"index_topk": 159, "evaluate": "short.txt"}, "short.txt: 150 tokens are no more than"),
         ({"texts": ()}, "--to dsa trains indexers on text; add --text"),
         ({"texts": ("nowhere",)}, "--text: source 'nowhere' does not exist"),
         ({"dtype": "int2"}, "--dtype 'int2' is unknown"),
@@ -143,6 +192,9 @@ def test_other_options_are_not_resumed(folder: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_asked(
     folder: Path, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
+    if "evaluate" in changes:
+        (tmp_path / "short.txt").write_text(tiny.prose(20, seed=3)[:150])
+        changes = changes | {"evaluate": tmp_path / changes["evaluate"]}
     with pytest.raises(UserError, match=words) as caught:
         call(folder, tmp_path / "dsa", **changes)
     assert "\n" not in str(caught.value)
@@ -189,7 +241,7 @@ def test_a_released_family_where_it_can_be_expressed() -> None:
 
 def test_models_without_indexers_to_add() -> None:
     flat = lowlat_config(replace(configs.MLA, qk_rope_head_dim=0))
-    with pytest.raises(UserError, match="needs rotary channels .* has qk_rope_head_dim 0"):
+    with pytest.raises(UserError, match=r"needs rotary channels .* has qk_rope_head_dim 0"):
         sparse_config(flat, IndexerOptions())
     with pytest.raises(UserError, match="--to dsa needs an MLA model; this one has GQA"):
         sparse_config(gqa_config(), IndexerOptions())
@@ -236,17 +288,40 @@ def test_initial_indexers_find_attention(kind: str) -> None:
     assert torch.corrcoef(pair)[0, 1] > 0.5
 
 
-def test_needles_are_planted_at_their_depths(folder: Path) -> None:
+def test_needles_are_planted_at_their_depths() -> None:
     tokenizer = byte_tokenizer()
-    needle = plan_needle(tokenizer)
-    assert tokenizer.decode(needle.answer.tolist()) == " 7 3 9 1 4 2"
+    needles = draw_needles(tokenizer)
+    answers = {tokenizer.decode(needle.answer.tolist()) for needle in needles}
+    assert len(answers) == CODES and all(re.fullmatch("( [0-9]){6}", one) for one in answers)
     filler = torch.arange(100).numpy() % 7
-    for depth in (0.0, 0.5, 1.0):
+    for needle, depth in zip(needles, (0.0, 0.5, 1.0), strict=True):
         ids = plant(filler, needle, depth, 400)
-        text = tokenizer.decode(ids.tolist())
-        assert len(ids) == 400 and text.count("The secret code") == 2
-        assert text.endswith("The secret code of the vault is 7 3 9 1 4 2")
+        text, answer = tokenizer.decode(ids.tolist()), tokenizer.decode(needle.answer.tolist())
+        assert len(ids) == 400 and text.count(f"The secret code of the vault is{answer}") == 2
+        assert text.endswith(f"The secret code of the vault is{answer}")
         place = text.index("\nThe secret code")
         assert place == round(depth * (400 - sum(map(len, needle))))
     with pytest.raises(UserError, match="a context of 40 tokens has no room for the needle"):
-        plant(filler, needle, 0.5, 40)
+        plant(filler, needles[0], 0.5, 40)
+
+
+def test_evaluations_of_what_a_text_allows(tmp_path: Path) -> None:
+    """A top-k of the whole context is valid: its row is dense. A text may be shorter than it."""
+    (tmp_path / "text").write_text(tiny.prose(60, seed=3)[:1000])
+    tokenizer = byte_tokenizer()
+    text = read_evaluation_text(tmp_path / "text", tokenizer)
+    base = mla_config(max_position_embeddings=256)
+
+    def plan(context: int, **options: Any) -> SparseEvaluation:
+        config = replace(base, max_position_embeddings=context)
+        return plan_evaluation(text, sparse_config(config, IndexerOptions(**options))[0], tokenizer)
+
+    found = plan(256, index_topk=256)
+    assert found.all_topk == [256] and found.windows.shape == (3, 257)
+    assert (found.windows[1:, 0] == found.windows[:-1, -1]).all()
+    assert plan(4096, index_topk=300).all_topk == [256, 300, 512]
+    assert plan(4096, index_topk=300).windows.shape == (1, 1000)
+    with pytest.raises(UserError, match="1000 tokens are no more than index_topk 999; give more"):
+        plan(4096, index_topk=999)
+    with pytest.raises(UserError, match="a context of 60 tokens has no room for the needle"):
+        plan(60)
