@@ -22,7 +22,6 @@ from .plant import Plant, replace_function
 FACTORS = ("index_scale", "index_head_weights")
 """Mistakes that change no choice: only index scores show them."""
 ATTEND = CachedAttention.sparse_mla
-TOP = sparse_attention.top_positions
 WIDTH = 17
 """qk_head_dim of `sparse_case`."""
 

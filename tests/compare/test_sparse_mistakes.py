@@ -1,18 +1,26 @@
 """Known mistakes of sparse attention (DSA), planted in either side, are named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.save import save_model
 from lowlat.compare.implementations.base import Implementation
 from lowlat.compare.implementations.transformers import load_transformers
 from lowlat.compare.result_json import as_dict
 from lowlat.compare.result_text import diagnosis_lines
 from lowlat.compare.run import compare
+from lowlat.config.attention import distinct
+from lowlat.config.model import MLAConfig
+from lowlat.ops import sparse_attention
+from lowlat.ops.sparse_attention import IndexQueries
+from tests.lowlat_configs import random_model
 
 from .models import Planted, own_side, sparse_case, window, write
-from .plant import Plant
+from .plant import Plant, replace_function
 from .plants_sparse import SPARSE, THEIR_SPARSE
 
 GUILTY = [(plant, "B") for plant in (*SPARSE, *THEIR_SPARSE)] + [(plant, "A") for plant in SPARSE]
@@ -59,7 +67,25 @@ def test_layout_of_v32_is_half_split(tmp_path: Path) -> None:
 
 
 def test_unknown_scores_are_unexplained(glm: Path) -> None:
-    """No known mistake is made of a perturbed weight of an indexer, nor of scores by no rule."""
+    """Scores by no known rule; the choice follows them."""
+
+    def squared(index: IndexQueries, keys: torch.Tensor) -> torch.Tensor:
+        products = torch.einsum("qhd,kd->qhk", index.q, keys) * keys.shape[1] ** -0.5
+        return torch.einsum("qh,qhk->qk", index.weights, products.square())
+
+    bad = Planted(
+        lambda: own_side(glm), replace_function(sparse_attention, "index_scores", squared)
+    )
+    report = compare(own_side(glm), bad, [window()])
+    assert str(report.first) == "layer 0 index_scores"
+    assert report.diagnosis.findings == ()
+    assert {label for label, _ in report.diagnosis.unexplained} == {"B"}
+    places = {str(place) for _, place in report.diagnosis.unexplained}
+    assert places == {"layer 0 index_scores", "layer 1 index_scores"}
+
+
+def test_a_perturbed_weight_is_no_mistake(glm: Path) -> None:
+    """The code computes what follows from it."""
     bad = own_side(glm)
     bad.model.get_parameter("layers.1.self_attn.indexer.wk.weight").mul_(
         torch.rand(15, 1, generator=torch.Generator().manual_seed(1))
@@ -67,3 +93,17 @@ def test_unknown_scores_are_unexplained(glm: Path) -> None:
     report = compare(own_side(glm), bad, [window()])
     assert str(report.first) == "layer 1 index_scores"
     assert report.diagnosis.findings == () and report.diagnosis.unexplained == ()
+
+
+def test_an_explicit_rotary_width_that_is_the_models(glm: Path, tmp_path: Path) -> None:
+    """index_rope_head_dim as qk_rope_head_dim, in model_type lowlat."""
+    loaded = load_model(glm)
+    attention = distinct(loaded.config.attention)[0]
+    assert isinstance(attention, MLAConfig) and attention.indexer is not None
+    indexer = replace(attention.indexer, index_rope_head_dim=attention.qk_rope_head_dim)
+    layers = tuple(replace(attention, indexer=indexer) for _ in range(3))
+    config = replace(loaded.config, model_type="lowlat", attention=layers)
+    save_model(random_model(config, torch.float32), config, tmp_path / "m", source=None)
+    bad = Planted(lambda: own_side(tmp_path / "m"), SPARSE[0].plant)
+    said = diagnosis_lines(as_dict(compare(own_side(tmp_path / "m"), bad, [window()])))
+    assert SPARSE[0].says in said[0]

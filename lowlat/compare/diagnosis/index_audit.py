@@ -41,8 +41,8 @@ def indexer(
     attention, source = config.attention_of(layer), config.choosing_layer(layer)
     if source is None or not isinstance(attention, MLAConfig) or attention.indexer is None:
         return {}
-    if attention.indexer.index_rope_head_dim is not None:
-        return {}  # lowlat's own extension
+    if attention.indexer.index_rope_head_dim not in (None, attention.qk_rope_head_dim):
+        return {}  # of model_type lowlat: rotates at some of the frequencies only
     chosen_by = block_of(config, source)
     given = _inputs(trace, config, chosen_by, window)
     if given is None:
@@ -153,7 +153,7 @@ def _choice(
             return StepAudit(mistakes=mistakes)
     if follows_unmasked(choice, index_scores(given, variants[0][1]), topk) >= REPRODUCED:
         return StepAudit(mistakes=(Mistake("index_causal", "chooses before the causal mask"),))
-    if (other := _chosen_elsewhere(trace, block, chosen_by, choice)) is not None:
+    if (other := _chosen_elsewhere(trace, config, block, chosen_by, choice)) is not None:
         detail = f"attends to the tokens that {other} chose, not to those of {chosen_by}"
         return StepAudit(mistakes=(Mistake("index_layer", detail),))
     # Scores that are wrong in an unknown way, which is their audit's to say, may be followed.
@@ -163,10 +163,21 @@ def _choice(
 
 
 def _chosen_elsewhere(
-    trace: Trace, block: Block, chosen_by: Block, choice: Bool[Tensor, "tokens tokens"]
+    trace: Trace,
+    config: ModelConfig,
+    block: Block,
+    chosen_by: Block,
+    choice: Bool[Tensor, "tokens tokens"],
 ) -> Block | None:
-    """Another block with the choice of `block`: the last before it, else the first after it."""
-    others = [other for other in trace.blocks() if other not in (block, chosen_by)]
+    """A block with the choice of `block` that is not to share it: the last before it, else the
+    first after it.
+    """
+    source = layer_number(config, chosen_by)
+    others = [
+        other
+        for other in trace.blocks()
+        if other != block and config.choosing_layer(layer_number(config, other)) != source
+    ]
     order = trace.blocks().index(block)
     before = [other for other in others if trace.blocks().index(other) < order]
     for other in (*reversed(before), *others):
