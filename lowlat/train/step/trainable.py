@@ -60,6 +60,11 @@ def check_stages(config: ModelConfig, recipe: Recipe, origin: str) -> None:
                 f"{where} needs a model with indexers, such as deepseek_v32; leave it out, or "
                 "convert the model with lowlat convert --to dsa"
             )
+        if recipe.lora is not None and "dsa_indexer_loss_coeff" in phase.model_fields_set:
+            raise UserError(
+                f"{origin}: phase {phase.name}: dsa_indexer_loss_coeff has no effect with lora, "
+                "which freezes the indexers; leave it out"
+            )
         if not phase.is_warmup:
             continue
         if recipe.lora is not None:
