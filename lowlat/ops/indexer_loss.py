@@ -4,11 +4,13 @@ chosen tokens, and the KL divergence that trains the indexer, in blocks of queri
 The target of a query is the attention distribution summed over heads and L1-normalised over tokens;
 the indexer's distribution is the softmax of its scores. Warm-up compares them over all visible
 tokens (equation 3), sparse training over the chosen ones (equation 4). Gradients of index scores
-are computed with the loss, so no block is saved for the backward pass.
+are computed with the loss. For the backward pass attention keeps its inputs and the chosen
+positions: nothing of the size of the scores, nor a mask.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -77,14 +79,15 @@ def attend_and_distill(
     count, start = len(q), len(k) - len(q)
     widest = max(q.shape[1], index.q.shape[1])
     step = max(1, BLOCK_ELEMENTS // (widest * len(k)))
+    first, is_known = num_dense(count, start, index.topk), chosen is not None
+    if chosen is None:
+        shape = (count - first, index.topk)
+        chosen = torch.empty(shape, dtype=torch.int32, device=q.device)
+    key_gradient = torch.zeros_like(index_keys, dtype=accumulation_dtype(index_keys.dtype))
     blocks = []
     for begin in range(0, count, step):
         own = slice(begin, min(begin + step, count))
         seen = start + own.stop
-        known = None
-        if chosen is not None:
-            places = (max(at - num_dense(count, start, index.topk), 0) for at in (begin, own.stop))
-            known = chosen[slice(*places)]
         blocks.append(
             _block(
                 q[own],
@@ -92,12 +95,23 @@ def attend_and_distill(
                 v[:seen],
                 index.rows(own),
                 index_keys[:seen],
-                known,
+                chosen[max(own.start - first, 0) : max(own.stop - first, 0)],
+                is_known=is_known,
+                key_gradient=key_gradient[:seen],
                 scale=scale,
                 objective=objective,
             )
         )
-    return _joined(blocks, len(k))
+    return _joined(blocks, chosen, key_gradient.to(index_keys.dtype))
+
+
+class _Block(NamedTuple):
+    """Attention of a block of queries."""
+
+    out: Tensor
+    statistics: Tensor
+    gradients: tuple[Tensor, Tensor] | None
+    """With respect to index queries and head weights."""
 
 
 def _block(
@@ -106,35 +120,42 @@ def _block(
     v: Tensor,
     index: IndexQueries,
     index_keys: Tensor,
-    chosen: Tensor | None,
+    chosen: Tensor,
     *,
+    is_known: bool,
+    key_gradient: Tensor,
     scale: float,
     objective: IndexerObjective,
-) -> SparseOutput:
+) -> _Block:
+    """Fills `chosen`, unless it is known, and adds to `key_gradient`."""
     weight = objective.kl_weight
     leaves = [x.detach().requires_grad_() for x in (index.q, index.weights, index_keys)]
     scores = None
-    if chosen is None or weight is not None:
+    if not is_known or weight is not None:
         is_learning = weight is not None and torch.is_grad_enabled()
         with torch.set_grad_enabled(is_learning), _plainly_saved():
             scores = index_scores(IndexQueries(leaves[0], leaves[1], index.topk), leaves[2])
-    if chosen is None:
+    if not is_known:
         assert scores is not None
-        chosen = _choose(scores.detach(), index.topk)
-    visible = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device)
-    visible = visible.tril(len(k) - len(q))
-    picked = _mask(visible, chosen)
-    mask = visible if objective.is_dense else picked
-    # A block keeps nothing for the backward pass but its inputs.
-    is_trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    arguments = (q, k, v, mask, visible if weight is not None else None, scale)
-    if is_trained:
-        made = checkpoint(_attention, *arguments, use_reentrant=False, preserve_rng_state=False)
+        chosen.copy_(_choose(scores.detach(), index.topk))
+    # As an argument of the checkpointed function, a slice of the choices would be refused once the
+    # next block fills its own; the function makes the masks, so that they are not kept.
+    attend = partial(
+        _attention,
+        chosen=None if objective.is_dense else chosen,
+        measures_mass=weight is not None,
+        scale=scale,
+    )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        made = checkpoint(attend, q, k, v, use_reentrant=False, preserve_rng_state=False)
     else:
-        made = _attention(*arguments)
+        made = attend(q, k, v)
     out, shares, mass = made
     if weight is None or scores is None:
-        return SparseOutput(out, chosen.int(), torch.zeros(3, dtype=torch.float64), None)
+        return _Block(out, torch.zeros(3, dtype=torch.float64), None)
+    visible = _visible(q, k)
+    picked = _mask(visible, chosen)
+    mask = visible if objective.is_dense else picked
     shares = objective.sum_heads(shares)
     total = shares.sum(dim=-1, keepdim=True)
     target = shares / total
@@ -142,13 +163,15 @@ def _block(
         kl = index_divergence(scores, target, mask)
     gradients = None
     if torch.is_grad_enabled():
-        gradients = IndexGradients(*torch.autograd.grad(weight * kl, leaves))
+        of_q, of_weights, of_keys = torch.autograd.grad(weight * kl, leaves)
+        key_gradient += of_keys
+        gradients = (of_q, of_weights)
     recall = (target * picked).sum(dim=-1)
     if not objective.is_dense:
         recall = objective.sum_heads(mass) / total[:, 0]
     sparse = recall[len(q) - len(chosen) :]
     statistics = torch.stack([kl.detach(), sparse.sum(), sparse.new_tensor(len(sparse))])
-    return SparseOutput(out, chosen.int(), statistics.double(), gradients)
+    return _Block(out, statistics.double(), gradients)
 
 
 def index_divergence(
@@ -165,19 +188,21 @@ def index_divergence(
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, visible: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, chosen: Tensor | None, measures_mass: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, attention summed over heads, and the sum over heads of the attention mass that the
-    tokens of `mask` have among the visible ones (zeros if not asked for).
+    chosen tokens have among the visible ones (zeros if not asked for). chosen None: all visible.
     """
     wide = accumulation_dtype(q.dtype)
+    visible = _visible(q, k)
+    mask = visible if chosen is None else _mask(visible, chosen)
     scores = torch.einsum("qhd,khd->hqk", q.to(wide) * scale, k.to(wide))
     masked = scores.masked_fill(~mask, -torch.inf)
     shares = masked.softmax(dim=-1)
     out = torch.einsum("hqk,khv->qhv", shares, v.to(wide)).to(q.dtype)
     with torch.no_grad():
         mass = scores.new_zeros(len(q))
-        if visible is not None and visible is not mask:
+        if measures_mass and chosen is not None:
             whole = scores.masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
             mass = (masked.logsumexp(dim=-1) - whole).exp().sum(dim=0)
         return out, shares.detach().sum(dim=0), mass
@@ -192,6 +217,11 @@ def _choose(scores: Float[Tensor, "queries keys"], topk: int) -> Int[Tensor, "sp
     return top_positions(scores[first:], start=start + first, topk=topk)
 
 
+def _visible(q: Tensor, k: Tensor) -> Bool[Tensor, "queries keys"]:
+    """The tokens up to each query's own."""
+    return torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+
+
 def _mask(
     visible: Bool[Tensor, "queries keys"], chosen: Int[Tensor, "sparse topk"]
 ) -> Bool[Tensor, "queries keys"]:
@@ -203,20 +233,16 @@ def _mask(
     return mask
 
 
-def _joined(blocks: list[SparseOutput], keys: int) -> SparseOutput:
-    """The blocks as one; gradients of a key are summed over blocks."""
+def _joined(blocks: list[_Block], chosen: Tensor, key_gradient: Tensor) -> SparseOutput:
+    """The blocks as one."""
     gradients = None
     parts = [block.gradients for block in blocks if block.gradients is not None]
     if parts:
-        total = parts[-1].keys.clone()
-        for part in parts[:-1]:
-            total[: len(part.keys)] += part.keys
-        assert len(total) == keys
-        q, weights = (torch.cat([part[place] for part in parts]) for place in (0, 1))
-        gradients = IndexGradients(q, weights, total)
+        q, weights = (torch.cat(each) for each in zip(*parts, strict=True))
+        gradients = IndexGradients(q, weights, key_gradient)
     return SparseOutput(
         torch.cat([block.out for block in blocks]),
-        torch.cat([block.chosen for block in blocks]),
+        chosen,
         torch.stack([block.statistics for block in blocks]).sum(dim=0),
         gradients,
     )

@@ -78,8 +78,8 @@ SPARSE = [
     Mutant(
         "DSA training: gradients of later keys of a block are dropped",
         LOSS,
-        "total = parts[-1].keys.clone()",
-        "total = torch.zeros_like(parts[-1].keys)",
+        "key_gradient += of_keys",
+        "key_gradient[: len(q)] += of_keys[: len(q)]",
         TRAINING + "test_blocks_and_recomputation_change_nothing",
     ),
     Mutant(

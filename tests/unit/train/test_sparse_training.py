@@ -1,5 +1,6 @@
 """Training of sparse attention (DSA): gradients written out, frozen parts, exact resumption."""
 
+import gc
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor
 from lowlat.config.model import IndexerConfig, ModelConfig
 from lowlat.model.transformer import Transformer
 from lowlat.ops import indexer_loss
+from lowlat.ops.indexer_loss import IndexerObjective, attend_and_distill
+from lowlat.ops.sparse_attention import IndexQueries
 from lowlat.train.inputs.configs import base_config, check_recipe
 from lowlat.train.layers.fp8 import use_fp8
 from lowlat.train.layers.fused import checkpoint_activations
@@ -187,6 +190,37 @@ def test_indexers_learn_in_layerwise_distillation(layers: str) -> None:
     assert all(one.kl == pytest.approx(figures[one.layer][0]) for one in losses.records()[:2])
 
 
+def test_attention_keeps_no_masks_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bool tensor of blocks of queries outlives the forward pass."""
+    monkeypatch.setattr(indexer_loss, "BLOCK_ELEMENTS", 2**10)
+    length, heads, width = 67, 2, 4
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(length, heads, width)] * 3 + [(length, 3, 5), (length, 3), (length, 5)]
+    q, k, v, index_q, weights, index_keys = (
+        torch.randn(shape, generator=generator).requires_grad_() for shape in shapes
+    )
+    for is_dense in (False, True):
+        objective = IndexerObjective(is_dense=is_dense, kl_weight=0.1, sum_heads=lambda x: x)
+        before = set(map(id, bool_tensors()))
+        made = attend_and_distill(
+            q,
+            k,
+            v,
+            IndexQueries(index_q, weights, 11),
+            index_keys,
+            None,
+            scale=0.5,
+            objective=objective,
+        )
+        assert not [x.shape for x in bool_tensors() if id(x) not in before]
+        made.out.sum().backward()
+
+
+def bool_tensors() -> list[Tensor]:
+    found = [each for each in gc.get_objects() if type(each) is Tensor]
+    return [tensor for tensor in found if tensor.dtype == torch.bool]
+
+
 def test_forward_is_that_of_inference() -> None:
     """Over the chosen tokens in the sparse stage, over all in the warm-up."""
     batch = tiny.batch(masked=True)
@@ -209,10 +243,21 @@ def test_forward_is_that_of_inference() -> None:
 
 
 def test_contexts_within_topk_are_dense() -> None:
-    """Every token is chosen: recall is 1, and the KL divergence is that of the warm-up."""
-    results = [trained(model("wide"), stage)[1] for stage in ("warmup", "sparse")]
-    assert results[0] == {k: pytest.approx(v) for k, v in results[1].items()}
-    assert all(recall == 1.0 for _, recall in results[0].values())
+    """Every token is chosen: KL divergence and gradients of indexers are those of the warm-up,
+    gradients of other weights those of dense attention.
+    """
+    (warm, first), (found, second) = (trained(model("wide"), s) for s in ("warmup", "sparse"))
+    assert first == {k: pytest.approx(v) for k, v in second.items()}
+    assert warm and all(".indexer." in name for name in warm)
+    dense = Transformer(tiny.config(attention=configs.MLA), dtype=torch.float64)
+    stack_experts(dense)
+    weights = {n: w for n, w in model("wide").state_dict().items() if ".indexer." not in n}
+    dense.load_state_dict(weights)
+    batch = tiny.batch(masked=True)
+    options: Any = {"targets": count_targets(batch, AHEAD), "dtype": torch.float64, **WEIGHTS}
+    batch_loss(dense, *local_batch(ProcessMesh(), batch, AHEAD), **options).total.backward()
+    for name, gradient in (warm | tiny.gradients(dense)).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-11, msg=name)
 
 
 def test_warm_up_lowers_the_divergence_and_moves_nothing_else() -> None:
@@ -328,6 +373,10 @@ def test_a_stopped_run_resumes_exactly(tmp_path: Path, precision: str, checkpoin
         ),
         ({"distillation": {"teacher": "t"}}, "phase warm-up: .* remove distillation"),
         ({"model": SPARSE_MODEL | {"index_topk": 0}}, "index_topk.*0"),
+        (
+            {"lora": {"rank": 2, "alpha": 4}, "phase": [tuning.phases({"dsa_indexer_loss_coeff": 0.5})[0]]},
+            "phase .*: dsa_indexer_loss_coeff has no effect with lora",
+        ),
     ],
 )
 def test_recipes_that_cannot_be(changes: dict[str, Any], said: str) -> None:
