@@ -22,7 +22,7 @@ from lowlat.train.layers.sparse_mla import DSAStage, use_sparse_training
 from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.parallel.local_batch import local_batch
 from lowlat.train.parallel.mesh import ProcessMesh
-from lowlat.train.recipe.schema import OptimizerConfig
+from lowlat.train.recipe.schema import OptimizerConfig, parse_recipe
 from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.indexers import IndexerLosses
 from lowlat.train.step.layerwise import layer_errors
@@ -31,6 +31,7 @@ from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import PlainPasses
 from lowlat.train.step.step import train_step
 from lowlat.train.step.teacher import Teacher
+from lowlat.train.step.trainable import check_stages
 from lowlat.utils.errors import UserError
 from tests import configs
 from tests.lowlat_configs import random_model
@@ -373,10 +374,6 @@ def test_a_stopped_run_resumes_exactly(tmp_path: Path, precision: str, checkpoin
         ),
         ({"distillation": {"teacher": "t"}}, "phase warm-up: .* remove distillation"),
         ({"model": SPARSE_MODEL | {"index_topk": 0}}, "index_topk.*0"),
-        (
-            {"lora": {"rank": 2, "alpha": 4}, "phase": [tuning.phases({"dsa_indexer_loss_coeff": 0.5})[0]]},
-            "phase .*: dsa_indexer_loss_coeff has no effect with lora",
-        ),
     ],
 )
 def test_recipes_that_cannot_be(changes: dict[str, Any], said: str) -> None:
@@ -389,3 +386,12 @@ def test_recipes_that_cannot_be(changes: dict[str, Any], said: str) -> None:
         check_recipe(base_config(recipe, None, 260, "r.toml"), recipe, "r.toml")
     assert "\n" not in str(caught.value)
     assert re.match(r"r\.toml", str(caught.value))
+
+
+def test_lora_has_no_indexer_loss() -> None:
+    phase = tuning.phases({"dsa_indexer_loss_coeff": 0.5})[0] | {"bias_update_speed": 0.0}
+    raw = stages(lora={"rank": 2, "alpha": 4}, base_model="b", phase=[phase])
+    raw.pop("model")
+    said = "phase .*: dsa_indexer_loss_coeff has no effect with lora"
+    with pytest.raises(UserError, match=said):
+        check_stages(config(), parse_recipe(raw, origin="r.toml"), "r.toml")
