@@ -29,10 +29,11 @@ def large_config(case: Case) -> ModelConfig:
     config = drawn_config(case)
     moe = config.moe
     if moe is not None:
+        experts = max(2 * moe.n_group, 4)
         moe = replace(
             moe,
-            n_routed_experts=max(2 * moe.n_group, 4),
-            num_experts_per_tok=3,
+            n_routed_experts=experts,
+            num_experts_per_tok=min(3, experts // moe.n_group * moe.topk_group),
             moe_intermediate_size=1061,
             first_k_dense_replace=1,
         )
