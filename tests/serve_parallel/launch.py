@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 400.0
+PATIENCE = 1200.0
 """Seconds that a launch may take on a machine with much else to do."""
 
 
