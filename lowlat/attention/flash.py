@@ -16,6 +16,7 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.ops import native_training_kernels
 from lowlat.ops.autograd import causal_attention
 from lowlat.ops.layout import EntryLayout
+from lowlat.ops.mla import expand_entries
 from lowlat.ops.sparse_attention import IndexQueries, choose_tokens, sparse_mla
 
 
@@ -44,13 +45,8 @@ class FlashAttention(AttentionBackend):
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
-        heads, _, rank = w_uk.shape
-        latent, k_rope = entries[:, :rank], entries[:, None, rank:]
-        k_nope = (latent @ w_uk.flatten(0, 1).T).unflatten(-1, (heads, -1))
-        v = (latent @ w_uv.flatten(0, 1).T).unflatten(-1, (heads, -1))
-        q = torch.cat([q_nope, q_rope], dim=-1)
-        k = torch.cat([k_nope, k_rope.expand(-1, heads, -1)], dim=-1)
-        return self._attend(q, k, v, scale, None)
+        k, v = expand_entries(entries, w_uk, w_uv)
+        return self._attend(torch.cat([q_nope, q_rope], dim=-1), k, v, scale, None)
 
     def sparse_mla(
         self,

@@ -13,6 +13,19 @@ from torch import Tensor
 from lowlat.ops.attention import KEY_BLOCK, causal_attention
 
 
+def expand_entries(
+    entries: Float[Tensor, "*tokens entry_dim"],
+    w_uk: Float[Tensor, "heads nope_dim latent"],
+    w_uv: Float[Tensor, "heads v_dim latent"],
+) -> tuple[Float[Tensor, "*tokens heads head_dim"], Float[Tensor, "*tokens heads v_dim"]]:
+    """Keys and values of every head: k_h = [W_UK_h c ; k_R], v_h = W_UV_h c."""
+    heads, _, rank = w_uk.shape
+    latent, k_rope = entries[..., :rank], entries[..., None, rank:]
+    k_nope = (latent @ w_uk.flatten(0, 1).T).unflatten(-1, (heads, -1))
+    v = (latent @ w_uv.flatten(0, 1).T).unflatten(-1, (heads, -1))
+    return torch.cat([k_nope, k_rope.expand(*k_nope.shape[:-1], -1)], dim=-1), v
+
+
 def absorbed_mla(
     q_nope: Float[Tensor, "queries heads nope_dim"],
     q_rope: Float[Tensor, "queries heads rope_dim"],

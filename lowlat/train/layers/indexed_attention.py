@@ -19,6 +19,7 @@ from lowlat.ops.indexer_loss import (
     add_index_gradients,
     attend_and_distill,
 )
+from lowlat.ops.mla import expand_entries
 from lowlat.ops.sparse_attention import IndexQueries
 
 
@@ -125,12 +126,8 @@ class LayerAttention(AttentionBackend):
         objective, backend = self._objective, self._backend
         if objective.is_dense and objective.kl_weight is None:
             return backend.mla(layer, q_nope, q_rope, entries, w_uk, w_uv, scale)
-        heads, _, rank = w_uk.shape
         rows = backend.others.gather(backend.others.copy(entries))
-        latent, k_rope = rows[:, :rank], rows[:, None, rank:]
-        k_nope = (latent @ w_uk.flatten(0, 1).T).unflatten(-1, (heads, -1))
-        v = (latent @ w_uv.flatten(0, 1).T).unflatten(-1, (heads, -1))
-        k = torch.cat([k_nope, k_rope.expand(-1, heads, -1)], dim=-1)
+        k, v = expand_entries(rows, w_uk, w_uv)
         return self._attend(torch.cat([q_nope, q_rope], dim=-1), k, v, scale)
 
     def gqa(

@@ -19,6 +19,7 @@ from torch.nn.attention.bias import causal_lower_right
 from lowlat.attention.base import AttentionBackend
 from lowlat.data.batch import Batch
 from lowlat.ops.layout import EntryLayout
+from lowlat.ops.mla import expand_entries
 from lowlat.train.layers.indexed_attention import KeyRange
 from lowlat.train.parallel.collectives import all_gather
 
@@ -117,12 +118,7 @@ class ContextAttention(AttentionBackend):
         w_uv: Float[Tensor, "heads v_dim latent"],
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
-        heads, _, rank = w_uk.shape
-        all_rows = self._gathered(entries)
-        latent, k_rope = all_rows[..., :rank], all_rows[..., None, rank:]
-        k_nope = (latent @ w_uk.flatten(0, 1).T).unflatten(-1, (heads, -1))
-        v = (latent @ w_uv.flatten(0, 1).T).unflatten(-1, (heads, -1))
-        k = torch.cat([k_nope, k_rope.expand(-1, -1, heads, -1)], dim=-1)
+        k, v = expand_entries(self._gathered(entries), w_uk, w_uv)
         return self._attend(torch.cat([q_nope, q_rope], dim=-1), k, v, scale, None)
 
     def sparse_mla(self, *arguments: Any, **named: Any) -> Tensor:
