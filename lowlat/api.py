@@ -38,7 +38,6 @@ from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
 from lowlat.generate.prompt import Prompt, as_prompts
 from lowlat.model.native import supports_native
 from lowlat.ops import native
-from lowlat.plan.serving_stages import share_of
 from lowlat.text.folder import declared_eos_ids
 from lowlat.text.parts import NoTokenizer
 from lowlat.text.tokenizer import Tokenizer
@@ -167,12 +166,17 @@ class CheckedModel(NamedTuple):
         """Read the weights of this process, and serve them as `load` documents."""
         path, run = self.source.path, self.run
         tokenizer, pooling = tokenizer or read_tokenizer(path), read_pooling(path)
+        divide = None
+        if run is not None:
+            from lowlat.plan.serving_stages import share_of
+
+            divide = partial(share_of, layout=run.layout, rank=run.group.rank)
         loaded = load_model(
             self.source,
             dtype=self.dtype,
             device=self.device,
             keeps_blocks=True,
-            divide=run and partial(share_of, layout=run.layout, rank=run.group.rank),
+            divide=divide,
             progress=self.progress,
         )
         if supports_native(loaded.model):

@@ -32,14 +32,14 @@ def fill_parameters(
     dtype: torch.dtype | None,
     device: torch.device,
     progress: Progress,
-    packed: Mapping[str, Linear] | None = None,
+    packed: Mapping[str, Linear],
     *,
-    shapes: Shapes | None = None,
-    rows_of: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor,
+    shapes: Shapes,
+    rows_of: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Tensors for all `parameters` (meta tensors), in `dtype` (None: as stored) on `device`.
 
-    shapes: those of the whole model, if `parameters` are a share of it, and rows_of: the rows of a
+    shapes: those of the whole model, of which `parameters` may be a share; rows_of: the rows of a
     parameter that belong to the share. packed: weights to quantize on load, with the modules whose
     storage they get. At most one file tensor is in memory besides the result. Raises UserError
     naming file and tensor for dtypes that no weight has, and for values that must be finite and are
@@ -47,8 +47,6 @@ def fill_parameters(
     """
     filled: dict[str, Tensor] = {}
     empty = HugePageAllocator().empty if device.type == "cpu" else torch.empty
-    if shapes is None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     total = sum(_stored_bytes(source, name) for step in plan for name in step.file_shapes(shapes))
     with progress.task("Loading weights", total=total, unit="bytes") as task:
         for step in plan:
@@ -59,7 +57,7 @@ def fill_parameters(
                 tensor = rows_of(name, whole)
                 where = f"{source.path}: tensor {name!r}"
                 where = source.where(names[0]) if len(names) == 1 else where
-                if packed is not None and name in packed:
+                if name in packed:
                     parts = fit_packed(tensor, name, where, packed[name], empty)
                 else:
                     parts = {name: _fit_stored(tensor, name, where, parameters[name].dtype, dtype)}

@@ -47,11 +47,12 @@ def evaluate(
     Each token is predicted from the previous ones in its window; the first is not counted.
     """
     from lowlat.cli.inputs import load_model, read_text_file
+    from lowlat.utils.process_group import is_follower
     from lowlat.utils.progress import make_progress
 
     if parallel is not None and expert_loads is not None:
         raise UserError("--expert-loads counts in one process; leave out --parallel")
-    content = read_text_file(text)
+    content = "" if is_follower() else read_text_file(text)  # process 0 has the input
     loaded = load_model(model, parallel=parallel, **asdict(machine))
     started = time.perf_counter()
     with counted_loads(loaded, expert_loads):

@@ -68,8 +68,6 @@ def read_stdin() -> str:
 
 def read_text_file(path: Path) -> str:
     """The text of a UTF-8 file. Raises UserError for devices and files beyond MAX_TEXT_BYTES."""
-    if is_follower():
-        return ""  # process 0 has the input
     try:
         return _decode(read_bounded(path, MAX_TEXT_BYTES, f"'{path}'"), f"'{path}'")
     except OSError as error:

@@ -91,12 +91,15 @@ class Model:
         self.runner, limits = new_runner(
             transformer, cache, max_cache_bytes, self.context, self.adapters.selected, group
         )
-        topk = sparse_topk(transformer.config.attention)
-        if topk is not None and not self.runner.is_batch_invariant:
+        if (
+            sparse_topk(transformer.config.attention) is not None
+            and not self.runner.is_batch_invariant
+        ):
             _log.warning(
-                "%s: sparse attention runs in PyTorch, which is slow; in bf16 on the CPU, and in a "
-                "context of up to its top-k of %d tokens, it runs on native kernels",
-                *(name, topk),
+                "%s: sparse attention runs in PyTorch, which is slow; native kernels run it on the "
+                "CPU, in bf16 or quantized, with indexers of the attention's rotary width in all "
+                "layers",
+                name,
             )
         self.engine = Engine(
             self.runner,

@@ -47,8 +47,9 @@ def check_batch_invariant(model: Model) -> None:
     if topk is not None and not model.runner.is_batch_invariant:
         raise UserError(
             f"{model.name}: sparse attention over more than its top-k of {topk} tokens is served by"
-            f" the native kernels only; serve it on the CPU in bf16 or quantized, or with"
-            f" --max-context {topk} or less"
+            f" native kernels only: on the CPU, in bf16 or quantized, with indexers of the"
+            f" attention's rotary width in all layers; serve it so, or with --max-context {topk} or"
+            f" less"
         )
 
 

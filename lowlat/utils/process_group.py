@@ -60,7 +60,7 @@ def started_processes() -> int:
 
 def is_follower() -> bool:
     """Whether this process is not process 0, which alone reads input and prints."""
-    return int(os.environ.get("RANK", "0")) > 0
+    return started_processes() > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
 def local_processes() -> int:

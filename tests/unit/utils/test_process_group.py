@@ -2,9 +2,10 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from torch.distributed import HashStore
 
-from lowlat.utils.process_group import _common_prefix
+from lowlat.utils.process_group import _common_prefix, is_follower
 
 
 def test_restarted_processes_share_a_new_prefix() -> None:
@@ -18,3 +19,11 @@ def test_restarted_processes_share_a_new_prefix() -> None:
         assert len(prefixes) == 1
         found += prefixes
     assert len(set(found)) == 3
+
+
+def test_a_rank_without_a_run_is_no_follower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not is_follower()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert is_follower()
