@@ -96,10 +96,7 @@ class Model:
             and not self.runner.is_batch_invariant
         ):
             _log.warning(
-                "%s: sparse attention runs in PyTorch, which is slow; native kernels run it on the "
-                "CPU, in bf16 or quantized, with indexers of the attention's rotary width in all "
-                "layers",
-                name,
+                "%s: sparse attention runs in PyTorch, which is slow (see docs/sparse.md)", name
             )
         self.engine = Engine(
             self.runner,
