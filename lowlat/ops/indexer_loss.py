@@ -130,14 +130,15 @@ def _block(
     """Fills `chosen`, unless it is known, and adds to `key_gradient`."""
     weight = objective.kl_weight
     leaves = [x.detach().requires_grad_() for x in (index.q, index.weights, index_keys)]
-    scores = None
-    if not is_known or weight is not None:
+    scores, chooses = None, len(chosen) > 0 and not is_known
+    if chooses or weight is not None:
         is_learning = weight is not None and torch.is_grad_enabled()
         with torch.set_grad_enabled(is_learning), _plainly_saved():
             scores = index_scores(IndexQueries(leaves[0], leaves[1], index.topk), leaves[2])
-    if not is_known:
+    if chooses:
         assert scores is not None
-        chosen.copy_(_choose(scores.detach(), index.topk))
+        own, start = scores.detach()[-len(chosen) :], len(k) - len(chosen)
+        chosen.copy_(top_positions(own, start=start, topk=index.topk))
     # As an argument of the checkpointed function, a slice of the choices would be refused once the
     # next block fills its own; the function makes the masks, so that they are not kept.
     attend = partial(
@@ -206,15 +207,6 @@ def _attention(
             whole = scores.masked_fill(~visible, -torch.inf).logsumexp(dim=-1)
             mass = (masked.logsumexp(dim=-1) - whole).exp().sum(dim=0)
         return out, shares.detach().sum(dim=0), mass
-
-
-def _choose(scores: Float[Tensor, "queries keys"], topk: int) -> Int[Tensor, "sparse topk"]:
-    """The tokens of those queries that see more than `topk`."""
-    count, start = len(scores), scores.shape[1] - len(scores)
-    first = num_dense(count, start, topk)
-    if first == count:
-        return torch.empty(0, topk, dtype=torch.int64, device=scores.device)
-    return top_positions(scores[first:], start=start + first, topk=topk)
 
 
 def _visible(q: Tensor, k: Tensor) -> Bool[Tensor, "queries keys"]:
