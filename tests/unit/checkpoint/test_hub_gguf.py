@@ -174,7 +174,7 @@ def test_disk_that_fills_up(hub: HubServer, tmp_path: Path, big: bytes) -> None:
     """One line; what was received stays, and the next run continues with it."""
     command = [sys.executable, "-c", FULL_DISK + CHILD, "org/name:Q4_K_M"]
     said = forked.run(
-        command, env=environment(hub, tmp_path), capture_output=True, text=True
+        command, env=environment(hub, tmp_path), capture_output=True, text=True, check=True
     ).stdout
     assert said.startswith("error: no space left on the disk of") and said.count("\n") == 1
     assert fetch(hub, tmp_path, "org/name:Q4_K_M") == "V3-Q4_K_M.gguf"
