@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 
-from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import (
     attention_parameters,
     mlp_parameters,
@@ -66,14 +66,8 @@ def serving_stages(config: ModelConfig, count: int) -> list[ModelShare]:
 def _units(config: ModelConfig) -> list[range]:
     """Runs of layers that stay in one process: a layer that attends to the tokens that another one
     chose (sparse attention) follows it."""
-    starts = [n for n in range(config.num_hidden_layers) if not _shares_choice(config, n)]
+    starts = [n for n in range(config.num_hidden_layers) if config.choosing_layer(n) in (None, n)]
     return [range(first, last) for first, last in pairwise((*starts, config.num_hidden_layers))]
-
-
-def _shares_choice(config: ModelConfig, layer: int) -> bool:
-    attention = config.attention_of(layer)
-    indexer = attention.indexer if isinstance(attention, MLAConfig) else None
-    return indexer is not None and indexer.is_shared
 
 
 def _parameters(config: ModelConfig, layer: int) -> int:

@@ -15,6 +15,7 @@ import torch
 
 from lowlat.config.model import ModelConfig, MoEConfig
 from lowlat.ops.expert_placement import imbalance, rebalance_experts
+from lowlat.plan.serving.step_cost import expected_experts
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import MAX_JSON_BYTES, parse_object
 
@@ -45,9 +46,8 @@ def busiest_rank(
     mean that unequal experts add.
     """
     if ranks == 1:
-        missed = (1 - moe.num_experts_per_tok / moe.n_routed_experts) ** tokens
         choices = float(tokens * moe.num_experts_per_tok)
-        return ExpertLoad(experts=moe.n_routed_experts * (1 - missed), choices=choices)
+        return ExpertLoad(experts=expected_experts(moe, tokens), choices=choices)
     sample = min(tokens, ROWS // LEAST_TRIALS)
     chosen = _routing(moe, sample)
     owner = np.arange(moe.n_routed_experts) * ranks // moe.n_routed_experts

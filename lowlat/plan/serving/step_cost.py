@@ -20,9 +20,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from lowlat.config.attention import GLAConfig, GTAConfig
+from lowlat.config.attention import GLAConfig, GTAConfig, index_key_dim, sparse_topk
 from lowlat.config.kv_cache_size import int8_entry_bytes
-from lowlat.config.model import AttentionConfig, GQAConfig, MLAConfig, ModelConfig, TPAConfig
+from lowlat.config.model import (
+    AttentionConfig,
+    GQAConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    TPAConfig,
+)
 from lowlat.config.parameter_count import (
     ELEMENT_BYTES,
     attention_parameters,
@@ -112,7 +119,7 @@ def step_cost(
     if config.moe is None:
         used = choices = 0.0
     else:
-        used = expected_experts(config, step.tokens) if used is None else used
+        used = expected_experts(config.moe, step.tokens) if used is None else used
         choices = step.tokens * config.moe.num_experts_per_tok if choices is None else choices
     routed = expert_parameters(config) * sparse * choices if config.moe else 0.0
     head = config.vocab_size * config.hidden_size * share.has_head
@@ -183,7 +190,7 @@ def entry_bytes(
 
 def _entry(attention: AttentionConfig, cache: str, tensor: int) -> tuple[float, float]:
     """(bytes of a KV cache entry of one layer, bytes of the index key in it)."""
-    index = attention.index_key_dim if isinstance(attention, MLAConfig) else 0
+    index = index_key_dim(attention)
     # latents are shared by all heads, so every tensor-parallel rank has them
     parts = tensor if isinstance(attention, GQAConfig | GTAConfig) else 1
     if cache == "int8":
@@ -198,7 +205,7 @@ def _cache_read(config: ModelConfig, step: Step, cache: str, layers: range, tens
     total = 0.0
     for (attention, window), number in _kinds(config, layers).items():
         size, index = _entry(attention, cache, tensor)
-        seen, topk = step.keys, _topk(attention)
+        seen, topk = step.keys, sparse_topk(attention)
         if window is not None:
             seen = min(seen, window + step.queries - 1)
         if topk is not None:
@@ -227,7 +234,7 @@ def attention_flops(
     layers = range(config.num_hidden_layers) if layers is None else layers
     total = 0
     for (attention, window), number in _kinds(config, layers).items():
-        bounds = [bound for bound in (window, _topk(attention)) if bound is not None]
+        bounds = [bound for bound in (window, sparse_topk(attention)) if bound is not None]
         seen = _pairs_within(min(bounds, default=None), queries, keys, pairs)
         one = config.num_attention_heads * _head_flops(attention, queries, keys, seen)
         total += number * (one + _index_flops(attention, queries, keys, pairs))
@@ -249,12 +256,6 @@ def _index_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int
 def _kinds(config: ModelConfig, layers: range) -> Counter[tuple[AttentionConfig, int | None]]:
     """Number of layers by attention and sliding window."""
     return Counter((config.attention_of(layer), config.window(layer)) for layer in layers)
-
-
-def _topk(attention: AttentionConfig) -> int | None:
-    """Most tokens that a query of sparse attention (DSA) attends to; None for dense attention."""
-    indexer = attention.indexer if isinstance(attention, MLAConfig) else None
-    return None if indexer is None else indexer.index_topk
 
 
 def _pairs_within(window: int | None, queries: int, keys: int, pairs: int) -> int:
@@ -284,8 +285,7 @@ def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int)
         products = 2 * (attention.k_rank + attention.v_rank) * attention.head_dim
         expanded = pairs * 4 * attention.head_dim + keys * products
         return min(pairs * products, expanded)
-    index_key = attention.index_key_dim if isinstance(attention, MLAConfig) else 0
-    latent = attention.entry_dim - index_key - attention.qk_rope_head_dim
+    latent = attention.entry_dim - index_key_dim(attention) - attention.qk_rope_head_dim
     # Without NoPE channels the latent has values only.
     scored = latent if attention.qk_nope_head_dim else 0
     absorbed = pairs * 2 * (scored + attention.qk_rope_head_dim + latent)
@@ -295,12 +295,9 @@ def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int)
     return min(absorbed, expanded)
 
 
-def expected_experts(config: ModelConfig, tokens: int) -> float:
+def expected_experts(moe: MoEConfig, tokens: int) -> float:
     """Expected number of distinct experts per layer that `tokens` tokens use, under uniform
     routing."""
-    moe = config.moe
-    if moe is None:
-        return 0.0
     missed = (1 - moe.num_experts_per_tok / moe.n_routed_experts) ** tokens
     return moe.n_routed_experts * (1 - missed)
 
