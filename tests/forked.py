@@ -163,7 +163,7 @@ def _forked(request: dict[str, Any], descriptors: list[int]) -> Callable[[], obj
             os._exit(0)
     if request["is_session"]:
         os.setsid()
-    # The numbers that they have may be those that others are to get.
+    # Copies get high numbers, as the numbers that the program needs may be in use by others.
     high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 500) for descriptor in descriptors]
     for descriptor in descriptors:
         os.close(descriptor)

@@ -119,9 +119,9 @@ def _left_out(served: ServedModel, job: ServingJob, number: int) -> Text:
 def _assumed(machine: ServingMachine) -> Text:
     link, network = machine.node_bandwidth / 1e9, machine.network_bandwidth / 1e9
     return Text(
-        f"Assumed: {machine.loses}; {link:g} GB/s and {machine.node_latency * 1e6:g} us within a "
-        f"node, {network:g} GB/s and {machine.network_latency * 1e6:g} us between machines, "
-        f"{machine.layer_seconds * 1e6:.0f} us per layer.",
+        f"Assumed: {machine.assumed_shares}; {link:g} GB/s and {machine.node_latency * 1e6:g} us "
+        f"within a node, {network:g} GB/s and {machine.network_latency * 1e6:g} us between "
+        f"machines, {machine.layer_seconds * 1e6:.0f} us per layer.",
         style="dim",
         overflow="fold",
     )

@@ -23,10 +23,10 @@ CALIBRATED: tuple[StorageType, ...] = ("int8", "int4")
 """Storage types that choose scales on calibration text."""
 FORMATS = ("auto", "hf", "gguf")
 GGUF_SUFFIX = ".gguf"
-MOST = 10**12
+MAX_OPTION = 10**12
 """Largest number of an option."""
 INDEXER_SIZES = ("index_n_heads", "index_head_dim", "index_rope_head_dim")
-MOST_SIZE = 1024
+MAX_INDEXER_SIZE = 1024
 """Largest number of heads and channels of an indexer: V3.2 has 64 and 128."""
 
 
@@ -213,7 +213,7 @@ def _check_sparse(options: ConversionOptions, *, writes_gguf: bool) -> None:
         if is_given:
             raise UserError(f"--to dsa does not support {option}; convert in two steps")
     for name, value in asdict(options.indexer).items():
-        most = MOST_SIZE if name in INDEXER_SIZES else MOST
+        most = MAX_INDEXER_SIZE if name in INDEXER_SIZES else MAX_OPTION
         if value is not None and not 1 <= value <= most:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be 1 to {most:,}")
     if not options.recovery.texts:

@@ -156,7 +156,7 @@ def _choice(
     if (other := _chosen_elsewhere(trace, config, block, chosen_by, choice)) is not None:
         detail = f"attends to the tokens that {other} chose, not to those of {chosen_by}"
         return StepAudit(mistakes=(Mistake("index_layer", detail),))
-    # Scores that are wrong in an unknown way, which is their audit's to say, may be followed.
+    # A choice that follows wrong scores is right; the audit of the scores reports them.
     scores = trace.get(chosen_by, "index_scores")
     explained = scores is not None and follows(choice, scores, topk, limit)
     return StepAudit() if explained else UNEXPLAINED

@@ -32,7 +32,7 @@ the stages. Fewer are bound by weight bandwidth, and would read the weights agai
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServingJob:
-    """What is served to whom."""
+    """Weights, number types and load of a serving plan."""
 
     weights: WeightBytes
     dtype: str

@@ -53,8 +53,8 @@ class ServingMachine(Machine):
         )
 
     @property
-    def loses(self) -> str:
-        """The assumed shares, in a sentence."""
+    def assumed_shares(self) -> str:
+        """The shares of the rates that kernels reach, in words."""
         return (
             f"kernels reach {self.memory_share:.0%} of memory bandwidth, {self.product_share:.0%} "
             f"of the FLOP/s in products, {self.decode_attention_share:.0%} in decode attention"
