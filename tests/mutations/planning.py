@@ -38,7 +38,7 @@ PLANNING = [
     Mutant(
         "step model: tensor parallelism divides latents",
         "plan/serving/step_cost.py",
-        "parts = tensor if isinstance(attention, GQAConfig | GTAConfig) else 1",
+        "parts = tensor if isinstance(attention, GQAConfig) else 1",
         "parts = tensor",
         ESTIMATE + "test_memory_is_of_the_fullest_rank",
     ),

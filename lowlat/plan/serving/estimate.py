@@ -5,7 +5,6 @@ The step model is `step_cost`'s, at the rates that kernels reach. The weights an
 step are bound by memory or arithmetic each; messages do not overlap with computation.
 """
 
-import itertools
 from dataclasses import dataclass
 
 from lowlat.config.model import ModelConfig
@@ -13,7 +12,7 @@ from lowlat.config.parameter_count import FP32_BYTES
 from lowlat.config.serving_layout import ServingLayout
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.plan.serving.expert_load import Balance, ExpertLoad, balance, busiest_rank
-from lowlat.plan.serving.layout import check_layout
+from lowlat.plan.serving.layout import check_layout, stage_layers
 from lowlat.plan.serving.machines import Cluster
 from lowlat.plan.serving.step_cost import (
     RankShare,
@@ -128,7 +127,7 @@ def estimate(
     check_layout(config, layout)
     replicas = max(1, cluster.devices // layout.processes)
     users = -(-job.users // replicas)
-    stages = stage_layers(config, layout)
+    stages = stage_layers(config, layout.pipeline)
     batches = max(1, min(layout.pipeline, users // MICRO_BATCH_TOKENS))
     size = -(-users // batches)
     decode = Step(sequences=size, context=job.context)
@@ -163,13 +162,6 @@ def _balance(
     per_node = cluster.machine.devices_per_node
     nodes = 1 if ranks % per_node else ranks // per_node
     return balance(config.moe, job.loads, ranks=ranks, nodes=nodes, redundant=redundant)
-
-
-def stage_layers(config: ModelConfig, layout: ServingLayout) -> list[range]:
-    """The layers of each pipeline stage, as equally many as possible."""
-    layers, stages = config.num_hidden_layers, layout.pipeline
-    ends = [layers * stage // stages for stage in range(stages + 1)]
-    return [range(*pair) for pair in itertools.pairwise(ends)]
 
 
 def _data(layout: ServingLayout, job: ServingJob) -> int:

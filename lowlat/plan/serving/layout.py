@@ -1,23 +1,38 @@
-"""Check that a parallel layout of serving divides a model: heads, experts, layers."""
+"""Division of a model among the processes of a parallel layout of serving: which layouts are
+possible, and the layers of each pipeline stage.
+"""
 
-from lowlat.config.attention import GQAConfig, GTAConfig
-from lowlat.config.model import ModelConfig
+from itertools import pairwise
+
+from lowlat.config.attention import GQAConfig, distinct
+from lowlat.config.model import MLAConfig, ModelConfig
+from lowlat.config.parameter_count import (
+    attention_parameters,
+    mlp_parameters,
+    moe_parameters,
+    mtp_parameters,
+)
 from lowlat.config.serving_layout import ServingLayout
+from lowlat.plan.stages import balanced
 from lowlat.utils.errors import UserError
 
 
 def check_layout(config: ModelConfig, layout: ServingLayout) -> None:
     """Raise UserError naming the axis if `layout` does not divide `config`."""
-    heads = config.num_attention_heads
-    if isinstance(config.attention, GQAConfig | GTAConfig):
+    attentions, heads = distinct(config.attention), config.num_attention_heads
+    if isinstance(config.attention, GQAConfig):
         heads = config.attention.num_key_value_heads
     experts = 1 if config.moe is None else config.moe.n_routed_experts
     small, large = sorted((layout.tensor, layout.expert))
-    layers = config.num_hidden_layers
+    stages = len(_units(config))
     problems = (
         (
             layout.expert > 1 and config.moe is None,
             f"expert={layout.expert}: the model has no routed experts; leave out expert",
+        ),
+        (
+            layout.tensor > 1 and not isinstance(attentions[0], MLAConfig | GQAConfig),
+            f"tensor={layout.tensor}: only MLA, MHA, GQA and MQA are divided by heads",
         ),
         (heads % layout.tensor, f"tensor={layout.tensor}: must divide the {heads} attention heads"),
         (
@@ -33,8 +48,37 @@ def check_layout(config: ModelConfig, layout: ServingLayout) -> None:
             f"tensor={layout.tensor}: the {experts} routed experts are divided among all ranks of "
             "a stage",
         ),
-        (layout.pipeline > layers, f"pipeline={layout.pipeline}: the model has {layers} layers"),
+        (
+            layout.pipeline > stages,
+            f"pipeline={layout.pipeline}: the model's layers divide into at most {stages} stages",
+        ),
     )
     for is_wrong, message in problems:
         if is_wrong:
             raise UserError(f"--parallel {message}")
+
+
+def stage_layers(config: ModelConfig, count: int) -> list[range]:
+    """The layers of each of `count` pipeline stages, at most as many as `check_layout` allows. The
+    largest stage has as few parameters as possible; the last has the head and the MTP modules."""
+    units = _units(config)
+    costs = [float(sum(_parameters(config, layer) for layer in unit)) for unit in units]
+    costs[-1] += config.vocab_size * config.hidden_size
+    depths = range(config.num_hidden_layers, config.num_cache_layers)
+    costs[-1] += sum(mtp_parameters(config, layer) for layer in depths)
+    ends = balanced(tuple(costs), count, len(costs))
+    return [range(units[first].start, units[last - 1].stop) for first, last in pairwise((0, *ends))]
+
+
+def _units(config: ModelConfig) -> list[range]:
+    """Runs of layers that stay in one process: a layer that attends to the tokens that another one
+    chose (sparse attention) follows it."""
+    starts = [n for n in range(config.num_hidden_layers) if config.choosing_layer(n) in (None, n)]
+    return [range(first, last) for first, last in pairwise((*starts, config.num_hidden_layers))]
+
+
+def _parameters(config: ModelConfig, layer: int) -> int:
+    own = attention_parameters(config, layer)
+    if config.moe is not None and config.is_moe_layer(layer):
+        return own + moe_parameters(config, config.moe)
+    return own + mlp_parameters(config, config.intermediate_size)

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from lowlat.config.attention import GLAConfig, GTAConfig, index_key_dim, sparse_topk
+from lowlat.config.attention import index_key_dim, sparse_topk
 from lowlat.config.kv_cache_size import int8_entry_bytes
 from lowlat.config.model import (
     AttentionConfig,
@@ -171,7 +171,7 @@ def _repeated_parameters(config: ModelConfig, layers: range) -> int:
     moe, total = config.moe, 0
     for layer in layers:
         attention = config.attention_of(layer)
-        if isinstance(attention, MLAConfig | GLAConfig):
+        if isinstance(attention, MLAConfig):
             total += config.hidden_size * ((attention.q_lora_rank or 0) + attention.kv_a_dim)
         if moe is not None and config.is_moe_layer(layer):
             total += gate_parameters(config, moe)
@@ -192,7 +192,7 @@ def _entry(attention: AttentionConfig, cache: str, tensor: int) -> tuple[float, 
     """(bytes of a KV cache entry of one layer, bytes of the index key in it)."""
     index = index_key_dim(attention)
     # latents are shared by all heads, so every tensor-parallel rank has them
-    parts = tensor if isinstance(attention, GQAConfig | GTAConfig) else 1
+    parts = tensor if isinstance(attention, GQAConfig) else 1
     if cache == "int8":
         size = int8_entry_bytes(attention.entry_dim, attention.quantized_dim, index)
         return size / parts, float(int8_entry_bytes(index, index))

@@ -1,11 +1,19 @@
 """Pipeline stages of serving: every layer in one stage, balanced by parameters."""
 
 from dataclasses import replace
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 
 from lowlat.config.model import ModelConfig
-from lowlat.plan.serving_stages import serving_stages
+from lowlat.config.presets import load_preset
+from lowlat.config.serving_layout import ServingLayout
+from lowlat.plan.serving import estimate
+from lowlat.plan.serving.layout import check_layout
+from lowlat.plan.serving.machines import parse_cluster
+from lowlat.plan.serving.weights import dtype_weights
+from lowlat.plan.serving_stages import serving_stages, share_of
 from lowlat.utils.errors import UserError
 from tests.configs import MLA, MOE, model_config
 from tests.unit.checkpoint.builders import SPARSE_GLM
@@ -32,7 +40,7 @@ def test_dense_layers_and_the_ends_count_by_their_parameters() -> None:
 
 def test_more_stages_than_layers_are_refused() -> None:
     with pytest.raises(UserError, match=r"pipeline=10: .* at most 9 stages"):
-        serving_stages(CONFIG, 10)
+        share_of(CONFIG, ServingLayout(pipeline=10), 0)
 
 
 def test_layers_that_share_a_choice_stay_together() -> None:
@@ -42,3 +50,22 @@ def test_layers_that_share_a_choice_stay_together() -> None:
     config: ModelConfig = model_config("glm_moe_dsa", attention, num_hidden_layers=6)
     starts = {stage.layers.start for stage in serving_stages(config, 3)}
     assert starts == {0, 3, 4}
+
+
+@pytest.mark.parametrize(("preset", "count", "most"), [("deepseek-v3", 2, 61), ("glm-5.2", 4, 21)])
+def test_plans_are_of_the_stages_that_are_served(
+    preset: str, count: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, layout = load_preset(preset), ServingLayout(pipeline=count)
+    messages = Mock(side_effect=estimate.step_messages)
+    monkeypatch.setattr(estimate, "step_messages", messages)
+    job = estimate.ServingJob(
+        weights=dtype_weights(config, "bf16"), dtype="bf16", users=1, context=8, prompt=8
+    )
+    estimate.estimate(config, job, parse_cluster("8xh100"), layout)
+    planned = {call.kwargs["layers"] for call in messages.mock_calls}
+    assert planned == {stage.layers for stage in serving_stages(config, count)}
+    for check in (check_layout, partial(share_of, rank=0)):
+        check(config, ServingLayout(pipeline=most))
+        with pytest.raises(UserError, match=f"at most {most} stages"):
+            check(config, ServingLayout(pipeline=most + 1))

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from lowlat.config.attention import AttentionConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.config.presets import load_preset
 from lowlat.config.serving_layout import ServingLayout
@@ -13,16 +14,16 @@ from lowlat.plan.serving.estimate import (
     ServingJob,
     embedding_bytes,
     estimate,
-    stage_layers,
 )
 from lowlat.plan.serving.expert_load import busiest_rank
-from lowlat.plan.serving.layout import check_layout
+from lowlat.plan.serving.layout import check_layout, stage_layers
 from lowlat.plan.serving.machines import Cluster, ServingMachine, parse_cluster
 from lowlat.plan.serving.search import all_layouts, by_speed, rank_layouts
 from lowlat.plan.serving.step_cost import RankShare, Step, entry_bytes, step_cost
 from lowlat.plan.serving.traffic import step_messages
 from lowlat.plan.serving.weights import dtype_weights, gguf_weights
 from lowlat.utils.errors import UserError
+from tests.lowlat_configs import GLA, GTA, TPA, lowlat_config
 
 V3 = load_preset("deepseek-v3")
 LLAMA = load_preset("llama-3.1-8b")
@@ -88,7 +89,7 @@ def test_shares_of_all_ranks_make_up_the_whole(layout: dict[str, int]):
     whole = step_cost(V3, step, weights, share=RankShare(experts=256, choices=64))
     ranks = shape.stage_size
     total_bytes = flops = attention = 0.0
-    for layers in stage_layers(V3, shape):
+    for layers in stage_layers(V3, shape.pipeline):
         share = RankShare(
             layers=layers,
             has_head=layers.stop == 61,
@@ -225,7 +226,9 @@ def test_tied_embeddings_are_in_the_first_and_last_stage():
         for first, last in stages
     ]
     assert found == [rows, 0, 0]  # the last has it as its head
-    assert held(pipeline=2) == pytest.approx((weights.total(tied) - rows) / 2 + rows, rel=1e-4)
+    # the last stage has the head and two layers less
+    first = (weights.total(tied) - rows) * 17 / 32 + rows
+    assert held(pipeline=2) == pytest.approx(first, rel=1e-4)
     assert held(tensor=2) == pytest.approx((weights.total(tied) - rows) / 2 + rows, rel=1e-4)
 
 
@@ -287,13 +290,21 @@ def test_expert_parallelism_needs_experts():
         ("tensor=2,tensor=4", "tensor is given twice"),
         ("tensor=3", "must divide the 128 attention heads"),
         ("expert=3", "must divide the 256 routed experts"),
-        ("tensor=4,expert=2,pipeline=62", "the model has 61 layers"),
-        ("tensor=8,expert=64,pipeline=80", "the model has 61 layers"),
+        ("tensor=4,expert=2,pipeline=62", "the model's layers divide into at most 61 stages"),
+        ("tensor=8,expert=64,pipeline=80", "the model's layers divide into at most 61 stages"),
     ],
 )
 def test_layouts_that_cannot_be_are_refused(text: str, message: str):
     with pytest.raises(UserError, match=message):
         check_layout(V3, ServingLayout.parse(text))
+
+
+@pytest.mark.parametrize("form", [GLA, GTA, TPA])
+def test_attention_that_is_not_divided_by_heads(form: AttentionConfig):
+    config = lowlat_config(form)
+    check_layout(config, ServingLayout(pipeline=2))
+    with pytest.raises(UserError, match="tensor=2: only MLA, MHA, GQA and MQA are divided"):
+        check_layout(config, ServingLayout(tensor=2))
 
 
 def test_the_smaller_of_tensor_and_expert_divides_the_larger():
