@@ -19,7 +19,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lowlat.ops.norm import accumulation_dtype
-from lowlat.ops.sparse_attention import IndexQueries, index_scores, num_dense, top_positions
+from lowlat.ops.sparse_attention import (
+    IndexQueries,
+    attended_mask,
+    index_scores,
+    num_dense,
+    top_positions,
+)
 
 BLOCK_ELEMENTS = 2**23
 """Elements of the scores of a block of queries: [heads, queries, keys] or [queries, index_heads,
@@ -155,7 +161,7 @@ def _block(
     if weight is None or scores is None:
         return _Block(out, torch.zeros(3, dtype=torch.float64), None)
     visible = _visible(q, k)
-    picked = _mask(visible, chosen)
+    picked = attended_mask(visible, chosen)
     mask = visible if objective.is_dense else picked
     shares = objective.sum_heads(shares)
     total = shares.sum(dim=-1, keepdim=True)
@@ -196,7 +202,7 @@ def _attention(
     """
     wide = accumulation_dtype(q.dtype)
     visible = _visible(q, k)
-    mask = visible if chosen is None else _mask(visible, chosen)
+    mask = visible if chosen is None else attended_mask(visible, chosen)
     scores = torch.einsum("qhd,khd->hqk", q.to(wide) * scale, k.to(wide))
     masked = scores.masked_fill(~mask, -torch.inf)
     shares = masked.softmax(dim=-1)
@@ -212,17 +218,6 @@ def _attention(
 def _visible(q: Tensor, k: Tensor) -> Bool[Tensor, "queries keys"]:
     """The tokens up to each query's own."""
     return torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
-
-
-def _mask(
-    visible: Bool[Tensor, "queries keys"], chosen: Int[Tensor, "sparse topk"]
-) -> Bool[Tensor, "queries keys"]:
-    """The tokens that each query attends to: all that it sees, or the chosen ones."""
-    mask = visible.clone()
-    if len(chosen):
-        rows = torch.zeros_like(mask[len(mask) - len(chosen) :])
-        mask[len(mask) - len(chosen) :] = rows.scatter_(1, chosen.long(), True)
-    return mask
 
 
 def _joined(blocks: list[_Block], chosen: Tensor, key_gradient: Tensor) -> SparseOutput:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lowlat.ops.norm import accumulation_dtype
@@ -95,6 +95,18 @@ def choose_tokens(
 def num_dense(count: int, start: int, topk: int) -> int:
     """Of `count` queries from position `start`, those that see at most `topk` tokens."""
     return min(max(topk - start, 0), count)
+
+
+def attended_mask(
+    visible: Bool[Tensor, "queries keys"], chosen: Int[Tensor, "sparse topk"]
+) -> Bool[Tensor, "queries keys"]:
+    """The tokens that each query attends to: of the last `sparse` queries those of `chosen`, of the
+    others all that are `visible`.
+    """
+    mask, first = visible.clone(), len(visible) - len(chosen)
+    mask[first:] = False
+    mask[first:].scatter_(1, chosen.long(), True)
+    return mask
 
 
 def sparse_mla(

@@ -245,11 +245,9 @@ class ObservedAttention(AttentionBackend):
             (item,) = self.inner.batch.sequences
             keys = self.inner.cache.read_index_keys(layer, item.pages, item.context, rows.dtype)
             scores = sparse_attention.index_scores(index, keys)
-        choice = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
+        visible = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
         (chosen,) = self.inner.chosen
-        if len(chosen):
-            choice[len(rows) - len(chosen) :] = False
-            choice[len(rows) - len(chosen) :].scatter_(1, chosen, True)
+        choice = sparse_attention.attended_mask(visible, chosen)
         self.observer.chose(block_of(self.config, layer), choice, scores)
         return out
 

@@ -10,6 +10,7 @@ from lowlat.ops import sparse_attention
 from lowlat.ops.mla import absorbed_mla, expanded_mla
 from lowlat.ops.sparse_attention import (
     IndexQueries,
+    attended_mask,
     choose_tokens,
     chosen_mla,
     index_scores,
@@ -94,6 +95,14 @@ def test_later_tokens_are_masked_before_the_choice() -> None:
 def test_a_score_that_is_not_a_number_is_chosen() -> None:
     scores = torch.tensor([[5.0, 4.0, math.nan, 3.0, math.inf]])
     assert top_positions(scores, start=4, topk=2).tolist() == [[2, 4]]
+
+
+def test_queries_without_a_choice_attend_to_all_that_is_visible() -> None:
+    visible = torch.ones(4, 5, dtype=torch.bool).tril(1)
+    found = attended_mask(visible, torch.tensor([[0, 3], [1, 4]], dtype=torch.int32))
+    rows = [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [0, 1, 0, 0, 1]]
+    assert found.int().tolist() == rows
+    assert torch.equal(attended_mask(visible, torch.empty(0, 9, dtype=torch.int32)), visible)
 
 
 def test_chunks_and_blocks_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
