@@ -110,15 +110,15 @@ def _attention_sizes(config: ModelConfig, converted: ModelConfig) -> dict[str, A
 
 def report_files(report: Mapping[str, Any]) -> dict[str, bytes]:
     """conversion.json, and conversion.svg where matplotlib is installed, by name."""
-    files = {REPORT_FILE: (json.dumps(report, indent=2) + "\n").encode()}
+    files = {REPORT_FILE: report_bytes(report)}
     if report_plot.available():
         files[PLOT_FILE] = report_plot.draw(report)
     return files
 
 
-def sparse_report_files(report: Mapping[str, Any]) -> dict[str, bytes]:
-    """conversion.json of a conversion to sparse attention."""
-    return {REPORT_FILE: (json.dumps(report, indent=2) + "\n").encode()}
+def report_bytes(report: Mapping[str, Any]) -> bytes:
+    """The content of conversion.json."""
+    return (json.dumps(report, indent=2) + "\n").encode()
 
 
 def describe_attention(attention: ModelAttention) -> str:

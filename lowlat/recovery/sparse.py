@@ -28,7 +28,7 @@ from lowlat.convert.parameters.indexer import (
     measure_inputs,
     sparse_config,
 )
-from lowlat.convert.report import ConversionReport, measure, sparse_report_files
+from lowlat.convert.report import REPORT_FILE, ConversionReport, measure, report_bytes
 from lowlat.convert.run import convert
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.data.overlap import shared_runs
@@ -44,6 +44,7 @@ from lowlat.recovery.work_folder import (
     remove_finished_work_folder,
 )
 from lowlat.text.tokenizer import Tokenizer
+from lowlat.train.metrics.summary import summarise
 from lowlat.train.run.distill import (
     DistillationOptions,
     check_distillation,
@@ -107,20 +108,19 @@ def convert_to_sparse(
         if not result.exists():
             write_recovered(work.run, work.start, result, progress)
         if recovery.tokens is not None:
-            healed = work.folder / "healed"
             report["recovery"] = work.cached(
                 "recovery", partial(_recover, work, dense, recovery, length, progress)
             )
-            if not healed.exists():
-                write_recovered(work.folder / "heal", result, healed, progress)
-            result = healed
+            if not work.sparse.exists():
+                write_recovered(work.sparse_run, result, work.sparse, progress)
+            result = work.sparse
         if not work.out.exists():
             convert(result, work.out, dtype=report["dtype"], progress=progress)
         if plan is not None:
             report["evaluation"] = work.cached(
                 "evaluation", partial(evaluate_sparse, plan, work.start, work.out, progress)
             )
-        work.place(work.out, sparse_report_files(report), dst)
+        work.place(work.out, {REPORT_FILE: report_bytes(report)}, dst)
     seconds = time.perf_counter() - started
     return measure(src, dst, conversion.config, config, seconds)
 
@@ -214,10 +214,9 @@ def _dense_model(conversion: Conversion, work: WorkFolder, progress: Progress) -
     """The source, if it has MLA, else its exact conversion."""
     if not isinstance(conversion.config.attention, GQAConfig):
         return conversion.src
-    dense = work.folder / "dense"
-    if not dense.exists():
-        convert(conversion.src, dense, to="mla", progress=progress)
-    return dense
+    if not work.dense.exists():
+        convert(conversion.src, work.dense, to="mla", progress=progress)
+    return work.dense
 
 
 @torch.no_grad()
@@ -248,24 +247,13 @@ def _warm_up(
     """Distil the indexers in `work.run`; returns the object `warmup` of the report."""
     raw = warmup_recipe(work.start, work.tokens, options.warmup, length)
     _, history = run_recipe(raw, work.run, work.start, quiet=not progress.shown, progress=progress)
-    first, last = history.steps[0], history.steps[-1]
-    window = history.steps[-max(1, len(history.steps) // 10) :]
-    layers = [
-        {
-            "layer": layer.layer,
-            "kl_first": start.kl,
-            "kl_last": sum(step.indexers[place].kl for step in window) / len(window),
-            "recall_first": start.recall,
-            "recall_last": sum(step.indexers[place].recall for step in window) / len(window),
-        }
-        for place, (start, layer) in enumerate(zip(first.indexers, last.indexers, strict=True))
-    ]
+    summary = summarise(history)
     return {
-        "tokens": last.tokens,
+        "tokens": summary["tokens"],
         "sequence_length": length,
-        "seconds": last.seconds,
-        "tokens_per_second": last.tokens / last.seconds,
-        "layers": layers,
+        "seconds": summary["seconds"],
+        "tokens_per_second": summary["tokens_per_second_overall"],
+        "layers": summary["indexers"],
     }
 
 
@@ -298,12 +286,12 @@ def warmup_recipe(start: Path, tokens: Path, count: int, length: int) -> dict[st
 def _recover(
     work: WorkFolder, dense: Path, recovery: RecoveryOptions, length: int, progress: Progress
 ) -> dict[str, Any]:
-    """Sparse training of attention and indexers to match the dense model, in work.folder/heal."""
+    """Sparse training of attention and indexers to match the dense model, in `work.sparse_run`."""
     found = distill(
         work.recovered,
         dense,
         work.tokens,
-        work.folder / "heal",
+        work.sparse_run,
         _distillation_options(recovery, length),
         quiet=not progress.shown,
         progress=progress,

@@ -10,7 +10,8 @@ The folder is `.NAME.conversion`, next to the destination:
     run/            run folder of the trainer
     trained/        the trained model, exported in fp32
     recovered/      attention of trained/, all other weights of start/
-    heal/, healed/  run folder and result of sparse training (--to dsa)
+    sparse_run/     run folder of sparse training (--to dsa with recovery training)
+    sparse/         its result, as recovered/ is of run/
     out/            the result in the requested number type; renamed to the destination
     *.json          measured figures
     placed          present if only the last rename is missing
@@ -40,9 +41,12 @@ class WorkFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tokens = folder / "tokens"
+        self.dense = folder / "dense"
         self.start = folder / "start"
         self.run = folder / "run"
         self.recovered = folder / "recovered"
+        self.sparse_run = folder / "sparse_run"
+        self.sparse = folder / "sparse"
         self.out = folder / "out"
 
     def cached(self, name: str, compute: Callable[[], Any]) -> Any:
