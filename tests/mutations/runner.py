@@ -10,13 +10,14 @@ import importlib
 import io
 import os
 import shutil
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, final
 
 import pytest
 import torch
@@ -29,13 +30,23 @@ PRELOADED = ("hypothesis", "jaxtyping", "beartype", "safetensors.torch", "filelo
 PRELOADED += ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.nn.attention.bias")
 PRELOADED += ("compressed_tensors.compressors",)
 
-PASSED, FAILED, CRASHED = 0, 1, 70
+PASSED, FAILED, CRASHED, SKIPPED = 0, 1, 70, 71
 """Exit codes; all but pytest's first two mean that the tests could not run."""
 
 # Without addopts shapes and types are not checked: an assertion of the test must notice.
 # Every fork imports tests and plugins anew: without rewritten asserts, and without the plugins of
 # libraries, that takes half a second instead of four.
-OPTIONS = ("-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-o", "addopts=", "--assert=plain")
+OPTIONS = (
+    "-x",
+    "-q",
+    "-rs",
+    "--tb=short",
+    "-p",
+    "no:cacheprovider",
+    "-o",
+    "addopts=",
+    "--assert=plain",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,7 @@ def prepare(workspace: Path) -> None:
             shutil.copytree(source, target, ignore=ignore)
         else:
             shutil.copy(source, target)
+    shutil.copy(native_module(), workspace / "lowlat")
     for module in PRELOADED:
         importlib.import_module(module)
     with contextlib.suppress(AssertionError):
@@ -71,6 +83,16 @@ def prepare(workspace: Path) -> None:
         pytest.main(["--version"])  # loads pytest's own plugins
     gc.disable()
     gc.freeze()
+
+
+def native_module() -> Path:
+    """The compiled module, which an editable install keeps outside the repository.
+
+    CalledProcessError if none is installed.
+    """
+    command = [sys.executable, "-c", "import lowlat._native; print(lowlat._native.__file__)"]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
+    return Path(done.stdout.strip())
 
 
 def check_baseline(workspace: Path, mutants: Sequence[Mutant]) -> None:
@@ -118,6 +140,17 @@ def applied(workspace: Path, mutant: Mutant) -> Iterator[None]:
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+@final
+class Ran:
+    """Counts the tests that ran: one that is skipped notices no mistake."""
+
+    def __init__(self) -> None:
+        self.tests = 0
+
+    def pytest_runtest_call(self) -> None:
+        self.tests += 1
+
+
 def run_tests(workspace: Path, tests: Sequence[str]) -> tuple[int, str]:
     """Exit code and output of pytest on node ids, against the copy in `workspace`."""
     log = workspace / "output.txt"
@@ -140,7 +173,10 @@ def _in_child(workspace: Path, tests: Sequence[str], log: Path) -> NoReturn:
         # The package `tests` is the original's; pytest must import the copy's.
         for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
             del sys.modules[name]
-        code = int(pytest.main([*OPTIONS, "--rootdir", str(workspace), *tests]))
+        ran = Ran()
+        code = int(pytest.main([*OPTIONS, "--rootdir", str(workspace), *tests], plugins=[ran]))
+        if code == PASSED and not ran.tests:
+            code = SKIPPED
     except BaseException:
         traceback.print_exc()
     finally:

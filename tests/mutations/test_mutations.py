@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.native.inputs import needs_native
+
 from .mutants import MUTANTS, Mutant
 from .runner import REPOSITORY, applied
 
@@ -51,6 +53,7 @@ def test_a_mutant_is_taken_out_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@needs_native
 @pytest.mark.parametrize("part", range(1, PARTS + 1))
 def test_all_mistakes_are_noticed(part: int) -> None:
     """In an interpreter of its own, without the package, whose forks import the mutated copy."""
