@@ -6,11 +6,10 @@ import xxhash
 
 from lowlat.checkpoint.hf_folder import weight_files
 from lowlat.checkpoint.mapped_file import MappedFile
+from lowlat.utils.sampled_digest import SAMPLE_BYTES, sample_starts
 
 SMALL_BYTES = 64 * 2**20
-"""Files of up to this size are read whole."""
-SAMPLES, SAMPLE_BYTES = 64, 4096
-"""Samples of larger files. Trained weights differ everywhere."""
+"""Files of up to this size are read whole, samples of larger ones."""
 
 
 def files_digest(path: Path) -> str:
@@ -24,7 +23,6 @@ def files_digest(path: Path) -> str:
         if mapped.size <= SMALL_BYTES:
             digest.update(mapped.bytes(0, mapped.size))
             continue
-        for sample in range(SAMPLES):
-            start = (mapped.size - SAMPLE_BYTES) * sample // (SAMPLES - 1)
+        for start in sample_starts(mapped.size):
             digest.update(mapped.bytes(start, start + SAMPLE_BYTES))
     return digest.hexdigest()

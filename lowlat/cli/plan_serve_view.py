@@ -9,6 +9,7 @@ from lowlat.cli.tables import number_table, print_block
 from lowlat.plan.serving.estimate import ServingEstimate, ServingJob
 from lowlat.plan.serving.machines import Cluster, ServingMachine
 from lowlat.plan.serving.search import RankedLayouts
+from lowlat.utils.formatting import counted, gigabytes
 
 
 def show(
@@ -40,10 +41,10 @@ def _title(served: ServedModel, job: ServingJob, machines: Cluster) -> Text:
     size = served.weights.total(served.config)
     device = machines.machine
     lines = (
-        f"{machines}, {_counted(machines.devices, 'device')} of "
+        f"{machines}, {counted(machines.devices, 'device')} of "
         f"{device.memory_bytes / 1e9:,.0f} GB at {device.memory_bandwidth / 1e9:,.0f} GB/s",
         f"{size / 1e9:,.1f} GB of weights ({served.stored}), {job.cache} KV cache",
-        f"{_counted(job.users, 'user')} with {job.context:,} cached tokens; "
+        f"{counted(job.users, 'user')} with {job.context:,} cached tokens; "
         f"prompts of {job.prompt:,} tokens",
     )
     return Text.assemble((served.name, "bold"), "\n", ("\n".join(lines), "dim"), overflow="fold")
@@ -57,7 +58,7 @@ def _layouts(found: list[ServingEstimate], total: int) -> Table:
         table.add_row(
             str(each.layout),
             f"{each.replicas}",
-            _gb(each.total_bytes),
+            gigabytes(each.total_bytes),
             _number(each.tokens_per_second),
             _number(each.per_user),
             _number(each.first_token),
@@ -85,7 +86,7 @@ def _best(found: ServingEstimate) -> Table:
     table.add_section()
     table.add_row("slowest stage", _number(parts.total * 1e3), "", f"limit: {parts.limit}")
     for purpose, size in found.memory.items():
-        table.add_row(f"{purpose}, GB", _gb(size), f"{size / found.total_bytes:.0%}", "")
+        table.add_row(f"{purpose}, GB", gigabytes(size), f"{size / found.total_bytes:.0%}", "")
     if found.balance is not None:
         before, after = found.balance
         note = f"{after:.2f} placed by load (EPLB)"
@@ -98,7 +99,11 @@ def _too_large(found: list[ServingEstimate], total: int) -> Table:
     for each in found:
         largest = max(each.memory, key=lambda purpose: each.memory[purpose])
         table.add_row(
-            str(each.layout), _gb(each.total_bytes), _gb(each.missing_bytes), largest, style="red"
+            str(each.layout),
+            gigabytes(each.total_bytes),
+            gigabytes(each.missing_bytes),
+            largest,
+            style="red",
         )
     if total > len(found):
         table.caption = f"{total} layouts do not fit"
@@ -109,7 +114,7 @@ def _too_large(found: list[ServingEstimate], total: int) -> Table:
 def _left_out(served: ServedModel, job: ServingJob, number: int) -> Text:
     experts = 0 if served.config.moe is None else served.config.moe.n_routed_experts
     return Text(
-        f"Left out: {_counted(number, 'layout')} whose ranks do not divide "
+        f"Left out: {counted(number, 'layout')} whose ranks do not divide "
         f"{experts} experts and {job.redundant_experts} replicas (--redundant-experts).",
         style="yellow",
         overflow="fold",
@@ -125,14 +130,6 @@ def _assumed(machine: ServingMachine) -> Text:
         style="dim",
         overflow="fold",
     )
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number:,} {name}{'' if number == 1 else 's'}"
-
-
-def _gb(size: int | float) -> str:
-    return f"{size / 1e9:,.1f}" if size >= 1e8 or not size else f"{size / 1e9:.3f}"
 
 
 def _number(value: int | float) -> str:

@@ -13,6 +13,7 @@ from lowlat.plan.job import TrainingJob
 from lowlat.plan.memory import ACTIVATIONS, MemoryEstimate
 from lowlat.plan.search import Neighbour, SearchResult
 from lowlat.train.cost.dry_run import DryRun
+from lowlat.utils.formatting import gigabytes
 
 STEP_NOTES = {
     "compute": "forward, backward, recomputation",
@@ -127,13 +128,13 @@ def _memory(memory: MemoryEstimate, limit: int | float) -> Table:
             if part == ACTIVATIONS:
                 top = sorted(memory.activations.items(), key=lambda item: -item[1])[:2]
                 note = "most: " + ", ".join(name for name, _ in top)
-            table.add_row(part, _gb(size), f"{size / memory.total:.1%}", note)
+            table.add_row(part, gigabytes(size), f"{size / memory.total:.1%}", note)
     table.add_section()
     verdict = f"of {limit / 1e9:.1f} usable"
     if memory.total > limit:
         verdict = f"does not fit {limit / 1e9:.1f}; largest part: {memory.largest}"
     style = "bold" if memory.total <= limit else "bold red"
-    table.add_row("total", _gb(memory.total), "", verdict, style=style)
+    table.add_row("total", gigabytes(memory.total), "", verdict, style=style)
     return table
 
 
@@ -141,7 +142,7 @@ def _traffic(found: Estimate) -> Table:
     table = number_table("Sent per device and step", "in node GB", "network GB")
     for sent in found.transfers:
         note = "overlapped with computation where possible" if sent.is_hidden else ""
-        table.add_row(sent.kind, _gb(sent.node_bytes), _gb(sent.network_bytes), note)
+        table.add_row(sent.kind, gigabytes(sent.node_bytes), gigabytes(sent.network_bytes), note)
     return table
 
 
@@ -181,7 +182,7 @@ def _changes(around: list[Neighbour]) -> Table:
             table.add_row(each.change, "-", "-", each.why)
             continue
         style = "green" if each.why == "this layout" else ""
-        seconds, memory = _seconds(each.found.time.total), _gb(each.found.memory.total)
+        seconds, memory = _seconds(each.found.time.total), gigabytes(each.found.memory.total)
         table.add_row(each.change, seconds, memory, each.why, style=style)
     return table
 
@@ -195,7 +196,7 @@ def _ranking(search: SearchResult, top: int, own: TrainingJob) -> Table:
                 f"{place + 1:3} {_short_name(found.job)}",
                 _seconds(found.time.total),
                 f"{found.bubble_share:.1%}",
-                _gb(found.memory.total),
+                gigabytes(found.memory.total),
                 f"{found.network_bytes / 1e9:.0f}",
                 style="green" if is_own else "",
             )
@@ -224,7 +225,3 @@ def duration(seconds: int | float) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.4f}"
-
-
-def _gb(size: int | float) -> str:
-    return f"{size / 1e9:.1f}" if size >= 1e8 or not size else f"{size / 1e9:.3f}"

@@ -24,9 +24,8 @@ from lowlat.model.native import weight_bytes
 from lowlat.model.transformer import Transformer
 from lowlat.ops import native
 from lowlat.utils.memory import is_larger_than_memory
+from lowlat.utils.sampled_digest import SAMPLE_BYTES, SAMPLES, sample_starts
 
-SAMPLES, SAMPLE_BYTES = 64, 4096
-"""Samples per tensor of a model that is larger than memory, which would take minutes to read."""
 CODE = ("attention", "engine", "model", "ops")
 """Packages whose code decides the bits of an entry."""
 
@@ -81,8 +80,7 @@ def _tensor_digest(tensor: Tensor, is_sampled: bool) -> bytes:
     if not is_sampled or len(flat) <= SAMPLES * SAMPLE_BYTES:
         digest.update(as_memory(flat))
         return digest.digest()
-    for sample in range(SAMPLES):
-        start = (len(flat) - SAMPLE_BYTES) * sample // (SAMPLES - 1)
+    for start in sample_starts(len(flat)):
         digest.update(as_memory(flat[start : start + SAMPLE_BYTES]))
     return digest.digest()
 

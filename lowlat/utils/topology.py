@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowlat.utils.cgroups import group_folders
+from lowlat.utils.formatting import counted
 
 ROOT = Path("/")
 CPUSETS = ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus")
@@ -43,7 +44,7 @@ class Topology:
 
     def __str__(self) -> str:
         nodes, cores, cpus = len(self.nodes), len(self.cores), len(self.cpus)
-        parts = [_counted(nodes, "NUMA node"), _counted(cores, "core")]
+        parts = [counted(nodes, "NUMA node"), counted(cores, "core")]
         return ", ".join(parts + ([f"{cpus} SMT threads"] if cpus > cores else []))
 
 
@@ -102,7 +103,3 @@ def _read(file: Path) -> str:
         return file.read_text().strip()
     except OSError:
         return ""
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"
