@@ -8,6 +8,9 @@ QUESTION ?= What is the capital of France, and what is it known for?
 BUILT_FROM := pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 SANITIZED := build/sanitized
 
+# One more than the cores, as tests wait for processes of their own; at most four.
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 3 ? n + 1 : 4)))
+
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help demo chat serve test test-all soak sanitize lint format types check docs clean
@@ -37,10 +40,10 @@ serve: .venv/dev.stamp
 
 # Every package, without the tests marked slow; test-all is the whole suite.
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 test-all: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations 20 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20 $(PYTEST_ARGS)
 
 # A minute of a server under load; half an hour is benchmarks/soak.py's default.
 soak: .venv/dev.stamp

@@ -41,8 +41,8 @@ if not native.available():
 VOCAB = 61
 PAGE_SIZE = 8
 CHUNK = 48
-NUM_REQUESTS = {"mla": 250, "gqa": 60, "mtp": 40, "layers": 40, "dsa": 40}
-"""For each of four concurrencies: 1,000 in all for MLA."""
+NUM_REQUESTS = {"mla": 80, "gqa": 30, "mtp": 24, "layers": 24, "dsa": 24}
+"""For each of four concurrencies."""
 SWITCHES = {1: [(True, True)], 2: [(False, True)], 8: [(True, False)], 32: [(True, True)]}
 """By concurrency: prefix cache on, draft tokens on."""
 THREADS = {1: 1, 2: 1, 8: 2, 32: 3}

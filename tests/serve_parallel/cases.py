@@ -154,7 +154,7 @@ def outcome(model: Model, case: Case) -> dict[str, Any]:
     adapters = [None, *(f"a{number}" for number in range(case.num_adapters))]
     params = [
         SamplingParams(
-            max_tokens=rng.randint(5, 40),
+            max_tokens=rng.randint(5, 20),
             ignore_eos=True,
             temperature=0.9 * (number % 2),
             seed=number,
