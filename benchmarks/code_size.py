@@ -85,7 +85,7 @@ def main() -> None:
     )
 
 
-REFERENCE = ("commands.md", "recipe-reference.md", "shapes.md")
+REFERENCE = ("commands.md", "http-api.md", "recipe-reference.md", "shapes.md")
 
 if __name__ == "__main__":
     main()

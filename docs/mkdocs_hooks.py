@@ -1,7 +1,7 @@
 """MkDocs hooks: pages of the site that are generated from the repository.
 
 Links from docs/ to other files of the repository lead to generated pages that show these files.
-packages.md lists every package and module with the first sentence of its docstring.
+packages.md lists every package, module and C++ file with the first sentence of its description.
 """
 
 import ast
@@ -138,7 +138,19 @@ def packages() -> str:
         ]
         if rows:
             parts += ["\n| module | |\n|---|---|\n", *rows]
-    return "".join(parts)
+    return "".join([*parts, *kernels()])
+
+
+def kernels() -> list[str]:
+    """Every C++ file, with the first sentence of the comment it begins with."""
+    csrc = ROOT / "csrc"
+    rows = []
+    for path in sorted(csrc.rglob("*.*")):
+        opening = re.match(r"(//[^\n]*\n)+", path.read_text())
+        if opening:
+            text = first_sentence(opening[0].replace("// ", ""))
+            rows.append(f"| `{path.relative_to(csrc).as_posix()}` | {text} |\n")
+    return ["\n## csrc\n", "\n| file | |\n|---|---|\n", *rows]
 
 
 def docstring(module: Path) -> str:
@@ -146,6 +158,6 @@ def docstring(module: Path) -> str:
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a docstring's first paragraph, as a cell of a table."""
+    """The first sentence of the first paragraph of a description, as a cell of a table."""
     paragraph = " ".join(text.split("\n\n")[0].split())
     return re.split(r"(?<=[.!?])\s", paragraph)[0].replace("|", "\\|").replace("<", "&lt;")
