@@ -21,12 +21,19 @@ def table_of(report: Report, *, narrow: bool = False) -> tuple[list[str], list[l
     return list(columns), rows
 
 
-def comparison_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Headings and one row per comparison of two variants."""
-    labels = labels_of(report)
+def comparison_table(
+    report: Report, *, with_base: bool = True
+) -> tuple[list[str], list[list[str]]]:
+    """Headings and one row per comparison of two variants.
+
+    with_base=False leaves out comparisons with the first variant, which table_of has as a column.
+    """
+    labels, base = labels_of(report), report["variants"][0]["name"]
     headings = ["left", "right", "difference", "lower loss", "pooled ±", "lower loss, pooled"]
     rows: list[list[str]] = []
     for item in report["comparisons"]:
+        if not with_base and base in (item["left"], item["right"]):
+            continue
         left, right = labels[item["left"]], labels[item["right"]]
         lower = {"lower": left, "higher": right, "undecided": "undecided"}
         half = item["pooled_half"]

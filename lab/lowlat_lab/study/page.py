@@ -72,8 +72,7 @@ def generated_text(report: Report, picture: str, figures: str) -> str:
         f"![{TITLES[report['study']]}]({picture})",
         _markdown(*table_of(report)),
         _legend(report),
-        "Differences of held-out loss, left minus right (a lower loss is better):",
-        _markdown(*comparison_table(report)),
+        _comparisons(report),
         *_setting(report),
         f"All runs: [{figures}]({figures}).",
         END,
@@ -140,6 +139,15 @@ def _legend(report: Report) -> str:
         f"Decoding: one sequence, {context:,} tokens in the cache, bf16, rounds interleaved; *: "
         "without native kernels, not comparable. Training speed: median over steps."
     )
+
+
+def _comparisons(report: Report) -> str:
+    """Table of the comparisons that the first table lacks, if there are any."""
+    headings, rows = comparison_table(report, with_base=False)
+    if not rows:
+        return ""
+    text = "Further differences of held-out loss, left minus right (a lower loss is better):"
+    return f"{text}\n\n{_markdown(headings, rows)}"
 
 
 def _markdown(headings: list[str], rows: list[list[str]]) -> str:
