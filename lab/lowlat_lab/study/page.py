@@ -94,8 +94,8 @@ def _setting(report: Report) -> list[str]:
         f"{size['sequence_length']} tokens, {count(report['tokens'])} tokens per run, "
         f"{OPTIMIZERS[report['optimizer']]}, peak learning rate {size['learning_rate']:g}, "
         f"{_precision(report)}, fp32 master weights\n"
-        f"- Seeds {seeds}: a seed sets initial weights and data order, the same for all variants; "
-        "the order of variants rotates\n"
+        f"- Seeds {seeds}, each with one set of initial weights and one data order for all "
+        "variants\n"
         f"- Data: {count(data['train_tokens'])} training tokens, vocabulary "
         f"{data['vocab_size']:,}, fingerprint `{data['fingerprint'][:16]}`\n"
         f"- Loss: nats per token of the exported models on the same "
@@ -126,8 +126,8 @@ def _text_error(report: Report) -> str:
 def _legend(report: Report) -> str:
     base = report["variants"][0]["label"]
     text = (
-        f"± is {confidence()} confidence over seeds. *Minus {base}* is the mean difference over "
-        "seeds with its Student interval."
+        f"± is {confidence()} confidence over seeds (Student), also of the mean difference *minus "
+        f"{base}*."
     )
     if report["study"] != "attention":
         return text
