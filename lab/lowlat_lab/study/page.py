@@ -5,7 +5,6 @@ The generated part is between two marks. Hand-written text around it is preserve
 
 import json
 from pathlib import Path
-from typing import Any
 
 from lowlat.train.metrics.formatting import count
 from lowlat.utils.errors import UserError
@@ -151,6 +150,6 @@ def _comparisons(report: Report) -> str:
 
 
 def _markdown(headings: list[str], rows: list[list[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    cells: list[list[Any]] = [[cell.replace("*", "\\*") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    cells = [[cell.replace("*", "\\*") for cell in line] for line in [headings, *rows]]
+    lines = ["| " + " | ".join(line) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "---|" * len(headings), *lines[1:]])
