@@ -75,17 +75,30 @@ def main() -> None:
     }.items():
         files = tracked(root, *patterns)
         print(f"{name}: {num_lines(files):,} lines in {len(files)} files")
-    pages = tracked(root, "README.md", "docs/*.md")
-    words = {page: len(page.read_text(encoding="utf-8").split()) for page in pages}
-    reference = sum(count for page, count in words.items() if page.name in REFERENCE)
+    words = {
+        page.relative_to(root): len(page.read_text(encoding="utf-8").split())
+        for page in tracked(root, "README.md", "docs/*.md")
+    }
+    prose = sum(
+        count
+        for page, count in words.items()
+        if page.parts[0] == "docs" and page.name not in REFERENCE and "decisions" not in page.parts
+    )
+    readme = words.pop(Path("README.md"), 0)
     print(
-        f"README {words.get(root / 'README.md', 0):,} words; "
-        f"README and docs {sum(words.values()):,}, "
-        f"{sum(words.values()) - reference:,} without reference pages ({', '.join(REFERENCE)})"
+        f"README {readme:,} words; docs {sum(words.values()):,}, {prose:,} without decisions and "
+        f"reference pages ({', '.join(REFERENCE)})"
     )
 
 
-REFERENCE = ("commands.md", "http-api.md", "recipe-reference.md", "shapes.md")
+REFERENCE = (
+    "api.md",
+    "commands.md",
+    "http-api.md",
+    "packages.md",
+    "recipe-reference.md",
+    "shapes.md",
+)
 
 if __name__ == "__main__":
     main()
