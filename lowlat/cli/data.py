@@ -188,3 +188,37 @@ def verify(folder: Folder, as_json: options.Json = False) -> None:
         print(json.dumps({"path": str(folder), "whole": True, "fingerprint": opened.fingerprint}))
     else:
         print(f"{folder}: whole, fingerprint {opened.fingerprint}")
+
+
+@app.command("reasoning-gym")
+def reasoning_gym(
+    *,
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Task, such as chain_sum.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON Lines file to write.")],
+    size: Annotated[int, typer.Option(metavar="N", min=1, help="Number of prompts.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed; another one for held-out prompts.")] = 0,
+    config: Annotated[
+        str,
+        typer.Option(metavar="JSON", help="Settings of the task, such as '{\"min_terms\": 2}'."),
+    ] = "{}",
+    system_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System message before each question.")
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="Prompts are texts instead of chats.")
+    ] = False,
+) -> None:
+    """Write prompts of a reasoning-gym task for GRPO, scored by reasoning_gym_reward.
+
+    The same arguments give the same bytes.
+    """
+    from lowlat.train.rewards.reasoning_gym import write_records
+    from lowlat.utils.errors import UserError
+    from lowlat.utils.strict_json import parse_object
+
+    settings = parse_object(config.encode(), "--config")
+    if settings.keys() & {"seed", "size"}:
+        raise UserError("--config: give seed and size as --seed and --size")
+    settings |= {"seed": seed, "size": size}
+    write_records(file, task, settings, system_prompt=system_prompt, is_text=text)
+    print(f"written  {file}: {size:,} prompts")

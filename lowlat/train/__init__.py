@@ -2,5 +2,5 @@
 
 recipe: what a training recipe may contain; layers: modules that replace those of the model;
 parallel: sharding over a process mesh; step: losses and optimizers; pipeline: pipeline parallelism;
-run: the trainer, with its checkpoints and metrics.
+run: the trainer, with its checkpoints and metrics. rewards: reward functions in worker processes.
 """

@@ -5,21 +5,15 @@ and `chat.template_features` detects the formats that a model uses.
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Literal
 
 from lowlat.serve.tool_parsers.base import ToolParser
 from lowlat.serve.tool_parsers.reader import Steps
 from lowlat.serve.tool_parsers.state import ParserState, Part, Schemas
+from lowlat.text.reasoning_tags import ReasoningTags
 
 ReasoningMode = Literal["never", "maybe", "begun"]
 """Whether the output has no reasoning, may begin with it, or begins inside it."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningTags:
-    open: str
-    close: str
 
 
 class OutputParser:

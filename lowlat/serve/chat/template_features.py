@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from lowlat.serve.chat.output_parser import ReasoningMode, ReasoningTags
+from lowlat.serve.chat.output_parser import ReasoningMode
 from lowlat.serve.tool_parsers.base import ToolParser
 from lowlat.serve.tool_parsers.formats import (
     DeepSeekV3ToolParser,
@@ -26,16 +26,10 @@ from lowlat.serve.tool_parsers.formats import (
 )
 from lowlat.serve.tool_parsers.python_calls import MiniCPM3ToolParser
 from lowlat.serve.tool_parsers.xml import GlmToolParser, Qwen3CoderToolParser
+from lowlat.text.reasoning_tags import ReasoningTags, find_reasoning_tags
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.errors import UserError
 
-MARKS = (
-    ReasoningTags("<think>", "</think>"),
-    ReasoningTags("[THINK]", "[/THINK]"),
-    ReasoningTags("<seed:think>", "</seed:think>"),
-    ReasoningTags("◁think▷", "◁/think▷"),
-    ReasoningTags("<|thought_start|>", "<|thought_end|>"),
-)
 VARIABLES: Mapping[str, tuple[Any, ...]] = {
     "enable_thinking": (True, False),
     "thinking": (True, False),
@@ -125,7 +119,7 @@ def _detect(tokenizer: Tokenizer) -> partial[TemplateFeatures]:
     return partial(
         TemplateFeatures,
         tools=format if format is not None and _shows_tools(tokenizer) else None,
-        reasoning=_find_marks(source, tokenizer),
+        reasoning=find_reasoning_tags(tokenizer),
         variables={name: VARIABLES[name] for name in VARIABLES if _uses(code, name)},
         supports_system=_shows(tokenizer, system),
         supports_later_system=_shows(tokenizer, system[::-1]),
@@ -163,13 +157,6 @@ def _tagged_format(source: str) -> ToolParser | None:
         return Qwen3CoderToolParser() if "<parameter=" in source else None
     is_json = re.search(r'\{\\?"name\\?": .*?\\?"arguments\\?": ', source, re.DOTALL)
     return HermesToolParser() if is_json else None
-
-
-def _find_marks(source: str, tokenizer: Tokenizer) -> ReasoningTags | None:
-    """Tags that the template contains, else tags that are tokens of the model."""
-    named = [marks for marks in MARKS if marks.close in source]
-    known = set(tokenizer.added_tokens.values()) if source else set()
-    return next(iter(named + [marks for marks in MARKS if marks.close in known]), None)
 
 
 def _takes_text_arguments(source: str, format: ToolParser | None) -> bool:

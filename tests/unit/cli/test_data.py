@@ -137,3 +137,20 @@ def test_bad_text_is_named_or_passed_over(lowlat: Invoke, corpus: Path, tmp_path
     assert "b.txt: byte 0 is not UTF-8 text" in str(result.exception)
     result = build(lowlat, tmp_path, str(corpus), "--train-bpe", "300", "--invalid", "skip")
     assert "1 invalid" in result.stdout
+
+
+@pytest.mark.slow
+def test_prompts_of_reasoning_gym(lowlat: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    options = ("--size", "2", "--config", '{"min_terms": 2, "max_terms": 2}', "--text")
+    done = lowlat("data", "reasoning-gym", "chain_sum", str(path), *options)
+    assert done.exit_code == 0 and "2 prompts" in done.stdout
+    assert all(json.loads(line)["prompt"] for line in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"size": 3}'])
+def test_settings_of_reasoning_gym(lowlat: Invoke, tmp_path: Path, config: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    done = lowlat("data", "reasoning-gym", "gcd", str(path), "--size", "2", "--config", config)
+    assert isinstance(done.exception, UserError) and str(done.exception).startswith("--config: ")
+    assert not path.exists()
