@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "lowlat"
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"bench", "compare", "recovery"},
+    {"bench", "compare", "recovery", "replicas"},
     {"api"},
     {"serve", "train", "convert", "peers"},
     {"generate", "data", "plan"},

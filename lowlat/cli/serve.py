@@ -40,7 +40,8 @@ class ServerOptions:
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="File of API keys, one per line; every route but /health then requires one."
+            help="File of API keys, one per line; all routes but /health and /ready then require"
+            " one."
         ),
     ] = None
     allowed_host: Annotated[

@@ -94,7 +94,8 @@ def ollama_error(
 _ERROR_FORMAT: ContextVar[ErrorFormat] = ContextVar("lowlat_error_format", default=openai_error)
 
 
-def _format_of(path: str) -> ErrorFormat:
+def format_of(path: str) -> ErrorFormat:
+    """The format of the API that `path` belongs to."""
     if path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/"):
         return anthropic_error
     return ollama_error if path.startswith(OLLAMA_PATHS) else openai_error
@@ -103,7 +104,7 @@ def _format_of(path: str) -> ErrorFormat:
 @contextlib.contextmanager
 def errors_of(path: str) -> Iterator[None]:
     """Within this context, `error_response` has the format of the API that `path` belongs to."""
-    token = _ERROR_FORMAT.set(_format_of(path))
+    token = _ERROR_FORMAT.set(format_of(path))
     try:
         yield
     finally:

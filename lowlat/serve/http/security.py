@@ -18,8 +18,8 @@ from lowlat.serve.http.errors import error_response
 from lowlat.serve.http.pages import COOKIE, LOGIN_PATH, cookie_value, login_page
 from lowlat.serve.protocol import limits
 
-OPEN_PATHS = frozenset({"/health"})
-"""Paths that require no API key."""
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""Paths that require no API key: orchestrators probe them."""
 PAGE_PATH = "/"
 FINGERPRINT_DIGITS = 8
 """Hexadecimal digits of an API key's SHA-256 that identify it in logs."""

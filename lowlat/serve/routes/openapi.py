@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from lowlat.serve.http.security import OPEN_PATHS
 from lowlat.serve.protocol.base import TokenId
 from lowlat.serve.protocol.errors import ErrorResponse
 from lowlat.serve.routes.anthropic import AnthropicError
@@ -44,7 +45,6 @@ _POST_REFUSALS = {
     OllamaError: _REFUSALS.keys() - {"529"},
 }
 _GET_REFUSALS = ("400", "404", "431", "500", "503")
-_OPEN = frozenset({"/health"})
 
 
 def openapi_route(state: ServerState) -> Route:
@@ -184,4 +184,4 @@ def _refusals(
 
 
 def _security(path: str, has_keys: bool) -> Json:
-    return {"security": [{"key": []}]} if has_keys and path not in _OPEN else {}
+    return {"security": [{"key": []}]} if has_keys and path not in OPEN_PATHS else {}
