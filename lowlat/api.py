@@ -90,10 +90,11 @@ def load(
     on disk, within prefix_cache_disk_bytes; processes may share it, and loading then reads all
     weights once, to identify them. speculates: whether speculative decoding runs; it does not
     change the output. lora: folders of LoRA adapters in PEFT's layout, by name. parallel: layout of
-    the processes that torchrun has started, such as "pipeline=2"; `load` returns in process 0, and
-    raises SystemExit in the others when process 0 ends; max_cache_bytes is per process. tokenizer:
-    the model's own, read before; a model without one takes and gives token ids. Raises UserError
-    naming what cannot be found, read or served, and when text is used without a tokenizer.
+    the processes that torchrun has started, such as "pipeline=2" or "prefill=1"; `load` returns in
+    process 0, and raises SystemExit in the others when process 0 ends; max_cache_bytes is per
+    process. tokenizer: the model's own, read before; a model without one takes and gives token ids.
+    Raises UserError naming what cannot be found, read or served, and when text is used without a
+    tokenizer.
 
     A model on the native kernels applies `torch.set_num_threads(1)` to the whole process: idle
     PyTorch threads slow the kernels' own thread pool.
@@ -188,6 +189,7 @@ class CheckedModel(NamedTuple):
             pooling=pooling,
             adapters=load_adapters(loaded.model, self.adapters),
             group=run and run.group,
+            prefill=run.layout.prefill if run else 0,
             **settings,
         )
 

@@ -94,7 +94,8 @@ Parallel = Annotated[
     str | None,
     typer.Option(
         metavar="NAME=SIZE,...",
-        help="Divide the model among the processes of torchrun: tensor=T, pipeline=P, expert=E.",
+        help="Divide the model among the processes of torchrun: tensor=T, pipeline=P, expert=E; "
+        "prefill=N: N more groups of them compute prompts.",
         rich_help_panel="Machine",
     ),
 ]

@@ -246,6 +246,10 @@ def _layout(
     if cluster.parallel is None:
         return None
     layout = ServingLayout.parse(cluster.parallel)
+    if layout.prefill:
+        raise UserError(
+            f"--parallel {layout}: the plan is of one group of processes; leave out prefill"
+        )
     check_layout(served.config, layout)
     if not _divides(served, load, layout):
         ranks, number = layout.stage_size, load.redundant_experts or 0

@@ -16,6 +16,9 @@ class ServingLayout:
     expert: int = 1
     """Processes of a stage that divide the routed experts; if it exceeds tensor, each part of
     attention and dense layers has expert / tensor copies."""
+    prefill: int = 0
+    """Groups of processes that compute prompts for the first group, which decodes (disaggregated
+    prefill); the other sizes divide the model in each of them."""
 
     @classmethod
     def parse(cls, text: str) -> "ServingLayout":
@@ -47,10 +50,14 @@ class ServingLayout:
     @property
     def processes(self) -> int:
         """Processes of the run."""
+        return (1 + self.prefill) * self.group_size
+
+    @property
+    def group_size(self) -> int:
+        """Processes that divide the model: a group for decoding or for prefill."""
         return self.pipeline * self.stage_size
 
     def __str__(self) -> str:
-        sizes = {field.name: getattr(self, field.name) for field in fields(self)}
-        return (
-            ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "pipeline=1"
-        )
+        sizes = {f.name: getattr(self, f.name) for f in fields(self)}
+        given = [f"{f.name}={sizes[f.name]}" for f in fields(self) if sizes[f.name] != f.default]
+        return ",".join(given) or "pipeline=1"

@@ -45,7 +45,7 @@ def new_runner(
 
     def make(**pages: int) -> ModelRunner:
         options = {"cache_dtype": dtype, "selected_adapter": selected_adapter, **pages}
-        if group is not None:
+        if group is not None and group.world_size > 1:
             runner = ParallelRunner(transformer, group, **options)
             runner.follow_leader()
             return runner

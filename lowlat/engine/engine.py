@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowlat.engine.cache_fingerprint import fingerprint_of
 from lowlat.engine.disk_cache import DiskCache, DiskCacheOptions
+from lowlat.engine.kv_transfer import KVReceiver
 from lowlat.engine.model_step import StepOutput, num_logits, num_sampled, one_line, run_step
 from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.pooling import PoolingState
@@ -52,7 +53,8 @@ class Engine:
     prefix cache or speculative decoding. Without native kernels this holds up to PyTorch's
     rounding, which depends on the number of rows of a step.
 
-    disk: also keep the prefix cache on disk. Raises UserError if the folder cannot be used.
+    disk: also keep the prefix cache on disk. receiver: of prefill processes, which compute prompts
+    of a page and more. Raises UserError if the folder cannot be used.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Engine:
         prefill_chunk: int = PREFILL_CHUNK,
         has_prefix_cache: bool = True,
         disk: DiskCacheOptions | None = None,
+        receiver: KVReceiver | None = None,
         speculates: bool = True,
     ) -> None:
         limits = limits or Limits()
@@ -89,7 +92,9 @@ class Engine:
             prefix=self.prefix,
             limits=limits,
             disk=self.disk,
+            receiver=receiver,
         )
+        self.connector = self.scheduler.kv_cache.connector
         self._kv_cache = self.scheduler.kv_cache
         self.speculator = Speculator(runner) if speculates else None
         vocab_size = runner.model.config.vocab_size
@@ -181,9 +186,11 @@ class Engine:
         events = self._expire()
         self.scheduler.load(self._step_seconds)
         chunks = self.scheduler.schedule()
+        started = time.perf_counter()
+        for sequence in self.connector.computing if self.connector is not None else ():
+            self._requests.start(sequence.request, started)
         if not chunks:
             return events
-        started = time.perf_counter()
         for chunk in chunks:
             self._requests.start(chunk.sequence.request, started)
         output, failed = run_step(self.runner, chunks)

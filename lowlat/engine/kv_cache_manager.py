@@ -4,19 +4,22 @@ prefix cache. Plain Python over request records, no tensors.
 
 from typing import TYPE_CHECKING
 
+from lowlat.engine.kv_connector import KVConnector
 from lowlat.engine.page_allocator import PageAllocator
 from lowlat.engine.prefill_planner import PrefillPlanner
-from lowlat.engine.prefix import PrefixCache
+from lowlat.engine.prefix import PageContent, PrefixCache
 from lowlat.engine.prefix_loader import PrefixLoader
 from lowlat.engine.request import Sequence
 
 if TYPE_CHECKING:
     from lowlat.engine.disk_cache import DiskCache
+    from lowlat.engine.kv_transfer import KVReceiver
 
 
 class KVCacheManager:
     """Takes and releases the pages of sequences; `max_pages` bounds the cache (None: unbounded).
-    With `disk`, pages in the prefix cache are also written to and read from the disk."""
+    With `disk`, pages in the prefix cache are also written to and read from the disk. With
+    `receiver`, prefill processes compute the pages of prompts."""
 
     def __init__(
         self,
@@ -25,6 +28,7 @@ class KVCacheManager:
         prefix: PrefixCache | None,
         max_pages: int | None,
         disk: "DiskCache | None" = None,
+        receiver: "KVReceiver | None" = None,
     ) -> None:
         self._planner = planner
         self.allocator = allocator
@@ -36,6 +40,10 @@ class KVCacheManager:
         if disk is not None:
             assert prefix is not None, "a prefix cache on disk needs one in memory"
             self.loader = PrefixLoader(disk, prefix, allocator, self.has_free)
+        self.connector: KVConnector | None = None
+        if receiver is not None:
+            assert prefix is not None, "pages of prefill processes enter the prefix cache"
+            self.connector = KVConnector(receiver, prefix, allocator, self.has_free)
 
     def match(self, sequence: Sequence) -> None:
         """Replace the pages of a sequence by its prefix cache hits, if these cover more tokens. The
@@ -61,31 +69,63 @@ class KVCacheManager:
             sequence.request.num_matched = sequence.num_cached
 
     def begin_load(self, sequence: Sequence) -> bool:
-        """Start to read the pages that follow a sequence's prefix cache hits from the disk; False
-        if there are none."""
-        if self.prefix is None or self.loader is None or not sequence.request.reads_prefix_cache:
+        """Start to load the pages that follow a sequence's prefix cache hits: from the disk, then
+        from prefill processes; False if there are none."""
+        if self.loader is None and self.connector is None:
+            return False
+        if not sequence.request.reads_prefix_cache:
             return False
         if sequence.num_cached != len(sequence.pages) * self._page_size:
             return False
+        if self.loader is not None and self.loader.begin(sequence, self._following(sequence)):
+            return True
+        return self._begin_prefill(sequence)
+
+    def _begin_prefill(self, sequence: Sequence) -> bool:
+        """Have prefill processes compute the rest of a prompt's full pages; False if none is left.
+        The last token is always computed here, because its logits are needed."""
+        if self.connector is None:
+            return False
+        count = len(sequence.request.prompt) // self._page_size - len(sequence.pages)
+        contents = self._following(sequence)[: max(0, count)]
+        if self.connector.get_num_new_matched_tokens(contents) == 0:
+            return False
+        self.connector.update_state_after_alloc(sequence, contents)
+        return True
+
+    def load(self, step_seconds: float | None) -> list[Sequence]:
+        """Load pages for a while, from the disk (`PrefixLoader.advance`) and from prefill processes
+        (`KVConnector.get_finished`); returns the sequences that have theirs. step_seconds: the time
+        of the last step of other sequences; None if none runs."""
+        loaded: list[Sequence] = []
+        if self.loader is not None:
+            for sequence in self.loader.advance(step_seconds):
+                if sequence.request.started_at is None:
+                    sequence.request.num_matched = sequence.num_cached
+                if not self._begin_prefill(sequence):
+                    loaded.append(sequence)
+        if self.connector is not None:
+            loaded += self.connector.get_finished(step_seconds)
+        return loaded
+
+    def stop_load(self, sequence: Sequence) -> None:
+        """Forget a loading sequence that has ended or is preempted; the caller releases its
+        pages."""
+        if self.loader is not None:
+            self.loader.remove(sequence)
+        if self.connector is not None:
+            self.connector.request_finished(sequence)
+
+    def _following(self, sequence: Sequence) -> list[PageContent]:
+        """The full pages that follow a sequence's pages, but for that of its last token."""
+        assert self.prefix is not None
         count = (len(sequence.tokens) - 1) // self._page_size
-        contents = self.prefix.following(
+        return self.prefix.following(
             sequence.pages,
             sequence.request.options.prefix_namespace,
             sequence.tokens,
             self._page_paths(sequence, count),
         )
-        return self.loader.begin(sequence, contents)
-
-    def load(self, step_seconds: float | None) -> list[Sequence]:
-        """Read pages from the disk for a while (`PrefixLoader.advance`); returns the sequences that
-        have theirs."""
-        if self.loader is None:
-            return []
-        loaded = self.loader.advance(step_seconds)
-        for sequence in loaded:
-            if sequence.request.started_at is None:
-                sequence.request.num_matched = sequence.num_cached
-        return loaded
 
     def touch(self, sequence: Sequence) -> None:
         """Record the use of a sequence's pages for the LRU eviction from the disk."""

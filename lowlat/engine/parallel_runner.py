@@ -7,7 +7,6 @@ the KV cache. Page numbers are the same in all processes.
 
 import atexit
 import logging
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, final
 
@@ -23,7 +22,7 @@ from lowlat.engine.step_record import RecordKind, StepRecord
 from lowlat.model.share import ModelShare
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
-from lowlat.utils.process_group import ProcessGroup, Sending
+from lowlat.utils.process_group import ProcessGroup, Sending, ignoring_signals
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -86,10 +85,6 @@ class ParallelRunner(ModelRunner):
     @property
     def page_bytes(self) -> int:
         return sum(self._page_parts.values())
-
-    def watch(self, on_lost: Callable[[str], None]) -> None:
-        """See ModelRunner."""
-        self.group.heartbeat.on_lost = on_lost
 
     # --- the leader ----------------------------------------------------------------------------
 
@@ -206,22 +201,20 @@ class ParallelRunner(ModelRunner):
 
     @torch.inference_mode()
     def follow_leader(self) -> None:
-        """Except in process 0: do what process 0 announces, until it ends, then raise SystemExit.
-        Signals that torchrun passes to all processes are for process 0, which lets running requests
-        finish."""
+        """Except in process 0: do what process 0 announces, until it ends, then raise
+        SystemExit."""
         if self.group.is_leader:
             return
-        before = [(s, signal.signal(s, signal.SIG_IGN)) for s in (signal.SIGINT, signal.SIGTERM)]
-        while True:
-            record = StepRecord.decode(self.group.receive_record())
-            if record.kind == RecordKind.END:
-                for number, handler in before:
-                    signal.signal(number, handler)
-                self.group.leave()
-                raise SystemExit(0)
-            if record.num_pages > self.allocator.num_pages:
-                self.allocator.grow(record.num_pages)
-            self._in_step(lambda record=record: self._follow(record))
+        with ignoring_signals():
+            while True:
+                record = StepRecord.decode(self.group.receive_record())
+                if record.kind == RecordKind.END:
+                    break
+                if record.num_pages > self.allocator.num_pages:
+                    self.allocator.grow(record.num_pages)
+                self._in_step(lambda record=record: self._follow(record))
+        self.group.leave()
+        raise SystemExit(0)
 
     def _follow(self, record: StepRecord) -> None:
         match record.kind:
@@ -310,8 +303,5 @@ class ParallelRunner(ModelRunner):
             self._is_busy = False
             return result
         except Exception as error:
-            logger.exception("process %d of %d failed", self.group.rank, self.group.world_size)
-            self.group.fail(
-                f"process {self.group.rank} of {self.group.world_size} failed: "
-                f"{type(error).__name__}"
-            )
+            logger.exception("%s failed", self.group.label)
+            self.group.fail(f"{self.group.label} failed: {type(error).__name__}")

@@ -189,8 +189,9 @@ class PrefixCache:
         return self._find(parent, content.cache_namespace, content.path, content.tokens)[1]
 
     def adopt(self, parent: IndexedPage | None, content: PageContent, page: int) -> bool:
-        """Index `page`, filled from the disk and held by the caller, which holds `parent` and the
-        pages before it too. False, indexing nothing, if another page has its key."""
+        """Index `page`, filled from the disk or by a prefill process, which writes it to the disk.
+        The caller holds it, `parent` and the pages before it. False, indexing nothing, if another
+        page has its key."""
         if content.key in self._by_key:
             return False
         added = IndexedPage(

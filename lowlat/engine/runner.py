@@ -4,7 +4,7 @@ Owns the model, the paged KV cache and its page allocator. Knows nothing of requ
 text. The cache starts small and at least doubles when its pages run out: memory follows use.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -56,9 +56,8 @@ class ModelRunner:
             attentions=model.cached_attentions(),
         )
 
-    def watch(self, on_lost: Callable[[str], None]) -> None:
-        """Call `on_lost` with the reason, on another thread, when the runner can no longer run: a
-        process of its group is lost. The process ends shortly after."""
+    def end(self) -> None:
+        """End the processes that compute parts of the model; the runner cannot be used then."""
 
     @property
     def page_bytes(self) -> int:

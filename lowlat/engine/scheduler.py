@@ -19,6 +19,7 @@ from lowlat.engine.request import Sequence
 
 if TYPE_CHECKING:
     from lowlat.engine.disk_cache import DiskCache
+    from lowlat.engine.kv_transfer import KVReceiver
 
 STEP_TOKENS = 1024
 """Prefill tokens of a step while no sequence decodes: the token budget (max_num_batched_tokens in
@@ -86,16 +87,18 @@ class Scheduler:
         prefix: PrefixCache | None,
         limits: Limits,
         disk: "DiskCache | None" = None,
+        receiver: "KVReceiver | None" = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.limits = limits
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.loading: list[Sequence] = []
-        """Admitted sequences whose pages are being read from the disk, before they run."""
+        """Admitted sequences whose pages are read from the disk or computed by prefill processes,
+        before they run."""
         self.num_preemptions = 0
-        self._planner = planner
-        self.kv_cache = KVCacheManager(planner, allocator, prefix, limits.max_pages, disk)
+        self.planner = planner
+        self.kv_cache = KVCacheManager(planner, allocator, prefix, limits.max_pages, disk, receiver)
         self._clock = clock
         self._shares = FairShares()
         self._awaiting: set[Sequence] = set()
@@ -117,7 +120,7 @@ class Scheduler:
         the partly filled last one before the next step. A completion without a free page waits and
         recomputes its tokens.
         """
-        is_partial = first.num_cached % self._planner.page_size != 0
+        is_partial = first.num_cached % self.planner.page_size != 0
         copies: list[tuple[int, int]] = []
         for other in others:
             self._shares.enter(other.request.options.cache_namespace)
@@ -143,8 +146,8 @@ class Scheduler:
         self._shares.leave(sequence.request.options.cache_namespace)
 
     def load(self, step_seconds: float) -> None:
-        """Read pages of admitted sequences from the disk for a while; those that have all of them
-        run from here on. step_seconds: time of the last step."""
+        """Load pages of admitted sequences for a while, from the disk or prefill processes; those
+        that have all of them run from here on. step_seconds: time of the last step."""
         for sequence in self.kv_cache.load(step_seconds if self.running else None):
             self.loading.remove(sequence)
             self.running.append(sequence)
@@ -235,7 +238,7 @@ class Scheduler:
             if sequence in self.running:
                 if sequence.request.needs_prompt_logprobs:
                     limit = min(limit, PROMPT_LOGPROB_TOKENS)
-                length, path = self._planner.next_chunk(
+                length, path = self.planner.next_chunk(
                     sequence.num_cached,
                     len(sequence.request.prompt),
                     len(sequence.tokens),
@@ -298,8 +301,7 @@ class Scheduler:
 
     def _stop_loading(self, sequence: Sequence) -> None:
         self.loading.remove(sequence)
-        assert self.kv_cache.loader is not None
-        self.kv_cache.loader.remove(sequence)
+        self.kv_cache.stop_load(sequence)
 
 
 def _order(sequence: Sequence) -> tuple[float, int]:

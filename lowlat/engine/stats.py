@@ -91,6 +91,33 @@ class DiskCacheRecorder:
 
 
 @dataclass(kw_only=True, slots=True)
+class KVTransferStats:
+    """Counters of pages from prefill processes."""
+
+    tokens: int = 0
+    bytes: int = 0
+    damaged: int = 0
+    """Pages that arrived damaged."""
+
+
+class KVTransferRecorder:
+    """Collects KVTransferStats from the engine's thread."""
+
+    def __init__(self) -> None:
+        self._stats = KVTransferStats()
+
+    def received(self, num_bytes: int, num_tokens: int) -> None:
+        self._stats.bytes += num_bytes
+        self._stats.tokens += num_tokens
+
+    def damaged(self) -> None:
+        self._stats.damaged += 1
+
+    def snapshot(self) -> KVTransferStats:
+        return copy.copy(self._stats)
+
+
+@dataclass(kw_only=True, slots=True)
 class EngineStats:
     """Statistics of an engine; counters count from its start."""
 
@@ -115,6 +142,8 @@ class EngineStats:
     """Tokens per KV cache page."""
     disk: DiskCacheStats = field(default_factory=DiskCacheStats)
     """The prefix cache on disk; zeros without one."""
+    transfer: KVTransferStats = field(default_factory=KVTransferStats)
+    """Pages from prefill processes; zeros without them."""
     finished: dict[str, int] = field(default_factory=dict)
     """Completions by finish reason."""
     queue_time: Histogram = field(default_factory=partial(_empty, LONG_SECONDS))
@@ -166,7 +195,14 @@ class StatsRecorder:
             self._stats.finished[reason] = self._stats.finished.get(reason, 0) + 1
             self._stats.e2e.add(now - sequence.request.arrived_at)
 
-    def snapshot(self, disk: DiskCacheStats | None = None, **gauges: int) -> EngineStats:
+    def snapshot(
+        self,
+        disk: DiskCacheStats | None = None,
+        transfer: KVTransferStats | None = None,
+        **gauges: int,
+    ) -> EngineStats:
         """A copy of everything recorded, with the current `gauges`, fields of EngineStats."""
+        disk, transfer = disk or DiskCacheStats(), transfer or KVTransferStats()
         with self._lock:
-            return replace(copy.deepcopy(self._stats), disk=disk or DiskCacheStats(), **gauges)
+            stats = copy.deepcopy(self._stats)
+        return replace(stats, disk=disk, transfer=transfer, **gauges)

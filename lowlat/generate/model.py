@@ -4,25 +4,22 @@ Owns prompts, structured outputs and scoring for Python callers; `generate.sessi
 engine. Not thread-safe.
 """
 
-import logging
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from jaxtyping import Float
 from torch import Tensor
 
 from lowlat.attention.cache import cache_bytes_per_token
-from lowlat.config.attention import entry_widths, short_name, sparse_topk
+from lowlat.config.attention import entry_widths, short_name
 from lowlat.config.hf.sentence_transformers import Pooling
 from lowlat.config.model import GQAConfig, MLAConfig, ModelConfig
 from lowlat.config.parameter_count import num_stored_parameters
 from lowlat.engine import scoring
-from lowlat.engine.cache_size import new_runner
 from lowlat.engine.constraint import Constraint
 from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES, disk_cache_options
-from lowlat.engine.engine import Engine
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.engine.prompt_logprobs import PromptLogprob
 from lowlat.engine.request import LoRARequest, RequestOptions
@@ -30,6 +27,7 @@ from lowlat.engine.scoring import Score
 from lowlat.generate.completion import Completion, Stream
 from lowlat.generate.context import check_context
 from lowlat.generate.lora import LoadedAdapters, LoraNames
+from lowlat.generate.new_engine import new_engine
 from lowlat.generate.params import SamplingOptions, SamplingParams, check_each, make_params
 from lowlat.generate.prompt import Prompt, as_prompts, begins_text, encode_prompt
 from lowlat.generate.session import GenerationSession, TextRequest
@@ -47,8 +45,6 @@ from lowlat.utils.progress import Progress, SilentProgress
 if TYPE_CHECKING:
     from lowlat.generate.grammar import GrammarCompiler
 
-_log = logging.getLogger(__name__)
-
 
 class Model:
     """A loaded model and its tokenizer.
@@ -59,8 +55,9 @@ class Model:
     weights); completions without free pages wait, or are preempted and recomputed.
     prefix_cache_dir: folder of the prefix cache on disk, of up to prefix_cache_disk_bytes, which
     processes may share. speculates: whether speculative decoding runs. pooling: of an embedding
-    model. adapters: LoRA adapters that requests may name. group: processes that divide the model;
-    above 0, the constructor computes its share and then raises SystemExit.
+    model. adapters: LoRA adapters that requests may name. group: processes that divide the model,
+    in 1 + `prefill` parts of which the later ones compute prompts for the first; except in process
+    0, the constructor serves it until it ends, and raises SystemExit.
     """
 
     def __init__(
@@ -78,6 +75,7 @@ class Model:
         pooling: Pooling | None = None,
         adapters: LoadedAdapters | None = None,
         group: ProcessGroup | None = None,
+        prefill: int = 0,
     ) -> None:
         config = transformer.config
         self.name = name
@@ -88,27 +86,29 @@ class Model:
         self.context = check_context(config, context)
         transformer.set_context(self.context)
         self.adapters = adapters or LoadedAdapters({}, SelectedAdapter())
-        self.runner, limits = new_runner(
-            transformer, cache, max_cache_bytes, self.context, self.adapters.selected, group
-        )
-        if (
-            sparse_topk(transformer.config.attention) is not None
-            and not self.runner.is_batch_invariant
-        ):
-            _log.warning(
-                "%s: sparse attention runs in PyTorch, which is slow (see docs/sparse.md)", name
-            )
-        self.engine = Engine(
-            self.runner,
-            context=self.context,
+        self._group = group
+        self.engine = new_engine(
+            transformer,
+            self.context,
+            name=name,
             eos_ids=frozenset(tokenizer.eos_ids) | frozenset(config.eos_token_ids),
-            limits=limits,
+            cache=cache,
+            max_cache_bytes=max_cache_bytes,
             disk=disk_cache_options(prefix_cache_dir, prefix_cache_disk_bytes),
             speculates=speculates,
+            adapters=self.adapters,
+            group=group,
+            prefill=prefill,
         )
+        self.runner = self.engine.runner
         self.context = self.engine.context
         self.session = GenerationSession(self.engine, tokenizer)
         self._compiler: GrammarCompiler | None = None
+
+    def watch(self, on_lost: Callable[[str], None]) -> None:
+        """Call `on_lost` with the reason, on another thread, before the group ends by an error."""
+        if self._group is not None:
+            self._group.heartbeat.on_lost = on_lost
 
     @property
     def config(self) -> ModelConfig:
@@ -388,6 +388,8 @@ class Model:
     def free(self) -> None:
         """Free the memory of weights and KV cache, whatever still refers to the model, which
         cannot be used afterwards. Call `close` first."""
+        if self.engine.connector is not None:
+            self.engine.connector.end()
         self.runner.free()
 
     def _step(self) -> None:

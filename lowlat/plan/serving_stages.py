@@ -9,9 +9,10 @@ from lowlat.plan.serving.layout import check_layout, stage_layers
 
 
 def share_of(config: ModelConfig, layout: ServingLayout, rank: int) -> ModelShare:
-    """The share of process `rank`. Raises UserError if `layout` does not divide the model."""
+    """The share of process `rank`; groups for decoding and for prefill divide the model alike.
+    Raises UserError if `layout` does not divide it."""
     check_layout(config, layout)
-    stage, own = divmod(rank, layout.stage_size)
+    stage, own = divmod(rank % layout.group_size, layout.stage_size)
     share = serving_stages(config, layout.pipeline)[stage]
     if layout.stage_size == 1:
         return share

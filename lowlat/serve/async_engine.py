@@ -88,7 +88,7 @@ class AsyncEngine:
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._is_idle.set()
-        self.model.runner.watch(self._fail)
+        self.model.watch(self._fail)
         self._thread.start()
         self._check_heartbeat()
 
@@ -166,11 +166,13 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Counters, gauges and histograms of the engine."""
         scheduler, pool = self._engine.scheduler, self._engine.runner.allocator
+        connector = self._engine.connector
         return self._engine.recorder.snapshot(
             queued=self._num_queued(),
             running=len(scheduler.running),
             preemptions=scheduler.num_preemptions,
             disk=None if self._engine.disk is None else self._engine.disk.recorder.snapshot(),
+            transfer=None if connector is None else connector.recorder.snapshot(),
             pages_total=scheduler.limits.max_pages or pool.num_pages,
             pages_used=pool.num_used,
             pages_cached=pool.num_cached,

@@ -21,7 +21,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
 
-from lowlat.engine.stats import DROP_REASONS, DiskCacheStats, EngineStats, Histogram
+from lowlat.engine.stats import (
+    DROP_REASONS,
+    DiskCacheStats,
+    EngineStats,
+    Histogram,
+    KVTransferStats,
+)
 from lowlat.serve.served_model import STATES, ServedModel
 from lowlat.serve.state import ServerState
 
@@ -108,6 +114,9 @@ def _engine_samples(stats: EngineStats) -> Iterator[Sample]:
     for reason in DROP_REASONS:
         family = CounterMetricFamily(*dropped, labels=[MODEL, "reason"])
         yield family, [reason], stats.disk.dropped.get(reason, 0)
+    for name, text, value in _transfer_counters(stats.transfer):
+        family = CounterMetricFamily(f"{PREFIX}kv_transfer_{name}", text, labels=[MODEL])
+        yield family, [], value
     for name, text, histogram in _histograms(stats):
         yield HistogramMetricFamily(PREFIX + name, text, labels=[MODEL]), [], histogram
 
@@ -169,6 +178,12 @@ def _disk_counters(stats: DiskCacheStats) -> Iterator[tuple[str, str, float]]:
     yield "read_bytes", "Bytes read from disk.", stats.read_bytes
     yield "written_bytes", "Bytes written to disk.", stats.written_bytes
     yield "evicted_bytes", "Bytes evicted from disk (LRU).", stats.evicted_bytes
+
+
+def _transfer_counters(stats: KVTransferStats) -> Iterator[tuple[str, str, float]]:
+    yield "tokens", "Prompt tokens whose pages came from prefill processes.", stats.tokens
+    yield "bytes", "Bytes of these pages.", stats.bytes
+    yield "damaged", "Pages that arrived damaged and were computed again.", stats.damaged
 
 
 def _histograms(stats: EngineStats) -> Iterator[tuple[str, str, Histogram]]:

@@ -54,6 +54,10 @@ class Heartbeat:
         """End this process and the others, because they cannot continue together."""
         self._reason = self._reason or reason
 
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.is_set()
+
     def end(self) -> None:
         """Stop beating and watching, before the process ends as it should."""
         self._ended.set()

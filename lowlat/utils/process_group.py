@@ -7,13 +7,14 @@ Built on torch.distributed with gloo. A process that cannot reach another one en
 import json
 import os
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Never, final
+from typing import Never
 
 import torch
 import torch.distributed as dist
@@ -68,19 +69,47 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
-@final
 class ProcessGroup:
-    """The processes of a run. Process 0 leads: it announces records, which the others receive.
+    """The processes of a run, or a part of them (`part`). Process 0 leads: it announces records,
+    which the others receive.
 
     A failed message ends this process after its requests (`Heartbeat`); the call does not return.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
+    def __init__(
+        self,
+        store: Store,
+        ranks: range,
+        rank: int,
+        heartbeat: Heartbeat,
+        members: dist.ProcessGroup | None = None,
+    ) -> None:
+        """ranks: the processes' ranks in the run. rank: this process's in the group. members: None
+        for the whole run."""
+        self.rank, self.world_size = rank, len(ranks)
         self.traffic = Traffic()
-        self.has_left = False
-        self.heartbeat = Heartbeat(store, rank, world_size)
-        self._store = store
+        self.heartbeat = heartbeat
+        self._store, self._ranks, self._members = store, ranks, members
+
+    @property
+    def label(self) -> str:
+        """This process's name in messages."""
+        return f"process {self._ranks[self.rank]} of {dist.get_world_size()}"
+
+    @property
+    def has_left(self) -> bool:
+        return self.heartbeat.has_ended
+
+    def part(self, count: int) -> "ProcessGroup":
+        """This process's part if the run is divided into `count` parts of consecutive processes.
+        The parts share heartbeats: a lost process ends all. All processes call it at once."""
+        if count == 1:
+            return self
+        size = self.world_size // count
+        first = self.rank - self.rank % size
+        ranks = self._ranks[first : first + size]
+        members = self._new_group(ranks)
+        return ProcessGroup(self._store, ranks, self.rank - first, self.heartbeat, members)
 
     @property
     def is_leader(self) -> bool:
@@ -119,13 +148,14 @@ class ProcessGroup:
         data = tensor.contiguous()
         self.traffic.add(data)
         with self.communicating():
+            peer = self._ranks[peer]
             return Sending(self, dist.isend(_bytes_of(data), peer) if data.nbytes else None)
 
     def receive(self, out: Tensor, peer: int) -> Tensor:
         """Fill `out`, which is contiguous, with the next tensor of `peer`."""
         if out.nbytes:
             with self.communicating():
-                dist.recv(_bytes_of(out), peer)
+                dist.recv(_bytes_of(out), self._ranks[peer])
         return out
 
     def gather_texts(self, text: str) -> list[str]:
@@ -133,26 +163,27 @@ class ProcessGroup:
         data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         with self.communicating():
-            dist.all_gather(sizes, torch.tensor([len(data)]))
+            dist.all_gather(sizes, torch.tensor([len(data)]), group=self._members)
             most = max(int(size) for size in sizes)
             padded = torch.nn.functional.pad(data, (0, most - len(data)))
             texts = [torch.empty_like(padded) for _ in range(self.world_size)]
-            dist.all_gather(texts, padded)
+            dist.all_gather(texts, padded, group=self._members)
         each = zip(texts, sizes, strict=True)
         return [bytes(text[: int(size)].tolist()).decode() for text, size in each]
 
     def subgroup(self, size: int) -> dist.ProcessGroup | None:
-        """The `size` consecutive processes that this one is part of; None for one. All processes
-        call it at once."""
-        own = None
-        for first in range(0, self.world_size if size > 1 else 0, size):
-            ranks = range(first, first + size)
-            with self.communicating():
-                made = dist.new_group(list(ranks), timeout=NO_TIMEOUT, backend="gloo")
-            if self.rank in ranks:
-                assert isinstance(made, dist.ProcessGroup)
-                own = made
-        return own
+        """The `size` consecutive processes that this one is part of; None for one. They call it at
+        once."""
+        first = self.rank - self.rank % size
+        return None if size == 1 else self._new_group(self._ranks[first : first + size])
+
+    def _new_group(self, ranks: range) -> dist.ProcessGroup:
+        with self.communicating():
+            made = dist.new_group(
+                list(ranks), timeout=NO_TIMEOUT, backend="gloo", use_local_synchronization=True
+            )
+        assert isinstance(made, dist.ProcessGroup)
+        return made
 
     def all_gather(self, own: Tensor, out: Tensor, subgroup: dist.ProcessGroup | None) -> None:
         """Fill `out` with the tensors of all processes of `subgroup`; both are contiguous."""
@@ -165,7 +196,7 @@ class ProcessGroup:
         """The smallest value among all processes."""
         tensor = torch.tensor(value)
         with self.communicating():
-            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+            dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._members)
         return int(tensor)
 
     def agree(self, facts: Mapping[str, str]) -> None:
@@ -181,7 +212,8 @@ class ProcessGroup:
 
     def leave(self) -> None:
         """End as it should: the others are about to do so, too."""
-        self.has_left = True
+        if self.has_left:
+            return
         self.heartbeat.end()
         dist.destroy_process_group()
         time.sleep(SETTLING)
@@ -213,7 +245,7 @@ class ProcessGroup:
         if self.is_leader:
             self.traffic.add(tensor, self.world_size - 1)
         with self.communicating():
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=self._ranks[0], group=self._members)
 
     @contextmanager
     def communicating(self) -> Iterator[None]:
@@ -221,9 +253,7 @@ class ProcessGroup:
         try:
             yield
         except RuntimeError as error:  # gloo has no type of its own; DistError is one, too
-            self.fail(
-                f"process {self.rank} of {self.world_size} lost another one ({_short(error)})"
-            )
+            self.fail(f"{self.label} lost another one ({_short(error)})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +285,7 @@ def join_group(processes: int, option: str) -> ProcessGroup:
     store, rank, world = next(rendezvous("env://"))
     store = PrefixStore(_common_prefix(store, rank, world), store)
     dist.init_process_group("gloo", timeout=NO_TIMEOUT, world_size=world, rank=rank, store=store)
-    return ProcessGroup(store, rank, world)
+    return ProcessGroup(store, range(world), rank, Heartbeat(store, rank, world))
 
 
 @contextmanager
@@ -268,6 +298,16 @@ def quiet_followers() -> Iterator[None]:
         if is_follower():
             time.sleep(GRACE_SECONDS)
         raise
+
+
+@contextmanager
+def ignoring_signals() -> Iterator[None]:
+    """Within this context, signals that torchrun passes to all processes are left to process 0,
+    which lets running requests finish."""
+    before = [(s, signal.signal(s, signal.SIG_IGN)) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 def refuse_alone() -> Never:

@@ -336,8 +336,8 @@ POOLING = [
     Mutant(
         "pooling: hidden states of tokens cached on disk left out",
         "engine/kv_cache_manager.py",
-        "self.loader is None or not sequence.request.reads_prefix_cache:",
-        "self.loader is None:",
+        "if not sequence.request.reads_prefix_cache:\n            return False\n        if seq",
+        "if seq",
         POOL + "test_no_token_comes_from_the_cache_on_disk",
     ),
 ]

@@ -106,9 +106,12 @@ class Case:
         return {"name": name, "lora": adapters, "tokenizer": tokenizer, **self.options, **limit}
 
     def allows(self, layout: ServingLayout) -> bool:
-        """Whether `layout` divides the model. Tensor parallelism is for native kernels."""
+        """Whether `layout` divides the model with the same bits: tensor parallelism, and other
+        batches in prefill processes, are for native kernels."""
         is_native = self.options.get("dtype") != "fp32"
-        return (is_native or layout.tensor == 1) and (bool(self.config.moe) or layout.expert == 1)
+        if not is_native and (layout.tensor > 1 or layout.prefill > 0):
+            return False
+        return bool(self.config.moe) or layout.expert == 1
 
 
 CASES: dict[str, Case] = {
@@ -163,11 +166,12 @@ def outcome(model: Model, case: Case) -> dict[str, Any]:
         for number in range(len(prompts))
     ]
     names = [adapters[number % len(adapters)] for number in range(len(prompts))]
-    # Twice: the second time prompts are in the prefix cache.
-    tokens = [
-        [[list(one.token_ids) for one in each] for each in found]
-        for found in (model.generate_each(prompts, params, lora=names) for _ in range(2))
-    ]
+    tokens, transferred = [], []
+    for _ in range(2):  # the second time prompts are in the prefix cache
+        found = model.generate_each(prompts, params, lora=names)
+        tokens.append([[list(one.token_ids) for one in each] for each in found])
+        connector = model.engine.connector
+        transferred.append(0 if connector is None else connector.recorder.snapshot().tokens)
     model.engine.check_integrity()
     ids = drawn(min(90, model.context))
     logits = [model.logits(ids)]
@@ -178,6 +182,7 @@ def outcome(model: Model, case: Case) -> dict[str, Any]:
         "logits": [digest(each) for each in logits],
         "nll": float(model.nll(ids).sum()),
         "preemptions": model.engine.scheduler.num_preemptions,
+        "transferred": transferred,
     }
 
 

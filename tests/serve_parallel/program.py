@@ -26,11 +26,10 @@ def main() -> None:
         except SystemExit as end:
             assert end.code == 0  # this process has followed process 0
             continue
-        runner = model.runner
-        assert isinstance(runner, ParallelRunner)
         found: dict[str, Any] = outcome(model, CASES[name])
         found["parameters"] = sum(each.numel() for each in model.transformer.parameters())
-        found["traffic"] = traffic(runner, model)
+        if isinstance(model.runner, ParallelRunner):
+            found["traffic"] = traffic(model.runner, model)
         model.free()
         (own / f"{layout}.json").write_text(json.dumps(found))
 

@@ -24,6 +24,8 @@ if not native.available():
 PROGRAM = str(Path(__file__).with_name("program.py"))
 KEYS = ("tokens", "logits", "nll", "preemptions")
 LAYOUTS = {"pipeline=2": 2, "tensor=2": 2, "expert=2": 2, "tensor=2,pipeline=2": 4}
+APART = {"prefill=1": tuple(CASES), "tensor=2,prefill=1": ("small-cache", "int8", "lora", "sparse")}
+"""Layouts with prefill processes, and their cases."""
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,25 @@ def test_results_are_those_of_one_process(
     if "dense" in names:
         found = json.loads((folder / "dense" / f"{layout}.json").read_text())
         assert found["traffic"] == expected_traffic(layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", APART)
+def test_prefill_processes_change_no_token(
+    folder: Path, alone: dict[str, dict[str, Any]], layout: str
+) -> None:
+    sizes = ServingLayout.parse(layout)
+    names = [name for name in APART[layout] if CASES[name].allows(sizes)]
+    run(sizes.processes, [PROGRAM, str(folder), layout, *names])
+    differing = []
+    for name in names:
+        found = json.loads((folder / name / f"{layout}.json").read_text())
+        differing += [f"{name}: {key}" for key in KEYS[:3] if found[key] != alone[name][key]]
+        first, second = found["transferred"]
+        assert first > 0, name
+        # What is in process 0's prefix cache is not sent again.
+        assert second == first or CASES[name].cache_bytes is not None, name
+    assert not differing
 
 
 def expected_traffic(layout: str) -> dict[str, int]:

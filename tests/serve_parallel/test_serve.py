@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,7 @@ MODEL = "minnow"
 PROMPT = "The sea"
 ENDLESS = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}
 LAYOUT = ["--parallel", "pipeline=2", "--threads", "1"]
+APART = ["--parallel", "prefill=1", "--threads", "1"]
 
 
 @dataclass
@@ -55,9 +56,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(*options: str, restarts: int = 0) -> Iterator[Served]:
+def serving(*options: str, restarts: int = 0, layout: Sequence[str] = LAYOUT) -> Iterator[Served]:
     """A server of two processes, which is killed at the end."""
-    command = ["-m", "lowlat", "serve", MODEL, "--port", "0", *LAYOUT, *options]
+    command = ["-m", "lowlat", "serve", MODEL, "--port", "0", *layout, *options]
     launcher = torchrun(2, *command, restarts=restarts)
     assert launcher.stdout is not None and launcher.stderr is not None
     server, errors = Served(launcher), launcher.stderr
@@ -74,24 +75,33 @@ def serving(*options: str, restarts: int = 0) -> Iterator[Served]:
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_one_process() -> None:
-    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 30, "temperature": 0}
-    with serving() as server:
+@pytest.mark.parametrize("layout", [LAYOUT, APART], ids=["pipeline", "prefill"])
+def test_answers_are_those_of_one_process(layout: list[str]) -> None:
+    prompt = PROMPT * 100
+    body = {"model": MODEL, "prompt": prompt, "max_tokens": 30, "temperature": 0}
+    with serving(layout=layout) as server:
         answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE).json()
+        metrics = httpx.get(f"{server.url}/metrics", timeout=PATIENCE).text
         hosts = [listening_hosts(server.pid(rank)) for rank in (0, 1)]
         # SIGTERM reaches all processes: process 0 ends the others.
         os.kill(server.launcher.pid, signal.SIGTERM)
         server.launcher.wait(PATIENCE)
-    alone = lowlat.load(MODEL).generate(PROMPT, max_tokens=30, temperature=0)
+    alone = lowlat.load(MODEL).generate(prompt, max_tokens=30, temperature=0)
     assert answer["choices"][0]["text"] == str(alone)
+    (tokens,) = re.findall(r"^lowlat:kv_transfer_tokens_total\S* (\S+)$", metrics, re.MULTILINE)
+    assert (float(tokens) > 0) == (layout is APART)
     # gloo and, in process 0, HTTP; no other address
     assert hosts == [{"127.0.0.1"}, {"127.0.0.1"}]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_a_lost_process_ends_requests_and_server(number: signal.Signals) -> None:
-    with serving() as server:
+@pytest.mark.parametrize(
+    ("layout", "number"),
+    [(LAYOUT, signal.SIGKILL), (LAYOUT, signal.SIGSTOP), (APART, signal.SIGKILL)],
+    ids=["killed", "stopped", "prefill killed"],
+)
+def test_a_lost_process_ends_requests_and_server(layout: list[str], number: signal.Signals) -> None:
+    with serving(layout=layout) as server:
         rest = remaining_events(server, server.pid(1), number)
         assert "error" in json.loads(rest[-1].removeprefix("data: ")), rest[-3:]
         # 503 for GRACE_SECONDS, unless this test is too slow to ask

@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_named_with_what_is_missing():
 
 def test_one_layout():
     (found,) = answer(*V3, "--parallel", "pipeline=2,expert=4")["layouts"]
-    assert found["layout"] == {"pipeline": 2, "tensor": 1, "expert": 4}
+    assert found["layout"] == {"pipeline": 2, "tensor": 1, "expert": 4, "prefill": 0}
     assert found["replicas"] == 1
 
 
@@ -168,6 +168,7 @@ def test_loads_of_a_real_model(tmp_path: Path):
         (("--context", "10000000"), "--context 10,000,000: the model's max_position_embeddings"),
         (("--parallel", "tensor=3"), "tensor=3: must divide the 128 attention heads"),
         (("--parallel", "tensor=16"), "needs 16 devices, but 4 x epyc-9654 has 8"),
+        (("--parallel", "prefill=1"), "the plan is of one group of processes; leave out prefill"),
         (("--dtype", "q9"), "--dtype 'q9' is unknown"),
         (("--cache", "fp4"), "--cache 'fp4' is unknown"),
         (("--network", "0"), "--network 0: give a number above 0, up to 1,000,000"),

@@ -13,6 +13,13 @@ def test_sizes_by_name() -> None:
     assert ServingLayout.parse(str(layout)) == layout
 
 
+def test_prefill_groups_divide_the_model_like_the_first() -> None:
+    layout = ServingLayout.parse("tensor=2,prefill=1")
+    assert (layout.group_size, layout.processes) == (2, 4)
+    alone = ServingLayout.parse("prefill=2")
+    assert (alone.group_size, alone.processes, str(alone)) == (1, 3, "prefill=2")
+
+
 @pytest.mark.parametrize(
     "text", ["", "pipeline", "pipeline=0", "pipeline=-1", "pipeline=2,x=1", "tensor=2,expert=3"]
 )
