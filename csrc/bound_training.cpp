@@ -3,11 +3,13 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <cmath>
 #include <optional>
 
 #include "arrays.h"
 #include "dispatch.h"
 #include "thread_pool.h"
+#include "workspace.h"
 
 namespace lowlat {
 
@@ -212,6 +214,19 @@ void outer(const Array& left, const Array& right, const Array& counts, const Arr
   run(ops(level).outer, pass);
 }
 
+// Cumulative token counts of packed sequences, `tokens` together.
+const std::int64_t* sequence_ends(const Array& ends, std::int64_t tokens) {
+  const std::int64_t count = size(ends, 0);
+  const auto* each = elements<std::int64_t>(ends, "ends", Type::int64, {count});
+  std::int64_t before = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (each[i] <= before) throw std::invalid_argument("ends do not increase");
+    before = each[i];
+  }
+  if (before != tokens) throw std::invalid_argument("ends do not reach the last token");
+  return each;
+}
+
 CausalPass causal(const Array& q, const Array& k, const Array& v, const Array& ends, float scale, const Array& out,
                   const Array& log_total) {
   CausalPass pass;
@@ -223,13 +238,7 @@ CausalPass causal(const Array& q, const Array& k, const Array& v, const Array& e
   pass.scale = scale;
   if (pass.kv_heads < 1 || pass.heads % pass.kv_heads != 0) throw std::invalid_argument("heads do not share key heads evenly");
   pass.sequences = size(ends, 0);
-  pass.ends = elements<std::int64_t>(ends, "ends", Type::int64, {pass.sequences});
-  std::int64_t before = 0;
-  for (std::int64_t i = 0; i < pass.sequences; ++i) {
-    if (pass.ends[i] <= before) throw std::invalid_argument("ends do not increase");
-    before = pass.ends[i];
-  }
-  if (before != tokens) throw std::invalid_argument("ends do not reach the last token");
+  pass.ends = sequence_ends(ends, tokens);
   pass.q = elements<bf16>(q, "q", Type::bf16, {tokens, pass.heads, pass.key_dim});
   pass.k = elements<bf16>(k, "k", Type::bf16, {tokens, pass.kv_heads, pass.key_dim});
   pass.v = elements<bf16>(v, "v", Type::bf16, {tokens, pass.kv_heads, pass.value_dim});
@@ -255,6 +264,52 @@ void causal_backward(const Array& q, const Array& k, const Array& v, const Array
   run(ops(level).causal_backward, pass);
 }
 
+void indexer_loss(const Array& q, const Array& k, const Array& log_total, const Array& ends, float scale,
+                  const Array& index_q, const Array& index_weights, const Array& index_k, std::int64_t topk, float weight,
+                  const Array& kl, const Array& recall, const std::optional<Array>& grad_q,
+                  const std::optional<Array>& grad_weights, const std::optional<Array>& grad_k,
+                  const std::optional<Array>& v, const std::optional<Array>& out, const std::string& level) {
+  IndexerPass pass;
+  const std::int64_t tokens = size(q, 0);
+  pass.heads = size(q, 1);
+  pass.key_dim = size(q, 2);
+  pass.kv_heads = size(k, 1);
+  if (pass.kv_heads < 1 || pass.heads % pass.kv_heads != 0) throw std::invalid_argument("heads do not share key heads evenly");
+  pass.index_heads = size(index_q, 1);
+  pass.index_dim = size(index_q, 2);
+  if (topk < 1 || pass.index_heads < 1 || pass.index_dim < 1) throw std::invalid_argument("topk and sizes of the indexer must be positive");
+  pass.topk = topk;
+  pass.scale = scale;
+  pass.index_scale = 1 / std::sqrt(static_cast<float>(pass.index_dim));
+  pass.weight = weight;
+  pass.sequences = size(ends, 0);
+  pass.ends = sequence_ends(ends, tokens);
+  pass.q = elements<bf16>(q, "q", Type::bf16, {tokens, pass.heads, pass.key_dim});
+  pass.k = elements<bf16>(k, "k", Type::bf16, {tokens, pass.kv_heads, pass.key_dim});
+  pass.log_total = elements<float>(log_total, "log_total", Type::fp32, {tokens, pass.heads});
+  pass.index_q = elements<bf16>(index_q, "index_q", Type::bf16, {tokens, pass.index_heads, pass.index_dim});
+  pass.index_weights = elements<float>(index_weights, "index_weights", Type::fp32, {tokens, pass.index_heads});
+  pass.index_k = elements<bf16>(index_k, "index_k", Type::bf16, {tokens, pass.index_dim});
+  pass.kl = elements<float>(kl, "kl", Type::fp32, {tokens});
+  pass.recall = elements<float>(recall, "recall", Type::fp32, {tokens});
+  if (grad_q) {
+    if (!grad_weights || !grad_k) throw std::invalid_argument("grad_q needs grad_weights and grad_k");
+    pass.grad_q = elements<bf16>(*grad_q, "grad_q", Type::bf16, {tokens, pass.index_heads, pass.index_dim});
+    pass.grad_weights = elements<float>(*grad_weights, "grad_weights", Type::fp32, {tokens, pass.index_heads});
+    pass.grad_k = elements<bf16>(*grad_k, "grad_k", Type::bf16, {tokens, pass.index_dim});
+  }
+  if (out) {
+    if (!v) throw std::invalid_argument("out needs v");
+    pass.value_dim = size(*v, 2);
+    pass.v = elements<bf16>(*v, "v", Type::bf16, {tokens, pass.kv_heads, pass.value_dim});
+    pass.out = elements<bf16>(*out, "out", Type::bf16, {tokens, pass.heads, pass.value_dim});
+  }
+  Buffer panels, sums;
+  pass.panels = &panels;
+  pass.sums = &sums;
+  run(ops(level).indexer_loss, pass);
+}
+
 }  // namespace
 
 void bind_training(nb::module_& module) {
@@ -273,6 +328,10 @@ void bind_training(nb::module_& module) {
              "level"_a = "");
   module.def("causal_backward", causal_backward, "q"_a, "k"_a, "v"_a, "ends"_a, "scale"_a, "out"_a, "log_total"_a,
              "grad"_a, "grad_q"_a, "grad_k"_a, "grad_v"_a, "level"_a = "");
+  module.def("indexer_loss", indexer_loss, "q"_a, "k"_a, "log_total"_a, "ends"_a, "scale"_a, "index_q"_a,
+             "index_weights"_a, "index_k"_a, "topk"_a, "weight"_a, "kl"_a, "recall"_a, "grad_q"_a.none(),
+             "grad_weights"_a.none(), "grad_k"_a.none(), "v"_a.none() = nb::none(), "out"_a.none() = nb::none(),
+             "level"_a = "");
   module.def("grouped", grouped, "rows"_a, "weight"_a, "counts"_a, "is_transposed"_a, "products"_a, "level"_a = "");
   module.def("outer", outer, "left"_a, "right"_a, "counts"_a, "sums"_a, "level"_a = "");
   module.def("combine", combine, "rows"_a, "factors"_a.none(), "places"_a, "out"_a, "level"_a = "");

@@ -8,6 +8,7 @@
 
 #include "kernels/flash_attention_training.h"
 #include "kernels/common.h"
+#include "kernels/indexer_loss.h"
 #include "kernels/kl_divergence.h"
 #include "kernels/grouped_gemm.h"
 #include "kernels/linear.h"
@@ -190,5 +191,6 @@ const lowlat::Ops LOWLAT_NAME(lowlat_ops_, LOWLAT_ISA) = {
     .outer = lowlat::LOWLAT_ISA::grouped::outer,
     .causal_forward = lowlat::LOWLAT_ISA::causal::forward,
     .causal_backward = lowlat::LOWLAT_ISA::causal::backward,
+    .indexer_loss = lowlat::LOWLAT_ISA::indexer::loss,
     .step = lowlat::LOWLAT_ISA::run_step,
 };

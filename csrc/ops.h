@@ -112,6 +112,7 @@ struct Ops {
   void (*outer)(Team&, const OuterPass&);
   void (*causal_forward)(Team&, const CausalPass&);
   void (*causal_backward)(Team&, const CausalPass&);
+  void (*indexer_loss)(Team&, const IndexerPass&);
 
   // A whole step of a model; work.prepare() must have been called for it.
   void (*step)(Team&, const Model& model, const Step& step, Workspace& work);

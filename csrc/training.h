@@ -1,11 +1,13 @@
 // Arguments of the training kernels: forward and backward passes of everything between two matrix products (RMSNorm,
-// SwiGLU, RoPE, cross entropy, KL divergence, attention, grouped GEMM). Activations are bf16 or fp32, one type per
+// SwiGLU, RoPE, cross entropy, KL divergence, attention, indexer loss, grouped GEMM). Activations are bf16 or fp32, one type per
 // call; sums and values saved for the backward pass are fp32.
 #pragma once
 
 #include <cstdint>
 
 namespace lowlat {
+
+class Buffer;
 
 // Values of either type.
 struct Values {
@@ -119,6 +121,31 @@ struct CausalPass {
   std::uint16_t* grad_q = nullptr;      // backward, shaped like q, k and v
   std::uint16_t* grad_k = nullptr;
   std::uint16_t* grad_v = nullptr;
+};
+
+// KL divergence of the indexer (DSA) from causal attention over packed whole sequences, and the gradients of the outputs
+// of the indexer. bf16; index heads share one key.
+struct IndexerPass {
+  std::int64_t sequences = 0;
+  const std::int64_t* ends = nullptr;  // [sequences] cumulative token counts
+  std::int64_t heads = 0, kv_heads = 0, key_dim = 0, value_dim = 0, index_heads = 0, index_dim = 0, topk = 0;
+  float scale = 1, index_scale = 1;
+  float weight = 1;                            // of the divergence in the gradients
+  const std::uint16_t* q = nullptr;            // [tokens, heads, key_dim]
+  const std::uint16_t* k = nullptr;            // [tokens, kv_heads, key_dim]
+  const float* log_total = nullptr;            // [tokens, heads] logsumexp, of causal_forward
+  const std::uint16_t* index_q = nullptr;      // [tokens, index_heads, index_dim]
+  const float* index_weights = nullptr;        // [tokens, index_heads]
+  const std::uint16_t* index_k = nullptr;      // [tokens, index_dim]
+  const std::uint16_t* v = nullptr;            // [tokens, kv_heads, value_dim], if there is `out`
+  std::uint16_t* out = nullptr;                // [tokens, heads, value_dim] attention over the chosen tokens; null: none
+  float* kl = nullptr;                         // [tokens] nats
+  float* recall = nullptr;                     // [tokens] share of the attention on the topk chosen tokens
+  std::uint16_t* grad_q = nullptr;             // shaped like index_q; null: no gradients
+  float* grad_weights = nullptr;               // shaped like index_weights
+  std::uint16_t* grad_k = nullptr;             // shaped like index_k
+  Buffer* panels = nullptr;                    // memory that the threads share
+  Buffer* sums = nullptr;
 };
 
 }  // namespace lowlat

@@ -564,3 +564,29 @@ def causal_backward(
     level: str = "",
 ) -> None:
     """As causal_forward; grad as out, the others as q, k and v."""
+
+def indexer_loss(
+    q: Tensor,
+    k: Tensor,
+    log_total: Tensor,
+    ends: Tensor,
+    scale: float,
+    index_q: Tensor,
+    index_weights: Tensor,
+    index_k: Tensor,
+    topk: int,
+    weight: float,
+    kl: Tensor,
+    recall: Tensor,
+    grad_q: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_k: Tensor | None,
+    v: Tensor | None = None,
+    out: Tensor | None = None,
+    level: str = "",
+) -> None:
+    """q, k, v, out, log_total and ends as causal_forward; index_q bf16 [tokens, index_heads,
+    index_dim], index_weights fp32 [tokens, index_heads], index_k bf16 [tokens, index_dim]; kl and
+    recall fp32 [tokens]; gradients shaped like the outputs of the indexer, all or none. `out` is
+    over the chosen tokens; with it, kl is NaN.
+    """

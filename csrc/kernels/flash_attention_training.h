@@ -34,6 +34,24 @@ struct HeadPanels {
   std::int64_t block_length(std::int64_t block) const { return least(kBlock, length - block * kBlock); }
 };
 
+// Packs a block of a head's rows, `step` elements apart, in the forms that have memory.
+inline void pack_block(const HeadPanels& head, std::int64_t block, const bf16* from, std::int64_t step) {
+  const std::int64_t there = head.block_length(block), count = num_panels(head.width);
+  const Matrix m = view(from + block * kBlock * step, there, head.width, step);
+  for (std::int64_t tile = 0; head.rows != nullptr && tile < kBlock / kTile; ++tile) {
+    Panel* panels = head.block_rows(block) + tile * count;
+    if (tile < m.tiles()) {
+      load_panels(m, tile, panels);
+    } else {
+      std::memset(static_cast<void*>(panels), 0, count * sizeof(Panel));
+    }
+  }
+  const std::int64_t pairs_of_rows = num_panels(there);
+  for (std::int64_t i = 0; head.transposed != nullptr && i < count; ++i) {
+    load_transposed_panels(m, kColumns * i, 0, there, head.block_transposed(block) + 2 * i * pairs_of_rows, pairs_of_rows);
+  }
+}
+
 // With one buffer alone, packs that form alone.
 inline HeadPanels make_panels(const bf16* from, std::int64_t step, std::int64_t length, std::int64_t width, Buffer* rows,
                               Buffer* transposed) {
@@ -42,22 +60,7 @@ inline HeadPanels make_panels(const bf16* from, std::int64_t step, std::int64_t 
   head.length = length;
   if (rows != nullptr) head.rows = buffer_array<Panel>(*rows, blocks_of(length) * head.row_panels());
   if (transposed != nullptr) head.transposed = buffer_array<Panel>(*transposed, blocks_of(length) * head.transposed_panels());
-  for (std::int64_t block = 0; block < blocks_of(length); ++block) {
-    const std::int64_t there = head.block_length(block), count = num_panels(width);
-    const Matrix m = view(from + block * kBlock * step, there, width, step);
-    for (std::int64_t tile = 0; rows != nullptr && tile < kBlock / kTile; ++tile) {
-      Panel* panels = head.block_rows(block) + tile * count;
-      if (tile < m.tiles()) {
-        load_panels(m, tile, panels);
-      } else {
-        std::memset(static_cast<void*>(panels), 0, count * sizeof(Panel));
-      }
-    }
-    const std::int64_t pairs_of_rows = num_panels(there);
-    for (std::int64_t i = 0; transposed != nullptr && i < count; ++i) {
-      load_transposed_panels(m, kColumns * i, 0, there, head.block_transposed(block) + 2 * i * pairs_of_rows, pairs_of_rows);
-    }
-  }
+  for (std::int64_t block = 0; block < blocks_of(length); ++block) pack_block(head, block, from, step);
   return head;
 }
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lowlat.compare.trace import Block, Place, Trace
@@ -72,6 +73,17 @@ class RoutingDifference:
 
 
 @dataclass(slots=True)
+class ChoiceDifference:
+    """Tokens that sparse attention (DSA) of A attends to and that of B does not."""
+
+    changed: int = 0
+    chosen: int = 0
+    """Tokens of A, of queries that choose: the others attend to all."""
+    near_ties: bool = True
+    """Whether all of them are near ties, at which B attends to the tokens of A."""
+
+
+@dataclass(slots=True)
 class LogitDifference:
     """Difference of two next-token distributions."""
 
@@ -88,12 +100,15 @@ class TraceDifferences:
 
     sums: dict[Place, DifferenceSums] = field(default_factory=dict)
     routing: dict[Block, RoutingDifference] = field(default_factory=dict)
+    choices: dict[Block, ChoiceDifference] = field(default_factory=dict)
     predictions: dict[Block, LogitDifference] = field(default_factory=dict)
     left_out: dict[str, set[str]] = field(default_factory=dict)
     """Reasons why a part was not compared, by part."""
 
-    def add(self, a: Trace, b: Trace) -> None:
-        """Add the differences of one window."""
+    def add(self, a: Trace, b: Trace, *, near_ties: bool = False) -> None:
+        """Add the differences of one window. near_ties: whether choices of tokens differ at near
+        ties only; they count as equal.
+        """
         for place in sorted(a.parts.keys() | b.parts.keys(), key=lambda place: place.order):
             x, y = a.parts.get(place), b.parts.get(place)
             reason = _reason(x, y)
@@ -103,6 +118,9 @@ class TraceDifferences:
             assert x is not None and y is not None
             if x.numel() == 0:  # a layer without RoPE channels
                 continue
+            if place.part == "index_choice":
+                self._add_choice(place.block, x > 0, y > 0, near_ties)
+                y = x if near_ties else y
             self.sums.setdefault(place, DifferenceSums()).add(x, y)
             if place.part == "logits":
                 self._add_logits(place.block, x, y)
@@ -128,6 +146,13 @@ class TraceDifferences:
         found.kl += _finite((p.exp() * (p - q)).sum())
         found.agreeing += int((a.argmax(dim=-1) == b.argmax(dim=-1)).sum())
         found.tokens += len(a)
+
+    def _add_choice(self, block: Block, a: Tensor, b: Tensor, near_ties: bool) -> None:
+        found = self.choices.setdefault(block, ChoiceDifference())
+        chooses = a.sum(dim=1) < torch.ones_like(a).tril().sum(dim=1)
+        found.changed += int((a & ~b).sum())
+        found.chosen += int(a[chooses].sum())
+        found.near_ties &= near_ties or a.equal(b)
 
     def _add_routing(self, block: Block, a: Tensor, b: Tensor) -> None:
         found = self.routing.setdefault(block, RoutingDifference())

@@ -56,6 +56,9 @@ def _measured(comparison: TraceDifferences, tolerance: float) -> dict[str, Any]:
         "experts": [
             {"block": str(block), **asdict(found)} for block, found in comparison.routing.items()
         ],
+        "chosen_tokens": [
+            {"block": str(block), **asdict(found)} for block, found in comparison.choices.items()
+        ],
         "logits": [
             {
                 "block": str(block),

@@ -24,9 +24,9 @@ def show(result: Object, console: Console | None = None, *, every_part: bool = F
     console.print()
     good = result["equal"]
     console.print(headline(result), style="bold green" if good else "bold red", highlight=False)
-    lines = *diagnosis_lines(result), *weight_lines(result), *routing_lines(result), *notes(result)
-    for line in lines:
-        console.print(line, highlight=False, markup=False)
+    for lines in (diagnosis_lines, weight_lines, choice_lines, routing_lines, notes):
+        for line in lines(result):
+            console.print(line, highlight=False, markup=False)
 
 
 def heading(result: Object) -> list[str]:
@@ -190,6 +190,19 @@ def _seen(crossed: list[Object]) -> str:
 
 def _where(places: list[str]) -> str:
     return places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
+
+
+def choice_lines(result: Object) -> list[str]:
+    """Differences in the tokens that sparse attention (DSA) chooses."""
+    changed = [item for item in result["chosen_tokens"] if item["changed"]]
+    if not changed:
+        return []
+    ties = ", all at near ties: B attends to the tokens of A"
+    return [
+        f"other tokens: first at {changed[0]['block']}; {sum(i['changed'] for i in changed):,} of "
+        f"{sum(i['chosen'] for i in result['chosen_tokens']):,} in total"
+        f"{ties if all(item['near_ties'] for item in changed) else ''}"
+    ]
 
 
 def routing_lines(result: Object) -> list[str]:

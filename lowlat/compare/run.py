@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowlat.compare.diagnosis.diagnose import Diagnosis, config_differences, diagnose
+from lowlat.compare.diagnosis.near_ties import follows_scores, near_ties
 from lowlat.compare.differences import TOLERANCE, TraceDifferences
 from lowlat.compare.implementations.base import Implementation
-from lowlat.compare.trace import Place, RoutedExperts, Window
+from lowlat.compare.trace import Place, RoutedExperts, Trace, Window
 from lowlat.compare.weights.run import WeightDifferences
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
@@ -88,12 +89,15 @@ def compare(
     """Run `windows` through both implementations and compare every part.
 
     Each window starts with an empty context. With `impose_experts` B uses A's selected experts.
+    Where the tokens that sparse attention (DSA) chooses differ at near ties only, and no mistake is
+    found, B attends to the tokens of A.
     `weights` becomes part of the result. Memory holds the traces of one window. Raises UserError
     for two different models.
     """
     check_pair(a, b)
     if impose_experts:
         check_experts(a, b)
+    limit = tolerance_of(a, b) if tolerance is None else tolerance
     own, with_imposed = TraceDifferences(), TraceDifferences()
     diagnosis: Diagnosis | None = None
     total = sum(len(window.ids) for window in windows)
@@ -102,13 +106,20 @@ def compare(
             trace_a = a.trace(window)
             experts = trace_a.selected_experts()
             trace_b = b.trace(window, experts if impose_experts else None)
-            own.add(trace_a, trace_b)
             if diagnosis is None or not diagnosis.findings:
                 diagnosis = diagnose(trace_a, trace_b, a.config, b.config, window)
+            tokens = None
+            can_tie = b.can_impose_tokens and not diagnosis.findings
+            if can_tie and _choose_differently(trace_a, trace_b):
+                imposed = experts if impose_experts else None
+                tied = _near_ties(trace_a, a, b, window, imposed, limit)
+                if tied is not None:
+                    trace_b, tokens = tied, trace_a.chosen_tokens()
+            own.add(trace_a, trace_b, near_ties=tokens is not None)
             can_repeat = b.can_impose_experts and not impose_experts
             if can_repeat and _route_differently(experts, trace_b.selected_experts()):
-                trace_b = b.trace(window, experts)
-            with_imposed.add(trace_a, trace_b)
+                trace_b = b.trace(window, experts, tokens)
+            with_imposed.add(trace_a, trace_b, near_ties=tokens is not None)
             task.advance(len(window.ids))
     assert diagnosis is not None, "no windows"
     changed = any(difference.changed for difference in own.routing.values())
@@ -117,7 +128,7 @@ def compare(
         a=a,
         b=b,
         windows=tuple(windows),
-        tolerance=tolerance_of(a, b) if tolerance is None else tolerance,
+        tolerance=limit,
         comparison=own,
         diagnosis=diagnosis,
         with_imposed=with_imposed if has_repeated else None,
@@ -125,6 +136,29 @@ def compare(
         config_differences=tuple(config_differences(a.config, b.config)),
         weights=weights,
     )
+
+
+def _choose_differently(a: Trace, b: Trace) -> bool:
+    """Whether sparse attention (DSA) attends to other tokens in any block."""
+    own, other = a.chosen_tokens(), b.chosen_tokens()
+    return any(block in other and not other[block].equal(own[block]) for block in own)
+
+
+def _near_ties(
+    trace_a: Trace,
+    a: Implementation,
+    b: Implementation,
+    window: Window,
+    experts: RoutedExperts | None,
+    tolerance: float,
+) -> Trace | None:
+    """B over the tokens that A chose, if its own choice then differs at near ties only: an earlier
+    difference would change the scores of later layers.
+    """
+    if not follows_scores(trace_a, a.config, window):
+        return None
+    found = b.trace(window, experts, trace_a.chosen_tokens())
+    return found if near_ties(trace_a, found, a.config, window, tolerance) else None
 
 
 def _route_differently(a: RoutedExperts, b: RoutedExperts) -> bool:

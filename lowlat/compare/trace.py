@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -94,6 +94,10 @@ RoutedExperts = dict[Block, Int[Tensor, "tokens chosen"]]
 """The experts of every token, by block."""
 
 
+ChosenTokens = dict[Block, Bool[Tensor, "tokens tokens"]]
+"""The tokens that each query attends to (DSA), by block."""
+
+
 class Window(NamedTuple):
     """Tokens that run together, from an empty context."""
 
@@ -146,6 +150,10 @@ class Trace:
         """The experts of every block with a gate."""
         chosen = {place.block: t for place, t in self.evidence.items() if place.part == "chosen"}
         return {block: tensor.to(torch.int64) for block, tensor in chosen.items()}
+
+    def chosen_tokens(self) -> ChosenTokens:
+        """The choice of every block with sparse attention."""
+        return {p.block: t > 0 for p, t in self.parts.items() if p.part == "index_choice"}
 
 
 def wide(value: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ and never looks at raw dictionaries.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from lowlat.config.attention import (
@@ -298,6 +299,14 @@ class ModelConfig:
         if not isinstance(attention, MLAConfig) or attention.indexer is None:
             return None
         return self.choosing_layer(layer - 1) if attention.indexer.is_shared else layer
+
+    def layer_units(self) -> list[range]:
+        """Runs of decoder layers that stay in one process: a layer that attends to the tokens that
+        another one chose (sparse attention) follows it.
+        """
+        layers = self.num_hidden_layers
+        starts = [n for n in range(layers) if self.choosing_layer(n) in (None, n)]
+        return [range(first, last) for first, last in pairwise((*starts, layers))]
 
     def rope_of(self, layer: int) -> RopeConfig:
         """The rotary embedding of `layer`, numbered as above."""

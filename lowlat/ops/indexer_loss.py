@@ -6,6 +6,8 @@ the indexer's distribution is the softmax of its scores. Warm-up compares them o
 tokens (equation 3), sparse training over the chosen ones (equation 4). Gradients of index scores
 are computed with the loss. For the backward pass attention keeps its inputs and the chosen
 positions: nothing of the size of the scores, nor a mask.
+
+In the warm-up no gradient passes through attention; on the CPU in bf16 native kernels compute it.
 """
 
 from collections.abc import Callable
@@ -14,10 +16,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import BFloat16, Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lowlat.ops import native_training_kernels
 from lowlat.ops.norm import accumulation_dtype
 from lowlat.ops.sparse_attention import (
     IndexQueries,
@@ -63,6 +66,80 @@ class SparseOutput(NamedTuple):
     queries of the latter, those that see more than topk tokens.
     """
     gradients: IndexGradients | None
+
+
+def distills_natively(*tensors: Tensor) -> bool:
+    """Whether `PackedSequences` takes these queries, keys, values, index queries and index keys: on
+    the CPU in bf16, and no gradient passes through attention.
+    """
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:3])
+    is_bf16 = all(x.dtype == torch.bfloat16 for x in tensors)
+    return is_bf16 and not needs_gradient and native_training_kernels.usable(*tensors)
+
+
+class PackedSequences(NamedTuple):
+    """Whole packed sequences, of which the native kernels compute dense or sparse attention."""
+
+    q: BFloat16[Tensor, "tokens heads head_dim"]
+    k: BFloat16[Tensor, "tokens kv_heads head_dim"]
+    v: BFloat16[Tensor, "tokens kv_heads v_dim"]
+    lengths: list[int]
+    scale: float
+
+    def distill(
+        self,
+        index: IndexQueries,
+        index_keys: BFloat16[Tensor, "tokens index_dim"],
+        kl_weight: float,
+    ) -> tuple[
+        BFloat16[Tensor, "tokens heads v_dim"], Float[Tensor, "three"], IndexGradients | None
+    ]:
+        """Dense attention with the KL divergence of the indexer: output, statistics and gradients
+        of `SparseOutput`.
+        """
+        attention, out = self._dense()
+        found = native_training_kernels.indexer_loss(
+            *attention,
+            *_contiguous(index.q, index.weights, index_keys),
+            topk=index.topk,
+            weight=kl_weight if torch.is_grad_enabled() else None,
+        )
+        gradients = None if found.gradients is None else IndexGradients(*found.gradients)
+        return out, self._statistics(found.kl, found.recall, index.topk), gradients
+
+    def attend(
+        self, index: IndexQueries, index_keys: BFloat16[Tensor, "tokens index_dim"]
+    ) -> tuple[BFloat16[Tensor, "tokens heads v_dim"], Float[Tensor, "three"]]:
+        """Attention over the chosen tokens, and the statistics of `SparseOutput`, without the KL
+        divergence (NaN).
+        """
+        (q, k, logs, ends, scale), _ = self._dense()
+        out, recall = native_training_kernels.chosen_forward(
+            q,
+            k,
+            self.v.contiguous(),
+            logs,
+            ends,
+            scale,
+            *_contiguous(index.q, index.weights, index_keys),
+            topk=index.topk,
+        )
+        return out, self._statistics(torch.full_like(recall, torch.nan), recall, index.topk)
+
+    def _dense(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, float], Tensor]:
+        """What the kernels take of dense attention, and its output."""
+        q, k, v = _contiguous(self.q, self.k, self.v)
+        ends = torch.tensor(self.lengths).cumsum(0)
+        out, logs = native_training_kernels.causal_forward(q, k, v, ends, self.scale)
+        return (q, k, logs, ends, self.scale), out
+
+    def _statistics(self, kl: Tensor, recall: Tensor, topk: int) -> Tensor:
+        sparse = torch.cat([torch.arange(length) >= topk for length in self.lengths])
+        return torch.stack([kl.double().sum(), recall[sparse].double().sum(), sparse.sum()])
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [x.detach().contiguous() for x in tensors]
 
 
 def attend_and_distill(

@@ -3,6 +3,8 @@
 `autograd`, `grouped`, `cross_entropy` and `divergence` have the reference implementations.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import BFloat16, Bool, Float, Float32, Int64
 from torch import Tensor
@@ -212,3 +214,71 @@ def causal_backward(
     module = native.module()
     module.causal_backward(*given, ends, scale, out.detach(), logs, grad, *grads)
     return grads
+
+
+class IndexerLoss(NamedTuple):
+    """The indexer's KL divergence and recall of every query, and the gradients of its outputs."""
+
+    kl: Float32[Tensor, "tokens"]
+    recall: Float32[Tensor, "tokens"]
+    """Attention mass on the topk chosen tokens; 1 for queries that see at most topk tokens."""
+    gradients: (
+        tuple[
+            BFloat16[Tensor, "tokens index_heads index_dim"],
+            Float32[Tensor, "tokens index_heads"],
+            BFloat16[Tensor, "tokens index_dim"],
+        ]
+        | None
+    )
+    """Of the weighted divergence, with respect to index queries, head weights and index keys."""
+
+
+def indexer_loss(
+    q: BFloat16[Tensor, "tokens heads key_dim"],
+    k: BFloat16[Tensor, "tokens kv_heads key_dim"],
+    logs: Float32[Tensor, "tokens heads"],
+    ends: Int64[Tensor, "sequences"],
+    scale: float,
+    index_q: BFloat16[Tensor, "tokens index_heads index_dim"],
+    index_weights: Float32[Tensor, "tokens index_heads"],
+    index_k: BFloat16[Tensor, "tokens index_dim"],
+    *,
+    topk: int,
+    weight: float | None,
+) -> IndexerLoss:
+    """KL divergence of the indexer from the attention of `causal_forward`, which returned `logs`,
+    summed over heads and normalised; with `weight`, the gradients of weight * KL.
+    """
+    kl, recall = torch.empty(2, len(q))
+    gradients = None
+    if weight is not None:
+        gradients = (
+            torch.empty_like(index_q),
+            torch.empty_like(index_weights),
+            torch.empty_like(index_k),
+        )
+    attention, index = (q, k, logs, ends, scale), (index_q, index_weights, index_k, topk)
+    outputs = (kl, recall, *(gradients or (None, None, None)))
+    native.module().indexer_loss(*attention, *index, weight or 0.0, *outputs)
+    return IndexerLoss(kl, recall, gradients)
+
+
+def chosen_forward(
+    q: BFloat16[Tensor, "tokens heads key_dim"],
+    k: BFloat16[Tensor, "tokens kv_heads key_dim"],
+    v: BFloat16[Tensor, "tokens kv_heads value_dim"],
+    logs: Float32[Tensor, "tokens heads"],
+    ends: Int64[Tensor, "sequences"],
+    scale: float,
+    index_q: BFloat16[Tensor, "tokens index_heads index_dim"],
+    index_weights: Float32[Tensor, "tokens index_heads"],
+    index_k: BFloat16[Tensor, "tokens index_dim"],
+    *,
+    topk: int,
+) -> tuple[BFloat16[Tensor, "tokens heads value_dim"], Float32[Tensor, "tokens"]]:
+    """Attention over the tokens that the indexer chooses, and the recall of `indexer_loss`."""
+    kl, recall = torch.empty(2, len(q))
+    out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
+    attention, index = (q, k, logs, ends, scale), (index_q, index_weights, index_k, topk)
+    native.module().indexer_loss(*attention, *index, 0.0, kl, recall, None, None, None, v, out)
+    return out, recall

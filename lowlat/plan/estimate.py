@@ -104,14 +104,15 @@ def divided(
 ) -> tuple[list[list[PipelineStage]], MemoryEstimate]:
     """The stages of every device along a pipeline, and the largest memory of a device.
 
-    Stages are balanced by time, or by number of layers if that does not fit.
+    Stages are balanced by time, or by number of layers (of units of layers that stay together) if
+    that does not fit.
     """
     layout, costs = job.layout, _costs(config, job, machine)
     devices = held(cut(config, layout, costs), layout)
     memory = device_memory(config, job, devices)
     if memory.total <= machine.usable_bytes or layout.num_stages == 1:
         return devices, memory
-    most = -(-config.num_hidden_layers // layout.num_stages)
+    most = -(-len(config.layer_units()) // layout.num_stages)
     even = held(cut(config, layout, costs, most), layout)
     even_memory = device_memory(config, job, even)
     if even_memory.total < memory.total:

@@ -129,7 +129,8 @@ def check(config: ModelConfig, job: TrainingJob) -> None:
     if isinstance(config.attention, GQAConfig | GTAConfig):
         heads = config.attention.num_key_value_heads
     experts = 1 if moe is None else moe.n_routed_experts
-    layers, stages = config.num_hidden_layers, layout.num_stages
+    units, stages = len(config.layer_units()), layout.num_stages
+    kind = "layers" if units == config.num_hidden_layers else "groups of layers that share a choice"
     per_pass = layout.data * layout.fsdp * job.micro_batch_size
     pipeline, context, fewest = layout.pipeline, layout.context, fewest_micro_batches(layout)
     problems = (
@@ -151,7 +152,7 @@ def check(config: ModelConfig, job: TrainingJob) -> None:
             job.sequence_length % context,
             f"sequence length {job.sequence_length}: must be a multiple of context = {context}",
         ),
-        (stages > layers + 1, f"pipeline {pipeline}: {stages} stages for {layers} layers"),
+        (stages > units + 1, f"pipeline {pipeline}: {stages} stages for {units} {kind}"),
         (
             job.micro_batches < fewest,
             f"pipeline {pipeline}: {layout.schedule} needs {fewest} micro-batches per step and "

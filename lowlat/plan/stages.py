@@ -47,21 +47,24 @@ def cut(
     config: ModelConfig,
     layout: ParallelLayout,
     costs: tuple[float, ...],
-    most_layers: int | None = None,
+    most_units: int | None = None,
 ) -> list[PipelineStage]:
     """The stages in order, so that the busiest device is as little busy as it can be, with at most
-    `most_layers` decoder layers per stage.
+    `most_units` of the config's `layer_units` per stage.
 
     costs: time of every decoder layer, then of what follows them all (norm, head, MTP modules).
     """
     is_folded = layout.pipeline > 1 and layout.schedule in BIDIRECTIONAL
-    most = most_layers or len(costs)
+    units = config.layer_units()
+    costs = (*(sum(costs[unit.start : unit.stop]) for unit in units), costs[-1])
+    most = most_units or len(costs)
     borders = (_folded if is_folded else balanced)(costs, layout.num_stages, most)
-    runs = enumerate(pairwise((0, *borders)))
+    starts = [*(unit.start for unit in units), config.num_hidden_layers, config.num_hidden_layers]
+    runs = enumerate(pairwise((0, *(starts[border] for border in borders))))
     return [
         PipelineStage(
             index=index,
-            layers=tuple(range(first, min(last, config.num_hidden_layers))),
+            layers=tuple(range(first, last)),
             is_first=index == 0,
             is_last=index == layout.num_stages - 1,
         )

@@ -230,7 +230,7 @@ def _start(dense: Path, config: ModelConfig, work: WorkFolder, progress: Progres
     count = max(1, min(MEASURED_WINDOWS, folder.num_tokens("train") // length))
     positions = np.arange(min(count * length, folder.num_tokens("train")))
     ids = torch.from_numpy(folder.tokens("train", positions)).view(-1, length)
-    inputs = measure_inputs(loaded, ids)
+    inputs = measure_inputs(loaded, ids, dtype=torch.bfloat16)
     model = Transformer(config).requires_grad_(False)
     missing = model.load_state_dict(loaded.state_dict(), strict=False, assign=True)
     assert all(".indexer." in name for name in missing.missing_keys)

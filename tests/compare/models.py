@@ -14,7 +14,7 @@ from lowlat.checkpoint.load import load_model
 from lowlat.compare.implementations.base import Implementation
 from lowlat.compare.implementations.lowlat_pytorch import LowlatPyTorch
 from lowlat.compare.inputs import random_ids
-from lowlat.compare.trace import RoutedExperts, Trace, Window
+from lowlat.compare.trace import ChosenTokens, RoutedExperts, Trace, Window
 from lowlat.config.model import ModelConfig
 from tests.parity.draw import Case
 from tests.parity.oracle import build, save
@@ -147,7 +147,7 @@ class Planted(Implementation):
     """A side that is built and run with a mistake in the code, which is gone afterwards."""
 
     unseen = ""
-    can_impose_experts = True
+    can_impose_experts = can_impose_tokens = True
 
     def __init__(self, make: Callable[[], Implementation], plant: Patch | None) -> None:
         self._plant = plant
@@ -157,9 +157,14 @@ class Planted(Implementation):
         self.config: ModelConfig = self._side.config
         self.precision = self._side.precision
 
-    def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
+    def trace(
+        self,
+        window: Window,
+        experts: RoutedExperts | None = None,
+        tokens: ChosenTokens | None = None,
+    ) -> Trace:
         with self._planted():
-            return self._side.trace(window, experts)
+            return self._side.trace(window, experts, tokens)
 
     def _planted(self) -> AbstractContextManager[None]:
         return nullcontext() if self._plant is None else _patched(self._plant)

@@ -38,7 +38,8 @@ def last_channels(self: Indexer, x: Tensor, rope: RotaryTable) -> Tensor:
 
 def scores(*, relu: bool = True, width: int | None = None) -> Callable[..., Tensor]:
     def index_scores(index: IndexQueries, keys: Tensor) -> Tensor:
-        products = torch.einsum("qhd,kd->qhk", index.q, keys) * (width or keys.shape[1]) ** -0.5
+        products = torch.einsum("qhd,kd->qhk", index.q.float(), keys.float())
+        products = products * (width or keys.shape[1]) ** -0.5
         return torch.einsum("qh,qhk->qk", index.weights, products.relu() if relu else products)
 
     return index_scores

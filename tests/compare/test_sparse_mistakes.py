@@ -11,7 +11,7 @@ from lowlat.checkpoint.save import save_model
 from lowlat.compare.implementations.base import Implementation
 from lowlat.compare.implementations.transformers import load_transformers
 from lowlat.compare.result_json import as_dict
-from lowlat.compare.result_text import diagnosis_lines
+from lowlat.compare.result_text import choice_lines, diagnosis_lines
 from lowlat.compare.run import compare
 from lowlat.config.attention import distinct
 from lowlat.config.model import MLAConfig
@@ -23,6 +23,8 @@ from .models import Planted, own_side, sparse_case, window, write
 from .plant import Plant, replace_function
 from .plants_sparse import SPARSE, THEIR_SPARSE
 
+LONG = 150
+"""Tokens among which there are near ties."""
 GUILTY = [(plant, "B") for plant in (*SPARSE, *THEIR_SPARSE)] + [(plant, "A") for plant in SPARSE]
 
 
@@ -55,6 +57,42 @@ def test_planted_mistake_is_named(plant: Plant, guilty: str, glm: Path) -> None:
     assert not report.diagnosis.unexplained
     said = diagnosis_lines(as_dict(report))
     assert plant.says in said[0] and f": {guilty} " in said[0]
+
+
+@pytest.mark.parametrize("theirs", ["lowlat", "transformers"])
+def test_near_ties_are_equal(theirs: str, tmp_path: Path) -> None:
+    """In bf16 and fp32 rounding decides between near scores; neither choice is wrong."""
+    path = write(sparse_case("glm_moe_dsa", first_k_dense_replace=3), tmp_path)  # no experts
+    narrow = own_side(path, "bf16")
+    report = compare(side(path, theirs), narrow, [window(LONG), window(LONG, 0)])
+    assert report.equal, report.first
+    changed = [found for found in report.comparison.choices.values() if found.changed]
+    assert changed and all(found.near_ties for found in changed)
+    assert not report.diagnosis.findings and not report.diagnosis.unexplained
+    assert "all at near ties" in choice_lines(as_dict(report))[0]
+
+
+@pytest.mark.parametrize("plant", SPARSE, ids=[plant.name for plant in SPARSE])
+def test_mistakes_are_no_near_ties(plant: Plant, glm: Path) -> None:
+    """They are named in bf16, too."""
+    bad = Planted(lambda: own_side(glm, "bf16"), plant.plant)
+    report = compare(own_side(glm), bad, [window(LONG)])
+    assert not report.equal
+    assert {item.kind for item in report.diagnosis.findings} == {plant.kind}
+    assert not any(found.near_ties for found in report.comparison.choices.values() if found.changed)
+
+
+def test_a_perturbed_indexer_is_no_near_tie(glm: Path) -> None:
+    """Its choice follows its own scores, which are others."""
+    bad = own_side(glm, "bf16")
+    bad.model.get_parameter("layers.1.self_attn.indexer.wk.weight").mul_(
+        torch.rand(15, 1, generator=torch.Generator().manual_seed(1))
+    )
+    for a in (own_side(glm), side(glm, "transformers")):
+        report = compare(a, bad, [window(LONG)])
+        assert not report.equal
+        choices = report.comparison.choices.values()
+        assert not any(found.near_ties for found in choices if found.changed)
 
 
 def test_layout_of_v32_is_half_split(tmp_path: Path) -> None:

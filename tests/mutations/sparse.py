@@ -236,4 +236,25 @@ SPARSE = [
         "context >= self.indexer.index_topk",
         LAYERS + "test_a_served_context_up_to_topk_is_dense",
     ),
+    Mutant(
+        "DSA training: native recall counts queries that attend to all tokens",
+        LOSS,
+        "torch.arange(length) >= topk",
+        "torch.arange(length) >= topk // 2",
+        "tests/native/test_indexer_loss.py::test_native_indexer_loss",
+    ),
+    Mutant(
+        "DSA training: pipeline stages divide layers that share a choice",
+        "config/model.py",
+        "if self.choosing_layer(n) in (None, n)]",
+        "if n >= 0]",
+        "tests/unit/train/pipeline/test_stages.py::test_layers_that_share_a_choice_are_in_one_stage",
+    ),
+    Mutant(
+        "DSA compared: choices of other scores are near ties",
+        "compare/diagnosis/near_ties.py",
+        "relative_difference(y.tril(), x.tril()) > tolerance",
+        "y.shape != x.shape",
+        "tests/compare/test_sparse_mistakes.py::test_a_perturbed_indexer_is_no_near_tie",
+    ),
 ]

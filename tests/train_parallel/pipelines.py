@@ -72,6 +72,7 @@ SHORT = [
     Pipeline("dualpipev", steps=3, tied=True),
     Pipeline("1f1b", steps=3, attention="dsa-warmup"),
     Pipeline("zb", steps=3, attention="dsa", masks=True),
+    Pipeline("interleaved", steps=3, attention="dsa-sharing"),
 ]
 """One of each kind."""
 
@@ -111,4 +112,6 @@ ALL = [
     Pipeline("zb", attention="dsa", others={"fsdp": 2}),
     Pipeline("1f1b", attention="dsa", others={"tensor": 2}),
     Pipeline("1f1b", attention="dsa-warmup", others={"context": 2}, masks=True),
+    Pipeline("dualpipev", attention="dsa-sharing", recompute=True),
+    Pipeline("1f1b", attention="dsa-sharing", others={"tensor": 2}),
 ]

@@ -184,8 +184,9 @@ class Training:
         )
         kl = sum(layer.kl for layer in result.indexers)
         recall = sum(layer.recall for layer in result.indexers)
+        losses = result.losses or (0.0,) * (1 + MTP)  # none in the warm-up of indexers
         self.losses.append(
-            [*result.losses, result.z, result.sequence_loss, kl, recall, result.grad_norm]
+            [*losses, result.z, result.sequence_loss, kl, recall, result.grad_norm]
             + [load.max_violation for load in result.loads]
         )
 

@@ -41,23 +41,28 @@ def indexer(
     attention, source = config.attention_of(layer), config.choosing_layer(layer)
     if source is None or not isinstance(attention, MLAConfig) or attention.indexer is None:
         return {}
-    if attention.indexer.index_rope_head_dim not in (None, attention.qk_rope_head_dim):
-        return {}  # of model_type lowlat: rotates at some of the frequencies only
     chosen_by = block_of(config, source)
-    given = _inputs(trace, config, chosen_by, window)
+    given = index_inputs(trace, config, chosen_by, window)
     if given is None:
         return {}
-    variants = list(_variants(config, source))
+    variants = list(index_variants(config, source))
     return {
         "index_scores": None if source != layer else _scores(trace, block, given, variants),
         "index_choice": _choice(trace, config, block, chosen_by, given, variants),
     }
 
 
-def _inputs(trace: Trace, config: ModelConfig, block: Block, window: Window) -> IndexInputs | None:
+def index_inputs(
+    trace: Trace, config: ModelConfig, block: Block, window: Window
+) -> IndexInputs | None:
+    """Recorded inputs of the indexer of `block`; None if they are not in the trace, or if it
+    rotates at some of the model's frequencies only (index_rope_head_dim of model_type lowlat).
+    """
     layer = layer_number(config, block)
     attention = config.attention_of(layer)
     assert isinstance(attention, MLAConfig) and attention.indexer is not None
+    if attention.indexer.index_rope_head_dim not in (None, attention.qk_rope_head_dim):
+        return None
     names = ("input_norm", "index_q", "index_k", "index_norm", "index_norm_bias")
     seen = [trace.get(block, name) for name in (*names, "index_head_weight")]
     if any(value is None for value in seen):
@@ -77,7 +82,7 @@ def _inputs(trace: Trace, config: ModelConfig, block: Block, window: Window) -> 
     )
 
 
-def _variants(
+def index_variants(
     config: ModelConfig, layer: int
 ) -> Iterator[tuple[tuple[Mistake, ...], IndexVariant]]:
     """The correct scores, then mistakes."""

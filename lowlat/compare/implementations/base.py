@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from lowlat.compare.trace import RoutedExperts, Trace, Window
+from lowlat.compare.trace import ChosenTokens, RoutedExperts, Trace, Window
 from lowlat.config.model import ModelConfig
 from lowlat.peers.protocol import one_line
 from lowlat.utils.errors import UserError
@@ -26,10 +26,19 @@ class Implementation(ABC):
     """Parts that cannot be observed, with the reason; empty if all can."""
     can_impose_experts: bool
     """Whether it reports its selected experts, and can run with imposed ones."""
+    can_impose_tokens: bool
+    """The same for the tokens that sparse attention (DSA) chooses."""
 
     @abstractmethod
-    def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
-        """Run `window` and record its parts. experts: override the router's selection."""
+    def trace(
+        self,
+        window: Window,
+        experts: RoutedExperts | None = None,
+        tokens: ChosenTokens | None = None,
+    ) -> Trace:
+        """Run `window` and record its parts. experts: override the router's selection; tokens:
+        attention is over these, and the recorded choice is still that of its own indexer.
+        """
 
 
 def import_error(module: str, package: str, error: Exception, *, label: str) -> UserError:

@@ -13,7 +13,7 @@ from lowlat.compare.implementations.lowlat_pytorch import (
     one_sequence,
 )
 from lowlat.compare.observe import canonical
-from lowlat.compare.trace import OUTPUT, Block, RoutedExperts, Trace, Window
+from lowlat.compare.trace import OUTPUT, Block, ChosenTokens, RoutedExperts, Trace, Window
 from lowlat.config.model import GQAConfig
 from lowlat.model.native import NativeModel
 
@@ -22,15 +22,20 @@ class LowlatNative(LowlatModel):
     """A Transformer on the native kernels, which must support it."""
 
     unseen = "a native step is one call: it shows KV cache entries, final hidden states and logits"
-    can_impose_experts = False
+    can_impose_experts = can_impose_tokens = False
 
     @cached_property
     def _native(self) -> NativeModel:
         return NativeModel(self.model)
 
     @torch.inference_mode()
-    def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
-        assert not experts, "experts cannot be imposed on a native step"
+    def trace(
+        self,
+        window: Window,
+        experts: RoutedExperts | None = None,
+        tokens: ChosenTokens | None = None,
+    ) -> Trace:
+        assert not experts and not tokens, "choices cannot be imposed on a native step"
         trace = Trace(dtype=torch.bfloat16, cached=self.cache)
         length = len(window.ids)
         form = self.form or choose_path(self.config.attention, length)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lowlat.compare.observe import AttentionShape, Observer
 from lowlat.compare.trace import (
     OUTPUT,
     Block,
+    ChosenTokens,
     RoutedExperts,
     Trace,
     Window,
@@ -31,6 +33,7 @@ from lowlat.model.moe import Gate, MoE
 from lowlat.model.transformer import Transformer
 from lowlat.ops import sparse_attention
 from lowlat.ops.layout import EntryLayout
+from lowlat.ops.mla import absorbed_mla, expanded_mla
 from lowlat.ops.routing import Routing
 from lowlat.ops.sparse_attention import IndexQueries
 from lowlat.utils.device import dtype_name
@@ -63,27 +66,34 @@ class LowlatPyTorch(LowlatModel):
     """A Transformer in plain PyTorch."""
 
     unseen = ""
-    can_impose_experts = True
+    can_impose_experts = can_impose_tokens = True
 
     @torch.no_grad()
-    def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
+    def trace(
+        self,
+        window: Window,
+        experts: RoutedExperts | None = None,
+        tokens: ChosenTokens | None = None,
+    ) -> Trace:
         model = self.model
         trace = Trace(dtype=model.embed_tokens.dtype, cached=self.cache)
         with Observer(trace) as observer:
             observer.embedding(model.embed_tokens)
             watch_layers(observer, model, experts or {})
-            backend = self._backend(observer, window)
-            hidden = model(window.ids, window.positions, backend)
+            new_backend = partial(self._backend, tokens or {})
+            hidden = model(window.ids, window.positions, new_backend(observer, window))
             trace.record(OUTPUT, "norm", hidden)
             trace.record(OUTPUT, "logits", model.logits(hidden))
-            run_mtp(observer, model, hidden, window, self._backend)
+            run_mtp(observer, model, hidden, window, new_backend)
         return trace
 
-    def _backend(self, observer: Observer, window: Window) -> "ObservedAttention":
+    def _backend(
+        self, tokens: ChosenTokens, observer: Observer, window: Window
+    ) -> "ObservedAttention":
         attention = self.config.attention
         form = self.form or choose_path(attention, len(window.ids))
         cache, batch = one_sequence(self.model, window, form, self.cache)
-        return ObservedAttention(CachedAttention(cache, batch), observer, self.config)
+        return ObservedAttention(CachedAttention(cache, batch), observer, self.config, tokens)
 
 
 def one_sequence(
@@ -182,10 +192,18 @@ def watch_join(observer: Observer, block: Block, module: Any) -> None:
 class ObservedAttention(AttentionBackend):
     """Delegates to `inner` and records inputs and outputs."""
 
-    def __init__(self, inner: CachedAttention, observer: Observer, config: ModelConfig) -> None:
+    def __init__(
+        self,
+        inner: CachedAttention,
+        observer: Observer,
+        config: ModelConfig,
+        tokens: ChosenTokens,
+    ) -> None:
+        """tokens: of the blocks that attend to other tokens than their indexer chooses."""
         self.inner = inner
         self.observer = observer
         self.config = config
+        self.tokens = tokens
 
     def mla(
         self,
@@ -239,14 +257,21 @@ class ObservedAttention(AttentionBackend):
     ) -> Float[Tensor, "tokens heads v_dim"]:
         out = self.inner.sparse_mla(layer, q_nope, q_rope, entries, w_uk, w_uv, scale, index)
         rows = self._cached(layer, entries)
+        (chosen,), (item,) = self.inner.chosen, self.inner.batch.sequences
+        imposed = self.tokens.get(block_of(self.config, layer))
+        if imposed is not None and len(chosen):
+            positions = imposed[-len(chosen) :].nonzero()[:, 1].view(chosen.shape)
+            dense = expanded_mla if item.path == "expanded" else absorbed_mla
+            up = (w_uk, w_uv, positions)
+            out = sparse_attention.sparse_mla(
+                q_nope, q_rope, rows, *up, start=item.start, scale=scale, dense=dense
+            )
         self._latent_attended(layer, q_nope, q_rope, rows, w_uk, w_uv, out, scale)
         scores = None
         if index is not None:
-            (item,) = self.inner.batch.sequences
             keys = self.inner.cache.read_index_keys(layer, item.pages, item.context, rows.dtype)
             scores = sparse_attention.index_scores(index, keys)
         visible = torch.ones(len(rows), len(rows), dtype=torch.bool).tril()
-        (chosen,) = self.inner.chosen
         choice = sparse_attention.attended_mask(visible, chosen)
         self.observer.chose(block_of(self.config, layer), choice, scores)
         return out

@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from lowlat.compare.implementations.base import REMEDY, Implementation, import_error
-from lowlat.compare.trace import OUTPUT, RoutedExperts, Trace, Window, load_trace
+from lowlat.compare.trace import (
+    OUTPUT,
+    ChosenTokens,
+    RoutedExperts,
+    Trace,
+    Window,
+    load_trace,
+)
 from lowlat.config.model import MLAConfig, ModelConfig
 from lowlat.peers.worker import NotInstalled, PeerError, UnsupportedRequest, Worker
 from lowlat.utils.device import dtype_name
@@ -28,6 +35,7 @@ class DeepSeekModel(Implementation):
 
     unseen = "model.py has no MTP modules, and does not return its router scores"
     can_impose_experts = True
+    can_impose_tokens = False
 
     def __init__(
         self, script: Path, path: Path, config: ModelConfig, *, label: str, dtype: torch.dtype
@@ -44,7 +52,13 @@ class DeepSeekModel(Implementation):
         self.dtype = dtype
         self.precision = dtype_name(dtype)
 
-    def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
+    def trace(
+        self,
+        window: Window,
+        experts: RoutedExperts | None = None,
+        tokens: ChosenTokens | None = None,
+    ) -> Trace:
+        assert not tokens, "model.py has no sparse attention"
         with tempfile.TemporaryDirectory(prefix="lowlat-deepseek-") as name:
             folder = Path(name)
             imposed = {
@@ -71,7 +85,7 @@ class LlamaCppModel(Implementation):
     """A GGUF file in llama.cpp with an fp32 KV cache, one token per step."""
 
     unseen = "llama.cpp shows logits only"
-    can_impose_experts = False
+    can_impose_experts = can_impose_tokens = False
 
     def __init__(self, path: Path, config: ModelConfig, *, label: str, precision: str) -> None:
         try:
@@ -84,8 +98,13 @@ class LlamaCppModel(Implementation):
         self.config = config
         self.precision = precision
 
-    def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
-        assert not experts, "experts cannot be imposed on llama.cpp"
+    def trace(
+        self,
+        window: Window,
+        experts: RoutedExperts | None = None,
+        tokens: ChosenTokens | None = None,
+    ) -> Trace:
+        assert not experts and not tokens, "choices cannot be imposed on llama.cpp"
         if window.start:
             raise UserError(
                 f"--start {window.start}: llama.cpp starts at position 0; leave --start out"

@@ -17,7 +17,7 @@ from lowlat.compare.diagnosis.gate_reference import routing_weights
 from lowlat.compare.implementations.base import REMEDY, Implementation, import_error, one_line
 from lowlat.compare.implementations.lowlat_pytorch import attention_shape, watch_join
 from lowlat.compare.observe import AttentionShape, Observer, find
-from lowlat.compare.trace import OUTPUT, Block, RoutedExperts, Trace, Window
+from lowlat.compare.trace import OUTPUT, Block, ChosenTokens, RoutedExperts, Trace, Window
 from lowlat.config.model import ModelConfig
 from lowlat.peers.transformers_model import load_causal_lm
 from lowlat.utils.device import dtype_name
@@ -33,7 +33,7 @@ class TransformersModel(Implementation):
     """A causal language model of transformers with eager attention, and its MTP modules."""
 
     unseen = ""
-    can_impose_experts = True
+    can_impose_experts = can_impose_tokens = True
 
     def __init__(
         self, model: nn.Module, config: ModelConfig, *, label: str, mtp: Any | None = None
@@ -45,9 +45,14 @@ class TransformersModel(Implementation):
         self.dtype = next(model.parameters()).dtype
         self.precision = dtype_name(self.dtype)
 
-    def trace(self, window: Window, experts: RoutedExperts | None = None) -> Trace:
+    def trace(
+        self,
+        window: Window,
+        experts: RoutedExperts | None = None,
+        tokens: ChosenTokens | None = None,
+    ) -> Trace:
         try:
-            return self._trace(window, experts or {})
+            return self._trace(window, experts or {}, tokens or {})
         # Every exception of a peer is an error of that implementation.
         except Exception as error:
             raise UserError(
@@ -55,14 +60,16 @@ class TransformersModel(Implementation):
             ) from error
 
     @torch.no_grad()
-    def _trace(self, window: Window, experts: RoutedExperts) -> Trace:
+    def _trace(self, window: Window, experts: RoutedExperts, tokens: ChosenTokens) -> Trace:
         trace = Trace(dtype=self.dtype)
         model: Any = self.model
         decoder = model.get_decoder()
         with Observer(trace) as observer:
             observer.embedding(model.get_input_embeddings())
             for number, layer in enumerate(decoder.layers):
-                self._watch(observer, Block("layer", number), layer, experts)
+                block = Block("layer", number)
+                self._watch(observer, block, layer, experts)
+                layer.self_attn.lowlat_imposed = tokens.get(block)
             hidden = decoder(
                 input_ids=window.ids[None], position_ids=window.positions[None], use_cache=False
             ).last_hidden_state
@@ -148,11 +155,10 @@ def _attention(
     chosen = options.pop("indices", None)
     if chosen is not None:
         assert mask is not None
-        left_out = torch.ones(mask.shape[-2:], dtype=torch.bool).scatter_(
-            1, chosen[0].long(), False
-        )
-        mask = mask.masked_fill(left_out, torch.finfo(mask.dtype).min)
-        module.lowlat_chose((~left_out).tril(), None)
+        picked = torch.zeros(mask.shape[-2:], dtype=torch.bool).scatter_(1, chosen[0].long(), True)
+        module.lowlat_chose(picked.tril(), None)
+        picked = picked if module.lowlat_imposed is None else module.lowlat_imposed
+        mask = mask.masked_fill(~picked, torch.finfo(mask.dtype).min)
     out, weights = eager(module, query, key, value, mask, **options)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     module.lowlat_observed(

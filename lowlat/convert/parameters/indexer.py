@@ -109,9 +109,14 @@ class LayerInputs(NamedTuple):
 
 
 @torch.no_grad()
-def measure_inputs(model: Transformer, windows: Int[Tensor, "windows length"]) -> list[LayerInputs]:
+def measure_inputs(
+    model: Transformer,
+    windows: Int[Tensor, "windows length"],
+    *,
+    dtype: torch.dtype | None = None,
+) -> list[LayerInputs]:
     """The inputs of every attention layer of the dense `model`, MTP modules included, over windows
-    of calibration tokens.
+    of calibration tokens. dtype: of activations; None: that of the weights.
     """
     layers = [module for module in model.modules() if isinstance(module, MLA)]
     sums: dict[int, list[Tensor]] = {}
@@ -133,7 +138,7 @@ def measure_inputs(model: Transformer, windows: Int[Tensor, "windows length"]) -
         for ids in windows:
             attention = FlashAttention([length])
             positions = attention.positions()
-            hidden = model(ids, positions, attention)
+            hidden = model(ids, positions, attention, dtype=dtype)
             for depth in range(len(model.mtp)):
                 ahead = ids.roll(-depth - 1)
                 hidden = model.mtp_hidden(depth, hidden, ahead, positions, attention)

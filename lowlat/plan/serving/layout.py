@@ -24,7 +24,7 @@ def check_layout(config: ModelConfig, layout: ServingLayout) -> None:
         heads = config.attention.num_key_value_heads
     experts = 1 if config.moe is None else config.moe.n_routed_experts
     small, large = sorted((layout.tensor, layout.expert))
-    stages = len(_units(config))
+    stages = len(config.layer_units())
     problems = (
         (
             layout.expert > 1 and config.moe is None,
@@ -61,20 +61,13 @@ def check_layout(config: ModelConfig, layout: ServingLayout) -> None:
 def stage_layers(config: ModelConfig, count: int) -> list[range]:
     """The layers of each of `count` pipeline stages, at most as many as `check_layout` allows. The
     largest stage has as few parameters as possible; the last has the head and the MTP modules."""
-    units = _units(config)
+    units = config.layer_units()
     costs = [float(sum(_parameters(config, layer) for layer in unit)) for unit in units]
     costs[-1] += config.vocab_size * config.hidden_size
     depths = range(config.num_hidden_layers, config.num_cache_layers)
     costs[-1] += sum(mtp_parameters(config, layer) for layer in depths)
     ends = balanced(tuple(costs), count, len(costs))
     return [range(units[first].start, units[last - 1].stop) for first, last in pairwise((0, *ends))]
-
-
-def _units(config: ModelConfig) -> list[range]:
-    """Runs of layers that stay in one process: a layer that attends to the tokens that another one
-    chose (sparse attention) follows it."""
-    starts = [n for n in range(config.num_hidden_layers) if config.choosing_layer(n) in (None, n)]
-    return [range(first, last) for first, last in pairwise((*starts, config.num_hidden_layers))]
 
 
 def _parameters(config: ModelConfig, layer: int) -> int:

@@ -3,7 +3,6 @@ read.
 """
 
 from lowlat.config.model import ModelConfig
-from lowlat.train.layers.sparse_mla import choosing_layers
 from lowlat.train.parallel.mesh import expert_sizes
 from lowlat.train.parallel.tensor import check_divisible
 from lowlat.train.pipeline.stages import (
@@ -39,11 +38,6 @@ def check_parallel(config: ModelConfig, recipe: Recipe, origin: str) -> None:
             expert_sizes(sizes, sizes.data * sizes.context)
         except UserError as error:
             raise UserError(f"{origin}: {error}") from error
-    if sizes.pipeline > 1 and any(layer != own for layer, own in choosing_layers(config).items()):
-        raise UserError(
-            f"{origin}: parallel.pipeline {sizes.pipeline} does not support layers that share a "
-            "choice of tokens (DSA); leave it at 1"
-        )
     if sizes.pipeline > 1:
         _check_pipeline(config, recipe, origin)
     if sizes.context > 1:
@@ -64,11 +58,12 @@ def _check_pipeline(config: ModelConfig, recipe: Recipe, origin: str) -> None:
     schedule: Schedule = sizes.pipeline_schedule
     where = f"{origin}: parallel.pipeline {sizes.pipeline}"
     stages = planned(schedule, sizes.pipeline).num_stages
-    if stages > config.num_hidden_layers + 1:
+    layers, units = config.num_hidden_layers, len(config.layer_units())
+    if stages > units + 1:
+        together = "" if units == layers else f", in {units} groups that share a choice of tokens,"
         raise UserError(
-            f"{where}: {schedule} makes {stages} stages of num_hidden_layers "
-            f"{config.num_hidden_layers} and the head; lower it or choose another "
-            "pipeline_schedule"
+            f"{where}: {schedule} makes {stages} stages of num_hidden_layers {layers}{together} "
+            "and the head; lower it or choose another pipeline_schedule"
         )
     if sizes.fsdp > 1 and schedule in FOLDED and _is_used_twice(config):
         raise UserError(

@@ -16,8 +16,10 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.ops.indexer_loss import (
     IndexerObjective,
     IndexGradients,
+    PackedSequences,
     add_index_gradients,
     attend_and_distill,
+    distills_natively,
 )
 from lowlat.ops.mla import expand_entries
 from lowlat.ops.sparse_attention import IndexQueries
@@ -71,6 +73,9 @@ class IndexedAttention(AttentionBackend):
         self.inner = inner
         self.ranges = list(ranges)
         self.others = others or OtherProcesses()
+        alone = all(span.begin == span.first for span in self.ranges)
+        self.has_whole_sequences = alone and self.others == OtherProcesses()
+        """Whether this process has all tokens and heads of its sequences."""
         self._indexes: dict[int, LayerIndex] = {}
 
     def set_index(
@@ -158,8 +163,16 @@ class LayerAttention(AttentionBackend):
         v: Float[Tensor, "all_keys heads v_dim"],
         scale: float,
     ) -> Float[Tensor, "tokens heads v_dim"]:
-        queries, index_keys, chosen = self._index
-        outputs, gradients = [], []
+        objective, queries, index_keys = self._objective, self._index.queries, self._index.keys
+        if objective.is_dense:
+            is_native = objective.kl_weight is not None
+        else:
+            is_native = not torch.is_grad_enabled()
+        if is_native and self._backend.has_whole_sequences:
+            lengths = [span.end - span.begin for span in self._backend.ranges]
+            if distills_natively(q, k, v, queries.q, index_keys):
+                return self._attend_natively(PackedSequences(q, k, v, lengths, scale))
+        chosen, outputs, gradients = self._index.chosen, [], []
         first = 0
         for place, span in enumerate(self._backend.ranges):
             own = slice(first, first + span.end - span.first)
@@ -172,7 +185,7 @@ class LayerAttention(AttentionBackend):
                 index_keys[seen],
                 chosen[place],
                 scale=scale,
-                objective=self._objective,
+                objective=objective,
             )
             chosen[place] = found.chosen
             outputs.append(found.out)
@@ -180,9 +193,22 @@ class LayerAttention(AttentionBackend):
             self.statistics += found.statistics.cpu()
             first = own.stop
         out = torch.cat(outputs)
-        if not torch.is_grad_enabled() or self._objective.kl_weight is None:
+        if not torch.is_grad_enabled() or objective.kl_weight is None:
             return out
         return add_index_gradients(out, queries, index_keys, self._whole(gradients))
+
+    def _attend_natively(self, given: PackedSequences) -> Float[Tensor, "tokens heads v_dim"]:
+        objective, queries, keys = self._objective, self._index.queries, self._index.keys
+        if not objective.is_dense:
+            out, statistics = given.attend(queries, keys)
+            self.statistics += statistics
+            return out
+        assert objective.kl_weight is not None
+        out, statistics, gradients = given.distill(queries, keys, objective.kl_weight)
+        self.statistics += statistics
+        if gradients is None:
+            return out
+        return add_index_gradients(out, queries, keys, gradients)
 
     def _whole(self, parts: Sequence[IndexGradients | None]) -> IndexGradients:
         """The gradients of all ranges. Ranges of one document add to the same keys."""

@@ -80,6 +80,7 @@ class PipelinePasses(Passes):
             targets=targets,
             mtp_weight=plan.mtp_weight,
             z_weight=plan.phase.z_weight,
+            is_warmup=plan.phase.is_warmup,
         )
         for module in self.modules:
             module.begin(inputs)

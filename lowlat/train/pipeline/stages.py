@@ -45,7 +45,8 @@ def divide(
     """Stages of each process, in pipeline order, balanced for sequences of `sequence_length`
     tokens.
 
-    The model must have at least as many layers, head included, as stages.
+    The model must have at least as many units of layers (`ModelConfig.layer_units`), head included,
+    as stages.
     """
     costs = [
         layer_work(config, layer, sequence_length).total
@@ -101,6 +102,8 @@ class StageInputs:
     """Weight of the MTP loss (lambda)."""
     z_weight: float
     """Weight of the z-loss."""
+    is_warmup: bool = False
+    """Warm-up of indexers, without losses of heads."""
 
 
 @final
@@ -174,6 +177,7 @@ class StageModule(nn.Module):
             targets=self.inputs.targets,
             mtp_weight=self.inputs.mtp_weight,
             z_weight=self.inputs.z_weight,
+            is_warmup=self.inputs.is_warmup,
         )
         self.sums += torch.cat([loss.heads, loss.z[None]]).double().cpu()
         return loss.total

@@ -232,6 +232,11 @@ class Phase(_Table):
         """Whether only the indexers of sparse attention are trained."""
         return self.dsa_stage == "warmup"
 
+    @property
+    def trains_heads(self) -> bool:
+        """Whether the loss is that of the heads: not in layer-wise distillation and warm-up."""
+        return self.match == "logits" and not self.is_warmup
+
     @model_validator(mode="after")
     def _rows_fit(self) -> "Phase":
         rows = self.batch_size

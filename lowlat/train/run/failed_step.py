@@ -100,7 +100,7 @@ def diagnose_failed_step(run: Path) -> FailedStep:
     losses = tuple(total / max(1, count) for total, count in zip(sums, targets, strict=False))
     return FailedStep(
         step=step + 1,
-        losses=losses if plan.phase.match == "logits" else (),
+        losses=losses if plan.phase.trains_heads else (),
         matched=None if teacher is None else sums[num_ahead + 1] / max(1, targets[0]),
         sequence_loss=balancer.sequence_loss,
         grad_norm=sharded.gradient_norm(with_gradients).item() if with_gradients else math.nan,

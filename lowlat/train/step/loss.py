@@ -69,10 +69,12 @@ def batch_loss(
     z_weight: float,
     dtype: torch.dtype,
     teacher: Teacher | None = None,
+    is_warmup: bool = False,
 ) -> LossSums:
     """Losses of `batch` with activations of `dtype`; `targets` are the global batch's
     `count_targets`. MTP loss as in DeepSeek-V3 equations 24 and 25: averaged over depths and
-    weighted by lambda. With `teacher` the main head is distilled from it.
+    weighted by lambda. With `teacher` the main head is distilled from it. In the warm-up of
+    indexers there are no losses of heads.
     """
     length = batch.sequence_length(1 + len(model.mtp))
     ids = batch.tokens[:, :length].flatten()
@@ -88,6 +90,7 @@ def batch_loss(
         mtp_weight=mtp_weight,
         z_weight=z_weight,
         taught=taught,
+        is_warmup=is_warmup,
     )
 
 
@@ -102,9 +105,11 @@ def head_losses(
     mtp_weight: float,
     z_weight: float,
     taught: TeacherHead | None = None,
+    is_warmup: bool = False,
 ) -> LossSums:
     """The part of `batch_loss` after the final norm, with its output `hidden`: heads and MTP
-    modules; the main head is distilled from `taught`.
+    modules; the main head is distilled from `taught`. In the warm-up of indexers, `total` is 0: its
+    backward pass reaches the gradients of their KL losses.
     """
     num_ahead = 1 + len(model.mtp)
     length = batch.sequence_length(num_ahead)
@@ -116,6 +121,10 @@ def head_losses(
         if depth:
             ahead = tokens[:, depth : length + depth].flatten()
             hidden = model.mtp_hidden(depth - 1, hidden, ahead, positions, attention)
+        if is_warmup:
+            total = total + 0.0 * hidden.float().sum()
+            sums.append(z)
+            continue
         head = model.head_weight(depth)
         following = tokens[:, depth + 1 : length + depth + 1].flatten()
         counts = counted(batch, num_ahead, depth).flatten()

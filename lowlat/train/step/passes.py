@@ -34,7 +34,7 @@ class Passes(ABC):
         Returns fp64 sums on the CPU over this process's tokens: negative log-likelihoods of the
         main head and of each MTP module, squared log-denominators, and with a teacher the KL
         divergence. In layer-wise distillation the last is the sum of `layerwise.layer_errors` and
-        all others are zero.
+        all others are zero; in the warm-up of indexers all are.
         """
 
     @abstractmethod
@@ -84,6 +84,7 @@ class PlainPasses(Passes):
                 z_weight=plan.phase.z_weight,
                 dtype=self._dtype,
                 teacher=self._teacher,
+                is_warmup=plan.phase.is_warmup,
             )
             loss.total.backward()
             sums += loss.figures()

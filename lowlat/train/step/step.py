@@ -26,7 +26,8 @@ class StepResult:
     losses: tuple[float, ...]
     """Mean negative log-likelihood of the main head and of each MTP module, nats per token.
 
-    Heads without a target in the batch are omitted; empty in layer-wise distillation.
+    Heads without a target in the batch are omitted; empty in layer-wise distillation and in the
+    warm-up of indexers.
     """
     z: float
     """Mean squared log-denominator of the main head; 0 without targets."""
@@ -93,7 +94,7 @@ def train_step(
         norm = math.nan if num_heads else 0.0
     match = plan.phase.match
     result = StepResult(
-        losses=tuple(means[:num_heads].tolist()) if match == "logits" else (),
+        losses=tuple(means[:num_heads].tolist()) if plan.phase.trains_heads else (),
         z=means[num_ahead].item(),
         sequence_loss=balancer.sequence_loss,
         grad_norm=norm,

@@ -1,13 +1,14 @@
 """Which process has what of a model, and that the stages together are the model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lowlat.config.model import ModelConfig
+from lowlat.config.model import IndexerConfig, ModelConfig
 from lowlat.data.batch import Batch
 from lowlat.model.transformer import Transformer
 from lowlat.plan.stages import PipelineStage
@@ -24,6 +25,7 @@ from lowlat.train.pipeline.stages import (
     keep_stages,
 )
 from lowlat.train.step.loss import batch_loss, count_targets
+from tests import configs
 from tests.unit.train import tiny
 
 LAYERS = 7
@@ -45,6 +47,21 @@ def test_every_layer_is_in_one_stage(schedule: Schedule, size: int) -> None:
     assert [stage.is_last for stage in stages].index(True) == len(stages) - 1
     per_process = 1 if schedule in ("1f1b", "zb") else 2
     assert [len(own) for own in division] == [per_process] * size
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_layers_that_share_a_choice_are_in_one_stage(schedule: Schedule) -> None:
+    """Layers 1 and 2 attend to the tokens of layer 0, layer 4 to those of layer 3."""
+    shares = (False, True, True, False, True, False, False)
+    own = replace(
+        configs.MLA, indexer=IndexerConfig(index_n_heads=1, index_head_dim=8, index_topk=3)
+    )
+    assert own.indexer is not None
+    layers = tuple(replace(own, indexer=replace(own.indexer, is_shared=one)) for one in shares)
+    division = divide(config(attention=layers, model_type="lowlat"), schedule, 2, tiny.LENGTH)
+    stages = sorted((stage for held in division for stage in held), key=lambda stage: stage.index)
+    assert [layer for stage in stages for layer in stage.layers] == list(range(LAYERS))
+    assert all(stage.layers[0] in (0, 3, 5, 6) for stage in stages if stage.layers)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
