@@ -148,14 +148,14 @@ def json_schema_reward(context: RewardContext) -> Reward:
     `schema`; else 0. References to other documents are not fetched and raise.
     """
     try:
-        import jsonschema  # pyright: ignore[reportMissingModuleSource]
         import referencing
+        from jsonschema.validators import validator_for
     except ImportError as error:
         _missing("json_schema_reward", "jsonschema", error)
 
     def score(sample: Sample) -> float:
         schema = sample.record["schema"]
-        validator = jsonschema.validators.validator_for(schema)
+        validator = validator_for(schema)
         validator.check_schema(schema)
         text = answer_text(sample.completion, context)
         fenced = FENCED.match(text)
