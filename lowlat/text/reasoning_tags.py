@@ -19,6 +19,7 @@ KNOWN = (
     ReasoningTags("◁think▷", "◁/think▷"),
     ReasoningTags("<|thought_start|>", "<|thought_end|>"),
 )
+_PROBE = "probe_7f3a"
 
 
 def find_reasoning_tags(tokenizer: Tokenizer) -> ReasoningTags | None:
@@ -29,3 +30,14 @@ def find_reasoning_tags(tokenizer: Tokenizer) -> ReasoningTags | None:
     named = [tags for tags in KNOWN if tags.close in source]
     known = set(tokenizer.added_tokens.values()) if source else set()
     return next(iter(named + [tags for tags in KNOWN if tags.close in known]), None)
+
+
+def opens_reasoning(tokenizer: Tokenizer, tags: ReasoningTags) -> bool:
+    """Whether the generation prompt ends with the opening tag, so that answers begin after it.
+
+    Raises UserError if the chat template rejects a plain question.
+    """
+    if tokenizer.chat_template is None:
+        return False
+    text = tokenizer.apply_chat_template([{"role": "user", "content": _PROBE}])
+    return text.rstrip().endswith(tags.open)

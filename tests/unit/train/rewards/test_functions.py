@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.text.chat_prompt import encode_chat
 from lowlat.train.rewards.context import reward_context
 from lowlat.train.rewards.functions import FIELDS, REWARDS
 from lowlat.train.rewards.records import check_fields, prompt_of
@@ -169,20 +168,23 @@ def test_missing_fields_name_the_reward() -> None:
     )
 
 
-@pytest.mark.parametrize("tail", ["", "<think>\\n", "<think>x"])
-def test_context_of_a_chat_template(tail: str) -> None:
-    """A template that opens reasoning, and one that does not."""
-    tokenizer = byte_tokenizer("{{ messages[0].content }}{{ '" + tail + "' }}")
-    prompt = encode_chat(tokenizer, [{"role": "user", "content": "2+2?"}])
-    expected = RewardContext(max_completion_length=7, is_reasoning_open=tail == "<think>\\n")
-    assert reward_context(tokenizer, prompt, max_completion_length=7) == expected
+@pytest.mark.parametrize(
+    ("tail", "context"),
+    [
+        ("", RewardContext(max_completion_length=7)),
+        ("<think>\\n", RewardContext(max_completion_length=7, is_reasoning_open=True)),
+    ],
+)
+def test_context_of_a_chat_template(tail: str, context: RewardContext) -> None:
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '" + tail + "' }}"
+    tokenizer = byte_tokenizer(source)
+    assert reward_context(tokenizer, max_completion_length=7) == context
+    texts = reward_context(tokenizer, max_completion_length=7, are_chats=False)
+    assert texts == RewardContext(max_completion_length=7)
 
 
 def test_context_with_other_tags() -> None:
-    tokenizer = byte_tokenizer("{{ messages[0].content.split('[/THINK]')[-1] }}[THINK]")
-    prompt = encode_chat(tokenizer, [{"role": "user", "content": "2+2?"}])
-    opened = dataclasses.replace(OTHER_TAGS, is_reasoning_open=True)
-    assert reward_context(tokenizer, prompt, max_completion_length=512) == opened
-    assert reward_context(tokenizer, prompt[:4], max_completion_length=512) == OTHER_TAGS
-    plain = byte_tokenizer(None)
-    assert reward_context(plain, prompt, max_completion_length=512) == RewardContext()
+    source = "{{ messages[0].content.split('[/THINK]')[-1] }}[THINK]"
+    context = reward_context(byte_tokenizer(source), max_completion_length=512)
+    assert context == dataclasses.replace(OTHER_TAGS, is_reasoning_open=True)
+    assert reward_context(byte_tokenizer(None), max_completion_length=512) == RewardContext()
