@@ -24,11 +24,14 @@ namespace {
 
 using namespace nb::literals;
 
-BoundIndexer make_indexer(std::int64_t heads, bool interleave, const BoundProjection& q, const BoundProjection& k,
-                          const BoundNorm& k_norm, const Array& k_norm_bias, const BoundMatrix& weights) {
+BoundIndexer make_indexer(std::int64_t heads, std::int64_t rope_dim, std::int64_t pair_step, bool interleave,
+                          const BoundProjection& q, const BoundProjection& k, const BoundNorm& k_norm,
+                          const Array& k_norm_bias, const BoundMatrix& weights) {
   BoundIndexer bound;
   Indexer& indexer = bound.part;
   indexer.heads = heads;
+  indexer.rope_dim = rope_dim;
+  indexer.pair_step = pair_step;
   indexer.interleave = interleave;
   indexer.q = bound.keep(q);
   indexer.k = bound.keep(k);
@@ -38,6 +41,8 @@ BoundIndexer make_indexer(std::int64_t heads, bool interleave, const BoundProjec
   bound.owners.push_back(k_norm_bias);
   indexer.weights = bound.keep(weights);
   require(heads > 0 && indexer.dim > 0 && indexer.dim % 2 == 0, "an indexer has no heads, or an odd number of channels");
+  require(rope_dim >= 0 && rope_dim % 2 == 0 && rope_dim <= indexer.dim && pair_step > 0,
+          "index keys are narrower than the rotated channels, or these are odd");
   require(indexer.k_norm.size == indexer.dim, "the norm of index keys has another size");
   require_shape(indexer.q.weight, heads * indexer.dim, indexer.q.weight.columns, "index q");
   require_shape(indexer.weights, heads, indexer.k.weight.columns, "index weights");
@@ -91,7 +96,7 @@ BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t 
   a.indexer = bound.keep(indexer);
   require(topk >= 0 && (topk > 0 || !indexer), "an indexer chooses no tokens");
   if (a.indexer) {
-    require(a.indexer->dim >= rope_dim, "index keys are narrower than the rotated channels");
+    require(a.indexer->rope_dim * a.indexer->pair_step <= rope_dim, "an indexer rotates at more frequencies than its layer has");
     require(a.indexer->q.weight.columns == (a.q_a ? a.q.weight.columns : a.kv_a.weight.columns) &&
                 a.indexer->k.weight.columns == a.kv_a.weight.columns,
             "the indexer has another input");
@@ -355,8 +360,8 @@ void bind_model(nb::module_& module) {
                   "kept_groups"_a, "best_in_group"_a, "is_sigmoid"_a, "normalizes"_a, "scaling"_a);
   nb::class_<BoundMoe>(module, "Moe").def_static("make", make_moe, "router"_a, "experts"_a, "first"_a = 0);
   nb::class_<BoundIndexer>(module, "Indexer")
-      .def_static("make", make_indexer, nb::kw_only(), "heads"_a, "interleave"_a, "q"_a, "k"_a, "k_norm"_a,
-                  "k_norm_bias"_a, "weights"_a);
+      .def_static("make", make_indexer, nb::kw_only(), "heads"_a, "rope_dim"_a, "pair_step"_a, "interleave"_a, "q"_a,
+                  "k"_a, "k_norm"_a, "k_norm_bias"_a, "weights"_a);
   nb::class_<BoundAttention>(module, "Attention")
       .def_static("mla", make_mla, nb::kw_only(), "heads"_a, "nope_dim"_a, "rope_dim"_a, "value_dim"_a, "scale"_a,
                   "interleave"_a, "q_a"_a.none(), "q_a_norm"_a.none(), "q"_a, "kv_a"_a, "kv_a_norms"_a, "kv_b"_a,

@@ -58,7 +58,9 @@ struct Moe {
 // Lightning indexer of sparse attention (DSA): its scores choose the tokens that a query attends to.
 struct Indexer {
   std::int64_t heads = 0, dim = 0;
-  bool interleave = false;           // of the rotation of the first rope_dim channels
+  std::int64_t rope_dim = 0;         // the first channels rotate, at every pair_step-th frequency of MLA's rotary key
+  std::int64_t pair_step = 1;
+  bool interleave = false;           // of the rotation
   Projection q;                      // [heads * dim, query latent], or of the layer's input without a query latent
   Projection k;                      // [dim, hidden]
   Norm k_norm;                       // LayerNorm

@@ -59,10 +59,12 @@ inline std::int64_t num_splits(std::int64_t context) {
   return splits;
 }
 
+// Of a context that a token chose (sparse attention): one every kSplit entries.
+inline std::int64_t num_chosen_splits(std::int64_t topk) { return (topk + kSplit - 1) / kSplit; }
+
 // Query rows of one sequence that share keys: `tokens` queries from `token` (within the sequence), all heads of one
-// KV head. Their partial results begin at row `partial`, one copy per split. With sparse attention, a token that chose
-// its context is a group: its positions are row `choice` of the choices, and its splits are those of a context of that
-// length.
+// KV head. Their partial results begin at row `partial`, one copy per split. With sparse attention, tokens that chose
+// their contexts are groups of their own: the positions of the first are row `choice` of the choices.
 struct QueryGroup {
   std::int32_t sequence;
   std::int64_t kv_head;
@@ -187,7 +189,8 @@ struct Workspace {
 
  private:
   void plan_attention(const Attention& attention, const Step& step, int threads);
-  void plan_sequence(const Attention& attention, const Step& step, std::int32_t number);
+  void plan_sequence(const Attention& attention, const Step& step, std::int32_t number, std::int64_t turns);
+  std::int64_t tokens_in_turns(const Attention& attention, const Step& step, int threads) const;
   void plan_choices(const Attention& attention, const Step& step, int threads);
   template <class T>
   T* take(int slot, std::int64_t count);

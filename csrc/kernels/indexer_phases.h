@@ -18,6 +18,20 @@ inline Rotation rotation_of(const Step& step, const Attention& a, std::int64_t t
   return {step.cos + at, step.sin + at};
 }
 
+// The same at the frequencies of an indexer. Uses slot 4 of the scratch.
+inline Rotation rotation_of(const Pass& pass, const Attention& a, const Indexer& indexer, std::int64_t token) {
+  const Rotation all = rotation_of(pass.step, a, token);
+  if (indexer.pair_step == 1) return all;
+  const std::int64_t pairs = indexer.rope_dim / 2;
+  auto* cos = pass.scratch.get<float>(4, 2 * pairs);
+  auto* sin = cos + pairs;
+  for (std::int64_t i = 0; i < pairs; ++i) {
+    cos[i] = all.cos[i * indexer.pair_step];
+    sin[i] = all.sin[i * indexer.pair_step];
+  }
+  return {cos, sin};
+}
+
 // w H^-1/2 dim^-1/2 of all tokens: a strip of heads, in fp32.
 inline void weigh_index_heads(const Pass& pass, const Indexer& indexer, std::int64_t strip) {
   const Workspace& work = pass.work;
@@ -37,15 +51,15 @@ inline void weigh_index_heads(const Pass& pass, const Indexer& indexer, std::int
 inline void finish_index_rows(const Pass& pass, const Attention& a, const Indexer& indexer, const IndexCache& cache,
                               std::int64_t token) {
   const Workspace& work = pass.work;
-  const Rotation turn = rotation_of(pass.step, a, token);
+  const Rotation turn = rotation_of(pass, a, indexer, token);
   bf16* key = work.index_k + token * indexer.dim;
   layer_norm(indexer.k_norm, indexer.k_norm_bias, key, key);
-  rotate(key, a.rope_dim, turn.cos, turn.sin, indexer.interleave);
+  rotate(key, indexer.rope_dim, turn.cos, turn.sin, indexer.interleave);
   store_index_key(cache, key, indexer.dim, pass.step.slots[token]);
   if (work.choosers == 0) return;
   for (std::int64_t h = 0; h < indexer.heads; ++h) {
     bf16* q = work.index_q + (token * indexer.heads + h) * indexer.dim;
-    rotate(q, a.rope_dim, turn.cos, turn.sin, indexer.interleave);
+    rotate(q, indexer.rope_dim, turn.cos, turn.sin, indexer.interleave);
   }
 }
 

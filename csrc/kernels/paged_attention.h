@@ -254,32 +254,4 @@ class PlainReader {
   bf16* gathered_;
 };
 
-// Attention over the splits [first, last) of a context that ends at `end`, merged into `state`; `part` holds one
-// split.
-template <class Reader>
-inline void attend_splits(Reader reader, const Queries& q, std::int64_t first, std::int64_t last, std::int64_t end,
-                          const SoftmaxState& state, const SoftmaxState& part) {
-  state.clear(q.rows);
-  bool is_empty = true;
-  for (std::int64_t split = first; split < last; ++split) {
-    if (split_start(split + 1) <= q.first[0]) continue;  // outside every query's sliding window
-    if (!is_empty) part.clear(q.rows);
-    reader.attend_to(split_start(split), least(end, split_start(split + 1)), is_empty ? state : part);
-    if (!is_empty) fold(part, state, q.rows);
-    is_empty = false;
-  }
-}
-
-// The same with the reader for the cache's storage. Uses slots 2, 5 to 7 and 10 to 15 of `scratch`.
-inline void attend_splits(const CachedKeys& keys, const Queries& q, std::int64_t first, std::int64_t last,
-                          std::int64_t end, Scratch& scratch, const SoftmaxState& state, const SoftmaxState& part) {
-#if defined(LOWLAT_AVX512)
-  // bf16 products by AMX tiles are as fast and round less.
-  if (kMultipliesByDots && keys.are_integers()) {
-    return attend_splits(IntegerReader(keys, q, scratch), q, first, last, end, state, part);
-  }
-#endif
-  attend_splits(PlainReader(keys, q, scratch), q, first, last, end, state, part);
-}
-
 }  // namespace lowlat::LOWLAT_ISA

@@ -34,8 +34,9 @@ def rotary_pairs(rope: RopeConfig, rope_dim: int, index_dim: int) -> slice:
     channels of an indexer rotate: every n-th of the distinct ones, the base frequencies of a
     narrower head.
     """
-    step = max(1, distinct_pairs(rope, rope_dim) // (index_dim // 2))
-    return slice(0, step * (index_dim // 2), step)
+    pairs = index_dim // 2
+    step = max(1, distinct_pairs(rope, rope_dim) // max(1, pairs))
+    return slice(0, step * pairs, step)
 
 
 class HeadWeights(nn.Module):
@@ -101,6 +102,7 @@ class Indexer(nn.Module):
         self, x: Float[Tensor, "tokens heads index_dim"], rope: RotaryTable
     ) -> Float[Tensor, "tokens heads index_dim"]:
         rotary, rest = x.split([self.rope_dim, x.shape[-1] - self.rope_dim], dim=-1)
-        rope = rope._replace(cos=rope.cos[:, self.pairs], sin=rope.sin[:, self.pairs])
+        cos, sin = (each[:, self.pairs].contiguous() for each in (rope.cos, rope.sin))
+        rope = rope._replace(cos=cos, sin=sin)
         rotary = apply_rope(rotary, rope, interleave=self.dims.rope_interleave)
         return torch.cat([rotary, rest], dim=-1)

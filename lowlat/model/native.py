@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch
-from lowlat.config.attention import AttentionConfig, distinct, index_key_dim, sparse_topk
-from lowlat.config.model import MLAConfig, ModelConfig, TPAConfig
+from lowlat.config.attention import ModelAttention, distinct, index_key_dim, sparse_topk
+from lowlat.config.model import ModelConfig, TPAConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.exchange import TENSOR
 from lowlat.model.linear import Linear
@@ -40,11 +40,10 @@ BLOCK = (128, 128)
 def supports_native(model: Transformer) -> bool:
     """Whether the native kernels are available and can run `model`: on the CPU, bf16 activations,
     every projection bf16, int8, int4, in GGUF blocks or fp8 in blocks of 128, with or without
-    updates of LoRA adapters, any attention but TPA, and sparse attention (DSA) in some layers only,
-    with an odd index_head_dim or with an index_rope_head_dim of its own.
+    updates of LoRA adapters, any attention but TPA and sparse attention with an `indexer_obstacle`.
     """
     attention = model.config.attention
-    if isinstance(attention, TPAConfig) or not _has_known_indexers(distinct(attention)):
+    if isinstance(attention, TPAConfig) or indexer_obstacle(attention) is not None:
         return False
     embedding = model.embed_tokens
     if embedding.weight.device.type != "cpu" or embedding.dtype != torch.bfloat16:
@@ -55,15 +54,16 @@ def supports_native(model: Transformer) -> bool:
     return native.available()
 
 
-def _has_known_indexers(layers: tuple[AttentionConfig, ...]) -> bool:
-    """Whether all layers are dense or all sparse, with index keys of whole pairs of channels that
-    rotate as the rotary key.
+def indexer_obstacle(attention: ModelAttention) -> str | None:
+    """Why the native kernels cannot run the sparse attention (DSA) of a model, by the config's
+    field; None if they can, or if attention is dense.
     """
-    sparse = {sparse_topk(layer) for layer in layers}
-    indexers = [layer.indexer for layer in layers if isinstance(layer, MLAConfig)]
-    own_rotation = any(one is not None and one.index_rope_head_dim for one in indexers)
-    has_pairs = not any(index_key_dim(layer) % 2 for layer in layers)
-    return len(sparse) == 1 and has_pairs and not own_rotation
+    layers = distinct(attention)
+    odd = next((width for width in map(index_key_dim, layers) if width % 2), None)
+    if odd is not None:
+        return f"index_head_dim {odd} is odd"
+    are_sparse = {sparse_topk(layer) is not None for layer in layers}
+    return "attention.indexer is null in some layers" if len(are_sparse) > 1 else None
 
 
 def weight_bytes(model: Transformer) -> int:

@@ -118,6 +118,8 @@ def _sparse(attention: MLA) -> dict[str, Any]:
         return {"topk": dims.index_topk, "indexer": None}
     indexer = native.module().Indexer.make(
         heads=dims.index_n_heads,
+        rope_dim=own.rope_dim,
+        pair_step=own.pairs.step,
         interleave=dims.rope_interleave,
         q=projection_of(own.wq_b),
         k=projection_of(own.wk),

@@ -21,6 +21,7 @@ from lowlat.generate.completion import CompletionDelta
 from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
 from lowlat.generate.session import TextRequest
+from lowlat.model.native import indexer_obstacle
 from lowlat.serve.generation import Draining, EngineDead, Generation, Overloaded, ends_of
 from lowlat.serve.watchdog import CHECK_SECONDS, Watchdog
 from lowlat.utils.errors import UserError
@@ -44,13 +45,15 @@ def check_batch_invariant(model: Model) -> None:
     """Raise UserError for a model whose sparse attention has no native kernels. In PyTorch, which
     tokens a request attends to could depend on the batch."""
     topk = sparse_topk(model.config.attention)
-    if topk is not None and not model.runner.is_batch_invariant:
-        raise UserError(
-            f"{model.name}: sparse attention over more than its top-k of {topk} tokens is served by"
-            f" native kernels only: on the CPU, in bf16 or quantized, with indexers of the"
-            f" attention's rotary width in all layers; serve it so, or with --max-context {topk} or"
-            f" less"
-        )
+    if topk is None or model.runner.is_batch_invariant:
+        return
+    obstacle = indexer_obstacle(model.config.attention)
+    remedy = "serve it on the CPU in bf16 or quantized, or" if obstacle is None else "serve it"
+    reason = "" if obstacle is None else f", which cannot run this model: {obstacle}"
+    raise UserError(
+        f"{model.name}: sparse attention over more than its top-k of {topk} tokens is served by"
+        f" native kernels only{reason}; {remedy} with --max-context {topk} or less"
+    )
 
 
 class AsyncEngine:

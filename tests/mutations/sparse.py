@@ -202,6 +202,13 @@ SPARSE = [
         INDEXER + "test_keys_by_hand",
     ),
     Mutant(
+        "DSA: native indexers rotate at the first frequencies",
+        "model/native_layers.py",
+        "pair_step=own.pairs.step",
+        "pair_step=1",
+        "tests/native/test_sparse_model.py::test_mixed_steps",
+    ),
+    Mutant(
         "DSA: the last channels rotate",
         "model/indexer.py",
         "rotary, rest = x.split([self.rope_dim, x.shape[-1] - self.rope_dim], dim=-1)",

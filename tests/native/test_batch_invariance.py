@@ -50,8 +50,8 @@ THREADS = {1: 1, 2: 1, 8: 2, 32: 3}
 if REQUESTS := os.environ.get("LOWLAT_INVARIANCE_REQUESTS"):
     NUM_REQUESTS = dict.fromkeys(NUM_REQUESTS, int(REQUESTS))
     SWITCHES = {concurrency: [*product((True, False), repeat=2)] for concurrency in SWITCHES}
-INDEXER = IndexerConfig(index_n_heads=3, index_head_dim=10, index_topk=29)
-"""Prompts are shorter and longer."""
+INDEXER = IndexerConfig(index_n_heads=3, index_head_dim=10, index_topk=29, index_rope_head_dim=2)
+"""Prompts are shorter and longer; keys rotate at the first of 16 frequencies."""
 CONTEXT = 400
 MAX_TOKENS = 80
 """Of some requests, which outgrow the pages they were admitted with."""
@@ -68,8 +68,9 @@ def small_config(kind: str) -> ModelConfig:
     if kind == "dsa":
         mla = config.attention
         assert isinstance(mla, MLAConfig)
-        full = replace(mla, indexer=INDEXER)
-        shared = replace(mla, indexer=replace(INDEXER, is_shared=True))
+        # entries in whole steps of the tile products
+        full = replace(mla, kv_lora_rank=32, qk_rope_head_dim=32, indexer=INDEXER)
+        shared = replace(full, indexer=replace(INDEXER, is_shared=True))
         return replace(config, attention=(full, shared), num_nextn_predict_layers=1)
     return replace(config, num_nextn_predict_layers=2 if kind == "mtp" else 0)
 

@@ -88,3 +88,21 @@ def test_weights_are_fp32_in_a_narrow_model() -> None:
 def test_without_query_latent_queries_come_from_the_layer_input() -> None:
     assert build(q_lora_rank=None).wq_b.in_features == 23
     assert build().wq_b.in_features == 11
+
+
+def test_fewer_channels_rotate_at_some_frequencies() -> None:
+    """Two channels at the first of three frequencies, in fp32, whose rotation trains natively."""
+    sizes = replace(SIZES, index_rope_head_dim=2)
+    attention = replace(configs.MLA, indexer=sizes)
+    config = mla_config(attention=attention, rope=ROPE)
+    module = Indexer(config, attention, sizes, config.rope_of(0), dtype=torch.float32)
+    fill(module)
+    x, table = torch.randn(2, 23), tables(5, 70)
+    table = table._replace(cos=table.cos.float(), sin=table.sin.float())
+    keys = module.keys(x, table)
+    plain = module.k_norm(module.wk(x))
+    cos, sin = table.cos[:, 0], table.sin[:, 0]
+    first, second = plain[:, 0] * cos - plain[:, 1] * sin, plain[:, 0] * sin + plain[:, 1] * cos
+    torch.testing.assert_close(keys, torch.cat([first[:, None], second[:, None], plain[:, 2:]], 1))
+    keys.square().sum().backward()
+    assert module.wk.weight.grad is not None

@@ -30,6 +30,14 @@ def test_a_context_beyond_topk_is_not_served_in_pytorch() -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_an_odd_index_head_dim_is_refused_by_name() -> None:
+    sizes = replace(INDEXER, index_head_dim=11)
+    odd = configs.byte_model_config("lowlat", replace(configs.MLA, indexer=sizes))
+    model = Model(tiny_model(odd, dtype=torch.bfloat16), byte_tokenizer(), name="odd")
+    with pytest.raises(UserError, match=r"index_head_dim 11 is odd; serve it with --max-context"):
+        AsyncEngine(model)
+
+
 def test_a_context_up_to_topk_is_served() -> None:
     assert AsyncEngine(build(24)).model.cache_bytes_per_token == 2 * 19 * 4
 
