@@ -331,4 +331,28 @@ DISTILLING = [
     ),
 ]
 
-TRAINING = [*LOSSES, *BALANCING, *OPTIMISING, *STATES, *DISTILLING]
+REWARDS = [
+    Mutant(
+        "rewards: reasoning counts as the answer",
+        "train/rewards/functions.py",
+        'return "" if is_opened and not is_closed else answer.strip()',
+        "return completion",
+        TRAIN + "rewards/test_functions.py::test_accuracy",
+    ),
+    Mutant(
+        "rewards: reasoning may end twice",
+        "train/rewards/functions.py",
+        "text.count(closed) != 1",
+        "closed not in text",
+        TRAIN + "rewards/test_functions.py::test_think_format",
+    ),
+    Mutant(
+        "rewards: the first tagged answer",
+        "train/rewards/functions.py",
+        "return found[-1] if found",
+        "return found[0] if found",
+        TRAIN + "rewards/test_functions.py::test_accuracy",
+    ),
+]
+
+TRAINING = [*LOSSES, *BALANCING, *OPTIMISING, *STATES, *DISTILLING, *REWARDS]

@@ -66,6 +66,7 @@ def test_length_penalty(num_tokens: int, score: float) -> None:
         ("#### -5", "The change is $-5$.", 1.0),
         ("#### 60", "She makes $60", 1.0),
         ("#### 60", "<answer>60</answer>", 1.0),
+        ("#### 60", "<answer>61</answer> no, <answer>60</answer>", 1.0),
         ("#### 60", "<think>60</think> It is 61.", 0.0),
         ("#### 60", "<think>61</think> It is 60.", 1.0),
         ("#### 60", "<think>It is 60", 0.0),

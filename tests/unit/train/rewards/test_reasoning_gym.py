@@ -63,11 +63,6 @@ def test_every_task_scores_its_own_answer(
     check(names[part::4], workers)
 
 
-def test_tasks_score_their_own_answers(workers: RewardWorkers) -> None:
-    """Among them one whose entries depend on the order of sets, and one of a global generator."""
-    check(["chain_sum", "countdown", "list_functions", "ransom_note", "rubiks_cube"], workers)
-
-
 @pytest.mark.slow
 def test_files_of_prompts(tmp_path: Path) -> None:
     """The same bytes each time; other seeds and forms of the prompt."""
