@@ -341,8 +341,33 @@ POOLING = [
         POOL + "test_no_token_comes_from_the_cache_on_disk",
     ),
 ]
+APART = "tests/unit/engine/test_disaggregated_prefill.py::"
+DISAGGREGATED = [
+    Mutant(
+        "disaggregated prefill: a damaged page is used",
+        "engine/kv_connector.py",
+        "if damage is not None or not self._follows(load, content):",
+        "if not self._follows(load, content):",
+        APART + "test_a_damaged_page_is_computed_again",
+    ),
+    Mutant(
+        "disaggregated prefill: pages that process 0 has are sent",
+        "engine/prefill_worker.py",
+        "if job.next >= job.first:",
+        "if True:",
+        APART + "test_a_prefix_on_disk_is_not_sent",
+    ),
+    Mutant(
+        "disaggregated prefill: a page is sent for each request that needs it",
+        "engine/kv_connector.py",
+        "if load.has_ended or load.contents[load.next].key in coming:",
+        "if load.has_ended:",
+        APART + "test_pages_for_two_requests_are_sent_once",
+    ),
+]
 
 MUTANTS = [
+    *DISAGGREGATED,
     *YARN,
     *QUERIES,
     *ROPE,
