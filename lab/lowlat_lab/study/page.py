@@ -84,21 +84,18 @@ def _setting(report: Report) -> list[str]:
     seeds = ", ".join(map(str, report["seeds"]))
     parts = [
         f"    {report['command']}",
-        f"- Date and machine: {report['date']}, {machine['cpu']}, threads: {machine['threads']}, "
-        f"PyTorch {machine['torch']}\n"
-        f"- Model: {size['num_hidden_layers']} layers of {size['hidden_size']}, "
+        f"- {report['date']}, {machine['cpu']}, threads: {machine['threads']}, PyTorch "
+        f"{machine['torch']}\n"
+        f"- {size['num_hidden_layers']} layers of {size['hidden_size']}, "
         f"{size['num_attention_heads']} heads of "
-        f"{size['hidden_size'] // size['num_attention_heads']}\n"
-        f"- Training: {report['steps']:,} steps of {size['batch_size']} x "
-        f"{size['sequence_length']} tokens, {count(report['tokens'])} tokens per run, "
+        f"{size['hidden_size'] // size['num_attention_heads']}; "
         f"{OPTIMIZERS[report['optimizer']]}, peak learning rate {size['learning_rate']:g}, "
         f"{_precision(report)}, fp32 master weights\n"
-        f"- Seeds {seeds}, each with one set of initial weights and one data order for all "
-        "variants\n"
-        f"- Data: {count(data['train_tokens'])} training tokens, vocabulary "
-        f"{data['vocab_size']:,}, fingerprint `{data['fingerprint'][:16]}`\n"
-        f"- Loss: nats per token of the exported models on the same "
-        f"{report['held_out_windows']:,} windows of {size['sequence_length']} held-out tokens"
+        f"- {report['steps']:,} steps of {size['batch_size']} x {size['sequence_length']} tokens "
+        f"({count(report['tokens'])} of {count(data['train_tokens'])}), vocabulary "
+        f"{data['vocab_size']:,}; seeds {seeds}, each the same for all variants\n"
+        f"- Loss: nats per token of the exported models on {report['held_out_windows']:,} windows "
+        f"of {size['sequence_length']} held-out tokens"
         f"{_text_error(report)}",
     ]
     if report["failures"]:
