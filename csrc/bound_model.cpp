@@ -12,6 +12,7 @@
 
 #include "bound_cache.h"
 #include "bound_exchange.h"
+#include "bound_kept.h"
 #include "bound_mlp.h"
 #include "bound_parts.h"
 #include "dispatch.h"
@@ -180,7 +181,8 @@ class BoundModel {
   void step(const Array& ids, const std::optional<Array>& previous, const Array& slots, const Array& cos,
             const Array& sin, const std::vector<SequenceArgs>& sequences, const BoundCache& cache, const Array& hidden,
             const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits, bool is_decode,
-            const std::optional<Array>& query_scale, const std::optional<nb::callable>& exchange) {
+            const std::optional<Array>& query_scale, const std::optional<nb::callable>& exchange,
+            const std::optional<Array>& residuals, const std::optional<Array>& experts, const std::optional<Array>& gates) {
     // Do not wait for the mutex while holding the GIL: the running step needs the GIL before it releases the mutex.
     StepState& own = step_state_.get(model_);
     std::unique_lock one_step(own.mutex, std::defer_lock);
@@ -206,6 +208,7 @@ class BoundModel {
       step.logits = elements<float>(*logits, "logits", Type::fp32, {rows, step.vocab});
     }
     require(wanted.empty() || (logits && model_.head), "wanted tokens need logits and a head");
+    read_kept(step, model_, residuals, experts, gates);
     require(exchange.has_value() != model_.division.is_whole(), "divided models need an exchange, and no others");
     std::optional<CalledExchange> called;
     if (exchange) step.exchange = &called.emplace(*exchange);
@@ -383,7 +386,8 @@ void bind_model(nb::module_& module) {
            "division"_a = DivisionArgs{1, 1, 0, 1})
       .def("step", &BoundModel::step, nb::kw_only(), "ids"_a, "previous"_a.none(), "slots"_a, "cos"_a, "sin"_a,
            "sequences"_a, "cache"_a, "hidden"_a, "wanted"_a, "logits"_a.none(), "is_decode"_a,
-           "query_scale"_a.none() = nb::none(), "exchange"_a.none() = nb::none());
+           "query_scale"_a.none() = nb::none(), "exchange"_a.none() = nb::none(),
+           "residuals"_a.none() = nb::none(), "experts"_a.none() = nb::none(), "gates"_a.none() = nb::none());
 }
 
 }  // namespace lowlat

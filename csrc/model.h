@@ -197,6 +197,10 @@ struct Step {
   const IndexCache* index_caches = nullptr;  // likewise
   bool is_decode = false;               // every sequence decodes, see Activations
   bf16* hidden = nullptr;               // out [tokens, hidden], after the final norm if the model has one
+  bf16* residuals = nullptr;            // out [2 layers + 1, tokens, hidden]: the residual stream before every attention
+                                        // and every MLP, and after the last; null: not kept
+  std::int32_t* experts = nullptr;      // out [layers, tokens, chosen], best first; layers without experts write none
+  float* gates = nullptr;               // out, the factors on their outputs; null: routing is not kept
   std::vector<std::int64_t> wanted;     // tokens that need logits
   float* logits = nullptr;              // out [wanted, vocab]
   std::int64_t vocab = 0;

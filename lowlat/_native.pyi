@@ -269,8 +269,14 @@ class Model:
         is_decode: bool,
         query_scale: Tensor | None = None,
         exchange: Callable[[int, int, int, int], None] | None = None,
+        residuals: Tensor | None = None,
+        experts: Tensor | None = None,
+        gates: Tensor | None = None,
     ) -> None:
         """Run one step; writes hidden bf16 [tokens, hidden] and logits fp32 [wanted, vocab].
+        For a backward pass it also writes residuals bf16 [2 layers + 1, tokens, hidden], the
+        residual stream before every attention and every MLP and after the last, and the routing:
+        experts int32 and gates fp32 [layers, tokens, chosen].
 
         ids and slots int64 [tokens]. previous: for an MTP module, hidden states of the previous
         depth, bf16 [tokens, hidden]. cos and sin fp32 [tokens, pairs]: the tables of all layers.

@@ -218,11 +218,21 @@ inline void choose_experts(const Pass& pass, const Router& router) {
   });
 }
 
+// The layer's routing into step.experts and step.gates.
+inline void keep_routing(const Pass& pass, const Layer& layer) {
+  if (!layer.moe || pass.step.experts == nullptr) return;
+  const std::int64_t count = pass.step.tokens * layer.moe->router.chosen;
+  const std::int64_t first = (&layer - pass.model.layers.data()) * count;
+  std::memcpy(pass.step.experts + first, pass.work.chosen, count * sizeof(std::int32_t));
+  std::memcpy(pass.step.gates + first, pass.work.weights, count * sizeof(float));
+}
+
 // The inner rows of the layer's MLPs over the normalized residual stream.
 inline void make_mlp_rows(const Pass& pass, const Layer& layer) {
   norm_residual(pass, layer.post_attention_norm);
   if (layer.moe) choose_experts(pass, layer.moe->router);
   pass.once([&] {
+    keep_routing(pass, layer);
     group_rows(pass, layer);
     if (!pass.model.is_larger_than_memory) return;
     for (const ExpertRows& e : pass.work.expert_rows) {

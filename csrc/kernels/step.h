@@ -89,6 +89,16 @@ inline void make_logits(const Pass& pass) {
   if (is_part) exchange_columns(pass, wanted, head.rows, pass.step.logits, pass.step.vocab);
 }
 
+// The residual stream before part `number` of the model; attention and MLP of a layer count as one each.
+inline void keep_residual(const Pass& pass, std::int64_t number) {
+  if (pass.step.residuals == nullptr) return;
+  const std::int64_t hidden = pass.model.hidden;
+  bf16* out = pass.step.residuals + number * pass.step.tokens * hidden;
+  pass.each_token([&](std::int64_t t) {
+    std::memcpy(out + t * hidden, pass.work.x + t * pass.work.hidden.stride, hidden * sizeof(bf16));
+  });
+}
+
 // Run by every thread of the team; work.prepare() must have been called.
 inline void run_step(Team& team, const Model& model, const Step& step, Workspace& work) {
   const ProductSession session;
@@ -103,7 +113,9 @@ inline void run_step(Team& team, const Model& model, const Step& step, Workspace
   std::int64_t number = 0;
   for (const Layer& layer : model.layers) {
     if (model.is_larger_than_memory && team.thread() == 0 && &layer != &model.layers.back()) read_ahead(*(&layer + 1));
-    add_attention(pass, layer, number++);
+    keep_residual(pass, 2 * number);
+    add_attention(pass, layer, number);
+    keep_residual(pass, 2 * number++ + 1);
     if (model.division.is_whole()) {
       add_mlp(pass, layer);
     } else {
@@ -111,6 +123,7 @@ inline void run_step(Team& team, const Model& model, const Step& step, Workspace
       add_divided_mlp(pass, layer);
     }
   }
+  keep_residual(pass, 2 * number);
   if (!model.norm) return store_residual(pass);
   final_norm(pass);
   make_logits(pass);

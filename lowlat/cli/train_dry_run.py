@@ -38,7 +38,8 @@ def _config(
     recipe: Recipe, path: Path, base_model: Path | None, teacher: Path | None
 ) -> ModelConfig:
     """Model config of the first phase, after the checks of a run; data is checked if present."""
-    folders = [path.parent / data_of(recipe, index).folder for index in range(len(recipe.phase))]
+    tables = [data_of(recipe, index) for index in range(len(recipe.phase))]
+    folders = [path.parent / table.folder for table in tables if table is not None]
     absent = [folder for folder in folders if not folder.exists()]
     if not absent:
         return open_phases(recipe, base_model, path.parent, str(path), teacher)[0][0]

@@ -205,6 +205,14 @@ class Engine:
             self.disk.copy_after_step(self._step_seconds)
         return events
 
+    def refresh_weights(self) -> None:
+        """Take over weights that were changed in place, and empty the prefix cache. No request may
+        be unfinished."""
+        assert not self.has_work and self.disk is None
+        self.runner.refresh_weights()
+        if self.prefix is not None:
+            self.prefix.clear()
+
     def copy_pending(self) -> bool:
         """Without a step to run, hand pages of the prefix cache to the disk's writer, as many as it
         takes now; whether some are left. Does not wait for the disk."""

@@ -74,6 +74,12 @@ class ModelRunner:
         of PyTorch's matrix products depends on their shape."""
         return self._native is not None
 
+    def refresh_weights(self) -> None:
+        """Take over weights that were changed in place: the kernels have copies of norms and
+        biases. KV cache entries are those of the weights before."""
+        if self._native is not None:
+            self._native = NativeModel(self.model)
+
     def reserve(self, pages: list[int], num_tokens: int) -> None:
         """Extend `pages` in place until they cover `num_tokens` entries; the allocator may
         grow.

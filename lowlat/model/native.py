@@ -5,10 +5,12 @@ The arithmetic is in csrc/; `native_layers` converts the layers.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import BFloat16, Float, Float32, Int, Int32
 from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
@@ -84,6 +86,35 @@ def _is_known(module: torch.nn.Module) -> bool:
     return module.storage != "fp8" or module.block == BLOCK
 
 
+class KeptActivations(NamedTuple):
+    """Activations of a step that a backward pass needs, with the bits of the kernels."""
+
+    residuals: BFloat16[Tensor, "parts tokens hidden"]
+    """The residual stream before every attention and every MLP, in order, and after the last."""
+    experts: Int32[Tensor, "layers tokens chosen"] | None
+    """Chosen experts, best first; undefined in dense layers. None without experts."""
+    gates: Float32[Tensor, "layers tokens chosen"] | None
+    """Factors on their outputs."""
+
+    @staticmethod
+    def empty(config: ModelConfig, tokens: int) -> "KeptActivations":
+        """Of `tokens` tokens of a whole model, uninitialized."""
+        layers = config.num_hidden_layers
+        residuals = torch.empty(2 * layers + 1, tokens, config.hidden_size, dtype=torch.bfloat16)
+        if config.moe is None:
+            return KeptActivations(residuals, None, None)
+        shape = (layers, tokens, config.moe.num_experts_per_tok)
+        experts = torch.zeros(shape, dtype=torch.int32)
+        return KeptActivations(residuals, experts, torch.zeros(shape))
+
+    def put(self, index: Sequence[int] | Int[Tensor, " rows"], rows: "KeptActivations") -> None:
+        """Write the activations `rows` of the tokens `index`."""
+        for own, given in zip(self, rows, strict=True):
+            if own is not None:
+                assert given is not None
+                own[:, index] = given
+
+
 class NativeModel:
     """Runs a `Transformer` that `supports_native`, and its MTP modules."""
 
@@ -147,6 +178,7 @@ class NativeModel:
         *,
         depth: int | None = None,
         previous: Float[Tensor, "tokens hidden"] | None = None,
+        kept: KeptActivations | None = None,
     ) -> tuple[Float[Tensor, "tokens hidden"], Float[Tensor, "wanted vocab"]]:
         """One step over new tokens, which writes their KV cache entries: hidden states after the
         final norm (bf16), and logits (fp32) of the tokens with the indices `wanted`.
@@ -156,7 +188,7 @@ class NativeModel:
 
         With `depth`, the step of an MTP module from the hidden states `previous` (bf16) of the
         previous depth and the ids depth + 1 places after the batch's positions, as in
-        `Transformer.mtp_hidden`.
+        `Transformer.mtp_hidden`. kept: filled with the activations of the decoder layers.
 
         Results are batch-invariant. Sequences on the decode path (GEMV) use other arithmetic, so a
         step that mixes attention paths is two native calls, decode last.
@@ -164,7 +196,7 @@ class NativeModel:
         model = self._model if depth is None else self._modules[depth]
         decodes = [item.path == "decode" for item in batch.sequences]
         if len(set(decodes)) == 1:
-            return self._call(model, previous, ids, batch, cache, wanted)
+            return self._call(model, previous, ids, batch, cache, wanted, kept)
         hidden = torch.empty(len(ids), self.config.hidden_size, dtype=torch.bfloat16)
         logits = torch.empty(len(wanted), self.config.vocab_size)
         for is_decode in (False, True):
@@ -173,7 +205,12 @@ class NativeModel:
             chosen = [row for row, token in enumerate(wanted) if token in tokens]
             rows = [tokens[wanted[row]] for row in chosen]
             before = None if previous is None else previous[index]
-            hidden[index], logits[chosen] = self._call(model, before, ids[index], part, cache, rows)
+            own = None if kept is None else KeptActivations.empty(self.config, len(index))
+            hidden[index], logits[chosen] = self._call(
+                model, before, ids[index], part, cache, rows, own
+            )
+            if kept is not None and own is not None:
+                kept.put(index, own)
         return hidden, logits
 
     def _call(
@@ -184,6 +221,7 @@ class NativeModel:
         batch: AttentionBatch,
         cache: PagedCache,
         wanted: list[int],
+        kept: KeptActivations | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sequences that are all on the decode path, or all off it."""
         hidden = torch.empty(len(ids), self.config.hidden_size, dtype=torch.bfloat16)
@@ -214,6 +252,7 @@ class NativeModel:
             is_decode=batch.sequences[0].path == "decode",
             **scaling,
             **self._exchange,
+            **({} if kept is None else kept._asdict()),
         )
         return hidden, logits
 

@@ -28,9 +28,10 @@ def route(
     gate: Float[Tensor, "experts hidden"],
     bias: Float[Tensor, "experts"] | None,
     moe: MoEConfig,
+    experts: Int[Tensor, "tokens chosen"] | None = None,
 ) -> Routing:
     """Score every expert in fp32, select by `moe.topk_method` with the selection bias, weight by
-    the unbiased scores.
+    the unbiased scores. experts: those that another pass selected (routing replay).
 
     DeepSeek-V3 section 2.1.2 (sigmoid, auxiliary-loss-free bias, groups scored by the sum of their
     two best) and DeepSeek-V2 section 2.2 (softmax, groups scored by their best). Ties go to the
@@ -39,6 +40,8 @@ def route(
     wide = accumulation_dtype(x.dtype)
     logits = x.to(wide) @ gate.to(wide).T
     scores = logits.sigmoid() if moe.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+    if experts is not None:
+        return Routing(experts, _weights(scores.gather(1, experts), moe), scores)
     choice = scores if bias is None else scores + bias
     if moe.topk_method != "greedy" and moe.n_group > 1:
         choice = _keep_best_groups(choice, moe)

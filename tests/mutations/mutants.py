@@ -6,6 +6,7 @@ A text that is not found exactly once is an error of the list: whoever changes t
 from .lora import LORA
 from .mutant import Mutant
 from .planning import PLANNING
+from .policy import REINFORCING
 from .positions import QUERIES, ROPE, YARN
 from .quantization import QUANTIZED
 from .routing import ROUTING
@@ -384,6 +385,7 @@ MUTANTS = [
     *MTP,
     *POOLING,
     *LORA,
+    *REINFORCING,
     *TRAINING,
     *VENDORS,
     *GGUF,

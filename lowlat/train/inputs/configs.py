@@ -15,6 +15,7 @@ from lowlat.config.model import ModelConfig, RopeConfig
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.inputs.model_files import teacher_config
 from lowlat.train.inputs.parallel_check import check_parallel
+from lowlat.train.policy.build import check_grpo
 from lowlat.train.recipe.schema import Phase, Recipe
 from lowlat.train.step.lora import check_lora
 from lowlat.train.step.trainable import check_divides_batches, check_stages, check_trainable
@@ -32,7 +33,9 @@ def recipe_config(recipe: Recipe, path: Path, base_model: Path | None) -> ModelC
     """
     vocab_size = (recipe.model or {}).get("vocab_size")
     if not isinstance(vocab_size, int):
-        vocab_size = TokenizedDataset.open(path.parent / recipe.data.folder).vocab_size
+        vocab_size = 0
+        if recipe.data is not None:
+            vocab_size = TokenizedDataset.open(path.parent / recipe.data.folder).vocab_size
     return base_config(recipe, base_model, vocab_size, str(path))
 
 
@@ -130,6 +133,7 @@ def check_recipe(
         assert teacher is not None
         check_teacher(config, teacher, recipe, origin)
     check_parallel(config, recipe, origin)
+    check_grpo(config, recipe, origin)
     return phase_configs(config, recipe, origin)
 
 

@@ -38,11 +38,12 @@ class PhaseData:
     """
 
 
-def phase_dataset(recipe: Recipe, index: int, base: Path) -> TokenizedDataset:
-    """Open the tokenized dataset of phase `index`; relative paths start at `base`. Raises
-    UserError.
+def phase_dataset(recipe: Recipe, index: int, base: Path) -> TokenizedDataset | None:
+    """Open the tokenized dataset of phase `index`, if it has one; relative paths start at `base`.
+    Raises UserError.
     """
-    return TokenizedDataset.open(base / data_of(recipe, index).folder)
+    table = data_of(recipe, index)
+    return None if table is None else TokenizedDataset.open(base / table.folder)
 
 
 def phase_data(recipe: Recipe, index: int, dataset: TokenizedDataset, num_ahead: int) -> PhaseData:
@@ -51,6 +52,7 @@ def phase_data(recipe: Recipe, index: int, dataset: TokenizedDataset, num_ahead:
     num_ahead: 1 + num_nextn_predict_layers, tokens that follow the inputs of a sequence.
     """
     phase, table = recipe.phase[index], data_of(recipe, index)
+    assert table is not None
 
     def sequences(split: Split, seed: int, fim_rate: float) -> PackedRows:
         kind = PackedChats if dataset.has_mask(split) else PackedSequences
@@ -85,9 +87,11 @@ def phase_data(recipe: Recipe, index: int, dataset: TokenizedDataset, num_ahead:
     )
 
 
-def data_notes(recipe: Recipe, data: Sequence[PhaseData]) -> Iterator[str]:
+def data_notes(recipe: Recipe, data: Sequence[PhaseData | None]) -> Iterator[str]:
     """One line per phase of `recipe` that runs without evaluation or truncates chats."""
     for phase, own in zip(recipe.phase, data, strict=True):
+        if own is None:
+            continue
         if own.held_out is None:
             yield f"phase {phase.name}: no evaluations, {own.no_evaluation}"
         if isinstance(own.train, PackedChats) and own.train.truncated.chats:
@@ -100,13 +104,20 @@ def data_notes(recipe: Recipe, data: Sequence[PhaseData]) -> Iterator[str]:
 
 
 def check_tokenizers(
-    recipe: Recipe, datasets: Sequence[TokenizedDataset], models: Sequence[Path], origin: str
+    recipe: Recipe,
+    datasets: Sequence[TokenizedDataset | None],
+    models: Sequence[Path],
+    origin: str,
 ) -> None:
     """Raises UserError unless the datasets of all phases have the same tokenizer, whose ids stand
     for the same tokens in every checkpoint of `models` that has a tokenizer.
     """
-    first = datasets[0]
+    first = next((dataset for dataset in datasets if dataset is not None), None)
+    if first is None:
+        return
     for dataset, phase in zip(datasets, recipe.phase, strict=True):
+        if dataset is None:
+            continue
         if dataset.manifest.tokenizer[TOKENIZER_FILE] != first.manifest.tokenizer[TOKENIZER_FILE]:
             raise UserError(
                 f"{origin}: phase {phase.name}: {dataset.path} was built with another tokenizer "
@@ -130,10 +141,10 @@ def _check_vocabulary(model: Path, dataset: TokenizedDataset, origin: str) -> No
         )
 
 
-def check_targets(recipe: Recipe, data: Sequence[PhaseData], origin: str) -> None:
+def check_targets(recipe: Recipe, data: Sequence[PhaseData | None], origin: str) -> None:
     """Raises UserError naming the first phase whose training sequences have no target."""
     for phase, own in zip(recipe.phase, data, strict=True):
-        if own.train.has_targets():
+        if own is None or own.train.has_targets():
             continue
         where = f"{origin}: phase {phase.name}: no sequence of {own.dataset.path} has a target"
         if isinstance(own.train, PackedChats) and own.train.truncated.chats:

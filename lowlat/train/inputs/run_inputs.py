@@ -4,6 +4,7 @@ the model is built.
 Fingerprints of the inputs are part of every checkpoint, so that a resumed run has the same ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from lowlat.config.model import ModelConfig
 from lowlat.train.cost.dry_run import require_fit, usable_memory
 from lowlat.train.inputs.configs import base_config, check_recipe
+from lowlat.train.inputs.grpo_inputs import GRPOInputs, open_grpo_inputs
 from lowlat.train.inputs.model_files import (
     has_mtp_copies,
     teacher_config,
@@ -25,7 +27,8 @@ from lowlat.train.inputs.phase_data import (
     phase_data,
     phase_dataset,
 )
-from lowlat.train.recipe.schema import Recipe
+from lowlat.train.policy.prompts import prompts_fingerprint
+from lowlat.train.recipe.schema import Phase, Recipe
 from lowlat.utils.progress import Progress
 
 
@@ -35,8 +38,10 @@ class RunInputs:
 
     configs: list[ModelConfig]
     """Model config of each phase."""
-    data: list[PhaseData]
-    """Data of each phase."""
+    data: list[PhaseData | None]
+    """Data of each phase; None for a GRPO phase."""
+    grpo: list[GRPOInputs | None]
+    """Of each GRPO phase; None for the others."""
     base_model: Path | None
     """Files of recipe.base_model."""
     teacher: Path | None
@@ -55,11 +60,18 @@ class RunInputs:
     @property
     def tokenizer_source(self) -> Path:
         """Folder or .gguf file whose tokenizer and chat template exported models get."""
-        return self.data[0].dataset.path if self.base_model is None else self.base_model
+        return _tokenizer_source(self.base_model, self.data)
+
+    def close(self) -> None:
+        """End the processes of reward functions."""
+        for own in self.grpo:
+            if own is not None:
+                own.rewards.close()
 
     def verify(self, progress: Progress) -> None:
         """Raise UserError unless every file of the datasets matches its checksum."""
-        for dataset in {data.dataset.path: data.dataset for data in self.data}.values():
+        datasets = [data.dataset for data in self.data if data is not None]
+        for dataset in {dataset.path: dataset for dataset in datasets}.values():
             dataset.verify(progress)
 
 
@@ -76,12 +88,15 @@ def open_run_inputs(
     taught = None if teacher is None else teacher_config(teacher)
     memory = usable_memory(torch.device(recipe.device), recipe.parallel.processes)
     require_fit(configs[0], recipe, memory_bytes=memory, teacher=taught, origin=origin)
-    fingerprints = [each.dataset.fingerprint for each in data]
+    fingerprints = [
+        _fingerprint(phase, own, base) for phase, own in zip(recipe.phase, data, strict=True)
+    ]
     if recipe.lora is not None and base_model is not None:
         fingerprints.append(weights_fingerprint(base_model))
     return RunInputs(
         configs=configs,
         data=data,
+        grpo=open_grpo_inputs(recipe, base, _tokenizer_source(base_model, data), origin),
         base_model=base_model,
         teacher=teacher,
         teacher_config=taught,
@@ -91,23 +106,41 @@ def open_run_inputs(
     )
 
 
+def _fingerprint(phase: Phase, data: PhaseData | None, base: Path) -> str:
+    """That of the data of `phase`, or of its prompts."""
+    if data is not None:
+        return data.dataset.fingerprint
+    assert phase.grpo is not None
+    return prompts_fingerprint(base / phase.grpo.prompts)
+
+
+def _tokenizer_source(base_model: Path | None, data: Sequence[PhaseData | None]) -> Path:
+    if base_model is not None:
+        return base_model
+    return next(own.dataset.path for own in data if own is not None)
+
+
 def open_phases(
     recipe: Recipe,
     base_model: Path | None,
     base: Path,
     origin: str,
     teacher: Path | None = None,
-) -> tuple[list[ModelConfig], list[PhaseData]]:
+) -> tuple[list[ModelConfig], list[PhaseData | None]]:
     """Config and data of every phase of `recipe`, checked except for memory.
 
     Arguments and errors are those of `open_run_inputs`.
     """
     datasets = [phase_dataset(recipe, index, base) for index in range(len(recipe.phase))]
     models = [model for model in (teacher, base_model) if model is not None]
-    config = base_config(recipe, base_model, datasets[0].vocab_size, origin)
+    vocab_size = max((dataset.vocab_size for dataset in datasets if dataset is not None), default=0)
+    config = base_config(recipe, base_model, vocab_size, origin)
     configs = check_recipe(config, recipe, origin, teacher)
     check_tokenizers(recipe, datasets, models, origin)
     num_ahead = 1 + config.num_nextn_predict_layers
-    data = [phase_data(recipe, i, dataset, num_ahead) for i, dataset in enumerate(datasets)]
+    data = [
+        None if dataset is None else phase_data(recipe, index, dataset, num_ahead)
+        for index, dataset in enumerate(datasets)
+    ]
     check_targets(recipe, data, origin)
     return configs, data

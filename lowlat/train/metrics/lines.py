@@ -16,6 +16,7 @@ from lowlat.train.metrics.record import (
     IndexerRecord,
     NoteRecord,
     Record,
+    RolloutRecord,
     StartRecord,
     StepRecord,
 )
@@ -135,6 +136,10 @@ def _layers(kind: type[Any]) -> Callable[[Any], tuple[Any, ...]]:
     return parse
 
 
+def _rollouts(value: Any) -> RolloutRecord:
+    return RolloutRecord(**_checked(_object(value), RolloutRecord))
+
+
 _PARSERS: dict[Any, Callable[[Any], Any]] = {
     int: _integer,
     float: _number,
@@ -144,6 +149,7 @@ _PARSERS: dict[Any, Callable[[Any], Any]] = {
     tuple[float, ...]: _numbers,
     tuple[ExpertRecord, ...]: _layers(ExpertRecord),
     tuple[IndexerRecord, ...]: _layers(IndexerRecord),
+    RolloutRecord | None: _rollouts,
     dict[str, str | int | float | bool | None]: _object,
 }
 """Parsers of fields by their type; each raises ValueError or TypeError."""

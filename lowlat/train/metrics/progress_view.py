@@ -1,5 +1,6 @@
 """Progress of a training: smoothed losses, remaining time, and the plain view, lines on stderr."""
 
+import math
 import sys
 import time
 from collections import deque
@@ -15,7 +16,15 @@ from lowlat.train.metrics.record import (
     StepRecord,
 )
 
-FIGURES = {"loss": "loss", "divergence": "KL", "layer_error": "layers"}
+FIGURES = {
+    "loss": "loss",
+    "divergence": "KL",
+    "layer_error": "layers",
+    "rollouts.reward": "reward",
+    "rollouts.length": "length",
+    "rollouts.entropy": "entropy",
+    "rollouts.no_signal": "no signal",
+}
 """Smoothed fields of steps, with their labels."""
 _SMOOTHING = 0.9
 """Decay of the exponential moving average; about ten steps."""
@@ -41,7 +50,7 @@ class ProgressTracker:
     def step(self, record: StepRecord) -> None:
         self.last = record
         for name in FIGURES:
-            value = getattr(record, name)
+            value = _value(record, name)
             if value is None:
                 self._means.pop(name, None)
             else:
@@ -68,6 +77,16 @@ class ProgressTracker:
         is_single = last <= first
         speed = self.last.tokens_per_second if is_single else (after - before) / (last - first)
         return max(0, self.start.tokens_total - self.last.tokens) / speed if speed > 0 else None
+
+
+def _value(record: StepRecord, name: str) -> float | None:
+    """The field `name` of FIGURES."""
+    if not name.startswith("rollouts."):
+        return getattr(record, name)
+    if record.rollouts is None:
+        return None
+    value = getattr(record.rollouts, name.removeprefix("rollouts."))
+    return None if math.isnan(value) else value  # rewards that all failed
 
 
 @final

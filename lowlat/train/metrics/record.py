@@ -45,6 +45,38 @@ class IndexerRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutRecord:
+    """Completions of a GRPO step and the update that learned from them."""
+
+    loss: float
+    """Policy loss, KL divergence included."""
+    reward: float
+    """Mean reward of the completions; NaN if all rewards failed."""
+    reward_std: float
+    """Standard deviation (n - 1) of the rewards."""
+    length: float
+    """Mean tokens of a completion."""
+    truncated: float
+    """Share of completions that reached max_completion_length."""
+    no_signal: float
+    """Share of the sampled groups whose rewards are equal."""
+    failed: int
+    """Completions whose reward failed."""
+    entropy: float
+    """Mean entropy of the sampling distribution, nats per token."""
+    clipped: float
+    """Share of tokens whose ratio was clipped."""
+    mismatch: float
+    """Largest difference of a token's log-probability between sampling and the first update."""
+    rollout_tokens_per_second: float
+    """Sampled tokens per second of sampling; 0 in later updates over the same completions."""
+    update_tokens_per_second: float
+    """Tokens of prompts and completions per second of forward and backward passes."""
+    kl: float | None = None
+    """Mean estimate of the KL divergence from the reference, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
     """One optimizer step over the global batch."""
 
@@ -88,6 +120,8 @@ class StepRecord:
     """In layer-wise distillation, relative squared error, mean over layers."""
     indexers: tuple[IndexerRecord, ...] = ()
     """One record per layer with sparse attention, in order of layers."""
+    rollouts: RolloutRecord | None = None
+    """Of a GRPO step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

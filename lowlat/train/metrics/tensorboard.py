@@ -6,6 +6,7 @@ Curves with the same prefix before the slash share a section.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, final
@@ -138,6 +139,9 @@ def _curves(record: StepRecord) -> dict[str, float]:
         curves[f"load_entropy/layer_{layer.layer:02}"] = layer.entropy
         curves[f"bias_min/layer_{layer.layer:02}"] = layer.bias_min
         curves[f"bias_max/layer_{layer.layer:02}"] = layer.bias_max
+    if record.rollouts is not None:
+        own = asdict(record.rollouts).items()
+        curves |= {f"rollouts/{name}": float(value) for name, value in own if value is not None}
     for layer in record.indexers:
         curves[f"indexer_kl/layer_{layer.layer:02}"] = layer.kl
         curves[f"indexer_recall/layer_{layer.layer:02}"] = layer.recall

@@ -82,9 +82,10 @@ def most_rows(phase: Phase, unit: int) -> int:
     return max(1, round(most / unit)) * unit
 
 
-def data_of(recipe: Recipe, index: int) -> DataConfig:
-    """The data of phase `index`."""
-    return recipe.phase[index].data or recipe.data
+def data_of(recipe: Recipe, index: int) -> DataConfig | None:
+    """The data of phase `index`; None for a GRPO phase, which has prompts."""
+    phase = recipe.phase[index]
+    return None if phase.grpo is not None else phase.data or recipe.data
 
 
 def data_begins(recipe: Recipe, index: int) -> int:
@@ -97,7 +98,7 @@ def data_begins(recipe: Recipe, index: int) -> int:
     return index
 
 
-def _reads(recipe: Recipe, index: int) -> tuple[DataConfig, int]:
+def _reads(recipe: Recipe, index: int) -> tuple[DataConfig | None, int]:
     return data_of(recipe, index), recipe.phase[index].sequence_length
 
 

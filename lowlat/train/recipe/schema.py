@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -18,13 +16,20 @@ from pydantic import (
 )
 
 from lowlat.train.recipe.errors import NUMBER, SEGMENTS, explain
+from lowlat.train.recipe.fields import Amount, Count, Share, Table
+from lowlat.train.recipe.grpo import GRPOConfig
+from lowlat.train.recipe.tables import (
+    BalanceConfig,
+    CheckpointConfig,
+    DistillationConfig,
+    EvaluationConfig,
+    LogConfig,
+    LoraConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from lowlat.utils.bounded_read import read_bounded_text
 from lowlat.utils.errors import UserError
-
-Count = Annotated[int, Field(ge=1, le=10**12)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 def _check_plain(table: dict[str, Any]) -> dict[str, Any]:
@@ -38,20 +43,12 @@ def _check_plain(table: dict[str, Any]) -> dict[str, Any]:
 
 
 ConfigTable = Annotated[dict[str, Any], AfterValidator(_check_plain)]
-FromList = Field(strict=False)
-"""Of a tuple: TOML and JSON have lists only, which a strict tuple refuses."""
 MAX_RECIPE_BYTES = 2**24
 MOST_ROWS = 10**9
 """Largest global batch in rows; the dry run checks memory."""
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
-
-
-class Segment(_Table):
+class Segment(Table):
     """A segment of a schedule, from the end value of the segment before (at first 0) to `to`."""
 
     to: Amount
@@ -69,7 +66,7 @@ Schedule = Annotated[
 """A constant, or segments that start from 0."""
 
 
-class DataConfig(_Table):
+class DataConfig(Table):
     """Training data and how documents are packed into rows."""
 
     folder: str
@@ -80,114 +77,7 @@ class DataConfig(_Table):
     """Share of documents in fill-in-the-middle order: prefix, suffix, middle (V3: 0.1)."""
 
 
-class OptimizerConfig(_Table):
-    """Optimizer and gradient clipping."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """`muon` trains hidden matrices with Newton-Schulz steps and the other weights with AdamW."""
-    betas: Annotated[tuple[Rate, Rate], FromList] = (0.9, 0.95)
-    """Decay rates of AdamW's first and second moment."""
-    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: Amount = 0.1
-    """Decoupled weight decay of matrices: each step scales them by 1 - learning rate x this."""
-    momentum: Rate = 0.95
-    """Muon's momentum."""
-    max_grad_norm: Amount = 1.0
-    """Clip gradients to this global norm; 0 disables clipping."""
-
-
-class BalanceConfig(_Table):
-    """Load balancing of routed experts."""
-
-    sequence_weight: Amount = 1e-4
-    """Weight (alpha) of the sequence-wise balance loss (V3 equations 17 to 20)."""
-
-
-class ParallelConfig(_Table):
-    """Sizes of the process mesh; the product of all but `expert` is the number of processes."""
-
-    data: Count = 1
-    """Data-parallel replicas, with summed gradients (DDP)."""
-    fsdp: Count = 1
-    """Processes that shard a replica's weights and optimizer state (FSDP2)."""
-    expert: Count = 1
-    """Processes that share the routed experts, out of the data, fsdp and context processes."""
-    tensor: Count = 1
-    """Tensor-parallel processes, which divide attention heads and MLP channels."""
-    pipeline: Count = 1
-    """Pipeline stages, which divide the layers."""
-    context: Count = 1
-    """Context-parallel processes, which divide each sequence."""
-    pipeline_schedule: Literal["1f1b", "interleaved", "zb", "zbv", "dualpipev"] = "1f1b"
-    """Order of the forward and backward passes of micro-batches."""
-
-    @property
-    def processes(self) -> int:
-        return self.data * self.fsdp * self.tensor * self.pipeline * self.context
-
-
-class CheckpointConfig(_Table):
-    """When checkpoints of the complete training state are written, and which are retained."""
-
-    every_steps: Count = 200
-    """Optimizer steps between checkpoints; every phase also ends with one."""
-    keep_last: Annotated[int, Field(ge=2)] = 2
-    """Number of latest checkpoints to retain."""
-    keep_every_hours: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    """Also retain one checkpoint per this many hours."""
-
-
-class EvaluationConfig(_Table):
-    """Evaluation on held-out documents."""
-
-    every_steps: Count = 200
-    """Optimizer steps between evaluations; every phase also ends with one."""
-    sequences: Count = 64
-    """Sequences of the held-out split per evaluation, the same ones each time."""
-
-
-class LogConfig(_Table):
-    """Logging."""
-
-    every_steps: Count = 1
-    """Optimizer steps between log records."""
-    tensorboard: bool | None = None
-    """Write TensorBoard files; by default, if tensorboard is installed."""
-
-
-class LoraConfig(_Table):
-    """LoRA: low-rank updates of frozen projections (arXiv 2106.09685)."""
-
-    rank: Count
-    """Rank of the updates."""
-    alpha: Amount
-    """Updates are scaled by alpha / rank."""
-    target_modules: Annotated[tuple[str, ...], FromList, Field(min_length=1)] = (
-        "q_proj",
-        "q_a_proj",
-        "q_b_proj",
-        "kv_a_proj_with_mqa",
-        "kv_b_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    )
-    """Names of the projections that get an update."""
-
-
-class DistillationConfig(_Table):
-    """Knowledge distillation from a frozen teacher: forward KL divergence between next-token
-    distributions.
-    """
-
-    teacher: str
-    """Teacher checkpoint, named as in `base_model`; it must have the model's vocabulary."""
-    cross_entropy_weight: Amount = 0.0
-    """Weight of the cross-entropy loss, added to the divergence."""
-
-
-class Phase(_Table):
+class Phase(Table):
     """A part of the training with one sequence length."""
 
     name: str
@@ -226,6 +116,10 @@ class Phase(_Table):
     """
     dsa_indexer_loss_coeff: Amount = 1.0
     """Weight of the indexers' KL loss."""
+    grpo: GRPOConfig | None = None
+    """Reinforcement learning: batch_size completions per step, of up to sequence_length tokens with
+    their prompts.
+    """
 
     @property
     def is_warmup(self) -> bool:
@@ -251,6 +145,21 @@ class Phase(_Table):
         return self
 
     @model_validator(mode="after")
+    def _groups_fit(self) -> "Phase":
+        grpo = self.grpo
+        if grpo is None:
+            return self
+        size = grpo.num_generations
+        if isinstance(self.batch_size, list) or self.batch_size % size:
+            raise ValueError(f"batch_size: must be a multiple of grpo.num_generations {size}")
+        if grpo.max_completion_length >= self.sequence_length:
+            raise ValueError(
+                f"grpo.max_completion_length: {grpo.max_completion_length} leaves no token of "
+                f"sequence_length {self.sequence_length} for the prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _segments_fit(self) -> "Phase":
         for field in ("batch_size", "learning_rate", "mtp_weight", "bias_update_speed"):
             schedule = getattr(self, field)
@@ -263,7 +172,7 @@ class Phase(_Table):
         return self
 
 
-class Recipe(_Table):
+class Recipe(Table):
     """All settings of a training run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -280,8 +189,8 @@ class Recipe(_Table):
     """`full` recomputes activations in the backward pass: less memory, a third more compute."""
     device: str = "cpu"
     """`cpu` or `cuda`."""
-    data: DataConfig
-    """Training data."""
+    data: DataConfig | None = None
+    """Training data; GRPO phases need none."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and gradient clipping."""
     balance: BalanceConfig = BalanceConfig()
@@ -309,6 +218,10 @@ class Recipe(_Table):
     def _one_origin(self) -> "Recipe":
         if (self.model is None) == (self.base_model is None):
             raise ValueError("give either [model] or base_model, not both")
+        if self.data is None and any(not (p.data or p.grpo) for p in self.phase):
+            raise ValueError("data is missing")
+        if self.data is None and self.base_model is None:
+            raise ValueError("data is missing; without base_model its tokenizer is the model's")
         if self.lora is not None and self.base_model is None:
             raise ValueError("lora needs base_model, a checkpoint whose weights are frozen")
         if self.lora is not None and self.trainable != "all":

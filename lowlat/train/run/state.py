@@ -4,8 +4,9 @@ The state is the weights with routing biases, the optimizer state, the random st
 in the data, and the recipe. It does not depend on the parallelism.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lowlat.train.step.lora import is_lora_parameter
 from lowlat.train.step.optim import Optimizer
 from lowlat.utils.errors import UserError
 
-MODEL, OPTIMIZER, RANDOM = "model.", "optimizer.", "random.torch"
+MODEL, OPTIMIZER, RANDOM, ROLLOUTS = "model.", "optimizer.", "random.torch", "rollouts."
 FREE_KEYS = (
     "name",
     "checkpoints",
@@ -61,14 +62,19 @@ def state_tensors(sharded: ShardedParameters, optimizer: Optimizer) -> Iterator[
 
 
 def snapshot(
-    sharded: ShardedParameters, optimizer: Optimizer, *, keep: bool = True
+    sharded: ShardedParameters,
+    optimizer: Optimizer,
+    *,
+    rollouts: Iterable[tuple[str, Tensor]] = (),
+    keep: bool = True,
 ) -> list[tuple[str, Tensor]]:
-    """Copy of `state_tensors` in CPU memory. Collective: with `keep` false, this process takes part
-    but stores nothing.
+    """Copy of `state_tensors` and of the state `rollouts` of a GRPO phase in CPU memory.
+    Collective: with `keep` false, this process takes part but stores nothing.
     """
+    own = ((ROLLOUTS + name, tensor) for name, tensor in rollouts)
     return [
         (name, tensor.detach().to("cpu", copy=True))
-        for name, tensor in state_tensors(sharded, optimizer)
+        for name, tensor in chain(state_tensors(sharded, optimizer), own)
         if keep
     ]
 

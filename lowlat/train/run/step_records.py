@@ -3,13 +3,17 @@
 import math
 import resource
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import torch
 
+from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.inputs.phase_data import PhaseData
-from lowlat.train.metrics.record import EvalRecord, StepRecord
-from lowlat.train.recipe.schedule import StepPlan
+from lowlat.train.metrics.record import EvalRecord, RolloutRecord, StartRecord, StepRecord
+from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
+from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.state import Position
 from lowlat.train.step.step import StepResult
 
@@ -26,9 +30,17 @@ class StepRecorder:
     """Device of the training."""
 
     def record(
-        self, plan: StepPlan, result: StepResult, position: Position, seconds: float, tokens: int
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        position: Position,
+        seconds: float,
+        tokens: int,
+        rollouts: RolloutRecord | None = None,
     ) -> StepRecord:
-        """The record of the step `plan`, which took `seconds`; `tokens` is the total so far."""
+        """The record of the step `plan`, which took `seconds`; `tokens` is the total so far. MFU is
+        that of training, unknown with `rollouts`.
+        """
         rate = plan.tokens / seconds
         return StepRecord(
             step=position.step,
@@ -43,13 +55,45 @@ class StepRecorder:
             learning_rate=plan.learning_rate,
             batch_tokens=plan.tokens,
             tokens_per_second=rate,
-            mfu=rate * self.flops_per_token / self.gemm_rate,
+            mfu=None if rollouts else rate * self.flops_per_token / self.gemm_rate,
             memory_bytes=_memory(self.device),
             experts=result.loads,
             divergence=result.matched if result.losses else None,
             layer_error=None if result.losses else result.matched,
             indexers=result.indexers,
+            rollouts=rollouts,
         )
+
+
+def start_record(
+    recipe: Recipe,
+    config: ModelConfig,
+    schedule: TrainingSchedule,
+    *,
+    step: int,
+    processes: int,
+    gemm_rate: float,
+) -> StartRecord:
+    """The record of a run of a model of `config` that starts after `step` steps."""
+    count = count_parameters(config)
+    facts = {
+        "parameters": count.total,
+        "active parameters": count.active,
+        "MTP parameters": count.mtp,
+        "precision": recipe.precision,
+        "device": recipe.device,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "GEMM GFLOP/s": round(gemm_rate / 1e9),
+    }
+    return StartRecord(
+        step=step,
+        name=recipe.name,
+        total_steps=schedule.steps,
+        tokens_total=schedule.tokens,
+        facts=facts,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def eval_record(

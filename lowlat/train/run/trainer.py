@@ -4,16 +4,17 @@ import gc
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowlat.config.model import ModelConfig
-from lowlat.config.parameter_count import count_parameters
 from lowlat.data.batch import Batch
+from lowlat.data.packing import PackedRows
 from lowlat.model.transformer import Transformer
 from lowlat.plan.rate import measure_gemm_rate
 from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
@@ -23,18 +24,20 @@ from lowlat.train.cost.frozen_weights import training_flops
 from lowlat.train.inputs.phase_data import PhaseData, data_notes
 from lowlat.train.inputs.run_inputs import open_run_inputs
 from lowlat.train.metrics.metrics_log import MetricsLog
-from lowlat.train.metrics.record import StartRecord
+from lowlat.train.metrics.record import RolloutRecord
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.recipe.schedule import StepPlan, TrainingSchedule
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
 from lowlat.train.run.export import TOKENIZER, export, keep_tokenizer, refuse_older_model
 from lowlat.train.run.failed_step import batch_file, keep_batch
+from lowlat.train.run.grpo import grpo_phase
 from lowlat.train.run.signals import StopSignals
 from lowlat.train.run.state import (
     MODEL,
     OPTIMIZER,
     RANDOM,
+    ROLLOUTS,
     Position,
     check_config,
     check_resumable,
@@ -43,7 +46,7 @@ from lowlat.train.run.state import (
     snapshot,
     state_tensors,
 )
-from lowlat.train.run.step_records import StepRecorder, eval_record
+from lowlat.train.run.step_records import StepRecorder, eval_record, start_record
 from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.indexers import IndexerLosses
 from lowlat.train.step.lora import merged
@@ -133,14 +136,23 @@ class Trainer:
         Raises UserError if a loss or gradient is not finite.
         """
         self._meter = self._new_meter()
-        self.log.start(self._start_record())
+        self.log.start(
+            start_record(
+                self.recipe,
+                self.config,
+                self.schedule,
+                step=self.position.step,
+                processes=self._mesh.world_size,
+                gemm_rate=self._meter.gemm_rate,
+            )
+        )
         for note in data_notes(self.recipe, self._inputs.data):
             self.log.note(note)
         losses: tuple[float, ...] = ()
         saved = self.position.step
         if self._teacher is not None and saved == 0:
             self._evaluate(self._plan())
-        with retain_freed_memory(), StopSignals() as stop:
+        with closing(self._inputs), retain_freed_memory(), StopSignals() as stop:
             while self.position.step < self.schedule.steps and not self._mesh.any(stop.asked):
                 plan = self._plan()
                 self._enter_phase(plan)
@@ -193,6 +205,7 @@ class Trainer:
         """
         config = self._inputs.configs[self._phase]
         moments, random = part(tensors, OPTIMIZER), tensors.get(RANDOM)
+        rollouts = part(tensors, ROLLOUTS)
         weights = part(tensors, MODEL) or None
         tensors.clear()
         phase = self.recipe.phase[self._phase]
@@ -217,6 +230,11 @@ class Trainer:
             mesh=self._mesh,
         )
         self._indexers = IndexerLosses(self.model, mesh=self._mesh)
+        self._grpo = grpo_phase(
+            self.model, self.recipe, self._phase, self._inputs, self.run_folder.path
+        )
+        if self._grpo is not None:
+            self._grpo.load(rollouts)
 
     def _enter_phase(self, plan: StepPlan) -> None:
         if plan.phase_index == self._phase:
@@ -226,7 +244,7 @@ class Trainer:
         tensors = {name: tensor.cpu() for name, tensor in state}
         # Free the old model and optimizer before the new ones are built.
         del state, self.model, self._passes, self.sharded, self.optimizer
-        del self._balancer, self._indexers
+        del self._balancer, self._indexers, self._grpo
         gc.collect()  # gates and their hooks refer to each other
         self._build(tensors)
         self._meter = self._new_meter()
@@ -234,7 +252,11 @@ class Trainer:
 
     def _step(self, plan: StepPlan) -> StepResult:
         began = time.monotonic()
+        if self._grpo is not None:
+            result, rollouts = self._grpo.step(plan, self.optimizer, self._balancer)
+            return self._record(plan, result, time.monotonic() - began, rollouts)
         first, rows = self._mesh.batch_shard(plan.first_row, plan.rows)
+        assert self._present is not None
         batch = self._present.train.batch(first, rows).to(self.recipe.device)
         result = train_step(
             self._passes,
@@ -246,15 +268,25 @@ class Trainer:
             indexers=self._indexers,
             mesh=self._mesh,
         )
+        return self._record(plan, result, time.monotonic() - began)
+
+    def _record(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        seconds: float,
+        rollouts: RolloutRecord | None = None,
+    ) -> StepResult:
+        """Advance and log a step, which took `seconds`. Raises UserError if it is not finite."""
         if not result.is_finite:
             self._stop_at(plan, result)
-        seconds = time.monotonic() - began
         self._advance(1, seconds)
         if not result.has_targets:
             self.log.note(f"step {plan.step + 1}: its batch has no target; no weight was updated")
         if self.position.step % self.recipe.log.every_steps == 0 or plan.ends_phase:
             tokens = self.schedule.tokens_before(self.position.step)
-            self.log.step(self._meter.record(plan, result, self.position, seconds, tokens))
+            record = self._meter.record(plan, result, self.position, seconds, tokens, rollouts)
+            self.log.step(record)
         self._saves.poll()
         return result
 
@@ -267,8 +299,8 @@ class Trainer:
         self._saves.wait()
         if not self._mesh.broadcast(int(plan.step in self._saves.steps())):
             self._save()
-        kept = "saved by rank 0"
-        if self._mesh.is_main_process:
+        kept = "saved by rank 0" if self._grpo is None else "the last file of samples"
+        if self._mesh.is_main_process and self._present is not None:
             path = batch_file(self.run_folder.path, plan.step)
             kept = keep_batch(path, plan.step, self._present.train.batch(plan.first_row, plan.rows))
         self._saves.wait()
@@ -283,24 +315,22 @@ class Trainer:
         )
 
     def _evaluate(self, plan: StepPlan) -> None:
-        held_out = self._present.held_out
-        if held_out is None:
+        data = self._present
+        if data is None or data.held_out is None:
             return
         began = time.monotonic()
         self.log.status("evaluating")
-        batches = self._held_out_batches(plan)
+        batches = self._held_out_batches(plan, data.held_out)
         num_ahead = 1 + self.config.num_nextn_predict_layers
         found = evaluate(self._passes, batches, num_ahead=num_ahead, mesh=self._mesh)
         self._advance(0, time.monotonic() - began)
         self.log.status("")
         tokens = self.schedule.tokens_before(self.position.step)
-        at = self.position.step, tokens, self._present
+        at = self.position.step, tokens, data
         self.log.evaluation(eval_record(found, num_ahead, *at))
 
-    def _held_out_batches(self, plan: StepPlan) -> Iterator[Batch]:
+    def _held_out_batches(self, plan: StepPlan, windows: PackedRows) -> Iterator[Batch]:
         """Held-out micro-batches of this process; missing ones repeat the last without targets."""
-        windows = self._present.held_out
-        assert windows is not None
         rows = min(self.recipe.evaluation.sequences, windows.per_epoch)
         size = plan.phase.micro_batch_size
         firsts = range(0, rows, size)
@@ -315,7 +345,12 @@ class Trainer:
     def _save(self) -> None:
         began = time.monotonic()
         self._saves.wait()  # frees the copy of the last state before the next is made
-        tensors = snapshot(self.sharded, self.optimizer, keep=self._mesh.is_main_process)
+        tensors = snapshot(
+            self.sharded,
+            self.optimizer,
+            rollouts=() if self._grpo is None else self._grpo.state(),
+            keep=self._mesh.is_main_process,
+        )
         if self._mesh.is_main_process:
             self._saves.write_async(
                 self.position.step,
@@ -343,7 +378,7 @@ class Trainer:
         return dst
 
     @property
-    def _present(self) -> PhaseData:
+    def _present(self) -> PhaseData | None:
         return self._inputs.data[self._phase]
 
     def _new_meter(self) -> StepRecorder:
@@ -354,25 +389,4 @@ class Trainer:
             ),
             gemm_rate=measure_gemm_rate(self._dtype, self.recipe.device) * self._mesh.world_size,
             device=torch.device(self.recipe.device),
-        )
-
-    def _start_record(self) -> StartRecord:
-        count = count_parameters(self.config)
-        facts = {
-            "parameters": count.total,
-            "active parameters": count.active,
-            "MTP parameters": count.mtp,
-            "precision": self.recipe.precision,
-            "device": self.recipe.device,
-            "processes": self._mesh.world_size,
-            "threads": torch.get_num_threads(),
-            "GEMM GFLOP/s": round(self._meter.gemm_rate / 1e9),
-        }
-        return StartRecord(
-            step=self.position.step,
-            name=self.recipe.name,
-            total_steps=self.schedule.steps,
-            tokens_total=self.schedule.tokens,
-            facts=facts,
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
         )

@@ -31,6 +31,7 @@ def inputs(*fingerprints: str) -> RunInputs:
     return RunInputs(
         configs=[],
         data=[],
+        grpo=[],
         base_model=None,
         teacher=None,
         teacher_config=None,

@@ -1,0 +1,1 @@
+"""Policy of reinforcement learning: the engine's forward pass with gradients, rollouts, GRPO."""

@@ -1,0 +1,109 @@
+"""Construction of a GRPO phase from a recipe, and the checks that need no data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowlat.config.attention import distinct
+from lowlat.config.model import ModelConfig, TPAConfig
+from lowlat.model.native import supports_native
+from lowlat.model.transformer import Transformer
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.train.policy.generation import Generator, distribution_of
+from lowlat.train.policy.learner import PolicyLearner
+from lowlat.train.policy.loss import LossOptions
+from lowlat.train.policy.phase import GRPOPhase
+from lowlat.train.policy.prompts import PromptRecord
+from lowlat.train.policy.rollouts import RolloutEngine
+from lowlat.train.policy.weights import PolicyWeights
+from lowlat.train.recipe.grpo import GRPOConfig
+from lowlat.train.recipe.schedule import value_at
+from lowlat.train.recipe.schema import Phase, Recipe
+from lowlat.train.rewards.workers import RewardWorkers
+from lowlat.utils.errors import UserError
+
+SAMPLES = "samples"
+"""Folder in a run folder with the completions of every batch."""
+
+
+def check_grpo(config: ModelConfig, recipe: Recipe, origin: str) -> None:
+    """Raises UserError naming the key that a GRPO phase of `recipe` does not support."""
+    for phase in recipe.phase:
+        if phase.grpo is None:
+            continue
+        where = f"{origin}: phase {phase.name}: grpo"
+        if config.is_sparse or any(isinstance(a, TPAConfig) for a in distinct(config.attention)):
+            raise UserError(f"{where} does not support sparse attention (DSA) and TPA")
+        if recipe.precision != "bf16" or recipe.device != "cpu":
+            raise UserError(
+                f"{where} samples in bf16 on the CPU; set precision 'bf16', device 'cpu'"
+            )
+        if recipe.parallel.processes > 1:
+            raise UserError(f"{where} runs in one process; leave [parallel] out")
+        if recipe.distillation is not None:
+            raise UserError(f"{where} learns from rewards; remove distillation")
+        if phase.grpo.beta > 0 and recipe.base_model is None:
+            raise UserError(f"{where}: beta needs base_model, the reference; set it, or beta = 0")
+        if config.moe is not None and recipe.balance.sequence_weight:
+            raise UserError(
+                f"{where} has no sequence-wise balance loss; set balance.sequence_weight = 0"
+            )
+        ahead = [value_at(phase.mtp_weight, step, phase.steps) for step in range(phase.steps)]
+        if config.num_nextn_predict_layers and any(ahead):
+            raise UserError(f"{where} freezes MTP modules; set mtp_weight = 0")
+
+
+def new_grpo_phase(
+    model: Transformer,
+    recipe: Recipe,
+    phase: Phase,
+    *,
+    reference: Transformer | None,
+    prompts: Sequence[PromptRecord],
+    tokenizer: Tokenizer,
+    rewards: RewardWorkers,
+    run: Path,
+) -> GRPOPhase:
+    """The GRPO `phase` that trains `model`, fp32 master weights.
+
+    reference: base_model in bf16 with stacked experts, if the recipe's beta is above 0; run: the
+    run folder. Raises UserError if the native kernels are missing.
+    """
+    table = phase.grpo
+    assert table is not None
+    learner = PolicyLearner(
+        model,
+        recipe.lora,
+        distribution=distribution_of(table),
+        options=_loss_options(table),
+        reference=None if reference is None else PolicyWeights(reference).new_model(),
+    )
+    if not supports_native(learner.model):
+        raise UserError("grpo needs lowlat's native kernels; install them (docs/native.md)")
+    engine = RolloutEngine(
+        learner.model,
+        context=phase.sequence_length,
+        eos_ids=frozenset(tokenizer.eos_ids) | frozenset(model.config.eos_token_ids),
+        seed=recipe.seed,
+    )
+    generator = Generator(
+        engine,
+        table,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        rewards=rewards,
+        seed=recipe.seed,
+        samples=run / SAMPLES,
+    )
+    return GRPOPhase(learner, engine, generator, iterations=table.num_iterations)
+
+
+def _loss_options(table: GRPOConfig) -> LossOptions:
+    return LossOptions(
+        loss_type=table.loss_type,
+        epsilon=table.epsilon,
+        epsilon_high=table.epsilon if table.epsilon_high is None else table.epsilon_high,
+        delta=table.delta,
+        beta=table.beta,
+        use_bias_correction_kl=table.use_bias_correction_kl,
+        max_completion_length=table.max_completion_length,
+    )

@@ -1,0 +1,254 @@
+"""Forward and backward passes of a batch of completions: log-probabilities by the engine's kernels,
+GRPO losses, gradients of the fp32 master weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from lowlat.config.model import ModelConfig
+from lowlat.model.transformer import Transformer
+from lowlat.ops.cross_entropy import CHUNK_ELEMENTS, even_chunks
+from lowlat.train.policy.backward import PolicyBackward
+from lowlat.train.policy.distribution import Masks, SamplingDistribution, entropy
+from lowlat.train.policy.forward import PolicyForward, PolicyPass, PolicySequence
+from lowlat.train.policy.loss import LossOptions, sequence_weights, token_losses
+from lowlat.train.policy.weights import PolicyWeights
+from lowlat.train.recipe.schema import LoraConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class PolicyBatch:
+    """Completions of one optimizer step, or of several over the same ones."""
+
+    sequences: list[PolicySequence]
+    advantages: list[float]
+    is_counted: list[bool]
+    """Whether a completion takes part in the loss."""
+    logprobs: list[tuple[float, ...]] = field(default_factory=list)
+    """What the engine sampled the tokens of each completion from (`Rollout.logprobs`); empty:
+    unknown.
+    """
+    updates: int = 0
+    """Optimizer steps over the batch so far."""
+    old_logps: list[Float64[Tensor, " _"]] = field(default_factory=list)
+    """Log-probabilities of the tokens of each completion before the first update, which makes them;
+    those of the reference, and the sampling masks, likewise.
+    """
+    ref_logps: list[Float64[Tensor, " _"]] = field(default_factory=list)
+    masks: list[Masks] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion that count."""
+        counted = zip(self.sequences, self.is_counted, strict=True)
+        return [len(own.completion) if counts else 0 for own, counts in counted]
+
+
+@dataclass(kw_only=True, slots=True)
+class PolicyFigures:
+    """What is logged of a batch: sums over its counted tokens."""
+
+    loss: float = 0.0
+    """The loss, which is a weighted sum over the tokens."""
+    tokens: int = 0
+    num_inputs: int = 0
+    """Tokens of prompts and completions, counted or not."""
+    entropy: float = 0.0
+    kl: float | None = None
+    clipped: int = 0
+    mismatch: float = 0.0
+    """Largest difference of a token's log-probability between the engine and the first update."""
+    experts: dict[int, Float64[Tensor, " experts"]] = field(default_factory=dict)
+    """Choices of every expert, by layer, over prompts and completions."""
+
+
+class PolicyLearner:
+    """Trains `trained`, fp32 master weights or low-rank updates `lora` of a bf16 model, whose
+    rounded weights are `model`, for the engine.
+    """
+
+    def __init__(
+        self,
+        trained: Transformer,
+        lora: LoraConfig | None,
+        *,
+        distribution: SamplingDistribution,
+        options: LossOptions,
+        reference: Transformer | None = None,
+    ) -> None:
+        """reference: the bf16 model of the KL divergence."""
+        self._weights = PolicyWeights(trained, lora)
+        self.model = self._weights.new_model()
+        self._forward = PolicyForward(self.model)
+        self._backward = PolicyBackward(self._weights)
+        self._reference = None if reference is None else PolicyForward(reference)
+        self._distribution = distribution
+        self._options = options
+        tied = trained.lm_head is None
+        self._head_name = "embed_tokens.weight" if tied else "lm_head.weight"
+
+    def refresh(self) -> None:
+        """Round the updated master weights. The engine must take them over, too."""
+        self._weights.refresh()
+        self._forward.refresh()
+
+    def accumulate(self, batch: PolicyBatch, micro_batch_size: int) -> PolicyFigures:
+        """Add the gradients of the loss of `batch` to those of the master weights."""
+        figures = PolicyFigures()
+        weights = sequence_weights(batch.lengths, self._options)
+        for first in range(0, len(batch.sequences), micro_batch_size):
+            part = range(first, min(first + micro_batch_size, len(batch.sequences)))
+            self._micro_batch(batch, part, weights, figures)
+        return figures
+
+    @torch.no_grad()
+    def _micro_batch(
+        self, batch: PolicyBatch, part: range, weights: Sequence[float], figures: PolicyFigures
+    ) -> None:
+        sequences = [batch.sequences[number] for number in part]
+        run = self._forward.run(sequences)
+        reference = None
+        if self._reference is not None and batch.updates == 0:
+            reference = self._reference.run(sequences, keeps=False)
+        tokens = _tokens(batch, part, weights)
+        grad = torch.zeros_like(run.hidden)
+        for rows in self._chunks(run):
+            logits = self._forward.logits(run, rows)
+            if batch.updates == 0:
+                tokens.masks += self._distribution.masks(logits) or []
+            masks = tokens.masks[rows] if tokens.masks else None
+            logps = self._distribution.log_probabilities(logits, masks)
+            if batch.updates == 0:
+                tokens.old_logps.append(_of_targets(logps, run.targets[rows]))
+                if tokens.logprobs:
+                    found = _mismatch(logits, run.targets[rows], tokens.logprobs[rows])
+                    figures.mismatch = max(figures.mismatch, found)
+            if reference is not None and self._reference is not None:
+                logits = self._reference.logits(reference, rows)
+                ref = self._distribution.log_probabilities(logits, masks)
+                tokens.ref_logps.append(_of_targets(ref, run.targets[rows]))
+            self._chunk_gradient(run, rows, logps, tokens, grad, figures)
+        if batch.updates == 0:
+            tokens.keep(batch)
+        figures.num_inputs += len(run.ids)
+        self._backward.run(run, grad)
+        _count_experts(run, self.model.config, figures)
+
+    def _chunk_gradient(
+        self,
+        run: PolicyPass,
+        rows: slice,
+        logps: Float64[Tensor, "rows vocab"],
+        tokens: "_Tokens",
+        grad: Float[Tensor, "tokens hidden"],
+        figures: PolicyFigures,
+    ) -> None:
+        """Write the gradient of the loss by the hidden states of some rows to `grad`; add that by
+        the head to its master weight.
+        """
+        targets, hidden = run.targets[rows], run.hidden[run.rows[rows]]
+        factors = self._loss_gradient(_of_targets(logps, targets), tokens, rows, figures)
+        figures.entropy += float(entropy(logps)[tokens.weights[rows] > 0].sum())
+        by_logits = self._distribution.gradient(logps, targets, factors).to(torch.bfloat16)
+        grad[run.rows[rows]] = by_logits @ self._weights.tensors[self._head_name]
+        master = self._weights.master(self._head_name)
+        if master is not None:
+            own = (by_logits.T @ hidden).to(master.dtype)
+            master.grad = own if master.grad is None else master.grad.add_(own)
+
+    def _loss_gradient(
+        self, logps: Float64[Tensor, "rows"], tokens: "_Tokens", rows: slice, figures: PolicyFigures
+    ) -> Float64[Tensor, "rows"]:
+        """Gradient of the loss by the log-probabilities of some tokens, which are logged."""
+        weights = tokens.weights[rows]
+        old, ref = torch.cat(tokens.old_logps)[rows], None
+        if tokens.ref_logps:
+            ref = torch.cat(tokens.ref_logps)[rows]
+        with torch.enable_grad():
+            leaf = logps.detach().requires_grad_()
+            found = token_losses(leaf, old, ref, tokens.advantages[rows], self._options)
+            loss = (found.losses * weights).sum()
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        counted = weights > 0
+        figures.loss += loss.item()
+        figures.tokens += int(counted.sum())
+        figures.clipped += int(found.is_clipped[counted].sum())
+        if found.kl is not None:
+            figures.kl = (figures.kl or 0.0) + found.kl[counted].sum().item()
+        return gradient
+
+    def _chunks(self, run: PolicyPass) -> list[slice]:
+        most = max(1, CHUNK_ELEMENTS // 2 // self.model.config.vocab_size)
+        return even_chunks(len(run.rows), most)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Tokens:
+    """Of every completion token of a micro-batch; the first update makes the lists."""
+
+    lengths: list[int]
+    advantages: Float64[Tensor, "tokens"]
+    weights: Float64[Tensor, "tokens"]
+    old_logps: list[Float64[Tensor, " _"]]
+    ref_logps: list[Float64[Tensor, " _"]]
+    masks: list[Int[Tensor, " _"]]
+    logprobs: list[float]
+
+    def keep(self, batch: PolicyBatch) -> None:
+        """Append the lists to those of `batch`."""
+        batch.old_logps += torch.cat(self.old_logps).split(self.lengths)
+        if self.ref_logps:
+            batch.ref_logps += torch.cat(self.ref_logps).split(self.lengths)
+        if self.masks:
+            ends = accumulate(self.lengths)
+            spans = zip(ends, self.lengths, strict=True)
+            batch.masks += [self.masks[end - length : end] for end, length in spans]
+
+
+def _tokens(batch: PolicyBatch, part: range, weights: Sequence[float]) -> _Tokens:
+    """Of the completions `part`; `weights`: of the tokens of every completion."""
+    lengths = [len(batch.sequences[number].completion) for number in part]
+    counted = [weights[n] if batch.is_counted[n] else 0.0 for n in part]
+    advantages = [batch.advantages[n] for n in part]
+    repeats = torch.tensor(lengths)
+    return _Tokens(
+        lengths=lengths,
+        advantages=torch.tensor(advantages, dtype=torch.float64).repeat_interleave(repeats),
+        weights=torch.tensor(counted, dtype=torch.float64).repeat_interleave(repeats),
+        old_logps=[batch.old_logps[n] for n in part if batch.updates],
+        ref_logps=[batch.ref_logps[n] for n in part if batch.updates and batch.ref_logps],
+        masks=[mask for n in part if batch.updates and batch.masks for mask in batch.masks[n]],
+        logprobs=[logprob for n in part if batch.logprobs for logprob in batch.logprobs[n]],
+    )
+
+
+def _mismatch(
+    logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, "rows"], logprobs: Sequence[float]
+) -> float:
+    """Largest difference between the targets' log-probabilities, computed as the sampler does, and
+    `logprobs`.
+    """
+    rows = zip(logits, targets.tolist(), logprobs, strict=True)
+    return max(abs(float(row.log_softmax(dim=-1)[target]) - own) for row, target, own in rows)
+
+
+def _of_targets(
+    logps: Float64[Tensor, "rows vocab"], targets: Int[Tensor, "rows"]
+) -> Float64[Tensor, "rows"]:
+    return logps.gather(1, targets[:, None])[:, 0]
+
+
+def _count_experts(run: PolicyPass, config: ModelConfig, figures: PolicyFigures) -> None:
+    """Add the choices of the gates of all MoE layers."""
+    assert run.kept is not None
+    if run.kept.experts is None or config.moe is None:
+        return
+    for layer, chosen in enumerate(run.kept.experts):
+        if config.is_moe_layer(layer):
+            counts = torch.bincount(chosen.flatten(), minlength=config.moe.n_routed_experts)
+            figures.experts[layer] = figures.experts.get(layer, 0) + counts.double()

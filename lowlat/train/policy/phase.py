@@ -1,0 +1,119 @@
+"""A GRPO phase of a training run: rollouts, updates of the weights over them, and their state in
+checkpoints.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, replace
+
+import torch
+from torch import Tensor
+
+from lowlat.train.metrics.record import RolloutRecord
+from lowlat.train.policy.batch_state import batch_of, tensors_of
+from lowlat.train.policy.generation import GenerationFigures, Generator
+from lowlat.train.policy.learner import PolicyBatch, PolicyLearner
+from lowlat.train.policy.rollouts import RolloutEngine
+from lowlat.train.recipe.schedule import StepPlan
+from lowlat.train.step.balance import LoadBalancer
+from lowlat.train.step.optim import Optimizer
+from lowlat.train.step.step import StepResult
+
+DRAWS, FIGURES, BATCH = "draws", "figures", "batch."
+"""Names of the state's tensors."""
+
+
+class GRPOPhase:
+    """Steps of a GRPO phase."""
+
+    def __init__(
+        self,
+        learner: PolicyLearner,
+        engine: RolloutEngine,
+        generator: Generator,
+        *,
+        iterations: int,
+    ) -> None:
+        """iterations: optimizer steps per batch of completions."""
+        self._learner = learner
+        self._engine = engine
+        self._generator = generator
+        self._iterations = iterations
+        self._batch: PolicyBatch | None = None
+        self._figures: GenerationFigures | None = None
+
+    def step(
+        self, plan: StepPlan, optimizer: Optimizer, balancer: LoadBalancer
+    ) -> tuple[StepResult, RolloutRecord]:
+        """One optimizer step, which first samples completions if all updates over the latest are
+        done. No weight is updated if loss or gradient are not finite.
+        """
+        rate = 0.0
+        if self._batch is None or self._batch.updates == self._iterations:
+            self._batch, self._figures = self._generator.batch(plan.rows, plan.step + 1)
+            rate = self._generator.tokens_per_second
+        batch = self._batch
+        assert self._figures is not None
+        began = time.monotonic()
+        figures = self._learner.accumulate(batch, plan.phase.micro_batch_size)
+        norm = math.nan
+        if math.isfinite(figures.loss):
+            norm = optimizer.step(plan.learning_rate)
+        else:
+            optimizer.zero_grad()
+        batch.updates += 1
+        balancer.set_loads(figures.experts)
+        result = StepResult(
+            losses=(), z=0.0, sequence_loss=0.0, grad_norm=norm, loads=(), matched=None
+        )
+        if result.is_finite:
+            balancer.update_biases(plan.bias_update_speed)
+            self._learner.refresh()
+            self._engine.refresh()
+        counted = max(1, figures.tokens)
+        record = RolloutRecord(
+            loss=figures.loss,
+            reward=self._figures.reward,
+            reward_std=self._figures.reward_std,
+            length=self._figures.length,
+            truncated=self._figures.truncated,
+            no_signal=self._figures.no_signal,
+            failed=self._figures.failed,
+            entropy=figures.entropy / counted,
+            clipped=figures.clipped / counted,
+            mismatch=figures.mismatch,
+            rollout_tokens_per_second=rate,
+            update_tokens_per_second=figures.num_inputs / (time.monotonic() - began),
+            kl=None if figures.kl is None else figures.kl / counted,
+        )
+        loads = tuple(load for load in balancer.loads() if load.layer in figures.experts)
+        return replace(result, loads=loads), record
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Draws so far and, between updates over the same completions, these."""
+        yield DRAWS, torch.tensor(self._generator.draws)
+        if self._batch is None or self._batch.updates == self._iterations:
+            return
+        assert self._figures is not None
+        yield FIGURES, torch.tensor(astuple(self._figures), dtype=torch.float64)
+        for name, tensor in tensors_of(self._batch):
+            yield BATCH + name, tensor
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what `state` gave; from the beginning if there is none."""
+        if DRAWS not in tensors:
+            return
+        self._generator.draws = int(tensors[DRAWS])
+        if FIGURES in tensors:
+            reward, deviation, length, truncated, no_signal, failed = tensors[FIGURES].tolist()
+            self._figures = GenerationFigures(
+                reward=reward,
+                reward_std=deviation,
+                length=length,
+                truncated=truncated,
+                no_signal=no_signal,
+                failed=int(failed),
+            )
+            own = {n.removeprefix(BATCH): t for n, t in tensors.items() if n.startswith(BATCH)}
+            self._batch = batch_of(own)

@@ -1,0 +1,77 @@
+"""Prompts of rollouts from a JSON Lines file: texts or chats, with the records that rewards get."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowlat.generate.prompt import encode_prompt
+from lowlat.text.tokenizer import Tokenizer
+from lowlat.train.rewards.records import Prompt, check_fields, prompt_of
+from lowlat.utils.errors import UserError
+from lowlat.utils.strict_json import parse_object
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptRecord:
+    """One line of the file."""
+
+    prompt: Prompt
+    """Text to continue, or chat messages."""
+    record: dict[str, Any]
+    """The whole object."""
+    ids: tuple[int, ...]
+    """The prompt's tokens; those of a chat by the model's template."""
+
+
+def read_prompts(
+    path: Path, tokenizer: Tokenizer, *, longest: int, reward_funcs: Sequence[str]
+) -> list[PromptRecord]:
+    """The prompts in `path`, of up to `longest` tokens, with the fields that the rewards need.
+    Raises UserError naming the line.
+    """
+    prompts = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    where = f"{path}: line {number}"
+                    prompts.append(_prompt(line, where, tokenizer, longest, reward_funcs))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); name a JSON Lines file as grpo.prompts"
+        ) from error
+    if not prompts:
+        raise UserError(f"{path}: has no prompt; write one JSON object with 'prompt' per line")
+    return prompts
+
+
+def prompts_fingerprint(path: Path) -> str:
+    """SHA-256 of the file `path`. Raises UserError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); name a JSON Lines file as grpo.prompts"
+        ) from error
+
+
+def _prompt(
+    line: bytes, where: str, tokenizer: Tokenizer, longest: int, reward_funcs: Sequence[str]
+) -> PromptRecord:
+    record = parse_object(line, where)
+    prompt = prompt_of(record, where)
+    check_fields(record, where, reward_funcs)
+    try:
+        ids = encode_prompt(tokenizer, prompt)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not 0 < len(ids) <= longest:
+        size = f"{len(ids)} tokens, and {longest} fit" if ids else "no token"
+        raise UserError(
+            f"{where}: the prompt has {size}; sequence_length holds prompt and "
+            "grpo.max_completion_length: raise it, or shorten the prompt"
+        )
+    return PromptRecord(prompt=prompt, record=record, ids=tuple(ids))

@@ -1,0 +1,62 @@
+"""Mistakes of reinforcement learning: activations, losses, and the weights of rollouts."""
+
+from .mutant import Mutant
+
+POLICY = "tests/unit/train/policy/"
+NEAR_FP64 = "test_gradients_are_as_near_to_fp64_as_those_of_pytorch"
+GRADIENTS = f"{POLICY}test_gradients.py::{NEAR_FP64}[mla-moe-mtp]"
+LOSSES = POLICY + "test_loss.py::test_losses_equal_trl"
+WHOLE = POLICY + "test_grpo.py::test_a_run_logs_and_exports"
+
+REINFORCING = [
+    Mutant(
+        "policy: an MLP's gradient at the input of the attention",
+        "train/policy/backward.py",
+        "(residuals[2 * number + 1],)",
+        "(residuals[2 * number],)",
+        GRADIENTS,
+    ),
+    Mutant(
+        "policy: gradient without the temperature",
+        "train/policy/distribution.py",
+        "return grad.div_(self.temperature)",
+        "return grad",
+        GRADIENTS,
+    ),
+    Mutant(
+        "policy: factors of experts have no gradient",
+        "train/policy/backward.py",
+        "weights=substituted(gates, routing.weights)",
+        "weights=gates",
+        GRADIENTS,
+    ),
+    Mutant(
+        "policy: the first token of a completion is predicted on the decode path",
+        "train/policy/forward.py",
+        'is_decode.append(self._planner.path(last, len(own.prompt)) == "decode")',
+        "is_decode.append(True)",
+        POLICY + "test_one_arithmetic.py::"
+        "test_the_trainer_has_the_logits_and_experts_that_were_sampled_from[gqa-plain]",
+    ),
+    Mutant(
+        "loss: the better of clipped and unclipped",
+        "train/policy/loss.py",
+        "-torch.min(bounded * advantages, clipped * advantages)",
+        "-torch.max(bounded * advantages, clipped * advantages)",
+        LOSSES + "[all-changes0-dapo]",
+    ),
+    Mutant(
+        "rollouts: sampled with the weights before the update",
+        "train/policy/phase.py",
+        "            self._engine.refresh()\n",
+        "",
+        WHOLE,
+    ),
+    Mutant(
+        "rollouts: gradients at the weights before the update",
+        "train/policy/learner.py",
+        "        self._weights.refresh()\n",
+        "",
+        WHOLE,
+    ),
+]
