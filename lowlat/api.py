@@ -25,6 +25,7 @@ from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import load_model, read_config
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.sentence_transformers import read_pooling
+from lowlat.config.model import ModelConfig
 from lowlat.config.serving_layout import ServingLayout
 from lowlat.convert.run import convert
 from lowlat.engine.cache_fingerprint import code_digest
@@ -37,14 +38,25 @@ from lowlat.generate.model import Model, check_context
 from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
 from lowlat.generate.prompt import Prompt, as_prompts
 from lowlat.model.native import supports_native
+from lowlat.model.share import ModelShare
 from lowlat.ops import native
 from lowlat.text.folder import declared_eos_ids
 from lowlat.text.parts import NoTokenizer
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import parse_cache, parse_device
 from lowlat.utils.errors import UserError
-from lowlat.utils.process_group import ProcessGroup, is_follower, join_group, quiet_followers
+from lowlat.utils.process_group import (
+    ProcessGroup,
+    is_follower,
+    join_group,
+    local_processes,
+    quiet_followers,
+    started_processes,
+)
 from lowlat.utils.progress import Progress, SilentProgress, make_progress
+
+PYTORCH_DTYPES = ("fp64", "fp32", "fp16")
+"""Number types without native kernels."""
 
 
 class LoadOptions(TypedDict, total=False):
@@ -90,11 +102,11 @@ def load(
     on disk, within prefix_cache_disk_bytes; processes may share it, and loading then reads all
     weights once, to identify them. speculates: whether speculative decoding runs; it does not
     change the output. lora: folders of LoRA adapters in PEFT's layout, by name. parallel: layout of
-    the processes that torchrun has started, such as "pipeline=2" or "prefill=1"; `load` returns in
-    process 0, and raises SystemExit in the others when process 0 ends; max_cache_bytes is per
-    process. tokenizer: the model's own, read before; a model without one takes and gives token ids.
-    Raises UserError naming what cannot be found, read or served, and when text is used without a
-    tokenizer.
+    the processes that torchrun has started, such as "pipeline=2", "prefill=1" or "auto"; `load`
+    returns in process 0, and raises SystemExit in the others when process 0 ends; max_cache_bytes
+    is per process. tokenizer: the model's own, read before; a model without one takes and gives
+    token ids. Raises UserError naming what cannot be found, read or served, and when text is used
+    without a tokenizer.
 
     A model on the native kernels applies `torch.set_num_threads(1)` to the whole process: idle
     PyTorch threads slow the kernels' own thread pool.
@@ -146,7 +158,8 @@ def _check(
     adapters = read_adapters(lora, config)
     if run is not None:
         options = {**settings, "prefix_cache_dir": folder is not None, "dtype": dtype}
-        run.group.agree(_facts(path, adapters, f"{run.layout} {options}"))
+        layout = run.layout(config, dtype)
+        run.group.agree(_facts(path, adapters, f"{layout} {options}"))
     # paths need not be UTF-8, but the API and JSON results show the name
     shown = os.fsencode(name).decode("utf-8", "replace")
     return CheckedModel(shown, source, adapters, dtype, device, run, progress)
@@ -169,9 +182,7 @@ class CheckedModel(NamedTuple):
         tokenizer, pooling = tokenizer or read_tokenizer(path), read_pooling(path)
         divide = None
         if run is not None:
-            from lowlat.plan.serving_stages import share_of
-
-            divide = partial(share_of, layout=run.layout, rank=run.group.rank)
+            divide = partial(run.share, dtype=self.dtype)
         loaded = load_model(
             self.source,
             dtype=self.dtype,
@@ -189,7 +200,7 @@ class CheckedModel(NamedTuple):
             pooling=pooling,
             adapters=load_adapters(loaded.model, self.adapters),
             group=run and run.group,
-            prefill=run.layout.prefill if run else 0,
+            prefill=run.layout(loaded.config, self.dtype).prefill if run else 0,
             **settings,
         )
 
@@ -197,23 +208,45 @@ class CheckedModel(NamedTuple):
 class ParallelRun(NamedTuple):
     """The processes that serve one model."""
 
-    layout: ServingLayout
+    parallel: str
+    """Their layout, as `load` takes it."""
     group: ProcessGroup
+
+    def layout(self, config: ModelConfig, dtype: str) -> ServingLayout:
+        """Sizes for a model in `dtype`. Raises UserError."""
+        from lowlat.plan.serving_stages import requested_layout
+
+        return requested_layout(
+            self.parallel,
+            config,
+            processes=self.group.world_size,
+            local=local_processes(),
+            is_native=native.available() and dtype not in PYTORCH_DTYPES,
+        )
+
+    def share(self, config: ModelConfig, dtype: str) -> ModelShare:
+        """What this process holds of a model. Raises UserError if the layout does not divide it."""
+        from lowlat.plan.serving_stages import share_of
+
+        return share_of(config, self.layout(config, dtype), self.group.rank)
 
 
 @contextmanager
 def _joined(parallel: str | None, device: str) -> Iterator[ParallelRun | None]:
     """The run that `parallel` describes, within which a common error is printed once."""
-    if parallel is None:
+    from lowlat.plan.serving_stages import AUTO
+
+    if parallel is None or (parallel == AUTO and started_processes() == 1):
         yield None
         return
     with quiet_followers():
-        layout = ServingLayout.parse(parallel)
+        is_auto = parallel == AUTO
+        processes = started_processes() if is_auto else ServingLayout.parse(parallel).processes
         if device != "cpu":
-            raise UserError(f"--parallel {layout} divides a model among CPUs; use --device cpu")
-        group = join_group(layout.processes, f"--parallel {layout}")
+            raise UserError(f"--parallel {parallel} divides a model among CPUs; use --device cpu")
+        group = join_group(processes, f"--parallel {parallel}")
     with group.reporting_once():
-        yield ParallelRun(layout, group)
+        yield ParallelRun(parallel, group)
 
 
 def _facts(path: Path, adapters: Mapping[str, Adapter], options: str) -> dict[str, str]:

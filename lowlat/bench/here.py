@@ -29,7 +29,7 @@ from lowlat.utils.device import parse_cache
 from lowlat.utils.errors import UserError
 from lowlat.utils.memory import RESERVE, memory_limit
 from lowlat.utils.progress import Progress
-from lowlat.utils.topology import read_topology
+from lowlat.utils.topology import machine_topology
 
 SAMPLE_BYTES = 3 * 2**28
 """Weights of the sample: more than caches hold, and read in well under a second."""
@@ -124,7 +124,7 @@ def solve(
         "products with weights",
     )
     # one rank per NUMA node; the measurement ran on all of them
-    nodes = len(read_topology().nodes)
+    nodes = len(machine_topology().nodes)
     return ServingMachine(
         name=HERE,
         memory_bytes=memory_limit() // nodes,

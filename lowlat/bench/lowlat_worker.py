@@ -12,25 +12,34 @@ from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.engine.request import Chunk
 from lowlat.engine.runner import ModelRunner
 from lowlat.ops import native
-from lowlat.peers.protocol import TimedModel, serve_requests, timed_handlers
+from lowlat.peers.protocol import TimedModel, random_token_ids, serve_requests, timed_handlers
 
 SPARE_TOKENS = 64
 """KV cache capacity beyond the measured context, for the decode steps."""
-RANDOM_ENTRIES = 1024
+COMPUTED_ENTRIES = 1024
+"""KV cache entries that are computed to fill a cache; the others are copies."""
 
 
 class Lowlat(TimedModel):
     """One sequence with fixed KV cache pages, so that their order is the same in all rounds."""
 
     def load(
-        self, *, model: str, precision: str, cache: str, threads: int, context: int
+        self,
+        *,
+        model: str,
+        precision: str,
+        cache: str,
+        threads: int,
+        context: int,
+        parallel: str | None = None,
     ) -> dict[str, Any]:
+        """See TimedModel. parallel: as in `lowlat.load`."""
         native.use_threads(threads)
         # a plain cache has the dtype of the computation
         options: dict[str, Any] = {"cache": cache} if cache == "int8" else {}
         # fp8 blocks and GGUF blocks are a property of the checkpoint
         dtype = "auto" if precision in ("fp8", STORED) else precision
-        loaded = api.load(model, dtype=dtype, **options)
+        loaded = api.load(model, dtype=dtype, parallel=parallel, **options)
         self.use(loaded.runner)
         return {"cache_bytes_per_token": loaded.cache_bytes_per_token}
 
@@ -55,18 +64,16 @@ class Lowlat(TimedModel):
         return logits[0].numpy()
 
     def fill_cache(self, context: int) -> None:
+        if self.filled < min(context, COMPUTED_ENTRIES):
+            self.prefill(random_token_ids(min(context, COMPUTED_ENTRIES), self.vocab_size))
         self.runner.reserve(self.pages, context + SPARE_TOKENS)
-        cache = self.runner.cache
-        widths = [sum(dims) for dims in zip(cache.index_dims, cache.entry_dims, strict=True)]
-        entries = torch.randn(RANDOM_ENTRIES, max(widths))
-        for start in range(self.filled, context, RANDOM_ENTRIES):
-            positions = torch.arange(start, min(start + RANDOM_ENTRIES, context))
-            pages = torch.tensor(self.pages)[positions // cache.page_size]
-            slots = pages * cache.page_size + positions % cache.page_size
-            for layer in range(self.runner.model.config.num_hidden_layers):
-                part = entries[: len(slots), : widths[layer]]
-                cache.write(layer, slots, part.to(self._dtype()))
-        self.filled = max(self.filled, context)
+        if context <= self.filled:
+            return
+        size = self.runner.cache.page_size
+        for number in range(self.filled // size, -(-context // size)):
+            source = self.pages[number % (COMPUTED_ENTRIES // size)]
+            self.runner.copy_page(source, self.pages[number])
+        self.filled = context
 
     def decode_step(self, token: int, position: int) -> Any:
         return self._run([token], position, num_logits=1)[0].numpy()
@@ -83,9 +90,6 @@ class Lowlat(TimedModel):
             tokens=ids, start=start, pages=tuple(self.pages), num_logits=num_logits, path=form
         )
         return self.runner.run([chunk])
-
-    def _dtype(self) -> torch.dtype:
-        return self.runner.model.embed_tokens.dtype
 
 
 if __name__ == "__main__":

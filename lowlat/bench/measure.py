@@ -7,10 +7,10 @@ round starts with another program.
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lowlat.bench.benchmark_plan import BenchmarkCase
-from lowlat.peers.worker import TIMEOUT, PeerError, Worker
+from lowlat.peers.worker import TIMEOUT, PeerError
 from lowlat.utils.progress import Progress
 
 STEPS = 32
@@ -21,6 +21,15 @@ CASE_SECONDS = 45.0
 """A program that has spent these seconds on a case skips it in later rounds."""
 LONG_PROMPT = 32768
 """Up to this many prompt tokens the timeout is constant; beyond, it grows quadratically."""
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A program that answers requests: a `Worker`, or one in this process."""
+
+    def ask(self, op: str, *, timeout: float = TIMEOUT, **arguments: Any) -> dict[str, Any]:
+        """The answer to a request. Raises PeerError if there is none."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,9 +80,9 @@ class CaseResult:
 
 
 def measure(
-    workers: Sequence[tuple[str, Worker]],
+    workers: Sequence[tuple[str, Measured]],
     cases: Sequence[BenchmarkCase],
-    calibration: Worker,
+    calibration: Measured,
     rounds: int,
     progress: Progress,
 ) -> tuple[list[CaseResult], list[dict[str, float]]]:
@@ -100,7 +109,7 @@ def median_rates(rates: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(taken[name] for taken in rates) for name in rates[0]}
 
 
-def _sample(result: CaseResult, worker: Worker, number: int) -> None:
+def _sample(result: CaseResult, worker: Measured, number: int) -> None:
     """Measure once. An error becomes the result's reason; earlier samples are preserved."""
     case = result.case
     try:

@@ -18,7 +18,7 @@ from lowlat.ops import native
 from lowlat.plan.serving.step_cost import TimeBound
 from lowlat.plan.serving.weights import WeightBytes
 from lowlat.utils.machine import package_version, physical_memory, processor
-from lowlat.utils.topology import read_topology
+from lowlat.utils.topology import machine_topology
 
 FORMAT = 1
 """Version of the JSON object."""
@@ -38,20 +38,24 @@ def build(
     rows: Sequence[CaseResult],
     rates: Sequence[dict[str, float]],
     starts: Mapping[str, Sequence[float]],
+    bounds: Mapping[BenchmarkCase, TimeBound] | None = None,
 ) -> dict[str, Any]:
-    """The JSON object. Rates are in tokens per second, memory in bytes, times in seconds."""
+    """The JSON object. Rates are in tokens per second, memory in bytes, times in seconds. bounds:
+    lower bounds on the time of the cases; None for those of one process.
+    """
     entry_bytes = programs["lowlat"]["cache_bytes_per_token"]
-    bounds = {
-        case: time_bound(
-            config,
-            case,
-            dtype=plan.dtype,
-            weights=weights,
-            cache=plan.cache,
-            rates=median_rates(rates),
-        )
-        for case in plan.cases
-    }
+    if bounds is None:
+        bounds = {
+            case: time_bound(
+                config,
+                case,
+                dtype=plan.dtype,
+                weights=weights,
+                cache=plan.cache,
+                rates=median_rates(rates),
+            )
+            for case in plan.cases
+        }
     return {
         "format": FORMAT,
         "command": command,
@@ -118,7 +122,7 @@ def describe_machine() -> dict[str, Any]:
         "flags": cpu.flags,
         "isa": native.level() if native.available() else "plain PyTorch",
         "cores": native.processors(),
-        "topology": str(read_topology()),
+        "topology": str(machine_topology()),
         "memory_bytes": physical_memory(),
         "system": platform.platform(),
         "python": platform.python_version(),

@@ -16,6 +16,7 @@ def show(results: Results, console: Console | None = None) -> None:
     for table in (
         throughput(results),
         *([starts(results)] if results["start_to_first_token"] else []),
+        *([processes(results["parallel"])] if "parallel" in results else []),
     ):
         console.print()
         console.print(table)
@@ -67,6 +68,26 @@ def starts(results: Results) -> Table:
     table = new_table("start to first token", "seconds")
     for name, taken in results["start_to_first_token"].items():
         table.add_row(name, f"{taken['seconds']:.2f}")
+    return table
+
+
+def processes(parallel: Results) -> Table:
+    """Each process of a layout: its memory; per case the lower bound on the time of its part, bytes
+    and messages that it sends per token, and those of the formula."""
+    table = new_table("process", "case", "roofline", "bytes/token")
+    table.title, table.title_justify = parallel["layout"], "left"
+    for name in ("formula", "messages", "formula", "GB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for process in parallel["processes"]:
+        rank = process["rank"]
+        name, memory = f"{rank}", f"{process['memory_bytes'] / 1e9:.2f}"
+        bounds = process["bound_seconds"].items()
+        for (case, seconds), traffic in zip(bounds, parallel["traffic"], strict=True):
+            sent = traffic["processes"][rank]
+            figures = [number(sent["bytes"]), number(sent["formula_bytes"])]
+            figures += [f"{sent[key]:.2f}" for key in ("messages", "formula_messages")]
+            table.add_row(name, case, f"{seconds * 1e3:,.2f} ms", *figures, memory)
+            name = memory = ""
     return table
 
 

@@ -5,7 +5,9 @@ bytes and FLOPs are those of `plan.serving.step_cost`.
 from lowlat.bench.benchmark_plan import STORED, BenchmarkCase
 from lowlat.config.model import ModelConfig
 from lowlat.plan.serving.step_cost import (
+    WHOLE,
     KernelRates,
+    RankShare,
     Step,
     StepCost,
     TimeBound,
@@ -39,12 +41,13 @@ def case_cost(
     dtype: str,
     weights: WeightBytes | None = None,
     cache: str = "bf16",
+    share: RankShare = WHOLE,
 ) -> StepCost:
     """The cost of one case. weights: those that stay quantized as stored; None for weights of
-    `dtype`. cache: number type of the KV cache.
+    `dtype`. cache: number type of the KV cache. share: the part of a process.
     """
     weights = dtype_weights(config, dtype) if weights is None else weights
-    return step_cost(config, case_step(case), weights, cache=cache)
+    return step_cost(config, case_step(case), weights, cache=cache, share=share)
 
 
 def plain_rate(dtype: str) -> str:
@@ -74,7 +77,9 @@ def time_bound(
     weights: WeightBytes | None = None,
     rates: dict[str, float],
     cache: str = "bf16",
+    share: RankShare = WHOLE,
 ) -> TimeBound:
-    """Lower bound on the seconds of a case, of the whole prompt or of one decode step."""
-    cost = case_cost(config, case, dtype=dtype, weights=weights, cache=cache)
+    """Lower bound on the seconds of a case, of the whole prompt or of one decode step; see
+    `case_cost`."""
+    cost = case_cost(config, case, dtype=dtype, weights=weights, cache=cache, share=share)
     return step_seconds(cost, peak_rates(dtype, rates))

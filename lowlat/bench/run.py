@@ -20,7 +20,7 @@ from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
 from lowlat.config.model import ModelConfig
 from lowlat.peers.worker import PeerError, Worker
-from lowlat.plan.serving.weights import stored_weights
+from lowlat.plan.serving.weights import WeightBytes, stored_weights
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -42,11 +42,20 @@ class LoadedPrograms:
     """Reason by program."""
 
 
-def bench(model: str, plan: BenchmarkPlan, progress: Progress) -> dict[str, Any]:
-    """Measure and return the results as a JSON object.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkInputs:
+    """The model of a run, and the plan for its weights and its context."""
 
-    Raises UserError for wrong input, and if the programs' logits disagree.
-    """
+    model: Path
+    """The checkpoint folder or .gguf file."""
+    config: ModelConfig
+    weights: WeightBytes | None
+    """Bytes of weights that are timed as stored."""
+    plan: BenchmarkPlan
+
+
+def read_inputs(model: str, plan: BenchmarkPlan, progress: Progress) -> BenchmarkInputs:
+    """Fetch `model` and read its config. Raises UserError for what `plan` cannot measure."""
     # hub models are links, whose targets lack the suffix
     path = api.prepare(model, progress=progress).absolute()
     source = open_checkpoint(path)
@@ -60,13 +69,24 @@ def bench(model: str, plan: BenchmarkPlan, progress: Progress) -> dict[str, Any]
             f"{plan.context:,} tokens exceed the model's max_position_embeddings of "
             f"{config.max_position_embeddings:,}; give smaller lengths to --prefill and --decode"
         )
+    weights = weights if plan.dtype == STORED else None
+    return BenchmarkInputs(model=path, config=config, weights=weights, plan=plan)
+
+
+def bench(model: str, plan: BenchmarkPlan, progress: Progress) -> dict[str, Any]:
+    """Measure and return the results as a JSON object.
+
+    Raises UserError for wrong input, and if the programs' logits disagree.
+    """
+    inputs = read_inputs(model, plan, progress)
+    plan = inputs.plan
     programs = [Program(name="lowlat", python=sys.executable), *plan.peers]
     with tempfile.TemporaryDirectory(prefix="lowlat-bench-") as folder:
         session = BenchmarkSession(
             plan=plan,
-            model=path,
-            config=config,
-            weights=weights if plan.dtype == STORED else None,
+            model=inputs.model,
+            config=inputs.config,
+            weights=inputs.weights,
             folder=Path(folder),
             progress=progress,
         )

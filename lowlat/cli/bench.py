@@ -87,22 +87,27 @@ def bench(
         typer.Option(metavar="FOLDER", help="Also write results.json and plot.svg there."),
     ] = None,
     as_json: options.Json = False,
+    parallel: options.Parallel = None,
 ) -> None:
     """Throughput of prefill and decode, compared with other programs and the roofline.
 
-    Before anything is timed, the logits of all programs must agree in fp32.
+    Before anything is timed, the logits of all programs must agree in fp32. With --parallel, lowlat
+    alone is timed, with what each process sends.
     """
     from lowlat.bench.benchmark_plan import make_plan
     from lowlat.bench.results_plot import require_matplotlib
+    from lowlat.cli.inputs import process_threads
+    from lowlat.cli.launch import one_process_per_node
 
-    counts = _threads(benchmark)
+    parallel = one_process_per_node(parallel)
+    counts = _threads(benchmark, parallel)
     given: dict[str, Any] = asdict(benchmark)
-    given["threads"] = counts[-1] if counts else None
+    given["threads"] = process_threads(parallel, counts[-1] if counts else None)
     plan = make_plan(**given)
     if out is not None:
         require_matplotlib()
         make_folder(out)
-    results, show, draw = _measured(model, plan, counts)
+    results, show, draw = _measured(model, plan, counts, parallel)
     # Printed before writing, so that a full disk loses no results.
     if as_json:
         print(json.dumps(results, indent=2))
@@ -119,32 +124,39 @@ def bench(
             ) from error
 
 
-def _threads(benchmark: BenchmarkOptions) -> list[int]:
+def _threads(benchmark: BenchmarkOptions, parallel: str | None) -> list[int]:
     """The numbers of --threads; empty without it."""
     from lowlat.bench.benchmark_plan import parse_threads
 
     counts = [] if benchmark.threads is None else parse_threads(benchmark.threads)
-    if len(counts) > 1 and benchmark.peers:
-        raise UserError("--threads with several numbers measures lowlat alone; leave out --peers")
+    if len(counts) > 1 and parallel is not None:
+        raise UserError("--threads with several numbers is for one process; give one number")
+    if benchmark.peers and (len(counts) > 1 or parallel is not None):
+        option = "--threads with several numbers" if parallel is None else "--parallel"
+        raise UserError(f"{option} measures lowlat alone; leave out --peers")
     return counts
 
 
 def _measured(
-    model: str, plan: "BenchmarkPlan", counts: list[int]
+    model: str, plan: "BenchmarkPlan", counts: list[int], parallel: str | None
 ) -> tuple[
     dict[str, Any], Callable[[dict[str, Any]], None], Callable[[dict[str, Any], Path], None]
 ]:
     """The results, and the functions that print and draw them."""
+    from lowlat.bench.parallel import bench_parallel
     from lowlat.bench.results_plot import draw, draw_scaling
     from lowlat.bench.results_table import show
     from lowlat.bench.run import bench as run
     from lowlat.bench.scaling import bench_scaling, show_scaling
-    from lowlat.utils.progress import make_progress
+    from lowlat.utils.process_group import is_follower
+    from lowlat.utils.progress import SilentProgress, make_progress
 
+    progress = SilentProgress() if is_follower() else make_progress()
     if len(counts) > 1:
-        scaling = bench_scaling(model, plan, counts, make_progress())
-        return scaling, show_scaling, draw_scaling
-    return run(model, plan, make_progress()), show, draw
+        return bench_scaling(model, plan, counts, progress), show_scaling, draw_scaling
+    if parallel is not None:
+        return bench_parallel(model, plan, parallel, progress), show, draw
+    return run(model, plan, progress), show, draw
 
 
 def make_folder(folder: Path) -> None:

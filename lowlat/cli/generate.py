@@ -95,7 +95,9 @@ def generate(
     """
     from lowlat.cli.chat_terminal import printable
     from lowlat.cli.inputs import load_model, read_stdin
+    from lowlat.cli.launch import one_process_per_node
 
+    parallel = one_process_per_node(parallel)
     settings = sampling.as_dict()
     # Checked before a model is downloaded or loaded.
     _check(make_params(settings), raw=raw, system=system, as_json=as_json)

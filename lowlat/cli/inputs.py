@@ -10,6 +10,7 @@ from lowlat.ops import native
 from lowlat.text.plain import MAX_TEXT_BYTES
 from lowlat.utils.bounded_read import read_bounded, read_stream
 from lowlat.utils.errors import UserError
+from lowlat.utils.numa import bind_process
 from lowlat.utils.process_group import (
     is_follower,
     local_processes,
@@ -29,18 +30,29 @@ def load_model(name: str, *, threads: int | None, **loading: Unpack[api.LoadOpti
     Sets the threads of PyTorch and of the native kernels if `threads` is given. Raises UserError
     for a model without a tokenizer: all verbs that load one here use text.
     """
-    if loading.get("parallel") is not None:
-        # torchrun sets OMP_NUM_THREADS to 1 unless it is set
-        threads = threads or max(1, native.processors() // local_processes())
-    elif started_processes() > 1:
-        with quiet_followers():
-            refuse_alone()
+    threads = process_threads(loading.get("parallel"), threads)
     if threads is not None:
         native.use_threads(threads)
     loading.setdefault("progress", SilentProgress() if is_follower() else make_progress())
     model = api.load(name, **loading)
     model.tokenizer.require()
     return model
+
+
+def process_threads(parallel: str | None, threads: int | None) -> int | None:
+    """--threads of this process; with --parallel it is bound to its NUMA node, and has by default
+    one thread per core, at most the processors divided by the processes. Raises UserError for
+    processes of torchrun without --parallel.
+    """
+    if parallel is not None:
+        # torchrun sets OMP_NUM_THREADS to 1 unless it is set
+        most = max(1, native.processors() // local_processes())
+        cores = bind_process(threads)
+        return threads or min(most, cores or most)
+    if started_processes() > 1:
+        with quiet_followers():
+            refuse_alone()
+    return threads
 
 
 def recipe_checkpoint(recipe: Path, key: str, name: str | None, progress: Progress) -> Path | None:

@@ -95,7 +95,7 @@ Parallel = Annotated[
     typer.Option(
         metavar="NAME=SIZE,...",
         help="Divide the model among the processes of torchrun: tensor=T, pipeline=P, expert=E; "
-        "prefill=N: N more groups of them compute prompts.",
+        "prefill=N: N more groups of them compute prompts. auto starts one process per NUMA node.",
         rich_help_panel="Machine",
     ),
 ]

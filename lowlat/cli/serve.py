@@ -174,11 +174,13 @@ def serve(
     One model is loaded at once, several ones on demand.
     """
     _check_extra()
+    from lowlat.cli.launch import one_process_per_node
     from lowlat.cli.serve_on_demand import Machine, served_models
     from lowlat.serve.http.logs import configure, log
     from lowlat.serve.run import open_socket, run, url_of
     from lowlat.utils.process_group import is_follower
 
+    parallel = one_process_per_node(parallel)
     tables = _tables(models or [], several, server.served_model_name)
     is_one = len(tables) == 1 and several.unload_after is None
     if is_one and several.memory is not None:

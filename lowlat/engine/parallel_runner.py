@@ -6,8 +6,12 @@ the KV cache. Page numbers are the same in all processes.
 """
 
 import atexit
+import json
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, final
 
 import torch
@@ -15,6 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lowlat.config.model import GQAConfig
+from lowlat.config.serving_layout import ServingLayout
 from lowlat.engine.cache_fingerprint import weights_digest
 from lowlat.engine.request import Chunk
 from lowlat.engine.runner import ModelRunner
@@ -22,6 +27,7 @@ from lowlat.engine.step_record import RecordKind, StepRecord
 from lowlat.model.share import ModelShare
 from lowlat.model.transformer import Transformer
 from lowlat.utils.errors import UserError
+from lowlat.utils.memory import proportional_memory
 from lowlat.utils.process_group import ProcessGroup, Sending, ignoring_signals
 
 T = TypeVar("T")
@@ -30,6 +36,18 @@ logger = logging.getLogger(__name__)
 MICRO_BATCH_TOKENS = 256
 """A step of several sequences and at least twice as many tokens is divided, so that stages compute
 at the same time. Fewer tokens are bound by weight bandwidth, and would read the weights again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessStats:
+    """What one process has sent, its memory and its processors."""
+
+    messages: int
+    bytes: int
+    memory: int
+    """Proportional set size in bytes; 0 where the system does not report it."""
+    cpus: list[int]
+    """Processors on which it may run; empty where the system does not report them."""
 
 
 @final
@@ -83,6 +101,13 @@ class ParallelRunner(ModelRunner):
             atexit.register(self.end)
 
     @property
+    def layout(self) -> ServingLayout:
+        """Sizes of parallelism, with all processes of a stage that divide the experts."""
+        share = self.model.share
+        stages = self.group.world_size // self._size
+        return ServingLayout(tensor=share.tensor, pipeline=stages, expert=share.experts)
+
+    @property
     def page_bytes(self) -> int:
         return sum(self._page_parts.values())
 
@@ -119,6 +144,13 @@ class ParallelRunner(ModelRunner):
         """Process 0's call; the digests of all processes."""
         record = self._record(RecordKind.DIGEST)
         return self._lead(record, lambda: " ".join(self.group.gather_texts(own)))
+
+    def process_stats(self) -> list[ProcessStats]:
+        """Stats of all processes in order of their rank; process 0's call."""
+        own = self._stats()  # before the record is sent
+        record = self._record(RecordKind.STATS)
+        texts = self._lead(record, lambda: self.group.gather_texts(own))
+        return [ProcessStats(**json.loads(text)) for text in texts]
 
     def end(self) -> None:
         """End the processes that follow; the runner cannot be used afterwards."""
@@ -235,6 +267,8 @@ class ParallelRunner(ModelRunner):
                 super().import_page(record.numbers[0], self.group.receive(own, 0))
             case RecordKind.DIGEST:
                 self.group.gather_texts(weights_digest(self.model))
+            case RecordKind.STATS:
+                self.group.gather_texts(self._stats())
             case _:  # other processes have the MTP modules, or the same entries
                 pass
 
@@ -276,6 +310,16 @@ class ParallelRunner(ModelRunner):
             part.append(chunk)
             done += len(chunk.tokens)
         yield part
+
+    def _stats(self) -> str:
+        sent = self.group.traffic
+        stats = ProcessStats(
+            messages=sent.messages,
+            bytes=sent.bytes,
+            memory=proportional_memory(),
+            cpus=sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else [],
+        )
+        return json.dumps(asdict(stats))
 
     def _exporter(self, rank: int) -> int:
         """The process that exports the KV cache entries of process `rank`."""

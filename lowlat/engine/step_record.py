@@ -26,7 +26,8 @@ class RecordKind(IntEnum):
     EXPORT_PAGE = 3
     IMPORT_PAGE = 4
     DIGEST = 5
-    END = 6
+    STATS = 6
+    END = 7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

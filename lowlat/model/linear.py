@@ -161,8 +161,10 @@ class Linear(nn.Module):
             assert self.block is not None
             unit = self.block[0]
         if self.part.start % unit or self.part.stop % unit:
+            rows = self.parts * (self.part.stop - self.part.start)
             raise UserError(
-                f"tensor={self.parts} divides a projection within a block of {unit} rows; give less"
+                f"tensor={self.parts} divides the {rows} rows of a projection within a block of "
+                f"{unit} rows; give less"
             )
         return stored[self.part.start // unit : self.part.stop // unit]
 

@@ -5,7 +5,11 @@ from dataclasses import replace
 from lowlat.config.model import ModelConfig
 from lowlat.config.serving_layout import ServingLayout
 from lowlat.model.share import ModelShare
-from lowlat.plan.serving.layout import check_layout, stage_layers
+from lowlat.plan.serving.layout import check_layout, divides_blocks, stage_layers
+from lowlat.utils.errors import UserError
+
+AUTO = "auto"
+"""The value of --parallel for a layout of the processes that were started."""
 
 
 def share_of(config: ModelConfig, layout: ServingLayout, rank: int) -> ModelShare:
@@ -24,6 +28,31 @@ def share_of(config: ModelConfig, layout: ServingLayout, rank: int) -> ModelShar
         experts=layout.stage_size if experts else 1,
         expert_rank=own if experts else 0,
     )
+
+
+def requested_layout(
+    text: str, config: ModelConfig, *, processes: int, local: int, is_native: bool
+) -> ServingLayout:
+    """The layout of --parallel `text`. AUTO divides every layer among the `local` processes of a
+    machine, by tensor parallelism on native kernels, else by experts, and the layers among
+    machines; a model that cannot be divided so is divided by layers alone. Raises UserError.
+    """
+    if text != AUTO:
+        return ServingLayout.parse(text)
+    machines = processes // local
+    is_tensor = is_native and divides_blocks(config, local)
+    layouts = [
+        *([ServingLayout(tensor=local, pipeline=machines)] if is_tensor else []),
+        ServingLayout(expert=local, pipeline=machines),
+        ServingLayout(pipeline=processes),
+    ]
+    for layout in layouts[:-1]:
+        try:
+            check_layout(config, layout)
+            return layout
+        except UserError:
+            continue
+    return layouts[-1]
 
 
 def serving_stages(config: ModelConfig, count: int) -> list[ModelShare]:

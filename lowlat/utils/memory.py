@@ -49,6 +49,16 @@ def _whole_limit(root: Path) -> int:
     return min([total, *limits])
 
 
+def proportional_memory() -> int:
+    """Bytes of this process's resident memory, those that n processes share counted as 1/n
+    (proportional set size); 0 where Linux's /proc is missing."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
 def is_larger_than_memory(weights_bytes: int) -> bool:
     """Whether weights of this size do not fit: memory-mapped, they are then read from their files
     repeatedly (offload to disk), and the process does not run out of memory."""

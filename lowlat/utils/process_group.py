@@ -64,6 +64,11 @@ def is_follower() -> bool:
     return started_processes() > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
+def is_launched() -> bool:
+    """Whether torchrun has started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
 def local_processes() -> int:
     """Processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
@@ -146,10 +151,11 @@ class ProcessGroup:
     def send(self, tensor: Tensor, peer: int) -> "Sending":
         """Begin to send a tensor, which must not change before `Sending.wait`."""
         data = tensor.contiguous()
+        if data.nbytes == 0:
+            return Sending(self, None)
         self.traffic.add(data)
         with self.communicating():
-            peer = self._ranks[peer]
-            return Sending(self, dist.isend(_bytes_of(data), peer) if data.nbytes else None)
+            return Sending(self, dist.isend(_bytes_of(data), self._ranks[peer]))
 
     def receive(self, out: Tensor, peer: int) -> Tensor:
         """Fill `out`, which is contiguous, with the next tensor of `peer`."""

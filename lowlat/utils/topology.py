@@ -1,5 +1,5 @@
 """Topology of this machine: NUMA nodes, cores and SMT siblings that this process may use, from
-/sys/devices/system, its CPU affinity and its cgroup's cpuset.
+/sys/devices/system, its CPU affinity and its cgroup's cpuset, or from a file of lscpu.
 """
 
 import os
@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowlat.utils.cgroups import group_folders
+from lowlat.utils.errors import UserError
 from lowlat.utils.formatting import counted
 
 ROOT = Path("/")
+VARIABLE = "LOWLAT_TOPOLOGY"
+"""Environment variable with the file that stands in for this machine."""
+COLUMNS = "CPU,CORE,NODE"
+"""Columns of that file, the output of `lscpu --parse=CPU,CORE,NODE`."""
 CPUSETS = ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus")
 """Files of a cpuset, preferred first: of cgroup v2, of v1, and of v1 where only the requested
 processors are listed."""
@@ -46,6 +51,37 @@ class Topology:
         nodes, cores, cpus = len(self.nodes), len(self.cores), len(self.cpus)
         parts = [counted(nodes, "NUMA node"), counted(cores, "core")]
         return ", ".join(parts + ([f"{cpus} SMT threads"] if cpus > cores else []))
+
+
+def machine_topology() -> Topology:
+    """The topology of this machine, or of the file that LOWLAT_TOPOLOGY names. Raises UserError for
+    a file of another format.
+    """
+    file = os.environ.get(VARIABLE)
+    return read_lscpu(Path(file)) if file else read_topology()
+
+
+def read_lscpu(file: Path) -> Topology:
+    """The topology in a file of `lscpu --parse=CPU,CORE,NODE`. Raises UserError for others."""
+    cores: dict[tuple[int, int], list[int]] = {}
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            if line and not line.startswith("#"):
+                cpu, core, node = line.split(",")
+                # without NUMA the column is empty
+                cores.setdefault((int(node or 0), int(core)), []).append(int(cpu))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{VARIABLE}={file}: not a topology ({error}); write it with lscpu --parse={COLUMNS}"
+        ) from error
+    if not cores:
+        raise UserError(f"{VARIABLE}={file}: lists no processor")
+    return Topology(
+        cores=tuple(
+            Core(node=node, cpus=tuple(sorted(cpus))) for (node, _), cpus in sorted(cores.items())
+        )
+    )
 
 
 def read_topology(root: Path = ROOT) -> Topology:

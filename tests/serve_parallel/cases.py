@@ -16,7 +16,9 @@ from lowlat.engine.parallel_runner import ParallelRunner
 from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
 from lowlat.model.transformer import Transformer
+from lowlat.plan.serving.layout import check_layout
 from lowlat.text.tokenizer import Tokenizer
+from lowlat.utils.errors import UserError
 from tests.configs import GQA, PLAIN_MOE
 from tests.fakes import MLA, gqa_config, mla_config, tiny_model
 from tests.lora import drawn_updates, save_adapter
@@ -63,6 +65,15 @@ SPARSE = mla(
 )
 
 
+QUARTERS = mla_config(
+    attention=replace(MLA, num_attention_heads=4),
+    moe=replace(PLAIN_MOE, n_routed_experts=8, n_shared_experts=4),
+    num_hidden_layers=3,
+    **(SIZES | {"vocab_size": 64, "hidden_size": 44, "intermediate_size": 36}),
+)
+"""Divisible by four."""
+
+
 def drawn_model(config: ModelConfig) -> Transformer:
     """Random weights, in fp8 blocks with equal scales if `config` has them."""
     if config.quantization is None:
@@ -74,6 +85,9 @@ def drawn_model(config: ModelConfig) -> Transformer:
     return model
 
 
+ALONE = ServingLayout()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A model, how it is loaded, and requests of up to `longest` prompt tokens."""
@@ -83,6 +97,8 @@ class Case:
     longest: int = 300
     num_adapters: int = 0
     cache_bytes: int | None = None
+    is_stored: bool = False
+    """Whether the prefix cache is also on disk."""
     gguf: GGMLQuantizationType | None = None
 
     def write(self, folder: Path) -> None:
@@ -97,21 +113,30 @@ class Case:
             updates = drawn_updates(model, rank=3 + number, seed=number)
             save_adapter(folder / f"adapter{number}", self.config, updates)
 
-    def arguments(self, folder: Path, stages: int = 1) -> dict[str, Any]:
+    def arguments(self, folder: Path, layout: ServingLayout = ALONE) -> dict[str, Any]:
         """Arguments of `lowlat.load` for as many pages with any number of pipeline stages."""
         name = folder / ("model" if self.gguf is None else "model.gguf")
         adapters = {f"a{n}": folder / f"adapter{n}" for n in range(self.num_adapters)}
         tokenizer = Tokenizer.absent("these models have no text")
-        limit = {} if self.cache_bytes is None else {"max_cache_bytes": self.cache_bytes // stages}
-        return {"name": name, "lora": adapters, "tokenizer": tokenizer, **self.options, **limit}
+        given = {"name": name, "lora": adapters, "tokenizer": tokenizer, **self.options}
+        if self.cache_bytes is not None:
+            given["max_cache_bytes"] = self.cache_bytes // layout.pipeline
+        if self.is_stored:
+            given["prefix_cache_dir"] = folder / f"pages {layout}"
+        return given
 
     def allows(self, layout: ServingLayout) -> bool:
         """Whether `layout` divides the model with the same bits: tensor parallelism, and other
         batches in prefill processes, are for native kernels."""
+        try:
+            check_layout(self.config, layout)
+        except UserError:
+            return False
         is_native = self.options.get("dtype") != "fp32"
         if not is_native and (layout.tensor > 1 or layout.prefill > 0):
             return False
-        return bool(self.config.moe) or layout.expert == 1
+        has_blocks = self.config.quantization is not None or self.gguf is not None
+        return layout.tensor <= (2 if has_blocks else 4)
 
 
 CASES: dict[str, Case] = {
@@ -132,6 +157,9 @@ CASES: dict[str, Case] = {
     ),
     "dense": Case(config=DENSE, options={"speculates": False}),
     "lora": Case(config=GROUPED, num_adapters=2),
+    "stored": Case(config=GROUPED, is_stored=True),
+    "quarters": Case(config=QUARTERS, num_adapters=1, is_stored=True),
+    "quarters-int8": Case(config=QUARTERS, options={"dtype": "int8"}),
     "tied-fp32": Case(
         config=replace(GROUPED, tie_word_embeddings=True),
         options={"dtype": "fp32"},
@@ -184,6 +212,13 @@ def outcome(model: Model, case: Case) -> dict[str, Any]:
         "preemptions": model.engine.scheduler.num_preemptions,
         "transferred": transferred,
     }
+
+
+def stored_tokens(model: Model) -> dict[str, Any]:
+    """Tokens after a prompt of several pages, and how many of its tokens were cached."""
+    prompt = random.Random(5).choices(range(VOCAB), k=200)
+    found = model.generate(prompt, max_tokens=20, ignore_eos=True, temperature=0)
+    return {"tokens": list(found.token_ids), "cached": found.usage.cached_tokens}
 
 
 TRAFFIC_PROMPT, TRAFFIC_TOKENS = 20, 9

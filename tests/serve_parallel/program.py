@@ -11,27 +11,44 @@ from typing import Any
 import lowlat
 from lowlat.config.serving_layout import ServingLayout
 from lowlat.engine.parallel_runner import ParallelRunner
+from lowlat.generate.model import Model
 from lowlat.ops import native
-from tests.serve_parallel.cases import CASES, outcome, traffic
+from tests.serve_parallel.cases import CASES, outcome, stored_tokens, traffic
 
 
 def main() -> None:
     folder, layout, *names = sys.argv[1:]
     native.use_threads(1)
-    stages = ServingLayout.parse(layout).pipeline
+    sizes = ServingLayout.parse(layout)
     for name in names:
-        own = Path(folder, name)
-        try:
-            model = lowlat.load(**CASES[name].arguments(own, stages), parallel=layout)
-        except SystemExit as end:
-            assert end.code == 0  # this process has followed process 0
+        case, own = CASES[name], Path(folder, name)
+        arguments = case.arguments(own, sizes) | {"parallel": layout}
+        if (model := led(arguments)) is None:
+            if case.is_stored:
+                led(arguments)
             continue
-        found: dict[str, Any] = outcome(model, CASES[name])
+        found: dict[str, Any] = outcome(model, case)
         found["parameters"] = sum(each.numel() for each in model.transformer.parameters())
         if isinstance(model.runner, ParallelRunner):
             found["traffic"] = traffic(model.runner, model)
+        if case.is_stored:
+            found["stored"] = [stored_tokens(model)]
+            model.close()
+            model.free()
+            model = led(arguments)
+            assert model is not None
+            found["stored"].append(stored_tokens(model))
         model.free()
         (own / f"{layout}.json").write_text(json.dumps(found))
+
+
+def led(arguments: dict[str, Any]) -> Model | None:
+    """The model in process 0; None in the others, when process 0 has freed it."""
+    try:
+        return lowlat.load(**arguments)
+    except SystemExit as end:
+        assert end.code == 0
+        return None
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 import lowlat
+from lowlat.attention.cache import PAGE_SIZE
 from lowlat.config.serving_layout import ServingLayout
 from lowlat.ops import native
 from lowlat.plan.serving_stages import serving_stages
 
-from .cases import CASES, TRAFFIC_PROMPT, TRAFFIC_TOKENS, outcome
+from .cases import CASES, TRAFFIC_PROMPT, TRAFFIC_TOKENS, outcome, stored_tokens
 from .launch import run
 
 if not native.available():
@@ -23,8 +24,18 @@ if not native.available():
 
 PROGRAM = str(Path(__file__).with_name("program.py"))
 KEYS = ("tokens", "logits", "nll", "preemptions")
-LAYOUTS = {"pipeline=2": 2, "tensor=2": 2, "expert=2": 2, "tensor=2,pipeline=2": 4}
-APART = {"prefill=1": tuple(CASES), "tensor=2,prefill=1": ("small-cache", "int8", "lora", "sparse")}
+LAYOUTS = {
+    "pipeline=2": 2,
+    "tensor=2": 2,
+    "expert=2": 2,
+    "tensor=2,pipeline=2": 4,
+    "tensor=2,expert=4": 4,
+    "tensor=4,expert=2": 4,
+}
+APART = {
+    "prefill=1": tuple(name for name, case in CASES.items() if not case.is_stored),
+    "tensor=2,prefill=1": ("small-cache", "int8", "lora", "sparse"),
+}
 """Layouts with prefill processes, and their cases."""
 
 
@@ -48,6 +59,8 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
             model = lowlat.load(**case.arguments(folder / name))
             found[name] = outcome(model, case)
             found[name]["parameters"] = sum(each.numel() for each in model.transformer.parameters())
+            if case.is_stored:
+                found[name]["stored"] = stored_tokens(model)["tokens"]
             model.free()
     finally:
         native.use_threads(threads)
@@ -68,6 +81,10 @@ def test_results_are_those_of_one_process(
         found = json.loads((folder / name / f"{layout}.json").read_text())
         differing += [f"{name}: {key}" for key in KEYS if found[key] != alone[name][key]]
         assert found["parameters"] < alone[name]["parameters"], name
+        if CASES[name].is_stored:
+            first, second = found["stored"]
+            assert first["tokens"] == second["tokens"] == alone[name]["stored"], name
+            assert second["cached"] >= 2 * PAGE_SIZE, name
     assert not differing
     if "dense" in names:
         found = json.loads((folder / "dense" / f"{layout}.json").read_text())

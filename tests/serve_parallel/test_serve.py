@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 import lowlat
+from lowlat.config.serving_layout import ServingLayout
 
 from .launch import PATIENCE, finish, kill, torchrun
 from .processes import listening_hosts, pids_by_rank
@@ -182,6 +183,53 @@ def test_generate() -> None:
     assert code == 0, errors
     alone = lowlat.load(MODEL).generate(PROMPT, max_tokens=20)
     assert json.loads(output)["completions"][0]["text"] == str(alone)
+
+
+@pytest.mark.slow
+def test_auto_benchmarks_a_process_per_node(tmp_path: Path) -> None:
+    """Without torchrun: each process on the processor of its node; bytes as of the formula."""
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    if len(cpus) < 2:
+        pytest.skip("needs two processors")
+    nodes = tmp_path / "nodes"
+    nodes.write_text("".join(f"{cpu},{node},{node}\n" for node, cpu in enumerate(cpus)))
+    options = ["--prefill", "70", "--decode", "9", "--rounds", "1", "--json", "--dtype", "bf16"]
+    command = [sys.executable, "-m", "lowlat", "bench", MODEL, "--parallel", "auto", *options]
+    ended = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=os.environ | {"LOWLAT_TOPOLOGY": str(nodes)},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "2 NUMA nodes, 2 cores, so 2 processes" in ended.stderr
+    found = json.loads(ended.stdout)
+    assert [row["not_measured"] for row in found["rows"]] == [None, None]
+    layout = ServingLayout.parse(found["parallel"]["layout"])
+    assert layout.tensor == 2 and layout.pipeline == 1
+    assert [process["cpus"] for process in found["parallel"]["processes"]] == [[cpus[0]], [cpus[1]]]
+    for case in found["parallel"]["traffic"]:
+        for process in case["processes"]:
+            assert process["messages"] == process["formula_messages"], case
+            # outputs of experts are padded to the busiest process, of which the formula is a mean
+            assert process["bytes"] == pytest.approx(process["formula_bytes"], rel=0.3), case
+
+
+@pytest.mark.slow
+def test_auto_is_one_process_on_one_node(tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    node.write_text("0,0,0\n1,1,0\n")
+    arguments = ["generate", MODEL, "-p", PROMPT, "--raw", "--max-tokens", "3", "--threads", "1"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "lowlat", *arguments, "--parallel", "auto"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=os.environ | {"LOWLAT_TOPOLOGY": str(node)},
+    )
+    assert ended.returncode == 0 and ended.stdout
+    assert "lowlat: --parallel auto: 1 NUMA node, 2 cores, so one process\n" in ended.stderr
 
 
 @pytest.mark.slow

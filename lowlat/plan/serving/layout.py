@@ -19,9 +19,7 @@ from lowlat.utils.errors import UserError
 
 def check_layout(config: ModelConfig, layout: ServingLayout) -> None:
     """Raise UserError naming the axis if `layout` does not divide `config`."""
-    attentions, heads = distinct(config.attention), config.num_attention_heads
-    if isinstance(config.attention, GQAConfig):
-        heads = config.attention.num_key_value_heads
+    attentions = distinct(config.attention)
     experts = 1 if config.moe is None else config.moe.n_routed_experts
     small, large = sorted((layout.tensor, layout.expert))
     stages = len(config.layer_units())
@@ -34,7 +32,10 @@ def check_layout(config: ModelConfig, layout: ServingLayout) -> None:
             layout.tensor > 1 and not isinstance(attentions[0], MLAConfig | GQAConfig),
             f"tensor={layout.tensor}: only MLA, MHA, GQA and MQA are divided by heads",
         ),
-        (heads % layout.tensor, f"tensor={layout.tensor}: must divide the {heads} attention heads"),
+        *(
+            (count % layout.tensor, f"tensor={layout.tensor}: must divide the {count} {name}")
+            for name, count in _divided_rows(config).items()
+        ),
         (
             experts % layout.expert,
             f"expert={layout.expert}: must divide the {experts} routed experts",
@@ -56,6 +57,36 @@ def check_layout(config: ModelConfig, layout: ServingLayout) -> None:
     for is_wrong, message in problems:
         if is_wrong:
             raise UserError(f"--parallel {message}")
+
+
+def _divided_rows(config: ModelConfig) -> dict[str, int]:
+    """What tensor parallelism divides, by name. Other vocabularies stay whole."""
+    rows = {"attention heads": config.num_attention_heads}
+    if isinstance(config.attention, GQAConfig):
+        rows["key-value heads"] = config.attention.num_key_value_heads
+    rows["channels of the residual stream"] = config.hidden_size
+    moe = config.moe
+    layers = range(config.num_hidden_layers)
+    if moe is None or not all(config.is_moe_layer(layer) for layer in layers):
+        rows["rows of dense MLPs"] = config.intermediate_size
+    if moe is not None and moe.n_shared_experts:
+        rows["rows of shared experts"] = moe.moe_intermediate_size * moe.n_shared_experts
+    return rows
+
+
+def divides_blocks(config: ModelConfig, tensor: int) -> bool:
+    """Whether the parts of every projection are whole fp8 blocks, if `config` has them."""
+    if config.quantization is None:
+        return True
+    rows = [count for name, count in _divided_rows(config).items() if "heads" not in name]
+    for attention in distinct(config.attention):
+        heads = attention.num_attention_heads
+        rows.append(heads * attention.qk_head_dim)
+        if isinstance(attention, GQAConfig):
+            rows.append(attention.num_key_value_heads * attention.head_dim)
+        elif isinstance(attention, MLAConfig):
+            rows.append(heads * (attention.qk_nope_head_dim + attention.v_head_dim))
+    return all(count % (tensor * config.quantization.weight_block_size[0]) == 0 for count in rows)
 
 
 def stage_layers(config: ModelConfig, count: int) -> list[range]:

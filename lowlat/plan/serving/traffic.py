@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import FP32_BYTES
 from lowlat.config.serving_layout import ServingLayout
+from lowlat.plan.serving.layout import stage_layers
 from lowlat.plan.serving.machines import ServingMachine
 
 ELEMENT_BYTES = 2
 """Bytes of an activation between projections (bf16)."""
 FP8_BYTES = 1
+RECORD_BYTES, RECORD_INTEGERS, INTEGER_BYTES = 4096, 511, 8
+"""First message of a step record, which rank 0 sends to every other rank, and the integers in it;
+others follow in a second message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +67,38 @@ def step_messages(
     return [message for message in found if message.messages]
 
 
+def rank_traffic(
+    config: ModelConfig,
+    layout: ServingLayout,
+    rank: int,
+    *,
+    tokens: int,
+    logits: int = 1,
+    choices: int | float = 0.0,
+    record: int = 0,
+) -> tuple[float, int]:
+    """(bytes, messages) that process `rank` of `layout` sends in a step of `tokens` tokens with
+    `logits` rows of logits. choices: as in `step_messages`. record: integers of the step record.
+    """
+    stage, own = divmod(rank, layout.stage_size)
+    layers = stage_layers(config, layout.pipeline)[stage]
+    is_last = stage == layout.pipeline - 1
+    sent, messages = _tensor_traffic(config, layout, tokens, layers, logits if is_last else 0)
+    routed, gathers = _expert_traffic(config, layout, choices, layers, 1)
+    sent, messages = sent + routed, messages + gathers
+    if rank == 0:
+        others, rest = layout.processes - 1, max(0, record - RECORD_INTEGERS)
+        sent += others * (RECORD_BYTES + rest * INTEGER_BYTES)
+        messages += others * (1 + (rest > 0))
+    rows = tokens * config.hidden_size * ELEMENT_BYTES
+    if not is_last:
+        return sent + rows, messages + 1
+    if layout.pipeline > 1 and own == 0:
+        sent += rows + logits * config.vocab_size * FP32_BYTES
+        messages += 1 + (logits > 0)
+    return sent, messages
+
+
 def _tensor(
     config: ModelConfig,
     layout: ServingLayout,
@@ -71,10 +107,20 @@ def _tensor(
     layers: range,
     logits: int,
 ) -> Message:
-    """All-gathers of the heads' outputs, of MLPs' inner channels and of both projections' outputs,
-    and of `logits` rows of logits."""
+    sent, messages = _tensor_traffic(config, layout, tokens, layers, logits)
+    is_local = layout.tensor <= machine.devices_per_node
+    return Message(kind="tensor", sent_bytes=sent, messages=messages, is_local=is_local)
+
+
+def _tensor_traffic(
+    config: ModelConfig, layout: ServingLayout, tokens: int, layers: range, logits: int
+) -> tuple[float, int]:
+    """(bytes, messages) of a rank: all-gathers of the heads' outputs, of MLPs' inner channels and
+    of both projections' outputs, and of `logits` rows of logits."""
     others = layout.tensor - 1
     width, gathers = 0, 0
+    if config.tie_word_embeddings or config.vocab_size % layout.tensor:
+        logits = 0  # such a head is not divided
     for layer in layers:
         attention = config.attention_of(layer)
         inner = config.intermediate_size
@@ -85,12 +131,7 @@ def _tensor(
         width += sum(widths)
         gathers += len(widths)
     own = tokens * width * ELEMENT_BYTES + logits * config.vocab_size * FP32_BYTES
-    return Message(
-        kind="tensor",
-        sent_bytes=own / layout.tensor * others,
-        messages=(gathers + (logits > 0)) * others,
-        is_local=layout.tensor <= machine.devices_per_node,
-    )
+    return own / layout.tensor * others, (gathers + (logits > 0)) * others
 
 
 def _expert(
@@ -101,8 +142,16 @@ def _expert(
     layers: range,
     data: int,
 ) -> Message:
-    """Outputs of the chosen experts to all ranks of the stage. With data-parallel attention, tokens
-    to the ranks of their experts in fp8, and the outputs back.
+    sent, messages = _expert_traffic(config, layout, choices, layers, data)
+    is_local = layout.stage_size <= machine.devices_per_node
+    return Message(kind="expert", sent_bytes=sent, messages=messages, is_local=is_local)
+
+
+def _expert_traffic(
+    config: ModelConfig, layout: ServingLayout, choices: int | float, layers: range, data: int
+) -> tuple[float, int]:
+    """(bytes, messages) of a rank: outputs of the chosen experts to all ranks of the stage. With
+    data-parallel attention, tokens to the ranks of their experts in fp8, and the outputs back.
     """
     ranks = layout.stage_size
     sparse = sum(config.is_moe_layer(layer) for layer in layers)
@@ -112,12 +161,7 @@ def _expert(
         sent, messages = rows * (FP8_BYTES + ELEMENT_BYTES) / ranks, 2
     else:
         sent, messages = rows * ELEMENT_BYTES, ranks - 1
-    return Message(
-        kind="expert",
-        sent_bytes=sparse * sent,
-        messages=sparse * messages if ranks > 1 else 0,
-        is_local=ranks <= machine.devices_per_node,
-    )
+    return sparse * sent, sparse * messages if ranks > 1 else 0
 
 
 def _pipeline(

@@ -6,16 +6,17 @@ from unittest.mock import Mock
 
 import pytest
 
-from lowlat.config.model import ModelConfig
+from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.config.presets import load_preset
 from lowlat.config.serving_layout import ServingLayout
 from lowlat.plan.serving import estimate
 from lowlat.plan.serving.layout import check_layout
 from lowlat.plan.serving.machines import parse_cluster
 from lowlat.plan.serving.weights import dtype_weights
-from lowlat.plan.serving_stages import serving_stages, share_of
+from lowlat.plan.serving_stages import requested_layout, serving_stages, share_of
 from lowlat.utils.errors import UserError
-from tests.configs import MLA, MOE, model_config
+from tests.configs import GQA, MLA, MOE, model_config
+from tests.fakes import gqa_config
 from tests.unit.checkpoint.builders import SPARSE_GLM
 
 CONFIG = model_config("deepseek_v3", MLA, moe=MOE, num_hidden_layers=9, num_nextn_predict_layers=1)
@@ -50,6 +51,63 @@ def test_layers_that_share_a_choice_stay_together() -> None:
     config: ModelConfig = model_config("glm_moe_dsa", attention, num_hidden_layers=6)
     starts = {stage.layers.start for stage in serving_stages(config, 3)}
     assert starts == {0, 3, 4}
+
+
+DENSE = model_config(
+    "deepseek_v3",
+    replace(MLA, num_attention_heads=6),
+    num_hidden_layers=9,
+    hidden_size=44,
+    intermediate_size=36,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "processes", "local", "is_native", "layout"),
+    [
+        (DENSE, 2, 2, True, "tensor=2"),
+        (DENSE, 4, 2, True, "tensor=2,pipeline=2"),
+        (DENSE, 2, 2, False, "pipeline=2"),
+        (DENSE, 4, 4, True, "pipeline=4"),
+        (CONFIG, 4, 4, False, "pipeline=1,expert=4"),
+        (CONFIG, 5, 5, True, "pipeline=5"),
+        (load_preset("deepseek-v3"), 2, 2, True, "tensor=2"),
+        (replace(DENSE, quantization=QuantConfig()), 2, 2, True, "pipeline=2"),
+    ],
+)
+def test_auto_divides_layers_within_a_machine(
+    config: ModelConfig, processes: int, local: int, is_native: bool, layout: str
+) -> None:
+    sizes = requested_layout("auto", config, processes=processes, local=local, is_native=is_native)
+    assert sizes == ServingLayout.parse(layout)
+    check_layout(config, sizes)
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "message"),
+    [
+        (DENSE, "tensor=4", "tensor=4: must divide the 6 attention heads"),
+        (
+            replace(DENSE, intermediate_size=45),
+            "tensor=2",
+            "tensor=2: must divide the 45 rows of dense MLPs",
+        ),
+        (
+            replace(DENSE, hidden_size=45),
+            "tensor=2",
+            "tensor=2: must divide the 45 channels of the residual stream",
+        ),
+        (
+            gqa_config(attention=GQA, hidden_size=48, intermediate_size=33),
+            "tensor=3",
+            "tensor=3: must divide the 2 key-value heads",
+        ),
+        (CONFIG, "expert=5", "expert=5: must divide the 12 routed experts"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_named(config: ModelConfig, layout: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"--parallel {message}"):
+        check_layout(config, ServingLayout.parse(layout))
 
 
 @pytest.mark.parametrize(("preset", "count", "most"), [("deepseek-v3", 2, 61), ("glm-5.2", 4, 21)])

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lowlat.utils.topology import Core, parse_cpu_list, read_topology
+from lowlat.utils.errors import UserError
+from lowlat.utils.topology import Core, machine_topology, parse_cpu_list, read_topology
 
 
 def machine(
@@ -68,6 +69,19 @@ def test_a_container_without_sys(tmp_path: Path):
     (tmp_path / "proc/self/status").write_text("Cpus_allowed_list:\t1-2\n")
     found = read_topology(tmp_path)
     assert found.cores == (Core(node=0, cpus=(1,)), Core(node=0, cpus=(2,)))
+
+
+def test_a_file_of_lscpu_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "cpus"
+    file.write_text("# CPU,CORE,NODE\n0,0,0\n1,1,1\n2,0,0\n3,1,1\n")
+    monkeypatch.setenv("LOWLAT_TOPOLOGY", str(file))
+    assert machine_topology().cores == (Core(node=0, cpus=(0, 2)), Core(node=1, cpus=(1, 3)))
+    file.write_text("0,0,\n")
+    assert machine_topology().nodes == (0,)
+    for text in ("", "a,b,c\n", "0,0\n"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"LOWLAT_TOPOLOGY=.*cpus: "):
+            machine_topology()
 
 
 def test_this_machine():

@@ -1,0 +1,57 @@
+"""`--parallel auto`: one process per NUMA node of this machine, started as torchrun does."""
+
+import logging
+import sys
+import uuid
+
+from lowlat.plan.serving_stages import AUTO
+from lowlat.utils.process_group import is_launched, started_processes
+from lowlat.utils.topology import machine_topology
+
+STOP_SECONDS = 60
+"""Time for processes to end after a signal: longer than a server drains by default."""
+
+
+def one_process_per_node(parallel: str | None) -> str | None:
+    """Start this command in one process per NUMA node if `parallel` is AUTO, and exit with its
+    code. Returns `parallel` in processes of torchrun, and None for AUTO in a single process.
+    """
+    if parallel != AUTO:
+        return parallel
+    if is_launched():
+        return parallel if started_processes() > 1 else None
+    topology = machine_topology()
+    count = len(topology.nodes)
+    if count == 1:
+        print(f"lowlat: --parallel auto: {topology}, so one process", file=sys.stderr)
+        return None
+    print(f"lowlat: --parallel auto: {topology}, so {count} processes", file=sys.stderr)
+    sys.exit(_launch(count, sys.argv[1:]))
+
+
+def _launch(processes: int, arguments: list[str]) -> int:
+    """Exit code of `lowlat *arguments` in this many processes."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # the process that failed has said why
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=STOP_SECONDS,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "lowlat", *arguments)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    except SignalException as signal:
+        return 128 + signal.sigval
+    return 0
