@@ -141,7 +141,7 @@ class Case:
 
 CASES: dict[str, Case] = {
     "mtp-moe": Case(config=MTP_MOE, longest=2300, num_adapters=2),
-    "small-cache": Case(config=MTP_MOE, options={"context": 256}, cache_bytes=80_000),
+    "small-cache": Case(config=MTP_MOE, options={"context": 256}, cache_bytes=40_000),
     "int8": Case(config=MTP_MOE, options={"dtype": "int8", "cache": "int8"}),
     "int4": Case(config=MTP_MOE, options={"dtype": "int4"}),
     "fp8": Case(config=replace(BLOCKS, quantization=QuantConfig()), options={"dtype": "auto"}),
