@@ -16,6 +16,7 @@ from lowlat.engine.scheduler import MAX_SEQUENCES, Limits
 from lowlat.model.transformer import Transformer
 from lowlat.train.policy.distribution import SamplingDistribution
 from lowlat.train.policy.prompts import PromptRecord
+from lowlat.utils.errors import UserError
 
 SAMPLING = 1
 """Key of the random numbers of sampling, after the recipe's seed."""
@@ -69,7 +70,7 @@ class RolloutEngine:
         distribution: SamplingDistribution,
     ) -> list[list[Rollout]]:
         """A group of completions for each of `prompts`, which are draws first_draw, .... Raises
-        RuntimeError if the model fails.
+        UserError if the model fails.
         """
         requests = []
         options = RequestOptions(is_offline=True)
@@ -108,7 +109,7 @@ def drawn(prompts: Sequence[PromptRecord], draw: int, seed: int) -> PromptRecord
 
 def _record(event: TokenEvent, logprobs: dict[tuple[int, int], list[float]]) -> None:
     if event.error is not None:
-        raise RuntimeError(f"a rollout failed: {event.error}")
+        raise UserError(f"a rollout failed: {event.error}; lower learning_rate")
     if event.token is not None:
         assert event.logprob is not None
         logprobs.setdefault((event.request_id, event.index), []).append(event.logprob)
