@@ -103,11 +103,14 @@ def accuracy_reward(context: RewardContext) -> Reward:
         import math_verify  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         _missing("accuracy_reward", "math-verify", error)
+    # the worker's deadline is the time limit; math-verify's own counts as a wrong answer
+    limits: dict[str, Any] = {"parsing_timeout": None, "raise_on_error": True}
+    # the first call builds the parser, which every fork then has
+    half = math_verify.parse("$\\frac{1}{2}$", **limits)
+    math_verify.verify(half, math_verify.parse("It is 0.5.", **limits), timeout_seconds=None)
 
     def score(sample: Sample) -> float:
         gold = gold_answer(sample.record)
-        # the worker's deadline is the time limit; math-verify's own counts as a wrong answer
-        limits: dict[str, Any] = {"parsing_timeout": None, "raise_on_error": True}
         wanted = math_verify.parse(gold if "$" in gold else f"${gold}$", **limits)
         if not wanted:
             raise ValueError(f"the reference answer {gold[:80]!r} is no expression")
