@@ -181,7 +181,7 @@ REWARDS: Mapping[str, Callable[[RewardContext], Reward]] = {
 
 
 def _missing(reward: str, package: str, error: ImportError) -> NoReturn:
-    raise UserError(f"reward_funcs: {reward} needs {package} ({error}); {INSTALL}") from error
+    raise UserError(f"{reward} needs {package} ({error}); {INSTALL}") from error
 
 
 def _refuse_constant(text: str) -> NoReturn:

@@ -166,7 +166,7 @@ class _Server:
                 f"reward_funcs: loading {names} ended its process; correct the file"
             ) from error
         if error is not None:
-            raise UserError(error)
+            raise UserError(f"reward_funcs: {error}")
 
     def send(self, number: int, task: Task, sample: Sample) -> None:
         fields = [sample.prompt, sample.completion, sample.record, sample.num_tokens]

@@ -101,5 +101,5 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{environment().get('PYTHONPATH', '')}")
     with pytest.raises(UserError, match=r"needs reasoning-gym .*; pip install 'lowlat\[rewards\]'"):
         write_records(tmp_path / "prompts.jsonl", "gcd", {"seed": 0, "size": 1})
-    with pytest.raises(UserError, match=r"^reasoning_gym_reward needs reasoning-gym"):
+    with pytest.raises(UserError, match=r"^reward_funcs: reasoning_gym_reward needs reasoning-gym"):
         RewardWorkers(["reasoning_gym_reward"])
