@@ -57,7 +57,9 @@ def measure(folder: Path, recipe: Recipe, *, most_windows: int, progress: Progre
     model = load_model(folder, dtype="fp32").model
     stack_experts(model)
     num_ahead = 1 + model.config.num_nextn_predict_layers
-    windows = phase_data(recipe, 0, phase_dataset(recipe, 0, Path("/")), num_ahead).held_out
+    dataset = phase_dataset(recipe, 0, Path("/"))
+    assert dataset is not None  # only GRPO phases have none
+    windows = phase_data(recipe, 0, dataset, num_ahead).held_out
     assert windows is not None  # checked by open_data
     rows = min(most_windows, windows.per_epoch)
     passes = PlainPasses(model, DTYPES[recipe.precision])
