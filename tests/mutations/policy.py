@@ -31,12 +31,12 @@ REINFORCING = [
         GRADIENTS,
     ),
     Mutant(
-        "policy: the first token of a completion is predicted on the decode path",
+        "policy: prompts computed on the decode path",
         "train/policy/forward.py",
-        'is_decode.append(self._planner.path(last, len(own.prompt)) == "decode")',
-        "is_decode.append(True)",
+        "length, path = self._planner.next_chunk(start, size, size, chunk)",
+        'length, path = self._planner.next_chunk(start, size, size, chunk)[0], "decode"',
         POLICY + "test_one_arithmetic.py::"
-        "test_the_trainer_has_the_logits_and_experts_that_were_sampled_from[gqa-plain]",
+        "test_the_trainer_has_the_logits_and_experts_that_were_sampled_from[mla-moe-mtp-plain]",
     ),
     Mutant(
         "loss: the better of clipped and unclipped",
@@ -53,10 +53,10 @@ REINFORCING = [
         WHOLE,
     ),
     Mutant(
-        "rollouts: gradients at the weights before the update",
-        "train/policy/learner.py",
-        "        self._weights.refresh()\n",
-        "",
-        WHOLE,
+        "rollouts: rounded weights stay those before the update",
+        "train/policy/weights.py",
+        "self.tensors[name].copy_(value)",
+        "pass",
+        POLICY + "test_weights.py::test_an_update_is_rounded_into_the_same_tensors",
     ),
 ]
