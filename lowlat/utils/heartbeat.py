@@ -16,8 +16,8 @@ from torch.distributed.distributed_c10d import Store
 BEAT_SECONDS = 0.5
 """Time between heartbeats."""
 PEER_SECONDS = 6.0
-"""A process without a heartbeat for this long is lost; with the time to end requests, clients have
-their error within 10 s."""
+"""A process without a heartbeat for this long is lost. Requests end with their error at most two
+BEAT_SECONDS later, plus the time to end them."""
 GRACE_SECONDS = 2.0
 """Time for responses to reach their clients before a process that has lost another one ends."""
 EXIT_CODE = 1
