@@ -12,7 +12,8 @@ from .runner import Outcome, check_baseline, prepare, run_mutant
 
 
 def main(arguments: list[str]) -> int:
-    """0 if a test failed for every mistake, 1 if one went unnoticed or nothing was selected."""
+    """0 if a test failed for every mistake, 1 if one went unnoticed; exits with 2 if nothing was
+    selected."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutations")
     parser.add_argument("--part", default="1/1", metavar="I/N")
     parser.add_argument("words", nargs="*", metavar="WORD")
@@ -20,6 +21,8 @@ def main(arguments: list[str]) -> int:
     part, parts = map(int, given.part.split("/"))
     named = [m for m in MUTANTS if all(word.lower() in m.name.lower() for word in given.words)]
     chosen = named[part - 1 :: parts]
+    if not chosen:
+        parser.error("no mutant has these words in its name")
     with tempfile.TemporaryDirectory(prefix="lowlat-mutations-") as folder:
         workspace = Path(folder)
         prepare(workspace)
@@ -30,7 +33,7 @@ def main(arguments: list[str]) -> int:
             print(row(outcomes[-1]), flush=True)
     killed = sum(outcome.killed for outcome in outcomes)
     print(f"{killed} of {len(outcomes)} killed")
-    return 0 if outcomes and killed == len(outcomes) else 1
+    return 0 if killed == len(outcomes) else 1
 
 
 def row(outcome: Outcome) -> str:
