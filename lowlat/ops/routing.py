@@ -40,12 +40,11 @@ def route(
     wide = accumulation_dtype(x.dtype)
     logits = x.to(wide) @ gate.to(wide).T
     scores = logits.sigmoid() if moe.scoring_func == "sigmoid" else logits.softmax(dim=-1)
-    if experts is not None:
-        return Routing(experts, _weights(scores.gather(1, experts), moe), scores)
-    choice = scores if bias is None else scores + bias
-    if moe.topk_method != "greedy" and moe.n_group > 1:
-        choice = _keep_best_groups(choice, moe)
-    experts = largest(choice, moe.num_experts_per_tok)
+    if experts is None:
+        choice = scores if bias is None else scores + bias
+        if moe.topk_method != "greedy" and moe.n_group > 1:
+            choice = _keep_best_groups(choice, moe)
+        experts = largest(choice, moe.num_experts_per_tok)
     return Routing(experts, _weights(scores.gather(1, experts), moe), scores)
 
 

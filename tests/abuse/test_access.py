@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from lowlat.serve.http.pages import COOKIE, cookie_value
+from lowlat.serve.http.security import OPEN_PATHS
 
 from .local import NAME, Local, listening
 from .wire import HOST, Reply, exchange, request
@@ -38,8 +39,8 @@ def ask(server: Local, method: str, path: str, headers: Mapping[str, str]) -> Re
 
 
 def is_open(method: str, path: str) -> bool:
-    """What needs no key: health, and what takes one."""
-    return path == "/health" or (method, path) == ("POST", "/login")
+    """What needs no key: health and readiness, and what takes one."""
+    return path in OPEN_PATHS or (method, path) == ("POST", "/login")
 
 
 def check_refused(server: Local, reply: Reply, method: str, *statuses: int) -> None:
@@ -92,7 +93,7 @@ def test_no_route_opens_to_a_wrong_key(locked: Local, name: str) -> None:
     for method, path in locked.routes:
         reply = ask(locked, method, path, WRONG_KEYS[name])
         if is_open(method, path):
-            assert reply.status == (200 if path == "/health" else 400)
+            assert reply.status == (200 if path in OPEN_PATHS else 400)
         else:
             check_refused(locked, reply, method, 401)
 

@@ -64,9 +64,7 @@ class LoadBalancer:
         outside are not counted.
         """
         self._sequence_length, self._num_sequences = sequence_length, num_sequences
-        self._sequence_loss.zero_()
-        for observed in self._gates:
-            observed.counters.zero_()
+        self._reset()
         self._enabled = True
         try:
             yield
@@ -75,11 +73,15 @@ class LoadBalancer:
 
     def set_loads(self, loads: Mapping[int, Float[Tensor, " experts"]]) -> None:
         """Set the choices of every expert in a global batch, by layer, that no hook observed."""
+        self._reset()
+        for observed in self._gates:
+            if observed.layer in loads:
+                observed.counters += loads[observed.layer]
+
+    def _reset(self) -> None:
         self._sequence_loss.zero_()
         for observed in self._gates:
             observed.counters.zero_()
-            if observed.layer in loads:
-                observed.counters += loads[observed.layer]
 
     def reduce(self) -> None:
         """All-reduce the counters, once per global batch."""
