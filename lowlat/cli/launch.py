@@ -1,20 +1,23 @@
 """`--parallel auto`: one process per NUMA node of this machine, started as torchrun does."""
 
 import logging
+import math
 import sys
+import tempfile
 import uuid
 
 from lowlat.plan.serving_stages import AUTO
 from lowlat.utils.process_group import is_launched, started_processes
 from lowlat.utils.topology import machine_topology
 
-STOP_SECONDS = 60
-"""Time for processes to end after a signal: longer than a server drains by default."""
+STOP_SECONDS = 30
+"""Time for processes to end after a signal, beyond that for draining."""
 
 
-def one_process_per_node(parallel: str | None) -> str | None:
+def one_process_per_node(parallel: str | None, *, drain_seconds: float = 0.0) -> str | None:
     """Start this command in one process per NUMA node if `parallel` is AUTO, and exit with its
     code. Returns `parallel` in processes of torchrun, and None for AUTO in a single process.
+    drain_seconds: how long the command may go on after SIGTERM.
     """
     if parallel != AUTO:
         return parallel
@@ -26,11 +29,15 @@ def one_process_per_node(parallel: str | None) -> str | None:
         print(f"lowlat: --parallel auto: {topology}, so one process", file=sys.stderr)
         return None
     print(f"lowlat: --parallel auto: {topology}, so {count} processes", file=sys.stderr)
-    sys.exit(_launch(count, sys.argv[1:]))
+    with tempfile.TemporaryDirectory(prefix="lowlat-") as folder:
+        stop_seconds = math.ceil(drain_seconds) + STOP_SECONDS
+        sys.exit(_launch(count, sys.argv[1:], folder, stop_seconds))
 
 
-def _launch(processes: int, arguments: list[str]) -> int:
-    """Exit code of `lowlat *arguments` in this many processes."""
+def _launch(processes: int, arguments: list[str], folder: str, stop_seconds: int) -> int:
+    """Exit code of `lowlat *arguments` in this many processes. The rendezvous, which unpickles what
+    others write, is a file in `folder`, private to this user, instead of a port.
+    """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -43,9 +50,11 @@ def _launch(processes: int, arguments: list[str]) -> int:
         nproc_per_node=processes,
         run_id=str(uuid.uuid4()),
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=f"{folder}/rendezvous",
+        rdzv_configs={"store_type": "file"},
+        local_addr="127.0.0.1",
         max_restarts=0,
-        shutdown_timeout=STOP_SECONDS,
+        shutdown_timeout=stop_seconds,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "lowlat", *arguments)

@@ -180,7 +180,7 @@ def serve(
     from lowlat.serve.run import open_socket, run, url_of
     from lowlat.utils.process_group import is_follower
 
-    parallel = one_process_per_node(parallel)
+    parallel = one_process_per_node(parallel, drain_seconds=limits.drain_seconds)
     tables = _tables(models or [], several, server.served_model_name)
     is_one = len(tables) == 1 and several.unload_after is None
     if is_one and several.memory is not None:

@@ -158,8 +158,9 @@ class KVConnector:
         """Give a sequence its next page. A page that is damaged, or finds no free page, ends the
         load: the engine computes the rest."""
         content = load.contents[load.next]
-        self.recorder.received(len(received), self._prefix.page_size)
         damage = self._receiver.damage(content, received)
+        tokens = self._prefix.page_size if damage is None else 0
+        self.recorder.received(len(received), tokens)
         if damage is not None:
             logger.warning("a KV cache page has arrived %s and is computed again", damage)
             self.recorder.damaged()

@@ -4,6 +4,7 @@ whose replica is lost or refuses them.
 A request is repeated only before the first byte of its response has been sent.
 """
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator
@@ -55,7 +56,11 @@ class Gateway:
                 return error_response(
                     403, "Ray Serve listens on an address of the network; set api_key_file"
                 )
-            body = await self._read_body(request)
+            try:
+                async with asyncio.timeout(self._config.body_seconds):
+                    body = await self._read_body(request)
+            except TimeoutError:
+                return error_response(408, "the body took too long to arrive")
             if body is None:
                 return error_response(
                     413, f"the body is larger than {self._config.max_body_bytes} bytes"
@@ -101,7 +106,11 @@ class Gateway:
 
     async def _metrics(self, request: ReplicaRequest) -> Response:
         """The metrics of all replicas, with the replica as a label."""
-        found = await self._replicas.broadcast("metrics", request).results_async()
+        try:
+            found = await self._replicas.broadcast("metrics", request).results_async()
+        except (*REPLICA_LOST, TimeoutError) as error:
+            log(logging.WARNING, "a replica was lost; metrics are incomplete", error=error)
+            return error_response(503, "a replica was lost; try again", code="replica_lost")
         texts: dict[str, str] = {}
         for head, body in found:
             if head.status != 200:

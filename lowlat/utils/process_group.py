@@ -277,10 +277,12 @@ class Sending:
 
 
 def join_group(processes: int, option: str) -> ProcessGroup:
-    """The group of a run that `option` divides among this many processes, at least two. Raises
-    UserError if torchrun has started another number.
+    """The group of a run that `option` divides among this many processes. Raises UserError if these
+    are fewer than two, or torchrun has started another number.
     """
     world = started_processes()
+    if processes < 2:
+        raise UserError(f"{option} is a layout of one process; leave --parallel out")
     if world != processes:
         raise UserError(
             f"{option} is for {processes} processes, {world} started; start it as: "
