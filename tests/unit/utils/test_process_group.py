@@ -1,11 +1,12 @@
-"""Processes of a run find each other in a store that outlives them."""
+"""Processes of a run: which form a group, and how they find each other in a store."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch.distributed import HashStore
 
-from lowlat.utils.process_group import _common_prefix, is_follower
+from lowlat.utils.errors import UserError
+from lowlat.utils.process_group import _common_prefix, is_follower, join_group
 
 
 def test_restarted_processes_share_a_new_prefix() -> None:
@@ -27,3 +28,8 @@ def test_a_rank_without_a_run_is_no_follower(monkeypatch: pytest.MonkeyPatch) ->
     assert not is_follower()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert is_follower()
+
+
+def test_a_layout_of_one_process_is_refused() -> None:
+    with pytest.raises(UserError, match="pipeline=1 is a layout of one process; leave --parallel"):
+        join_group(1, "--parallel pipeline=1")
