@@ -43,7 +43,7 @@ REINFORCING = [
         "train/policy/loss.py",
         "-torch.min(bounded * advantages, clipped * advantages)",
         "-torch.max(bounded * advantages, clipped * advantages)",
-        LOSSES + "[all-changes0-dapo]",
+        LOSSES + "[all-{}-dapo]",
     ),
     Mutant(
         "rollouts: sampled with the weights before the update",
