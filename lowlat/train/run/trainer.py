@@ -345,10 +345,12 @@ class Trainer:
     def _save(self) -> None:
         began = time.monotonic()
         self._saves.wait()  # frees the copy of the last state before the next is made
+        # The next phase begins with draws of its own.
+        continues = self._plan().phase_index == self._phase
         tensors = snapshot(
             self.sharded,
             self.optimizer,
-            rollouts=() if self._grpo is None else self._grpo.state(),
+            rollouts=self._grpo.state() if self._grpo is not None and continues else (),
             keep=self._mesh.is_main_process,
         )
         if self._mesh.is_main_process:

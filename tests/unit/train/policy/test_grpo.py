@@ -126,6 +126,19 @@ def test_a_stopped_run_resumes_to_the_same_bits(folder: Path, stopped: int) -> N
     assert samples(resumed) == samples(whole)
 
 
+@pytest.mark.slow
+def test_a_run_stopped_between_grpo_phases_resumes_to_the_same_bits(folder: Path) -> None:
+    """The second phase has draws of its own, and no completions of the first."""
+    raw = raw_recipe({"num_iterations": 2})
+    first = raw["phase"][0] | {"steps": 1}
+    raw["phase"] = [first, first | {"name": "rl2"}]
+    whole = train(folder, raw, "two-phases")
+    tuning.stop_after(1, folder, raw, base_model=folder / "base", name="between-phases")
+    resumed = train(folder, raw, "between-phases")
+    tuning.assert_same(resumed.saved(), whole.saved())
+    assert samples(resumed) == samples(whole)
+
+
 def test_failed_rewards_fail_their_sample(folder: Path, tmp_path: Path) -> None:
     write_prompts(folder / "failing.jsonl", ["?", "a"])
     raw = raw_recipe({"prompts": "failing.jsonl"})
