@@ -69,7 +69,8 @@ def tagged_answer(text: str) -> str:
 
 def gold_answer(record: Mapping[str, Any]) -> str:
     """The reference answer: in GSM8K's format the number after ####, without commas."""
-    gold = str(record["answer"] if "answer" in record else record["solution"])
+    answer = record.get("answer")
+    gold = str(record["solution"] if answer is None else answer)
     if GSM8K_ANSWER in gold:
         return gold.rpartition(GSM8K_ANSWER)[2].strip().replace(",", "")
     return gold

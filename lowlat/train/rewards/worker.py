@@ -15,7 +15,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -46,6 +46,14 @@ class Scoring:
     deadline: float
 
 
+class _OverdueError(BaseException):
+    """The time limit of `prepare`, which its handlers of Exception must not catch."""
+
+
+def _stop_prepare(number: int, frame: object) -> NoReturn:
+    raise _OverdueError
+
+
 class ForkServer:
     """Starts a fork per request and sends its answer, or why there is none, over `channel`."""
 
@@ -73,7 +81,9 @@ class ForkServer:
                 self._finish(self._running.pop(pipe))
             now = time.monotonic()
             for scoring in [job for job in self._running.values() if job.deadline <= now]:
-                self._finish(self._running.pop(scoring.pipe), is_overdue=True)
+                # It may have answered while the next request was prepared.
+                is_overdue = not scoring.pipe.poll()
+                self._finish(self._running.pop(scoring.pipe), is_overdue=is_overdue)
         for scoring in self._running.values():
             _end(scoring)
 
@@ -85,8 +95,7 @@ class ForkServer:
             return False
         reward, sample = self._rewards[request["function"]], Sample(*request["sample"])
         if reward.prepare is not None:
-            with suppress(Exception):  # the fork meets it again and reports it
-                reward.prepare(sample)
+            self._prepare(reward.prepare, sample)
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -99,6 +108,18 @@ class ForkServer:
         deadline = time.monotonic() + self._seconds
         self._running[pipe] = Scoring(request["task"], pid, pipe, deadline)
         return True
+
+    def _prepare(self, prepare: Callable[[Sample], object], sample: Sample) -> None:
+        """Call `prepare` for up to the time limit. The fork meets its errors again and reports
+        them.
+        """
+        try:
+            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+            with suppress(Exception):
+                prepare(sample)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except _OverdueError:
+            pass
 
     def _finish(self, scoring: Scoring, *, is_overdue: bool = False) -> None:
         answer: Answer | None = None
@@ -207,6 +228,7 @@ def seed_random() -> None:
 def main() -> None:
     """Run the server on the channel whose descriptor is the last argument."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is for the parent, which closes our input
+    signal.signal(signal.SIGALRM, _stop_prepare)
     channel = Connection(int(sys.argv[-1]))
     os.set_inheritable(channel.fileno(), False)
     setup: dict[str, Any] = json.loads(channel.recv_bytes())

@@ -84,7 +84,7 @@ def test_accuracy(answer: str, completion: str, score: float) -> None:
     assert scores("accuracy_reward", [Sample("", completion, {"answer": answer})], context) == [
         score
     ]
-    renamed = Sample("", completion, {"solution": answer})
+    renamed = Sample("", completion, {"answer": None, "solution": answer})
     assert scores("accuracy_reward", [renamed], context) == [score]
 
 

@@ -222,6 +222,52 @@ def test_files_import_their_neighbours_and_take_any_callable(tmp_path: Path) -> 
         assert workers.score([Sample("", "", {})]) == [[7.0]]
 
 
+def test_preparing_has_the_time_limit_and_costs_other_calls_none() -> None:
+    """A call that has ended while the next one is prepared has its score."""
+    source = """
+        import json, signal, time
+        from multiprocessing import Pipe
+        from lowlat.train.rewards.functions import Reward
+        from lowlat.train.rewards.worker import ForkServer, _stop_prepare
+
+        def prepare(sample):
+            while sample.completion == "hang":
+                try:
+                    time.sleep(1e6)
+                except Exception:
+                    pass
+
+        signal.signal(signal.SIGALRM, _stop_prepare)
+        ours, theirs = Pipe()
+        for task, completion in enumerate(["ok", "hang"]):
+            sample = ["", completion, {}, 0]
+            request = {"task": task, "function": 0, "sample": sample}
+            ours.send_bytes(json.dumps(request).encode())
+        reward = Reward(lambda sample: 1.0, prepare)
+        server = ForkServer(theirs, [reward], seconds=1.0, memory_bytes=1 << 30)
+        answers = []
+        finish = server._finish
+
+        def finish_and_close(scoring, **options):
+            finish(scoring, **options)
+            answers.append(json.loads(ours.recv_bytes()))
+            if len(answers) == 2:
+                ours.close()
+
+        server._finish = finish_and_close
+        server.serve()
+        print(sorted(answers))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout == "[[0, None, 1.0], [1, None, 1.0]]\n"
+
+
 def test_unknown_rewards_are_refused() -> None:
     with pytest.raises(UserError, match="reward_funcs: 'acuracy' is none of accuracy_reward, "):
         RewardWorkers(["acuracy"])
