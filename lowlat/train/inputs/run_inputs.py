@@ -27,8 +27,9 @@ from lowlat.train.inputs.phase_data import (
     phase_data,
     phase_dataset,
 )
-from lowlat.train.policy.prompts import prompts_fingerprint
+from lowlat.train.policy.prompts import file_fingerprint
 from lowlat.train.recipe.schema import Phase, Recipe
+from lowlat.train.rewards.reward_file import is_file
 from lowlat.utils.progress import Progress
 
 
@@ -49,7 +50,9 @@ class RunInputs:
     teacher_config: ModelConfig | None
     """Config of the teacher."""
     fingerprints: list[str]
-    """Of the data of each phase; with LoRA also of the base model, which checkpoints leave out."""
+    """Of the data of each phase; with LoRA or a reference also of the base model, which checkpoints
+    leave out.
+    """
     teacher_fingerprint: str | None
     """Of the teacher."""
     mtp_copies: bool = False
@@ -91,7 +94,8 @@ def open_run_inputs(
     fingerprints = [
         _fingerprint(phase, own, base) for phase, own in zip(recipe.phase, data, strict=True)
     ]
-    if recipe.lora is not None and base_model is not None:
+    has_reference = any(phase.grpo is not None and phase.grpo.beta > 0 for phase in recipe.phase)
+    if base_model is not None and (recipe.lora is not None or has_reference):
         fingerprints.append(weights_fingerprint(base_model))
     return RunInputs(
         configs=configs,
@@ -107,11 +111,17 @@ def open_run_inputs(
 
 
 def _fingerprint(phase: Phase, data: PhaseData | None, base: Path) -> str:
-    """That of the data of `phase`, or of its prompts."""
+    """That of the data of `phase`, or of its prompts and reward files."""
     if data is not None:
         return data.dataset.fingerprint
     assert phase.grpo is not None
-    return prompts_fingerprint(base / phase.grpo.prompts)
+    files = [name for name in phase.grpo.reward_funcs if is_file(name)]
+    return " ".join(
+        [
+            file_fingerprint(base / phase.grpo.prompts, "a JSON Lines file as grpo.prompts"),
+            *(file_fingerprint(base / name, "a file in grpo.reward_funcs") for name in files),
+        ]
+    )
 
 
 def _tokenizer_source(base_model: Path | None, data: Sequence[PhaseData | None]) -> Path:

@@ -38,6 +38,8 @@ def read_prompts(
                 if line.strip():
                     where = f"{path}: line {number}"
                     prompts.append(_prompt(line, where, tokenizer, longest, reward_funcs))
+                    if isinstance(prompts[-1].prompt, str) != isinstance(prompts[0].prompt, str):
+                        raise UserError(f"{where}: mixes texts and chats; write one kind of prompt")
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); name a JSON Lines file as grpo.prompts"
@@ -47,15 +49,13 @@ def read_prompts(
     return prompts
 
 
-def prompts_fingerprint(path: Path) -> str:
-    """SHA-256 of the file `path`. Raises UserError if it cannot be read."""
+def file_fingerprint(path: Path, what: str) -> str:
+    """SHA-256 of the file `path`. Raises UserError, which asks for `what`, if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); name a JSON Lines file as grpo.prompts"
-        ) from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name {what}") from error
 
 
 def _prompt(

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from lowlat.engine.params import MAX_N, MAX_TOP_K
 from lowlat.train.recipe.fields import Amount, Count, FromList, Table
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
@@ -24,7 +25,7 @@ class GRPOConfig(Table):
     """Names of built-in rewards, and Python files, relative to the recipe, with a function
     `reward(prompt, completion, record)`.
     """
-    reward_weights: Annotated[tuple[float, ...], FromList] | None = None
+    reward_weights: Annotated[tuple[Finite, ...], FromList] | None = None
     """Weight of each reward in their sum, by default 1."""
     reward_seconds: Positive = 30.0
     """Time limit of one call of a reward function."""
@@ -77,6 +78,9 @@ class GRPOConfig(Table):
                 f"reward_weights: must have one number for each of the {len(self.reward_funcs)} "
                 "reward_funcs"
             )
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.delta is not None and self.delta <= 1 + high:
+            raise ValueError(f"delta {self.delta:g} must be above 1 + epsilon_high, {1 + high:g}")
         cache = self.soft_punish_cache
         if cache is not None and cache > self.max_completion_length:
             raise ValueError(

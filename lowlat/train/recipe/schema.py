@@ -149,6 +149,10 @@ class Phase(Table):
         grpo = self.grpo
         if grpo is None:
             return self
+        if self.data is not None:
+            raise ValueError("data: a phase of grpo learns from grpo.prompts; remove one")
+        if self.z_weight:
+            raise ValueError("z_weight: grpo has no z-loss; set z_weight = 0")
         size = grpo.num_generations
         if isinstance(self.batch_size, list) or self.batch_size % size:
             raise ValueError(f"batch_size: must be a multiple of grpo.num_generations {size}")
@@ -220,6 +224,8 @@ class Recipe(Table):
             raise ValueError("give either [model] or base_model, not both")
         if self.data is None and any(not (p.data or p.grpo) for p in self.phase):
             raise ValueError("data is missing")
+        if self.base_model is None and all(p.grpo for p in self.phase):
+            raise ValueError("base_model is missing; phases of grpo alone take the tokenizer of it")
         if self.data is None and self.base_model is None:
             raise ValueError("data is missing; without base_model its tokenizer is the model's")
         if self.lora is not None and self.base_model is None:

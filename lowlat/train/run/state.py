@@ -133,7 +133,7 @@ def check_resumable(
     differences = [text for key, text in differences if key.split(".")[0] not in FREE_KEYS]
     phases = len(recipe.phase)
     if saved["data"][:phases] != inputs.fingerprints[:phases]:
-        differences.append("the tokenized dataset has changed")
+        differences.append("its data, prompts or reward files have changed")
     if saved["data"][phases:] != inputs.fingerprints[phases:]:
         differences.append("base_model has other weights")
     if saved.get("teacher") != inputs.teacher_fingerprint:

@@ -94,7 +94,7 @@ def test_what_differs_is_said() -> None:
     assert "balance.sequence_weight was 0.0001 and is 0.1; seed was 3 and is 4" in message
     assert message.startswith("runs/x: was trained with another recipe: ")
     other = saved(3) | {"data": ["a", "c"]}
-    with pytest.raises(UserError, match="the tokenized dataset has changed"):
+    with pytest.raises(UserError, match="its data, prompts or reward files have changed"):
         resume(other)
     with pytest.raises(UserError, match="batches rounded"):
         resume(saved(3) | {"tokens": 111})

@@ -251,7 +251,7 @@ def test_other_data_is_not_resumed(base: Path) -> None:
     (base / "tokens").unlink()
     runs.make_tokens(base / "tokens", held_out=6)
     with (
-        pytest.raises(UserError, match="the tokenized dataset has changed"),
+        pytest.raises(UserError, match="its data, prompts or reward files have changed"),
         opened(base / "run", runs.recipe()),
     ):
         pass

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lowlat.ops import native
+from lowlat.train.inputs.run_inputs import _fingerprint
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.utils.errors import UserError
 from tests.unit.train import tuning
@@ -187,6 +188,9 @@ def test_lora_trains_its_updates_only(folder: Path) -> None:
         ({"reward_funcs": ["absent.py"]}, {}, "absent.py"),
         ({"reward_funcs": ["accuracy_reward"]}, {}, "line 1: has no 'answer' or 'solution'"),
         ({"prompts": "absent.jsonl"}, {}, "absent.jsonl: cannot be read"),
+        ({"reward_weights": [math.inf]}, {}, "reward_weights.0: must be a finite number"),
+        ({"delta": 1.1}, {}, "delta 1.1 must be above 1 . epsilon_high, 1.2"),
+        ({}, {"base_model": None, "model": {}}, "base_model is missing; phases of grpo"),
         ({}, {"precision": "fp32"}, "samples in bf16 on the CPU"),
         ({}, {"balance": {"sequence_weight": 1e-4}}, "set balance.sequence_weight = 0"),
         ({}, {"parallel": {"data": 2}}, "runs in one process"),
@@ -204,5 +208,37 @@ def test_bad_input_is_refused_in_one_line(
 def test_a_recipe_without_data_needs_a_base_model() -> None:
     raw = raw_recipe()
     del raw["base_model"]
-    with pytest.raises(UserError, match="data is missing"):
+    with pytest.raises(UserError, match="base_model is missing"):
         parse_recipe(raw | {"model": {}}, origin="r.toml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"z_weight": 1e-4}, "z_weight: grpo has no z-loss"),
+        ({"data": {"folder": "tokens"}}, "data: a phase of grpo learns from grpo.prompts"),
+    ],
+)
+def test_keys_without_effect_are_refused(changes: dict[str, Any], said: str) -> None:
+    raw = raw_recipe()
+    raw["phase"][0] |= changes
+    with pytest.raises(UserError, match=said):
+        parse_recipe(raw, origin="r.toml")
+
+
+def test_texts_and_chats_are_not_mixed(folder: Path) -> None:
+    chat = {"prompt": [{"role": "user", "content": "say"}], "letter": "a"}
+    lines = [chat, chat | {"prompt": "say"}]
+    (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match="line 2: mixes texts and chats"):
+        train(folder, raw_recipe({"prompts": "mixed.jsonl"}), "mixed")
+
+
+def test_fingerprints_are_of_reward_files_too(tmp_path: Path) -> None:
+    phase = parse_recipe(raw_recipe(), origin="r.toml").phase[0]
+    (tmp_path / "prompts.jsonl").write_text("{}")
+    found = []
+    for text in ("a", "b"):
+        (tmp_path / "reward.py").write_text(text)
+        found.append(_fingerprint(phase, None, tmp_path))
+    assert found[0] != found[1]
