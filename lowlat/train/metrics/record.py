@@ -66,14 +66,16 @@ class RolloutRecord:
     """Mean entropy of the sampling distribution, nats per token."""
     clipped: float
     """Share of tokens whose ratio was clipped."""
-    mismatch: float
-    """Largest difference of a token's log-probability between sampling and the first update."""
     rollout_tokens_per_second: float
     """Sampled tokens per second of sampling; 0 in later updates over the same completions."""
     update_tokens_per_second: float
     """Tokens of prompts and completions per second of forward and backward passes."""
     kl: float | None = None
     """Mean estimate of the KL divergence from the reference, nats per token."""
+    mismatch: float | None = None
+    """Largest difference of a token's log-probability between sampling and the first update; None
+    in later updates over the same completions.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +107,7 @@ class StepRecord:
     learning_rate: float
     """Learning rate of this step."""
     batch_tokens: int
-    """Input tokens of this step."""
+    """Input tokens of this step; in GRPO, those of prompts and completions."""
     tokens_per_second: float
     """batch_tokens over the seconds of this step."""
     mfu: float | None

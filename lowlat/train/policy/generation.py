@@ -22,7 +22,7 @@ from lowlat.train.policy.learner import PolicyBatch
 from lowlat.train.policy.prompts import PromptRecord
 from lowlat.train.policy.rollouts import Rollout, RolloutEngine, drawn
 from lowlat.train.recipe.grpo import GRPOConfig
-from lowlat.train.rewards.sample import Sample, Score
+from lowlat.train.rewards.sample import RewardFailure, Sample, Score
 from lowlat.train.rewards.workers import RewardWorkers
 from lowlat.utils.atomic_files import make_folder, replace_file
 
@@ -83,6 +83,8 @@ class Generator:
         """Prompts drawn so far."""
         self.tokens_per_second = 0.0
         """Sampled tokens per second of the latest batch."""
+        self.failure: RewardFailure | None = None
+        """A failed reward of the latest batch."""
 
     def batch(self, num_completions: int, step: int) -> tuple[PolicyBatch, GenerationFigures]:
         """A batch of whole groups for the optimizer step number `step`, from 1."""
@@ -90,6 +92,8 @@ class Generator:
         self._scores.clear()
         groups, rewards = self._sampled(wanted)
         figures = GenerationFigures.of(groups, rewards)
+        scores = (score for own in self._scores.values() for score in own)
+        self.failure = next((own for own in scores if isinstance(own, RewardFailure)), None)
         # Groups with a signal first, in the order sampled.
         order = (~has_signal(rewards)).int().argsort(stable=True)[:wanted]
         if not self._table.dynamic_sampling:

@@ -61,8 +61,10 @@ class PolicyFigures:
     entropy: float = 0.0
     kl: float | None = None
     clipped: int = 0
-    mismatch: float = 0.0
-    """Largest difference of a token's log-probability between the engine and the first update."""
+    mismatch: float | None = None
+    """Largest difference of a token's log-probability between the engine and the first update; None
+    if not measured.
+    """
     experts: dict[int, Float64[Tensor, " experts"]] = field(default_factory=dict)
     """Choices of every expert, by layer, over prompts and completions."""
 
@@ -127,7 +129,7 @@ class PolicyLearner:
                 tokens.old_logps.append(_of_targets(logps, run.targets[rows]))
                 if tokens.logprobs:
                     found = _mismatch(logits, run.targets[rows], tokens.logprobs[rows])
-                    figures.mismatch = max(figures.mismatch, found)
+                    figures.mismatch = largest(found, figures.mismatch or 0.0)
             if reference is not None and self._reference is not None:
                 logits = self._reference.logits(reference, rows)
                 ref = self._distribution.log_probabilities(logits, masks)
@@ -234,7 +236,12 @@ def _mismatch(
     `logprobs`.
     """
     rows = zip(logits, targets.tolist(), logprobs, strict=True)
-    return max(abs(float(row.log_softmax(dim=-1)[target]) - own) for row, target, own in rows)
+    return largest(*(abs(float(row.log_softmax(dim=-1)[t]) - own) for row, t, own in rows))
+
+
+def largest(*values: float) -> float:
+    """The largest of `values`; NaN if one is."""
+    return torch.tensor(values, dtype=torch.float64).max().item()
 
 
 def _of_targets(

@@ -4,7 +4,7 @@ checkpoints.
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from lowlat.train.metrics.record import RolloutRecord
 from lowlat.train.policy.batch_state import batch_of, tensors_of
 from lowlat.train.policy.generation import GenerationFigures, Generator
-from lowlat.train.policy.learner import PolicyBatch, PolicyLearner
+from lowlat.train.policy.learner import PolicyBatch, PolicyFigures, PolicyLearner
 from lowlat.train.policy.rollouts import RolloutEngine
 from lowlat.train.recipe.schedule import StepPlan
 from lowlat.train.step.balance import LoadBalancer
@@ -44,49 +44,61 @@ class GRPOPhase:
         self._figures: GenerationFigures | None = None
 
     def step(
-        self, plan: StepPlan, optimizer: Optimizer, balancer: LoadBalancer
+        self,
+        plan: StepPlan,
+        optimizer: Optimizer,
+        balancer: LoadBalancer,
+        report: Callable[[str], None],
     ) -> tuple[StepResult, RolloutRecord]:
         """One optimizer step, which first samples completions if all updates over the latest are
-        done. No weight is updated if loss or gradient are not finite.
+        done. If loss or gradient are not finite, weights and state stay as before.
+        report: gets a line for rewards that failed and for log-probabilities that differ.
         """
+        before = self._generator.draws, self._batch, self._figures
         rate = 0.0
         if self._batch is None or self._batch.updates == self._iterations:
             self._batch, self._figures = self._generator.batch(plan.rows, plan.step + 1)
             rate = self._generator.tokens_per_second
-        batch = self._batch
-        assert self._figures is not None
+            if self._generator.failure is not None:
+                report(
+                    f"step {plan.step + 1}: {self._figures.failed} completions have no reward, one "
+                    f"because of {self._generator.failure}"
+                )
+        batch, generated = self._batch, self._figures
+        assert generated is not None
         began = time.monotonic()
         figures = self._learner.accumulate(batch, plan.phase.micro_batch_size)
-        norm = math.nan
-        if math.isfinite(figures.loss):
+        if figures.mismatch:
+            report(
+                f"step {plan.step + 1}: log-probabilities of sampling and training differ by up to "
+                f"{figures.mismatch:.3g}"
+            )
+        has_targets = figures.tokens > 0
+        if has_targets and math.isfinite(figures.loss):
             norm = optimizer.step(plan.learning_rate)
-        else:
+        else:  # momentum and weight decay apply without gradients
             optimizer.zero_grad()
-        batch.updates += 1
+            norm = 0.0 if math.isfinite(figures.loss) else math.nan
         balancer.set_loads(figures.experts)
         result = StepResult(
-            losses=(), z=0.0, sequence_loss=0.0, grad_norm=norm, loads=(), matched=None
+            losses=(),
+            z=0.0,
+            sequence_loss=0.0,
+            grad_norm=norm,
+            loads=(),
+            has_targets=has_targets,
+            num_inputs=figures.num_inputs,
         )
-        if result.is_finite:
-            balancer.update_biases(plan.bias_update_speed)
+        if not result.is_finite:
+            self._generator.draws, self._batch, self._figures = before
+        else:
+            batch.updates += 1
+            if has_targets:
+                balancer.update_biases(plan.bias_update_speed)
             self._learner.refresh()
             self._engine.refresh()
-        counted = max(1, figures.tokens)
-        record = RolloutRecord(
-            loss=figures.loss,
-            reward=self._figures.reward,
-            reward_std=self._figures.reward_std,
-            length=self._figures.length,
-            truncated=self._figures.truncated,
-            no_signal=self._figures.no_signal,
-            failed=self._figures.failed,
-            entropy=figures.entropy / counted,
-            clipped=figures.clipped / counted,
-            mismatch=figures.mismatch,
-            rollout_tokens_per_second=rate,
-            update_tokens_per_second=figures.num_inputs / (time.monotonic() - began),
-            kl=None if figures.kl is None else figures.kl / counted,
-        )
+        seconds = time.monotonic() - began
+        record = _record(generated, figures, rate, seconds)
         loads = tuple(load for load in balancer.loads() if load.layer in figures.experts)
         return replace(result, loads=loads), record
 
@@ -117,3 +129,25 @@ class GRPOPhase:
             )
             own = {n.removeprefix(BATCH): t for n, t in tensors.items() if n.startswith(BATCH)}
             self._batch = batch_of(own)
+
+
+def _record(
+    generated: GenerationFigures, figures: PolicyFigures, rate: float, seconds: float
+) -> RolloutRecord:
+    """Of an update that took `seconds`, over completions sampled at `rate` tokens per second."""
+    counted = max(1, figures.tokens)
+    return RolloutRecord(
+        loss=figures.loss,
+        reward=generated.reward,
+        reward_std=generated.reward_std,
+        length=generated.length,
+        truncated=generated.truncated,
+        no_signal=generated.no_signal,
+        failed=generated.failed,
+        entropy=figures.entropy / counted,
+        clipped=figures.clipped / counted,
+        mismatch=figures.mismatch,
+        rollout_tokens_per_second=rate,
+        update_tokens_per_second=figures.num_inputs / seconds,
+        kl=None if figures.kl is None else figures.kl / counted,
+    )

@@ -41,7 +41,8 @@ class StepRecorder:
         """The record of the step `plan`, which took `seconds`; `tokens` is the total so far. MFU is
         that of training, unknown with `rollouts`.
         """
-        rate = plan.tokens / seconds
+        num_inputs = plan.tokens if result.num_inputs is None else result.num_inputs
+        rate = num_inputs / seconds
         return StepRecord(
             step=position.step,
             phase=plan.phase.name,
@@ -53,7 +54,7 @@ class StepRecorder:
             sequence_loss=result.sequence_loss,
             grad_norm=result.grad_norm,
             learning_rate=plan.learning_rate,
-            batch_tokens=plan.tokens,
+            batch_tokens=num_inputs,
             tokens_per_second=rate,
             mfu=None if rollouts else rate * self.flops_per_token / self.gemm_rate,
             memory_bytes=_memory(self.device),

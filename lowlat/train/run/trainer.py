@@ -253,7 +253,7 @@ class Trainer:
     def _step(self, plan: StepPlan) -> StepResult:
         began = time.monotonic()
         if self._grpo is not None:
-            result, rollouts = self._grpo.step(plan, self.optimizer, self._balancer)
+            result, rollouts = self._grpo.step(plan, self.optimizer, self._balancer, self.log.note)
             return self._record(plan, result, time.monotonic() - began, rollouts)
         first, rows = self._mesh.batch_shard(plan.first_row, plan.rows)
         assert self._present is not None
@@ -307,6 +307,8 @@ class Trainer:
         self._mesh.barrier()
         losses = (*result.losses, result.matched or 0.0)
         what = "gradient" if all(map(math.isfinite, losses)) else "loss"
+        if self._grpo is not None:
+            what = "loss or gradient"
         raise UserError(
             f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the checkpoint "
             f"before it in {self._saves.folder}; to continue, run lowlat train export "

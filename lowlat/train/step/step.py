@@ -45,6 +45,8 @@ class StepResult:
     """Losses and recall of every indexer; empty with dense attention."""
     has_targets: bool = True
     """Whether the global batch has a target; without one, no weight is updated."""
+    num_inputs: int | None = None
+    """Input tokens without padding; None: all of the batch."""
 
     @property
     def is_finite(self) -> bool:
