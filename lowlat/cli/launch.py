@@ -17,7 +17,7 @@ STOP_SECONDS = 30
 def one_process_per_node(parallel: str | None, *, drain_seconds: float = 0.0) -> str | None:
     """Start this command in one process per NUMA node if `parallel` is AUTO, and exit with its
     code. Returns `parallel` in processes of torchrun, and None for AUTO in a single process.
-    drain_seconds: how long the command may go on after SIGTERM.
+    drain_seconds: how long the command may run after SIGTERM.
     """
     if parallel != AUTO:
         return parallel
