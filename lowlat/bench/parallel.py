@@ -75,13 +75,13 @@ def bench_parallel(
     others when it ends, and UserError for wrong input.
     """
     started = time.time()
-    inputs = read_inputs(model, plan, progress)
-    plan = inputs.plan
-    if parallel != AUTO and ServingLayout.parse(parallel).prefill:
-        with quiet_followers():
+    with quiet_followers():
+        if parallel != AUTO and ServingLayout.parse(parallel).prefill:
             raise UserError("--parallel: bench times one group of processes; leave out prefill")
-    if plan.dtype == "fp8" and inputs.config.quantization is None:
-        raise UserError("--dtype fp8: first write fp8 blocks with lowlat convert --dtype fp8")
+        inputs = read_inputs(model, plan, progress)
+        plan = inputs.plan
+        if plan.dtype == "fp8" and inputs.config.quantization is None:
+            raise UserError("--dtype fp8: first write fp8 blocks with lowlat convert --dtype fp8")
     program = Lowlat()
     facts = program.load(
         model=str(inputs.model),

@@ -98,15 +98,17 @@ def bench(
     from lowlat.bench.results_plot import require_matplotlib
     from lowlat.cli.inputs import process_threads
     from lowlat.cli.launch import one_process_per_node
+    from lowlat.utils.process_group import is_follower, quiet_followers
 
     parallel = one_process_per_node(parallel)
-    counts = _threads(benchmark, parallel)
-    given: dict[str, Any] = asdict(benchmark)
-    given["threads"] = process_threads(parallel, counts[-1] if counts else None)
-    plan = make_plan(**given)
-    if out is not None:
-        require_matplotlib()
-        make_folder(out)
+    with quiet_followers():
+        counts = _threads(benchmark, parallel)
+        given: dict[str, Any] = asdict(benchmark)
+        given["threads"] = process_threads(parallel, counts[-1] if counts else None)
+        plan = make_plan(**given)
+        if out is not None and not is_follower():
+            require_matplotlib()
+            make_folder(out)
     results, show, draw = _measured(model, plan, counts, parallel)
     # Printed before writing, so that a full disk loses no results.
     if as_json:

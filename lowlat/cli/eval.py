@@ -48,12 +48,13 @@ def evaluate(
     """
     from lowlat.cli.inputs import load_model, read_text_file
     from lowlat.cli.launch import one_process_per_node
-    from lowlat.utils.process_group import is_follower
+    from lowlat.utils.process_group import is_follower, quiet_followers
     from lowlat.utils.progress import make_progress
 
     parallel = one_process_per_node(parallel)
     if parallel is not None and expert_loads is not None:
-        raise UserError("--expert-loads counts in one process; leave out --parallel")
+        with quiet_followers():
+            raise UserError("--expert-loads counts in one process; leave out --parallel")
     content = "" if is_follower() else read_text_file(text)  # process 0 has the input
     loaded = load_model(model, parallel=parallel, **asdict(machine))
     started = time.perf_counter()

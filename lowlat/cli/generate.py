@@ -96,11 +96,13 @@ def generate(
     from lowlat.cli.chat_terminal import printable
     from lowlat.cli.inputs import load_model, read_stdin
     from lowlat.cli.launch import one_process_per_node
+    from lowlat.utils.process_group import quiet_followers
 
     parallel = one_process_per_node(parallel)
     settings = sampling.as_dict()
     # Checked before a model is downloaded or loaded.
-    _check(make_params(settings), raw=raw, system=system, as_json=as_json)
+    with quiet_followers():
+        _check(make_params(settings), raw=raw, system=system, as_json=as_json)
     text = read_stdin() if prompt == STDIN else prompt
     loaded = load_model(model, parallel=parallel, **asdict(machine))
     start = as_prompt(loaded, text, raw=raw, system=system)

@@ -178,18 +178,19 @@ def serve(
     from lowlat.cli.serve_on_demand import Machine, served_models
     from lowlat.serve.http.logs import configure, log
     from lowlat.serve.run import open_socket, run, url_of
-    from lowlat.utils.process_group import is_follower
+    from lowlat.utils.process_group import is_follower, quiet_followers
 
     parallel = one_process_per_node(parallel, drain_seconds=limits.drain_seconds)
-    tables = _tables(models or [], several, server.served_model_name)
-    is_one = len(tables) == 1 and several.unload_after is None
-    if is_one and several.memory is not None:
-        raise UserError("--memory is for several models; limit one by --cache-memory")
-    tables = [_with_defaults(table, limits, engine, machine) for table in tables]
-    disk = options.disk_cache(engine.prefix_cache_dir, engine.prefix_cache_disk)
-    config = _config(tables, is_one, server, limits, several, machine.device)
-    if parallel is not None and not is_one:
-        raise UserError("--parallel divides one model; serve several ones without it")
+    with quiet_followers():
+        tables = _tables(models or [], several, server.served_model_name)
+        is_one = len(tables) == 1 and several.unload_after is None
+        if is_one and several.memory is not None:
+            raise UserError("--memory is for several models; limit one by --cache-memory")
+        tables = [_with_defaults(table, limits, engine, machine) for table in tables]
+        disk = options.disk_cache(engine.prefix_cache_dir, engine.prefix_cache_disk)
+        config = _config(tables, is_one, server, limits, several, machine.device)
+        if parallel is not None and not is_one:
+            raise UserError("--parallel divides one model; serve several ones without it")
     if is_follower():
         _load_one(tables[0], machine, limits.max_queue, disk, parallel)
         return
