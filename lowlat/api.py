@@ -26,7 +26,7 @@ from lowlat.checkpoint.load import load_model, read_config
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.sentence_transformers import read_pooling
 from lowlat.config.model import ModelConfig
-from lowlat.config.serving_layout import ServingLayout
+from lowlat.config.serving_layout import AUTO, ServingLayout
 from lowlat.convert.run import convert
 from lowlat.engine.cache_fingerprint import code_digest
 from lowlat.engine.cache_size import check_cache_limit
@@ -234,8 +234,6 @@ class ParallelRun(NamedTuple):
 @contextmanager
 def _joined(parallel: str | None, device: str) -> Iterator[ParallelRun | None]:
     """The run that `parallel` describes, within which a common error is printed once."""
-    from lowlat.plan.serving_stages import AUTO
-
     if parallel is None or (parallel == AUTO and started_processes() == 1):
         yield None
         return

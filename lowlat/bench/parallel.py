@@ -20,7 +20,7 @@ from lowlat.bench.roofline import case_step, time_bound
 from lowlat.bench.run import WARMUP_TOKENS, BenchmarkInputs, read_inputs
 from lowlat.bench.session import BenchmarkSession
 from lowlat.config.model import ModelConfig
-from lowlat.config.serving_layout import ServingLayout
+from lowlat.config.serving_layout import AUTO, ServingLayout
 from lowlat.engine.parallel_runner import ParallelRunner, ProcessStats
 from lowlat.engine.prefill_planner import PREFILL_CHUNK
 from lowlat.peers.protocol import random_token_ids, timed_handlers
@@ -29,7 +29,6 @@ from lowlat.plan.serving.expert_load import busiest_rank
 from lowlat.plan.serving.layout import stage_layers
 from lowlat.plan.serving.step_cost import PhaseBound, RankShare, TimeBound
 from lowlat.plan.serving.traffic import RECORD_BYTES, rank_traffic
-from lowlat.plan.serving_stages import AUTO
 from lowlat.utils.errors import UserError
 from lowlat.utils.process_group import local_processes, quiet_followers
 from lowlat.utils.progress import Progress

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import uuid
 
-from lowlat.plan.serving_stages import AUTO
+from lowlat.config.serving_layout import AUTO
 from lowlat.utils.process_group import is_launched, started_processes
 from lowlat.utils.topology import machine_topology
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass, fields
 
 from lowlat.utils.errors import UserError
 
+AUTO = "auto"
+"""The value of --parallel for a layout of the processes that were started."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServingLayout:

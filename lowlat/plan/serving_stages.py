@@ -3,13 +3,10 @@
 from dataclasses import replace
 
 from lowlat.config.model import ModelConfig
-from lowlat.config.serving_layout import ServingLayout
+from lowlat.config.serving_layout import AUTO, ServingLayout
 from lowlat.model.share import ModelShare
 from lowlat.plan.serving.layout import check_layout, divides_blocks, stage_layers
 from lowlat.utils.errors import UserError
-
-AUTO = "auto"
-"""The value of --parallel for a layout of the processes that were started."""
 
 
 def share_of(config: ModelConfig, layout: ServingLayout, rank: int) -> ModelShare:
