@@ -56,15 +56,13 @@ def own_cores(topology: Topology, process: int, processes: int) -> tuple[Core, .
     neither number divides the other.
     """
     nodes = topology.nodes
-    parts = max(1, processes // len(nodes))
-    """Processes of a node."""
-    count = max(1, len(nodes) // processes)
-    """Nodes of a process."""
-    if processes * count != len(nodes) * parts:
+    per_node = max(1, processes // len(nodes))
+    num_nodes = max(1, len(nodes) // processes)
+    if processes * num_nodes != len(nodes) * per_node:
         return ()
-    first = process // parts * count
-    own = [core for core in topology.cores if core.node in nodes[first : first + count]]
-    size, part = len(own) // parts, process % parts
+    first = process // per_node * num_nodes
+    own = [core for core in topology.cores if core.node in nodes[first : first + num_nodes]]
+    size, part = len(own) // per_node, process % per_node
     return tuple(own[part * size : (part + 1) * size])
 
 
