@@ -64,8 +64,8 @@ def check_agreement(session: BenchmarkSession, programs: Sequence[Program]) -> A
     Raises UserError if a program disagrees or fails.
     """
     reference, *peers = (program for program in programs if program.name != "vllm")
-    tokens = min(OWN_TOKENS[-1], session.config.max_position_embeddings)
-    ids = random_token_ids(tokens, session.config.vocab_size)
+    tokens = min(OWN_TOKENS[-1], session.inputs.config.max_position_embeddings)
+    ids = random_token_ids(tokens, session.inputs.config.vocab_size)
     with session.progress.task("checking in fp32", 1 + len(peers)) as task:
         expected = _fp32_logits(session, reference, ids)
         task.advance()

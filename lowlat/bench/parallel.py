@@ -2,7 +2,6 @@
 bytes and messages per token of each process, next to their formulas.
 """
 
-import shlex
 import sys
 import tempfile
 import time
@@ -14,10 +13,11 @@ from typing import Any
 
 from lowlat.bench import results
 from lowlat.bench.benchmark_plan import BenchmarkCase, BenchmarkPlan, Program
+from lowlat.bench.inputs import BenchmarkInputs, read_inputs
 from lowlat.bench.lowlat_worker import Lowlat
 from lowlat.bench.measure import measure, median_rates
 from lowlat.bench.roofline import case_step, time_bound
-from lowlat.bench.run import WARMUP_TOKENS, BenchmarkInputs, read_inputs
+from lowlat.bench.run import WARMUP_TOKENS
 from lowlat.bench.session import BenchmarkSession
 from lowlat.config.model import ModelConfig
 from lowlat.config.serving_layout import AUTO, ServingLayout
@@ -101,13 +101,8 @@ def bench_parallel(
         )
     stages = {case: stage_bounds(inputs, layout, case, median_rates(rates)) for case in plan.cases}
     found = results.build(
-        command=shlex.join(["lowlat", *sys.argv[1:]]),
+        inputs,
         started=started,
-        machine=results.describe_machine(),
-        model=inputs.model,
-        config=inputs.config,
-        weights=inputs.weights,
-        plan=plan,
         programs={"lowlat": {**UNCOMPARED, "precision": plan.dtype, **facts}},
         rows=rows,
         rates=rates,
@@ -130,13 +125,7 @@ def _calibration(
 ) -> StageCalibration:
     """A worker for each process of a stage on this machine."""
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lowlat-bench-"))
-    session = BenchmarkSession(
-        plan=inputs.plan,
-        model=inputs.model,
-        config=inputs.config,
-        folder=Path(folder),
-        progress=progress,
-    )
+    session = BenchmarkSession(inputs=inputs, folder=Path(folder), progress=progress)
     count = min(layout.stage_size, local_processes())
     program = Program(name="calibration", python=sys.executable)
     workers = [stack.enter_context(session.start(program)) for _ in range(count)]

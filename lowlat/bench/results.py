@@ -1,22 +1,24 @@
 """Benchmark results: one JSON object with every sample and the figures derived from them."""
 
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowlat.bench.benchmark_plan import BenchmarkCase, BenchmarkPlan
+from lowlat.bench.benchmark_plan import BenchmarkCase
+from lowlat.bench.inputs import BenchmarkInputs
 from lowlat.bench.measure import CaseResult, median_rates
 from lowlat.bench.roofline import time_bound
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.ops import native
 from lowlat.plan.serving.step_cost import TimeBound
-from lowlat.plan.serving.weights import WeightBytes
 from lowlat.utils.machine import package_version, physical_memory, processor
 from lowlat.utils.topology import machine_topology
 
@@ -26,31 +28,28 @@ PACKAGES = ("lowlat", "torch", "numpy")
 
 
 def build(
+    inputs: BenchmarkInputs,
     *,
-    command: str,
     started: float,
-    machine: dict[str, Any],
-    model: Path,
-    config: ModelConfig,
-    weights: WeightBytes | None = None,
-    plan: BenchmarkPlan,
     programs: Mapping[str, dict[str, Any]],
     rows: Sequence[CaseResult],
     rates: Sequence[dict[str, float]],
     starts: Mapping[str, Sequence[float]],
     bounds: Mapping[BenchmarkCase, TimeBound] | None = None,
 ) -> dict[str, Any]:
-    """The JSON object. Rates are in tokens per second, memory in bytes, times in seconds. bounds:
-    lower bounds on the time of the cases; None for those of one process.
+    """The JSON object of this command, which has run since `started`. Rates are in tokens per
+    second, memory in bytes, times in seconds. bounds: lower bounds on the time of the cases; None
+    for those of one process.
     """
+    plan = inputs.plan
     entry_bytes = programs["lowlat"]["cache_bytes_per_token"]
     if bounds is None:
         bounds = {
             case: time_bound(
-                config,
+                inputs.config,
                 case,
                 dtype=plan.dtype,
-                weights=weights,
+                weights=inputs.weights,
                 cache=plan.cache,
                 rates=median_rates(rates),
             )
@@ -58,11 +57,11 @@ def build(
         }
     return {
         "format": FORMAT,
-        "command": command,
+        "command": shlex.join(["lowlat", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": time.time() - started,
-        "machine": machine,
-        "model": _model(model, config, entry_bytes),
+        "machine": describe_machine(),
+        "model": _model(inputs.model, inputs.config, entry_bytes),
         "plan": {**asdict(plan), "peers": [peer.name for peer in plan.peers]},
         "programs": dict(programs),
         "calibration": {"median": median_rates(rates), "rounds": list(rates)},

@@ -1,6 +1,5 @@
 """Benchmark run: check agreement, load programs, measure, time starts, build the results."""
 
-import shlex
 import sys
 import tempfile
 import time
@@ -10,17 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowlat import api
 from lowlat.bench import agreement, results
 from lowlat.bench.agreement import Agreement
-from lowlat.bench.benchmark_plan import STORED, BenchmarkPlan, Program
+from lowlat.bench.benchmark_plan import BenchmarkPlan, Program
+from lowlat.bench.inputs import read_inputs
 from lowlat.bench.measure import CaseResult, measure
 from lowlat.bench.session import BenchmarkSession
-from lowlat.checkpoint.hf_folder import open_checkpoint
-from lowlat.checkpoint.load import read_config
-from lowlat.config.model import ModelConfig
 from lowlat.peers.worker import PeerError, Worker
-from lowlat.plan.serving.weights import WeightBytes, stored_weights
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
 
@@ -42,65 +37,21 @@ class LoadedPrograms:
     """Reason by program."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchmarkInputs:
-    """The model of a run, and the plan for its weights and its context."""
-
-    model: Path
-    """The checkpoint folder or .gguf file."""
-    config: ModelConfig
-    weights: WeightBytes | None
-    """Bytes of weights that are timed as stored."""
-    plan: BenchmarkPlan
-
-
-def read_inputs(model: str, plan: BenchmarkPlan, progress: Progress) -> BenchmarkInputs:
-    """Fetch `model` and read its config. Raises UserError for what `plan` cannot measure."""
-    # hub models are links, whose targets lack the suffix
-    path = api.prepare(model, progress=progress).absolute()
-    source = open_checkpoint(path)
-    config = read_config(source)
-    weights = stored_weights(source, config)
-    plan = plan.within(config.max_position_embeddings).for_weights(
-        _stored_dtype(config) if weights is None else STORED
-    )
-    if plan.context > config.max_position_embeddings:
-        raise UserError(
-            f"{plan.context:,} tokens exceed the model's max_position_embeddings of "
-            f"{config.max_position_embeddings:,}; give smaller lengths to --prefill and --decode"
-        )
-    weights = weights if plan.dtype == STORED else None
-    return BenchmarkInputs(model=path, config=config, weights=weights, plan=plan)
-
-
 def bench(model: str, plan: BenchmarkPlan, progress: Progress) -> dict[str, Any]:
     """Measure and return the results as a JSON object.
 
     Raises UserError for wrong input, and if the programs' logits disagree.
     """
     inputs = read_inputs(model, plan, progress)
-    plan = inputs.plan
-    programs = [Program(name="lowlat", python=sys.executable), *plan.peers]
+    programs = [Program(name="lowlat", python=sys.executable), *inputs.plan.peers]
     with tempfile.TemporaryDirectory(prefix="lowlat-bench-") as folder:
-        session = BenchmarkSession(
-            plan=plan,
-            model=inputs.model,
-            config=inputs.config,
-            weights=inputs.weights,
-            folder=Path(folder),
-            progress=progress,
-        )
+        session = BenchmarkSession(inputs=inputs, folder=Path(folder), progress=progress)
         return _run(session, programs)
-
-
-def _stored_dtype(config: ModelConfig) -> str:
-    """The dtype of a checkpoint without quantized matrices; plain weights are timed in bf16."""
-    return config.packing or ("bf16" if config.quantization is None else "fp8")
 
 
 def _run(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, Any]:
     started = time.time()
-    plan = session.plan
+    plan = session.inputs.plan
     agreed = agreement.check_agreement(session, programs)
     with ExitStack() as stack:
         loaded = _load_all(session, programs, agreed, stack)
@@ -117,13 +68,8 @@ def _run(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, An
     ]
     starts = _time_starts(session, [p for p in programs if p.name not in loaded.absent])
     return results.build(
-        command=shlex.join(["lowlat", *sys.argv[1:]]),
+        session.inputs,
         started=started,
-        machine=results.describe_machine(),
-        model=session.model,
-        config=session.config,
-        weights=session.weights,
-        plan=plan,
         programs={
             program.name: {
                 "precision": program.precision(plan.dtype),
@@ -144,7 +90,7 @@ def _load_all(
 ) -> LoadedPrograms:
     """All programs loaded and warmed up. Raises UserError if lowlat is not among them."""
     found = LoadedPrograms()
-    plan = session.plan
+    plan = session.inputs.plan
     context = max(plan.context, WARMUP_TOKENS)
     with session.progress.task("loading", len(programs)) as task:
         for program in programs:
@@ -186,7 +132,7 @@ def _warm_up(
 def _time_starts(session: BenchmarkSession, programs: Sequence[Program]) -> dict[str, list[float]]:
     """Seconds from process start to first token, interleaved, files in the page cache."""
     found: dict[str, list[float]] = {program.name: [] for program in programs}
-    plan = session.plan
+    plan = session.inputs.plan
     with session.progress.task("starting", plan.rounds * len(programs)) as task:
         for _ in range(plan.rounds):
             for program in programs:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowlat.bench.benchmark_plan import GGUF_KINDS, STORED, BenchmarkPlan, Program
+from lowlat.bench.benchmark_plan import GGUF_KINDS, STORED, Program
+from lowlat.bench.inputs import BenchmarkInputs
 from lowlat.checkpoint.fetch.cache_dir import cache_disk_errors, derived_dir
 from lowlat.checkpoint.hf_folder import weight_files
-from lowlat.config.model import ModelConfig
 from lowlat.convert.run import convert
 from lowlat.peers.worker import PeerError, Worker
-from lowlat.plan.serving.weights import WeightBytes
 from lowlat.utils.atomic_files import rename_new
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress
@@ -43,14 +42,9 @@ class LoadedWorker:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkSession:
-    """The plan, the model and the folders of one run."""
+    """The inputs and the folders of one run."""
 
-    plan: BenchmarkPlan
-    model: Path
-    """The checkpoint folder or .gguf file."""
-    config: ModelConfig
-    weights: WeightBytes | None = None
-    """Bytes of weights that are timed as stored."""
+    inputs: BenchmarkInputs
     folder: Path
     """Folder for logs; removed after the run."""
     progress: Progress
@@ -61,7 +55,7 @@ class BenchmarkSession:
             program.name,
             MODULES[program.name],
             python=program.python,
-            threads=self.plan.threads,
+            threads=self.inputs.plan.threads,
             folder=self.folder,
         )
 
@@ -78,7 +72,7 @@ class BenchmarkSession:
                 model=str(model),
                 precision=dtype,
                 cache=cache,
-                threads=self.plan.threads,
+                threads=self.inputs.plan.threads,
                 context=context,
             )
             return LoadedWorker(worker=worker, facts=facts)
@@ -92,28 +86,30 @@ class BenchmarkSession:
 
     def _file(self, program: Program, dtype: str) -> Path:
         """The file or folder that `program` loads for `dtype`, converted if necessary."""
-        if program.name == "transformers" and self.model.is_file():
+        if program.name == "transformers" and self.inputs.model.is_file():
             raise PeerError("loads folders, not .gguf files")
         if program.name == "llama.cpp":
             return self._llama_file(program, dtype)
-        return self._fp8_blocks() if program.name == "lowlat" and dtype == "fp8" else self.model
+        if program.name == "lowlat" and dtype == "fp8":
+            return self._fp8_blocks()
+        return self.inputs.model
 
     def _llama_file(self, program: Program, dtype: str) -> Path:
         if dtype != STORED:
             return self._gguf(program, GGUF_KINDS[dtype])
-        if self.model.is_dir():
+        if self.inputs.model.is_dir():
             raise PeerError("has no type for these quantized weights")
-        return self.model
+        return self.inputs.model
 
     def _fp8_blocks(self) -> Path:
         """The model with its projections in fp8 blocks."""
-        if self.config.quantization is not None:
-            return self.model
+        if self.inputs.config.quantization is not None:
+            return self.inputs.model
         path = self._derived() / "fp8"
         if not path.exists():
             with cache_disk_errors(path.parent), self.progress.task("writing fp8 blocks"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                convert(self.model, path, dtype="fp8")
+                convert(self.inputs.model, path, dtype="fp8")
         return path
 
     def _gguf_path(self, kind: str) -> Path:
@@ -121,11 +117,11 @@ class BenchmarkSession:
 
     def _derived(self) -> Path:
         """Folder of the files converted from this checkpoint."""
-        key = [str(self.model.resolve())]
-        for file in weight_files(self.model):
+        key = [str(self.inputs.model.resolve())]
+        for file in weight_files(self.inputs.model):
             stat = file.stat()
             key.append(f"{file.name} {stat.st_size} {stat.st_mtime_ns}")
-        return derived_dir(f"bench-{self.model.name}", key)
+        return derived_dir(f"bench-{self.inputs.model.name}", key)
 
     def _gguf(self, program: Program, kind: str) -> Path:
         path = self._gguf_path(kind)
@@ -142,7 +138,7 @@ class BenchmarkSession:
 
     def _export(self, path: Path, kind: str) -> None:
         try:
-            convert(self.model, path, dtype=EXPORTED[kind])
+            convert(self.inputs.model, path, dtype=EXPORTED[kind])
         except UserError as error:
             raise UserError(f"{error} (or leave llama.cpp out of --peers)") from error
 
@@ -151,7 +147,7 @@ class BenchmarkSession:
         arguments: dict[str, Any] = {"source": str(source), "target": str(partial), "kind": kind}
         try:
             with self.start(program) as worker:
-                worker.ask("quantize", **arguments, threads=self.plan.threads)
+                worker.ask("quantize", **arguments, threads=self.inputs.plan.threads)
             rename_new(partial, path)
         except PeerError as error:
             raise UserError(f"{path}: llama.cpp could not write it ({error})") from error

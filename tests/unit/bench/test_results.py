@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lowlat.bench import results, results_table
 from lowlat.bench.benchmark_plan import BenchmarkCase, Program, make_plan
+from lowlat.bench.inputs import BenchmarkInputs
 from lowlat.bench.measure import CaseResult, Sample
 from lowlat.bench.results_plot import draw
 from lowlat.bench.roofline import time_bound
@@ -44,13 +45,10 @@ def build() -> dict[str, Any]:
         row("llama.cpp", step, reason="its cache is too large"),
         row("transformers", step, 40.0),
     ]
+    inputs = BenchmarkInputs(model=Path("/models/small"), config=CONFIG, weights=None, plan=plan)
     return results.build(
-        command="lowlat bench model",
+        inputs,
         started=0.0,
-        machine=results.describe_machine(),
-        model=Path("/models/small"),
-        config=CONFIG,
-        plan=plan,
         programs={name: AGREED | {"precision": "bf16"} | FACTS.get(name, {}) for name in NAMES},
         rows=rows,
         rates=[RATES],
@@ -78,10 +76,13 @@ def test_a_peer_without_a_figure_is_no_best_peer() -> None:
     assert rows[4]["not_measured"] == "its cache is too large"
 
 
-def test_the_report_is_json_with_samples_machine_and_command() -> None:
+def test_the_report_is_json_with_samples_machine_and_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/lowlat", "bench", "a model"])
     found = json.loads(json.dumps(build()))
     assert [s["tokens_per_second"] for s in found["rows"][0]["samples"]] == [90.0, 100.0, 120.0]
-    assert found["command"] == "lowlat bench model"
+    assert found["command"] == "lowlat bench 'a model'"
     assert found["machine"]["cores"] >= 1 and found["machine"]["versions"]["torch"]
     assert found["start_to_first_token"]["lowlat"]["seconds"] == 1.25
     assert found["calibration"]["rounds"] == [RATES]
