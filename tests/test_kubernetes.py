@@ -3,6 +3,8 @@
 Schemas are those of kubernetes-validate; of custom resources, pod templates are validated.
 """
 
+import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,8 +137,22 @@ def test_groups_start_as_many_processes_as_their_layout_has() -> None:
         assert f"--parallel=pipeline={parts['size']}" in args and "--nproc-per-node=1" in args
 
 
+@pytest.mark.parametrize(("extras", "has_wget"), [("serve", False), ("ray", True)])
+def test_the_image_with_ray_has_wget_for_kuberays_probes(
+    tmp_path: Path, extras: str, has_wget: bool
+) -> None:
+    final = (ROOT / "deploy/Containerfile").read_text().split("FROM ${BASE}\n")[1]
+    (command,) = re.findall(r"^RUN (case.+?esac)$", final, re.MULTILINE | re.DOTALL)
+    (tmp_path / "apt-get").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "apt-get").chmod(0o755)
+    command = command.replace("/var/lib/apt/lists", str(tmp_path / "lists"))
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "EXTRAS": extras}
+    done = subprocess.run(["sh", "-ec", command], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("install" in done.stdout and "wget" in done.stdout) == has_wget
+
+
 def test_the_ray_application_takes_its_arguments() -> None:
-    pytest.importorskip("ray")
     (service,) = named(FOLDER / "rayservice.yaml", "RayService")
     (found,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
     module, function = found["import_path"].split(":")
