@@ -36,9 +36,9 @@ function(lowlat_built_levels result)
   set(${result} ${levels} portable PARENT_SCOPE)
 endfunction()
 
-# An object library of one level, with its flags.
+# An object library of one level, with its flags; for csrc/CMakeLists.txt.
 function(lowlat_level_library level)
-  add_library(level_${level} OBJECT csrc/level.cpp)
+  add_library(level_${level} OBJECT level.cpp)
   string(TOUPPER ${level} upper)
   target_compile_definitions(level_${level} PRIVATE LOWLAT_${upper})
   # Contraction is left to the explicit fma of the kernels, so that a level gives the same bits with any compiler.
@@ -62,10 +62,10 @@ endfunction()
 function(lowlat_levels objects definitions)
   lowlat_built_levels(levels)
   message(STATUS "lowlat levels: ${levels}")
+  add_subdirectory(csrc)
   set(all_objects)
   set(all_definitions)
   foreach(level ${levels})
-    lowlat_level_library(${level})
     if("${LOWLAT_FLAGS_${level}}" STREQUAL "") # the instructions of everything else
       list(APPEND all_objects $<TARGET_OBJECTS:level_${level}>)
     else()

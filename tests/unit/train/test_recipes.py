@@ -1,6 +1,8 @@
 """The recipes that come with the project."""
 
+import re
 import shutil
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +46,13 @@ def test_recipe(path: Path) -> None:
         check_parallel(config, recipe, str(path))
         check_lora(config, recipe, str(path))
     assert f"../recipes/{path.name}" in (ROOT / "docs" / "training.md").read_text()
+
+
+def test_the_grpo_recipe_of_its_page_is_valid() -> None:
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    (text,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (phase,) = parse_recipe(tomllib.loads(text), origin="rewards.md").phase
+    assert phase.grpo is not None
 
 
 def test_heal_recipe_is_what_convert_does() -> None:
