@@ -1,6 +1,6 @@
 // Arguments of the training kernels: forward and backward passes of everything between two matrix products (RMSNorm,
-// SwiGLU, RoPE, cross entropy, KL divergence, attention, indexer loss, grouped GEMM). Activations are bf16 or fp32, one type per
-// call; sums and values saved for the backward pass are fp32.
+// SwiGLU, RoPE, cross entropy, KL divergence, attention, indexer loss, grouped GEMM). Activations are bf16 or fp32, one
+// type per call; sums and values saved for the backward pass are fp32.
 #pragma once
 
 #include <cstdint>

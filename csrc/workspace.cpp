@@ -11,8 +11,8 @@ namespace {
 constexpr std::int64_t kQueryRows = 48;     // query rows that share one packing of the keys
 // Tokens that share a pass over the index keys: as many as this, but no more than these bytes hold scores of.
 constexpr std::int64_t kIndexTokens = 64, kIndexScoreBytes = 16 << 20;
-// Tokens whose chosen entries are read in turns: as many as this, but no more than these bytes hold states of.
-constexpr std::int64_t kTurns = 16, kTurnBytes = 512 << 10;
+// Tokens whose reads of chosen entries are interleaved: as many as this, but no more than these bytes hold states of.
+constexpr std::int64_t kInterleavedTokens = 16, kInterleavedBytes = 512 << 10;
 constexpr std::int64_t kIndexBlock = 64;  // keys, a divisor of the keys of a task
 constexpr std::align_val_t kAlignment{64};
 
@@ -132,16 +132,16 @@ void Workspace::prepare(const Model& model, const Step& step, int threads) {
   plan_attention(a, step, threads);
 }
 
-// Turns pay off if enough groups are left to keep all threads busy.
-std::int64_t Workspace::tokens_in_turns(const Attention& a, const Step& step, int threads) const {
+// Interleaving pays off if enough groups are left to keep all threads busy.
+std::int64_t Workspace::num_interleaved_tokens(const Attention& a, const Step& step, int threads) const {
   std::int64_t tokens = 0;
   for (const Sequence& sequence : step.sequences) tokens += sequence.length - dense_tokens(a, sequence);
   const std::int64_t state = round_up(a.heads, 16) * round_up(sizes.value, kGroup) * static_cast<std::int64_t>(sizeof(float));
-  const std::int64_t turns = std::clamp<std::int64_t>(kTurnBytes / state, 1, kTurns);
-  return tokens < 4 * threads * turns ? 1 : turns;
+  const std::int64_t interleaved = std::clamp<std::int64_t>(kInterleavedBytes / state, 1, kInterleavedTokens);
+  return tokens < 4 * threads * interleaved ? 1 : interleaved;
 }
 
-void Workspace::plan_sequence(const Attention& a, const Step& step, std::int32_t number, std::int64_t turns) {
+void Workspace::plan_sequence(const Attention& a, const Step& step, std::int32_t number, std::int64_t interleaved) {
   const Sequence& sequence = step.sequences[number];
   const std::int64_t kv_heads = a.is_mla() ? 1 : a.kv_heads;
   const std::int64_t dense = dense_tokens(a, sequence);
@@ -169,8 +169,8 @@ void Workspace::plan_sequence(const Attention& a, const Step& step, std::int32_t
   for (std::int64_t token = dense; token < sequence.length; token += group) {
     index_groups.push_back({number, token, std::min(group, sequence.length - token), choosers + token - dense, 0, stride});
   }
-  for (std::int64_t token = dense; token < sequence.length; token += turns) {
-    const std::int64_t count = std::min(turns, sequence.length - token);
+  for (std::int64_t token = dense; token < sequence.length; token += interleaved) {
+    const std::int64_t count = std::min(interleaved, sequence.length - token);
     groups.push_back({number, 0, token, count, num_chosen_splits(a.topk), 0, choosers});
     choosers += count;
   }
@@ -205,8 +205,10 @@ void Workspace::plan_attention(const Attention& a, const Step& step, int threads
   index_tasks.clear();
   choosers = 0;
   const std::int64_t heads = a.is_mla() ? a.heads : a.heads / a.kv_heads;
-  const std::int64_t turns = tokens_in_turns(a, step, threads);
-  for (std::size_t s = 0; s < step.sequences.size(); ++s) plan_sequence(a, step, static_cast<std::int32_t>(s), turns);
+  const std::int64_t interleaved = num_interleaved_tokens(a, step, threads);
+  for (std::size_t s = 0; s < step.sequences.size(); ++s) {
+    plan_sequence(a, step, static_cast<std::int32_t>(s), interleaved);
+  }
   plan_choices(a, step, threads);
   // Splits of a context run in parallel (split-K, as in flash decoding) only if there are too few groups to keep all
   // threads busy: their partial results take memory.

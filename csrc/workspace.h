@@ -189,8 +189,8 @@ struct Workspace {
 
  private:
   void plan_attention(const Attention& attention, const Step& step, int threads);
-  void plan_sequence(const Attention& attention, const Step& step, std::int32_t number, std::int64_t turns);
-  std::int64_t tokens_in_turns(const Attention& attention, const Step& step, int threads) const;
+  void plan_sequence(const Attention& attention, const Step& step, std::int32_t number, std::int64_t interleaved);
+  std::int64_t num_interleaved_tokens(const Attention& attention, const Step& step, int threads) const;
   void plan_choices(const Attention& attention, const Step& step, int threads);
   template <class T>
   T* take(int slot, std::int64_t count);

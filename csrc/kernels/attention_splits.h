@@ -48,7 +48,7 @@ inline void attend_chosen(const CachedKeys& keys, std::int64_t topk, std::int64_
     for (std::int64_t split = first; split < last; ++split) {
       const SoftmaxState& own = split == first ? state : part;
       own.clear(tokens * rows);
-      reader.attend_in_turns(tokens, topk, split * kSplit, least(topk, (split + 1) * kSplit), own);
+      reader.attend_interleaved(tokens, topk, split * kSplit, least(topk, (split + 1) * kSplit), own);
       if (split > first) fold(part, state, tokens * rows);
     }
     return;

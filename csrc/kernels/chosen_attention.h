@@ -48,8 +48,8 @@ class ChosenReader {
   }
 
   // A split [start, end) of the contexts of all tokens, keys.chosen [tokens, topk], into their cleared states.
-  void attend_in_turns(std::int64_t tokens, std::int64_t topk, std::int64_t start, std::int64_t end,
-                       const SoftmaxState& state) {
+  void attend_interleaved(std::int64_t tokens, std::int64_t topk, std::int64_t start, std::int64_t end,
+                          const SoftmaxState& state) {
     const std::int64_t rows = tiles_ * kTile;
     for (; start < end; start += kSpan) {
       const std::int64_t stop = least(end, start + kSpan);

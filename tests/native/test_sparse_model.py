@@ -130,7 +130,7 @@ def run_native(model: Transformer, ids: Tensor, cuts: list[int], dtype: torch.dt
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @torch.inference_mode()
 def test_several_splits(dtype: torch.dtype, level: str) -> None:
-    """A choice of 1,057 tokens in two splits: the same bits from tokens in turns, whose splits
+    """A choice of 1,057 tokens in two splits: the same bits from interleaved tokens, whose splits
     follow each other, and from few tokens, whose splits run on several threads."""
     indexer = replace(INDEXER, index_topk=1057)
     attention = replace(TILES, num_attention_heads=20, indexer=indexer)
