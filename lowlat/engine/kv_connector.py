@@ -9,11 +9,13 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lowlat.engine.page_allocator import PageAllocator
+from lowlat.engine.page_load import PageLoad, PageLoader
 from lowlat.engine.prefill_request import PrefillRequest, TransferKind
-from lowlat.engine.prefix import IndexedPage, PageContent, PrefixCache
+from lowlat.engine.prefix import PageContent, PrefixCache
 from lowlat.engine.request import Sequence
 from lowlat.engine.stats import KVTransferRecorder
 
@@ -35,23 +37,19 @@ ConnectorMetadata = list[tuple[PrefillRequest, int]]
 """Requests and the processes they are for."""
 
 
-@dataclass(slots=True, eq=False)
-class RemotePrefill:
-    """A sequence whose pages another process computes. `sequence.pages` holds those it has."""
+@dataclass(kw_only=True, slots=True, eq=False)
+class RemotePrefill(PageLoad):
+    """A sequence whose pages another process computes."""
 
-    sequence: Sequence
-    contents: list[PageContent]
-    """Pages to take over."""
     number: int
-    next: int = 0
     peer: int | None = None
     """The prefill process; None while another sequence is about to receive the next page."""
     has_ended: bool = False
     """Whether no more pages come: what is left is computed here."""
 
 
-class KVConnector:
-    """Prompts in remote prefill. `has_free` is KVCacheManager's."""
+class KVConnector(PageLoader):
+    """Prompts in remote prefill."""
 
     def __init__(
         self,
@@ -60,11 +58,9 @@ class KVConnector:
         allocator: PageAllocator,
         has_free: Callable[[int], bool],
     ) -> None:
+        super().__init__(prefix, allocator, has_free)
         self.recorder = KVTransferRecorder()
         self._receiver = receiver
-        self._prefix = prefix
-        self._allocator = allocator
-        self._has_free = has_free
         self._loads: dict[int, RemotePrefill] = {}
         self._credit = 0.0
         self._next_number = 0
@@ -88,7 +84,8 @@ class KVConnector:
     def update_state_after_alloc(self, sequence: Sequence, contents: list[PageContent]) -> None:
         """Have the pages that follow `sequence.pages` computed. They are allocated as they
         arrive."""
-        self._loads[self._next_number] = RemotePrefill(sequence, contents, self._next_number)
+        number = self._next_number
+        self._loads[number] = RemotePrefill(sequence=sequence, contents=contents, number=number)
         self._next_number += 1
 
     def build_connector_meta(self) -> ConnectorMetadata:
@@ -101,7 +98,7 @@ class KVConnector:
         loads = self._loads.values()
         coming = {c.key for own in loads if own.peer is not None for c in own.contents[own.next :]}
         for load in waiting:
-            self._take_from_memory(load)
+            self._take_received(load)
             if load.has_ended or load.contents[load.next].key in coming:
                 continue
             load.peer = min(self._receiver.peers, key=self._num_expected)
@@ -164,51 +161,19 @@ class KVConnector:
         if damage is not None:
             logger.warning("a KV cache page has arrived %s and is computed again", damage)
             self.recorder.damaged()
-        if damage is not None or not self._follows(load, content):
+        if damage is not None or not self._can_continue(load):
             return self._abort(load)
-        found = self._prefix.lookup(self._last(load), content)
-        if found is not None:
-            self._allocator.retain([found.page])
-            return self._append(load, found.page)
-        if not self._has_free(1):
+        fill = partial(self._receiver.fill, received=received)
+        if not self._take_indexed(load) and not self._take_filled(load, fill):
             return self._abort(load)
-        page = self._allocator.allocate(1)[0]
-        self._receiver.fill(page, received)
-        if not self._prefix.adopt(self._last(load), content, page):
-            self._allocator.release([page])
-            return self._abort(load)
-        self._append(load, page)
-
-    def _take_from_memory(self, load: RemotePrefill) -> None:
-        """Give a sequence the pages that others have received."""
-        while not load.has_ended:
-            content = load.contents[load.next]
-            if not self._follows(load, content):
-                return self._abort(load)
-            found = self._prefix.lookup(self._last(load), content)
-            if found is None:
-                return
-            self._allocator.retain([found.page])
-            self._append(load, found.page)
-
-    def _append(self, load: RemotePrefill, page: int) -> None:
-        sequence = load.sequence
-        sequence.pages.append(page)
-        sequence.num_cached = len(sequence.pages) * self._prefix.page_size
-        sequence.num_indexed = len(sequence.pages)
-        if load.peer is None and sequence.request.started_at is None:
-            sequence.request.num_matched = sequence.num_cached
-        load.next += 1
         load.has_ended = load.next == len(load.contents)
 
-    def _last(self, load: RemotePrefill) -> IndexedPage | None:
-        pages = load.sequence.pages
-        return self._prefix.indexed(pages[-1]) if pages else None
-
-    def _follows(self, load: RemotePrefill, content: PageContent) -> bool:
-        """Whether the page before `content` is still indexed: bad values are withdrawn."""
-        last = self._last(load)
-        return (b"" if last is None else last.key) == content.parent_key
+    def _take_received(self, load: RemotePrefill) -> None:
+        """Give a waiting sequence the pages that others have received."""
+        while self._can_continue(load) and self._take_indexed(load):
+            if load.sequence.request.started_at is None:
+                load.sequence.request.num_matched = load.sequence.num_cached
+        load.has_ended = not self._can_continue(load)
 
     def _abort(self, load: RemotePrefill) -> None:
         if load.peer is not None and not load.has_ended:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lowlat.engine.page_allocator import PageAllocator
+from lowlat.engine.page_load import PageLoad, PageLoader
 from lowlat.engine.prefix import PageContent, PrefixCache
 from lowlat.engine.request import Sequence
 
@@ -27,20 +28,16 @@ STALL_SECONDS = 1.0
 """After this long without a page, reading waits for the disk although other sequences run."""
 
 
-@dataclass(slots=True, eq=False)
-class PrefixLoad:
-    """A sequence whose pages are being read. `sequence.pages` holds the ones it has."""
+@dataclass(kw_only=True, slots=True, eq=False)
+class PrefixLoad(PageLoad):
+    """A sequence whose pages are being read."""
 
-    sequence: Sequence
-    contents: list[PageContent]
-    """Pages to read."""
     advanced_at: float
     """Clock in seconds of the last page, or of the start."""
-    next: int = 0
 
 
-class PrefixLoader:
-    """Loads of several sequences, in order of their beginning. `has_free` is KVCacheManager's."""
+class PrefixLoader(PageLoader):
+    """Loads of several sequences, in order of their beginning."""
 
     def __init__(
         self,
@@ -49,10 +46,8 @@ class PrefixLoader:
         allocator: PageAllocator,
         has_free: Callable[[int], bool],
     ) -> None:
+        super().__init__(prefix, allocator, has_free)
         self._disk = disk
-        self._prefix = prefix
-        self._allocator = allocator
-        self._has_free = has_free
         self._loads: list[PrefixLoad] = []
         self._credit = 0.0
         """Seconds that reading may take now."""
@@ -70,7 +65,9 @@ class PrefixLoader:
             return False
         for content in contents[:READ_AHEAD]:
             self._disk.prefetch(content)
-        self._loads.append(PrefixLoad(sequence, contents, time.perf_counter()))
+        self._loads.append(
+            PrefixLoad(sequence=sequence, contents=contents, advanced_at=time.perf_counter())
+        )
         return True
 
     def remove(self, sequence: Sequence) -> None:
@@ -109,33 +106,19 @@ class PrefixLoader:
         self, load: PrefixLoad, *, may_wait: bool
     ) -> Literal["loaded", "pending", "done"]:
         """Give a sequence its next page, from memory or from the disk."""
-        if load.next == len(load.contents):
+        if not self._can_continue(load):
             return "done"
-        sequence, content = load.sequence, load.contents[load.next]
-        parent = self._prefix.indexed(sequence.pages[-1]) if sequence.pages else None
-        if (b"" if parent is None else parent.key) != content.parent_key:
-            return "done"  # the page before has been withdrawn
-        found = self._prefix.lookup(parent, content)
-        if found is not None:
-            self._allocator.retain([found.page])
-            page = found.page
-        else:
-            if not self._has_free(1):
-                return "done"
-            result = self._disk.read(content, may_wait=may_wait)
-            if result != "read":
-                if result == "pending":
-                    self._disk.prefetch(content)
-                return "pending" if result == "pending" else "done"
-            page = self._allocator.allocate(1)[0]
-            self._disk.fill(page)
-            if not self._prefix.adopt(parent, content, page):
-                self._allocator.release([page])
-                return "done"
-            if load.next + READ_AHEAD < len(load.contents):
-                self._disk.prefetch(load.contents[load.next + READ_AHEAD])
-        sequence.pages.append(page)
-        sequence.num_cached = len(sequence.pages) * self._prefix.page_size
-        sequence.num_indexed = len(sequence.pages)
-        load.next += 1
+        if self._take_indexed(load):
+            return "loaded"
+        if not self._has_free(1):
+            return "done"
+        content, ahead = load.contents[load.next], load.next + READ_AHEAD
+        result = self._disk.read(content, may_wait=may_wait)
+        if result == "pending":
+            self._disk.prefetch(content)
+            return "pending"
+        if result != "read" or not self._take_filled(load, self._disk.fill):
+            return "done"
+        if ahead < len(load.contents):
+            self._disk.prefetch(load.contents[ahead])
         return "loaded"

@@ -347,8 +347,8 @@ DISAGGREGATED = [
     Mutant(
         "disaggregated prefill: a damaged page is used",
         "engine/kv_connector.py",
-        "if damage is not None or not self._follows(load, content):",
-        "if not self._follows(load, content):",
+        "if damage is not None or not self._can_continue(load):",
+        "if not self._can_continue(load):",
         APART + "test_a_damaged_page_is_computed_again",
     ),
     Mutant(
