@@ -97,13 +97,9 @@ class PackedSequences(NamedTuple):
         """Dense attention with the KL divergence of the indexer: output, statistics and gradients
         of `SparseOutput`.
         """
-        attention, out = self._dense()
-        found = native_training_kernels.indexer_loss(
-            *attention,
-            *_contiguous(index.q, index.weights, index_keys),
-            topk=index.topk,
-            weight=kl_weight if torch.is_grad_enabled() else None,
-        )
+        given, out = self._dense(index, index_keys)
+        weight = kl_weight if torch.is_grad_enabled() else None
+        found = native_training_kernels.indexer_loss(given, weight)
         gradients = None if found.gradients is None else IndexGradients(*found.gradients)
         return out, self._statistics(found.kl, found.recall, index.topk), gradients
 
@@ -113,25 +109,22 @@ class PackedSequences(NamedTuple):
         """Attention over the chosen tokens, and the statistics of `SparseOutput`, without the KL
         divergence (NaN).
         """
-        (q, k, logs, ends, scale), _ = self._dense()
-        out, recall = native_training_kernels.chosen_forward(
-            q,
-            k,
-            self.v.contiguous(),
-            logs,
-            ends,
-            scale,
-            *_contiguous(index.q, index.weights, index_keys),
-            topk=index.topk,
-        )
+        given, _ = self._dense(index, index_keys)
+        out, recall = native_training_kernels.chosen_forward(given, *_contiguous(self.v))
         return out, self._statistics(torch.full_like(recall, torch.nan), recall, index.topk)
 
-    def _dense(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, float], Tensor]:
-        """What the kernels take of dense attention, and its output."""
+    def _dense(
+        self, index: IndexQueries, index_keys: Tensor
+    ) -> tuple[native_training_kernels.IndexedAttention, Tensor]:
+        """What the kernels take, and the output of dense attention."""
         q, k, v = _contiguous(self.q, self.k, self.v)
         ends = torch.tensor(self.lengths).cumsum(0)
         out, logs = native_training_kernels.causal_forward(q, k, v, ends, self.scale)
-        return (q, k, logs, ends, self.scale), out
+        outputs = _contiguous(index.q, index.weights, index_keys)
+        given = native_training_kernels.IndexedAttention(
+            q, k, logs, ends, self.scale, *outputs, topk=index.topk
+        )
+        return given, out
 
     def _statistics(self, kl: Tensor, recall: Tensor, topk: int) -> Tensor:
         sparse = torch.cat([torch.arange(length) >= topk for length in self.lengths])

@@ -216,6 +216,21 @@ def causal_backward(
     return grads
 
 
+class IndexedAttention(NamedTuple):
+    """Attention of `causal_forward` and the outputs of an indexer, all contiguous."""
+
+    q: BFloat16[Tensor, "tokens heads key_dim"]
+    k: BFloat16[Tensor, "tokens kv_heads key_dim"]
+    logs: Float32[Tensor, "tokens heads"]
+    """Of `causal_forward`."""
+    ends: Int64[Tensor, "sequences"]
+    scale: float
+    index_q: BFloat16[Tensor, "tokens index_heads index_dim"]
+    index_weights: Float32[Tensor, "tokens index_heads"]
+    index_k: BFloat16[Tensor, "tokens index_dim"]
+    topk: int
+
+
 class IndexerLoss(NamedTuple):
     """The indexer's KL divergence and recall of every query, and the gradients of its outputs."""
 
@@ -233,52 +248,28 @@ class IndexerLoss(NamedTuple):
     """Of the weighted divergence, with respect to index queries, head weights and index keys."""
 
 
-def indexer_loss(
-    q: BFloat16[Tensor, "tokens heads key_dim"],
-    k: BFloat16[Tensor, "tokens kv_heads key_dim"],
-    logs: Float32[Tensor, "tokens heads"],
-    ends: Int64[Tensor, "sequences"],
-    scale: float,
-    index_q: BFloat16[Tensor, "tokens index_heads index_dim"],
-    index_weights: Float32[Tensor, "tokens index_heads"],
-    index_k: BFloat16[Tensor, "tokens index_dim"],
-    *,
-    topk: int,
-    weight: float | None,
-) -> IndexerLoss:
-    """KL divergence of the indexer from the attention of `causal_forward`, which returned `logs`,
-    summed over heads and normalised; with `weight`, the gradients of weight * KL.
+def indexer_loss(given: IndexedAttention, weight: float | None) -> IndexerLoss:
+    """KL divergence of the indexer from the attention, summed over heads and normalised; with
+    `weight`, the gradients of weight * KL.
     """
-    kl, recall = torch.empty(2, len(q))
+    kl, recall = torch.empty(2, len(given.q))
     gradients = None
     if weight is not None:
         gradients = (
-            torch.empty_like(index_q),
-            torch.empty_like(index_weights),
-            torch.empty_like(index_k),
+            torch.empty_like(given.index_q),
+            torch.empty_like(given.index_weights),
+            torch.empty_like(given.index_k),
         )
-    attention, index = (q, k, logs, ends, scale), (index_q, index_weights, index_k, topk)
     outputs = (kl, recall, *(gradients or (None, None, None)))
-    native.module().indexer_loss(*attention, *index, weight or 0.0, *outputs)
+    native.module().indexer_loss(*given, weight or 0.0, *outputs)
     return IndexerLoss(kl, recall, gradients)
 
 
 def chosen_forward(
-    q: BFloat16[Tensor, "tokens heads key_dim"],
-    k: BFloat16[Tensor, "tokens kv_heads key_dim"],
-    v: BFloat16[Tensor, "tokens kv_heads value_dim"],
-    logs: Float32[Tensor, "tokens heads"],
-    ends: Int64[Tensor, "sequences"],
-    scale: float,
-    index_q: BFloat16[Tensor, "tokens index_heads index_dim"],
-    index_weights: Float32[Tensor, "tokens index_heads"],
-    index_k: BFloat16[Tensor, "tokens index_dim"],
-    *,
-    topk: int,
+    given: IndexedAttention, v: BFloat16[Tensor, "tokens kv_heads value_dim"]
 ) -> tuple[BFloat16[Tensor, "tokens heads value_dim"], Float32[Tensor, "tokens"]]:
     """Attention over the tokens that the indexer chooses, and the recall of `indexer_loss`."""
-    kl, recall = torch.empty(2, len(q))
-    out = torch.empty(*q.shape[:2], v.shape[2], dtype=q.dtype)
-    attention, index = (q, k, logs, ends, scale), (index_q, index_weights, index_k, topk)
-    native.module().indexer_loss(*attention, *index, 0.0, kl, recall, None, None, None, v, out)
+    kl, recall = torch.empty(2, len(v))
+    out = torch.empty(*given.q.shape[:2], v.shape[2], dtype=v.dtype)
+    native.module().indexer_loss(*given, 0.0, kl, recall, None, None, None, v, out)
     return out, recall
