@@ -69,7 +69,7 @@ class SparseOutput(NamedTuple):
 
 
 def distills_natively(*tensors: Tensor) -> bool:
-    """Whether `PackedSequences` takes these queries, keys, values, index queries and index keys: on
+    """Whether `VarlenAttention` takes these queries, keys, values, index queries and index keys: on
     the CPU in bf16, and no gradient passes through attention.
     """
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:3])
@@ -77,8 +77,8 @@ def distills_natively(*tensors: Tensor) -> bool:
     return is_bf16 and not needs_gradient and native_training_kernels.usable(*tensors)
 
 
-class PackedSequences(NamedTuple):
-    """Whole packed sequences, of which the native kernels compute dense or sparse attention."""
+class VarlenAttention(NamedTuple):
+    """Dense or sparse attention of whole packed sequences (varlen) by native kernels."""
 
     q: BFloat16[Tensor, "tokens heads head_dim"]
     k: BFloat16[Tensor, "tokens kv_heads head_dim"]

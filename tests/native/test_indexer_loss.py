@@ -7,7 +7,7 @@ from torch import Tensor
 from lowlat.ops import native
 from lowlat.ops.indexer_loss import (
     IndexerObjective,
-    PackedSequences,
+    VarlenAttention,
     attend_and_distill,
     distills_natively,
 )
@@ -41,7 +41,7 @@ def distilled(given: list[Tensor], lengths: tuple[int, ...]) -> tuple[Tensor, ..
     """Dense output, statistics, gradients; then output and statistics over the chosen tokens."""
     q, k, v, index_q, index_k, weights = given
     packed, index = (
-        PackedSequences(q, k, v, list(lengths), SCALE),
+        VarlenAttention(q, k, v, list(lengths), SCALE),
         IndexQueries(index_q, weights, TOPK),
     )
     out, statistics, gradients = packed.distill(index, index_k, WEIGHT)

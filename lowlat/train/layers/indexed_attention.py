@@ -16,7 +16,7 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.ops.indexer_loss import (
     IndexerObjective,
     IndexGradients,
-    PackedSequences,
+    VarlenAttention,
     add_index_gradients,
     attend_and_distill,
     distills_natively,
@@ -171,7 +171,7 @@ class LayerAttention(AttentionBackend):
         if is_native and self._backend.has_whole_sequences:
             lengths = [span.end - span.begin for span in self._backend.ranges]
             if distills_natively(q, k, v, queries.q, index_keys):
-                return self._attend_natively(PackedSequences(q, k, v, lengths, scale))
+                return self._attend_natively(VarlenAttention(q, k, v, lengths, scale))
         chosen, outputs, gradients = self._index.chosen, [], []
         first = 0
         for place, span in enumerate(self._backend.ranges):
@@ -197,7 +197,7 @@ class LayerAttention(AttentionBackend):
             return out
         return add_index_gradients(out, queries, index_keys, self._whole(gradients))
 
-    def _attend_natively(self, given: PackedSequences) -> Float[Tensor, "tokens heads v_dim"]:
+    def _attend_natively(self, given: VarlenAttention) -> Float[Tensor, "tokens heads v_dim"]:
         objective, queries, keys = self._objective, self._index.queries, self._index.keys
         if not objective.is_dense:
             out, statistics = given.attend(queries, keys)
