@@ -108,6 +108,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.loading or self.running)
 
+    def num_loading(self, *, has_started: bool) -> int:
+        """Number of loading sequences. has_started: whether their request has had a step, or is in
+        remote prefill. Other threads may call it."""
+        return sum((s.request.started_at is not None) is has_started for s in [*self.loading])
+
     def add(self, sequence: Sequence) -> None:
         """Queue the first completion of a new request."""
         self._shares.enter(sequence.request.options.cache_namespace)

@@ -124,7 +124,7 @@ class EngineStats:
     queued: int = 0
     """Waiting sequences, gauge."""
     running: int = 0
-    """Running sequences, gauge."""
+    """Running sequences and those in remote prefill, gauge."""
     steps: int = 0
     prompt_tokens: int = 0
     """Prompt tokens of started requests."""

@@ -172,7 +172,7 @@ class AsyncEngine:
         connector = self._engine.connector
         return self._engine.recorder.snapshot(
             queued=self._num_queued(),
-            running=len(scheduler.running),
+            running=len(scheduler.running) + scheduler.num_loading(has_started=True),
             preemptions=scheduler.num_preemptions,
             disk=None if self._engine.disk is None else self._engine.disk.recorder.snapshot(),
             transfer=None if connector is None else connector.recorder.snapshot(),
@@ -236,8 +236,10 @@ class AsyncEngine:
             self._loop.call_later(CHECK_SECONDS, self._check_heartbeat)
 
     def _num_queued(self) -> int:
+        """Requests that wait for their first step."""
         scheduler = self._engine.scheduler
-        return len(self._submitted) + len(scheduler.waiting) + len(scheduler.loading)
+        num_loading = scheduler.num_loading(has_started=False)
+        return len(self._submitted) + len(scheduler.waiting) + num_loading
 
     def _retry_after(self) -> int:
         """Estimated seconds until the queue has one request less."""

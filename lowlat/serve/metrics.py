@@ -154,7 +154,7 @@ def _add(family: Metric, labels: list[str], value: int | float | Histogram) -> N
 
 
 def _gauges(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
-    yield "num_requests_running", "Sequences in the running batch.", stats.running
+    yield "num_requests_running", "Sequences in the batch or in remote prefill.", stats.running
     yield "num_requests_waiting", "Requests waiting for their first step.", stats.queued
     used = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
     yield "kv_cache_usage_perc", "Fraction of KV cache pages in use, 0 to 1.", used

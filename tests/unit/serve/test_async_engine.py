@@ -11,11 +11,13 @@ import pytest
 from lowlat.generate.grammar import GrammarCompiler
 from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
+from lowlat.generate.session import GenerationSession
 from lowlat.generate.structured import Choice
 from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.generation import Draining, Overloaded
 from lowlat.utils.errors import UserError
 from tests.fakes import EOS, ScriptedModel, byte_tokenizer, gqa_config
+from tests.unit.engine.apart_engines import apart
 
 from .engine_use import (
     assert_nothing_is_left,
@@ -132,6 +134,25 @@ def test_a_full_queue_refuses_and_who_was_admitted_is_served() -> None:
         assert await collect(again) == ("def", ["length"])
 
     assert_nothing_is_left(with_engine(use, model, max_queue=5))
+
+
+def test_prompts_in_remote_prefill_leave_the_queue() -> None:
+    permits, model = threading.Semaphore(0), counting_model()
+    with apart(model.transformer, permits=permits) as pair:
+        model.engine, model.runner = pair.decode, pair.decode.runner
+        model.session = GenerationSession(pair.decode, byte_tokenizer())
+
+        async def use(engine: AsyncEngine) -> None:
+            generations = []
+            for count in range(1, 4):
+                prompt = bytes([count]) + b"abc" * 9
+                generations.append(await engine.submit(prompt, SamplingParams(max_tokens=3)))
+                await until(lambda count=count: engine.stats.running == count)
+                assert engine.stats.queued == 0
+            permits.release(1000)
+            assert [await collect(one) for one in generations] == [("def", ["length"])] * 3
+
+        assert_nothing_is_left(with_engine(use, model, max_queue=1))
 
 
 @pytest.mark.slow
