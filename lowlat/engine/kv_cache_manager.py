@@ -77,17 +77,18 @@ class KVCacheManager:
             return False
         if sequence.num_cached != len(sequence.pages) * self._page_size:
             return False
-        if self.loader is not None and self.loader.begin(sequence, self._following(sequence)):
+        contents = self._following(sequence)
+        if self.loader is not None and self.loader.begin(sequence, contents):
             return True
-        return self._begin_prefill(sequence)
+        return self.connector is not None and self._begin_prefill(sequence, contents)
 
-    def _begin_prefill(self, sequence: Sequence) -> bool:
-        """Have prefill processes compute the rest of a prompt's full pages; False if none is left.
-        The last token is always computed here, because its logits are needed."""
-        if self.connector is None:
-            return False
+    def _begin_prefill(self, sequence: Sequence, contents: list[PageContent]) -> bool:
+        """Have prefill processes compute those of the pages `contents` that a prompt fills; False
+        if there are none. The last token is always computed here, because its logits are
+        needed."""
+        assert self.connector is not None
         count = len(sequence.request.prompt) // self._page_size - len(sequence.pages)
-        contents = self._following(sequence)[: max(0, count)]
+        contents = contents[: max(0, count)]
         if self.connector.get_num_new_matched_tokens(contents) == 0:
             return False
         self.connector.update_state_after_alloc(sequence, contents)
@@ -102,7 +103,10 @@ class KVCacheManager:
             for sequence in self.loader.advance(step_seconds):
                 if sequence.request.started_at is None:
                     sequence.request.num_matched = sequence.num_cached
-                if not self._begin_prefill(sequence):
+                continues = self.connector is not None and self._begin_prefill(
+                    sequence, self._following(sequence)
+                )
+                if not continues:
                     loaded.append(sequence)
         if self.connector is not None:
             loaded += self.connector.get_finished(step_seconds)
