@@ -64,13 +64,9 @@ def expanded_mla(
     time.
     """
     query = torch.cat([q_nope, q_rope], dim=-1)
-    latent, heads = w_uv.shape[-1], w_uk.shape[0]
 
     def key_values(first: int, last: int) -> tuple[Tensor, Tensor]:
-        c, k_rope = rows[first:last, :latent], rows[first:last, latent:]
-        k_nope = torch.einsum("kc,hnc->khn", c, w_uk)
-        k = torch.cat([k_nope, k_rope[:, None].expand(-1, heads, -1)], dim=-1)
-        return k, torch.einsum("kc,hvc->khv", c, w_uv)
+        return expand_entries(rows[first:last], w_uk, w_uv)
 
     # One query block: a second one would expand every key again.
     return causal_attention(

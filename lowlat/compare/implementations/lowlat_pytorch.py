@@ -33,7 +33,7 @@ from lowlat.model.moe import Gate, MoE
 from lowlat.model.transformer import Transformer
 from lowlat.ops import sparse_attention
 from lowlat.ops.layout import EntryLayout
-from lowlat.ops.mla import absorbed_mla, expanded_mla
+from lowlat.ops.mla import absorbed_mla, expand_entries, expanded_mla
 from lowlat.ops.routing import Routing
 from lowlat.ops.sparse_attention import IndexQueries
 from lowlat.utils.device import dtype_name
@@ -231,18 +231,11 @@ class ObservedAttention(AttentionBackend):
         out: Tensor,
         scale: float,
     ) -> None:
-        latent, k_rope = rows.split([w_uk.shape[-1], q_rope.shape[-1]], -1)
-        k_nope = torch.einsum("kc,hnc->khn", latent, w_uk)
-        k = torch.cat([k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)], dim=-1)
+        latent = rows[:, : w_uk.shape[-1]]
         self.observer.trace.record(block_of(self.config, layer), "latent", latent)
-        self._attended(
-            layer,
-            q=torch.cat([q_nope, q_rope], dim=-1),
-            k=k,
-            v=torch.einsum("kc,hvc->khv", latent, w_uv),
-            heads=out,
-            scale=scale,
-        )
+        k, v = expand_entries(rows, w_uk, w_uv)
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        self._attended(layer, q=q, k=k, v=v, heads=out, scale=scale)
 
     def sparse_mla(
         self,
