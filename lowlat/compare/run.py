@@ -1,13 +1,13 @@
 """Run a comparison: both implementations over the same windows, measured and diagnosed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowlat.compare.diagnosis.diagnose import Diagnosis, config_differences, diagnose
 from lowlat.compare.diagnosis.near_ties import follows_scores, near_ties
 from lowlat.compare.differences import TOLERANCE, TraceDifferences
 from lowlat.compare.implementations.base import Implementation
-from lowlat.compare.trace import Place, RoutedExperts, Trace, Window
+from lowlat.compare.trace import NONE_IMPOSED, ImposedChoices, Place, RoutedExperts, Trace, Window
 from lowlat.compare.weights.run import WeightDifferences
 from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
@@ -105,21 +105,21 @@ def compare(
         for window in windows:
             trace_a = a.trace(window)
             experts = trace_a.selected_experts()
-            trace_b = b.trace(window, experts if impose_experts else None)
+            imposed = ImposedChoices(experts=experts) if impose_experts else NONE_IMPOSED
+            trace_b = b.trace(window, imposed)
             if diagnosis is None or not diagnosis.findings:
                 diagnosis = diagnose(trace_a, trace_b, a.config, b.config, window)
-            tokens = None
             can_tie = b.can_impose_tokens and not diagnosis.findings
             if can_tie and _choose_differently(trace_a, trace_b):
-                imposed = experts if impose_experts else None
-                tied = _near_ties(trace_a, a, b, window, imposed, limit)
+                with_tokens = replace(imposed, tokens=trace_a.chosen_tokens())
+                tied = _near_ties(trace_a, a, b, window, with_tokens, limit)
                 if tied is not None:
-                    trace_b, tokens = tied, trace_a.chosen_tokens()
-            own.add(trace_a, trace_b, near_ties=tokens is not None)
+                    trace_b, imposed = tied, with_tokens
+            own.add(trace_a, trace_b, near_ties=bool(imposed.tokens))
             can_repeat = b.can_impose_experts and not impose_experts
             if can_repeat and _route_differently(experts, trace_b.selected_experts()):
-                trace_b = b.trace(window, experts, tokens)
-            with_imposed.add(trace_a, trace_b, near_ties=tokens is not None)
+                trace_b = b.trace(window, replace(imposed, experts=experts))
+            with_imposed.add(trace_a, trace_b, near_ties=bool(imposed.tokens))
             task.advance(len(window.ids))
     assert diagnosis is not None, "no windows"
     changed = any(difference.changed for difference in own.routing.values())
@@ -149,15 +149,15 @@ def _near_ties(
     a: Implementation,
     b: Implementation,
     window: Window,
-    experts: RoutedExperts | None,
+    imposed: ImposedChoices,
     tolerance: float,
 ) -> Trace | None:
-    """B over the tokens that A chose, if its own choice then differs at near ties only: an earlier
-    difference would change the scores of later layers.
+    """B over the tokens that A chose, which `imposed` has, if its own choice then differs at near
+    ties only: an earlier difference would change the scores of later layers.
     """
     if not follows_scores(trace_a, a.config, window):
         return None
-    found = b.trace(window, experts, trace_a.chosen_tokens())
+    found = b.trace(window, imposed)
     return found if near_ties(trace_a, found, a.config, window, tolerance) else None
 
 

@@ -98,6 +98,17 @@ ChosenTokens = dict[Block, Bool[Tensor, "tokens tokens"]]
 """The tokens that each query attends to (DSA), by block."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImposedChoices:
+    """Choices of another run, by block, in place of an implementation's own."""
+
+    experts: RoutedExperts = field(default_factory=dict)
+    tokens: ChosenTokens = field(default_factory=dict)
+
+
+NONE_IMPOSED = ImposedChoices()
+
+
 class Window(NamedTuple):
     """Tokens that run together, from an empty context."""
 

@@ -14,7 +14,7 @@ from lowlat.checkpoint.load import load_model
 from lowlat.compare.implementations.base import Implementation
 from lowlat.compare.implementations.lowlat_pytorch import LowlatPyTorch
 from lowlat.compare.inputs import random_ids
-from lowlat.compare.trace import ChosenTokens, RoutedExperts, Trace, Window
+from lowlat.compare.trace import NONE_IMPOSED, ImposedChoices, Trace, Window
 from lowlat.config.model import ModelConfig
 from tests.parity.draw import Case
 from tests.parity.oracle import build, save
@@ -157,14 +157,9 @@ class Planted(Implementation):
         self.config: ModelConfig = self._side.config
         self.precision = self._side.precision
 
-    def trace(
-        self,
-        window: Window,
-        experts: RoutedExperts | None = None,
-        tokens: ChosenTokens | None = None,
-    ) -> Trace:
+    def trace(self, window: Window, imposed: ImposedChoices = NONE_IMPOSED) -> Trace:
         with self._planted():
-            return self._side.trace(window, experts, tokens)
+            return self._side.trace(window, imposed)
 
     def _planted(self) -> AbstractContextManager[None]:
         return nullcontext() if self._plant is None else _patched(self._plant)

@@ -16,7 +16,7 @@ from lowlat.compare.implementations.transformers import load_transformers
 from lowlat.compare.result_json import as_dict
 from lowlat.compare.result_text import diagnosis_lines, notes, routing_lines
 from lowlat.compare.run import ComparisonResult, compare
-from lowlat.compare.trace import LAYER_PARTS, Window
+from lowlat.compare.trace import LAYER_PARTS, ImposedChoices, Window
 from lowlat.convert.run import convert
 from lowlat.ops import native
 from lowlat.utils.errors import UserError
@@ -136,7 +136,7 @@ def test_imposing_the_own_choice_changes_nothing(v3: Path, implementation: str) 
     if implementation == "transformers":
         side = load_transformers(v3, own.config, label="theirs", dtype=torch.float32)
     free = side.trace(window())
-    imposed = side.trace(window(), free.selected_experts())
+    imposed = side.trace(window(), ImposedChoices(experts=free.selected_experts()))
     for place, value in free.parts.items():
         torch.testing.assert_close(imposed.parts[place], value, rtol=1e-5, atol=1e-6)
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from lowlat.compare.trace import ChosenTokens, RoutedExperts, Trace, Window
+from lowlat.compare.trace import NONE_IMPOSED, ImposedChoices, Trace, Window
 from lowlat.config.model import ModelConfig
 from lowlat.peers.protocol import one_line
 from lowlat.utils.errors import UserError
@@ -30,14 +30,9 @@ class Implementation(ABC):
     """The same for the tokens that sparse attention (DSA) chooses."""
 
     @abstractmethod
-    def trace(
-        self,
-        window: Window,
-        experts: RoutedExperts | None = None,
-        tokens: ChosenTokens | None = None,
-    ) -> Trace:
-        """Run `window` and record its parts. experts: override the router's selection; tokens:
-        attention is over these, and the recorded choice is still that of its own indexer.
+    def trace(self, window: Window, imposed: ImposedChoices = NONE_IMPOSED) -> Trace:
+        """Run `window` and record its parts. imposed: its experts override the router's selection;
+        attention is over its tokens, and the recorded choice is still that of the own indexer.
         """
 
 

@@ -13,7 +13,7 @@ from lowlat.compare.implementations.lowlat_pytorch import (
     one_sequence,
 )
 from lowlat.compare.observe import canonical
-from lowlat.compare.trace import OUTPUT, Block, ChosenTokens, RoutedExperts, Trace, Window
+from lowlat.compare.trace import NONE_IMPOSED, OUTPUT, Block, ImposedChoices, Trace, Window
 from lowlat.config.model import GQAConfig
 from lowlat.model.native import NativeModel
 
@@ -29,13 +29,8 @@ class LowlatNative(LowlatModel):
         return NativeModel(self.model)
 
     @torch.inference_mode()
-    def trace(
-        self,
-        window: Window,
-        experts: RoutedExperts | None = None,
-        tokens: ChosenTokens | None = None,
-    ) -> Trace:
-        assert not experts and not tokens, "choices cannot be imposed on a native step"
+    def trace(self, window: Window, imposed: ImposedChoices = NONE_IMPOSED) -> Trace:
+        assert imposed == NONE_IMPOSED, "choices cannot be imposed on a native step"
         trace = Trace(dtype=torch.bfloat16, cached=self.cache)
         length = len(window.ids)
         form = self.form or choose_path(self.config.attention, length)

@@ -18,9 +18,11 @@ from lowlat.compare.diagnosis.gate_reference import routing_weights
 from lowlat.compare.implementations.base import Implementation
 from lowlat.compare.observe import AttentionShape, Observer
 from lowlat.compare.trace import (
+    NONE_IMPOSED,
     OUTPUT,
     Block,
     ChosenTokens,
+    ImposedChoices,
     RoutedExperts,
     Trace,
     Window,
@@ -69,18 +71,13 @@ class LowlatPyTorch(LowlatModel):
     can_impose_experts = can_impose_tokens = True
 
     @torch.no_grad()
-    def trace(
-        self,
-        window: Window,
-        experts: RoutedExperts | None = None,
-        tokens: ChosenTokens | None = None,
-    ) -> Trace:
+    def trace(self, window: Window, imposed: ImposedChoices = NONE_IMPOSED) -> Trace:
         model = self.model
         trace = Trace(dtype=model.embed_tokens.dtype, cached=self.cache)
         with Observer(trace) as observer:
             observer.embedding(model.embed_tokens)
-            watch_layers(observer, model, experts or {})
-            new_backend = partial(self._backend, tokens or {})
+            watch_layers(observer, model, imposed.experts)
+            new_backend = partial(self._backend, imposed.tokens)
             hidden = model(window.ids, window.positions, new_backend(observer, window))
             trace.record(OUTPUT, "norm", hidden)
             trace.record(OUTPUT, "logits", model.logits(hidden))

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from lowlat.compare.implementations.base import REMEDY, Implementation, import_error
 from lowlat.compare.trace import (
+    NONE_IMPOSED,
     OUTPUT,
-    ChosenTokens,
-    RoutedExperts,
+    ImposedChoices,
     Trace,
     Window,
     load_trace,
@@ -52,21 +52,16 @@ class DeepSeekModel(Implementation):
         self.dtype = dtype
         self.precision = dtype_name(dtype)
 
-    def trace(
-        self,
-        window: Window,
-        experts: RoutedExperts | None = None,
-        tokens: ChosenTokens | None = None,
-    ) -> Trace:
-        assert not tokens, "model.py has no sparse attention"
+    def trace(self, window: Window, imposed: ImposedChoices = NONE_IMPOSED) -> Trace:
+        assert not imposed.tokens, "model.py has no sparse attention"
         with tempfile.TemporaryDirectory(prefix="lowlat-deepseek-") as name:
             folder = Path(name)
-            imposed = {
+            experts = {
                 str(block.number): value.contiguous()
-                for block, value in (experts or {}).items()
+                for block, value in imposed.experts.items()
                 if block.stage == "layer"
             }
-            save_file(imposed, folder / "in")
+            save_file(experts, folder / "in")
             request = {
                 "op": "trace",
                 "script": str(self.script.resolve()),
@@ -98,13 +93,8 @@ class LlamaCppModel(Implementation):
         self.config = config
         self.precision = precision
 
-    def trace(
-        self,
-        window: Window,
-        experts: RoutedExperts | None = None,
-        tokens: ChosenTokens | None = None,
-    ) -> Trace:
-        assert not experts and not tokens, "choices cannot be imposed on llama.cpp"
+    def trace(self, window: Window, imposed: ImposedChoices = NONE_IMPOSED) -> Trace:
+        assert imposed == NONE_IMPOSED, "choices cannot be imposed on llama.cpp"
         if window.start:
             raise UserError(
                 f"--start {window.start}: llama.cpp starts at position 0; leave --start out"

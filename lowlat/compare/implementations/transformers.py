@@ -17,7 +17,7 @@ from lowlat.compare.diagnosis.gate_reference import routing_weights
 from lowlat.compare.implementations.base import REMEDY, Implementation, import_error, one_line
 from lowlat.compare.implementations.lowlat_pytorch import attention_shape, watch_join
 from lowlat.compare.observe import AttentionShape, Observer, find
-from lowlat.compare.trace import OUTPUT, Block, ChosenTokens, RoutedExperts, Trace, Window
+from lowlat.compare.trace import NONE_IMPOSED, OUTPUT, Block, ImposedChoices, Trace, Window
 from lowlat.config.model import ModelConfig
 from lowlat.peers.transformers_model import load_causal_lm
 from lowlat.utils.device import dtype_name
@@ -45,14 +45,9 @@ class TransformersModel(Implementation):
         self.dtype = next(model.parameters()).dtype
         self.precision = dtype_name(self.dtype)
 
-    def trace(
-        self,
-        window: Window,
-        experts: RoutedExperts | None = None,
-        tokens: ChosenTokens | None = None,
-    ) -> Trace:
+    def trace(self, window: Window, imposed: ImposedChoices = NONE_IMPOSED) -> Trace:
         try:
-            return self._trace(window, experts or {}, tokens or {})
+            return self._trace(window, imposed)
         # Every exception of a peer is an error of that implementation.
         except Exception as error:
             raise UserError(
@@ -60,36 +55,35 @@ class TransformersModel(Implementation):
             ) from error
 
     @torch.no_grad()
-    def _trace(self, window: Window, experts: RoutedExperts, tokens: ChosenTokens) -> Trace:
+    def _trace(self, window: Window, imposed: ImposedChoices) -> Trace:
         trace = Trace(dtype=self.dtype)
         model: Any = self.model
         decoder = model.get_decoder()
         with Observer(trace) as observer:
             observer.embedding(model.get_input_embeddings())
             for number, layer in enumerate(decoder.layers):
-                block = Block("layer", number)
-                self._watch(observer, block, layer, experts)
-                layer.self_attn.lowlat_imposed = tokens.get(block)
+                self._watch(observer, Block("layer", number), layer, imposed)
             hidden = decoder(
                 input_ids=window.ids[None], position_ids=window.positions[None], use_cache=False
             ).last_hidden_state
             trace.record(OUTPUT, "norm", hidden[0])
             trace.record(OUTPUT, "logits", model.lm_head(hidden)[0])
             if self.mtp is not None:
-                self._run_mtp(observer, hidden, window, experts)
+                self._run_mtp(observer, hidden, window, imposed)
         return trace
 
     def _watch(
-        self, observer: Observer, block: Block, layer: nn.Module, experts: RoutedExperts
+        self, observer: Observer, block: Block, layer: nn.Module, imposed: ImposedChoices
     ) -> None:
         widths = self._widths(block, layer)
         observer.layer(block, layer, widths)
         attention: Any = find(layer, observer.names.attention)
         attention.lowlat_observed = partial(observer.attended, block, widths)
         attention.lowlat_chose = partial(observer.chose, block)
+        attention.lowlat_imposed = imposed.tokens.get(block)
         gate = find(find(layer, observer.names.mlp), observer.names.gate)
         if gate is not None and self.config.moe is not None:
-            self._watch_gate(observer, block, gate, experts.get(block))
+            self._watch_gate(observer, block, gate, imposed.experts.get(block))
 
     def _widths(self, block: Block, layer: nn.Module) -> AttentionShape:
         own = attention_shape(self.config, block)
@@ -124,7 +118,7 @@ class TransformersModel(Implementation):
         observer.watch(gate, seen)
 
     def _run_mtp(
-        self, observer: Observer, hidden: Tensor, window: Window, experts: RoutedExperts
+        self, observer: Observer, hidden: Tensor, window: Window, imposed: ImposedChoices
     ) -> None:
         mtp, trace = self.mtp, observer.trace
         assert mtp is not None
@@ -133,7 +127,7 @@ class TransformersModel(Implementation):
             if len(window.ids[ahead]) == 0:
                 return
             watch_join(observer, block, module)
-            self._watch(observer, block, module.mtp_block, experts)
+            self._watch(observer, block, module.mtp_block, imposed)
             hidden = mtp.forward_layer(
                 depth,
                 hidden[:, :-1],
