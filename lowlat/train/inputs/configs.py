@@ -13,9 +13,9 @@ from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.hf.rope import rope_from_hf
 from lowlat.config.model import ModelConfig, RopeConfig
 from lowlat.data.dataset import TokenizedDataset
+from lowlat.train.inputs.grpo_check import check_grpo
 from lowlat.train.inputs.model_files import teacher_config
 from lowlat.train.inputs.parallel_check import check_parallel
-from lowlat.train.policy.build import check_grpo
 from lowlat.train.recipe.schema import Phase, Recipe
 from lowlat.train.step.lora import check_lora
 from lowlat.train.step.trainable import check_divides_batches, check_stages, check_trainable

@@ -1,0 +1,34 @@
+"""Checks of GRPO phases that need a model config and a recipe only, before any data is read."""
+
+from lowlat.config.attention import distinct
+from lowlat.config.model import ModelConfig, TPAConfig
+from lowlat.train.recipe.schedule import value_at
+from lowlat.train.recipe.schema import Recipe
+from lowlat.utils.errors import UserError
+
+
+def check_grpo(config: ModelConfig, recipe: Recipe, origin: str) -> None:
+    """Raises UserError naming the key that a GRPO phase of `recipe` does not support."""
+    for phase in recipe.phase:
+        if phase.grpo is None:
+            continue
+        where = f"{origin}: phase {phase.name}: grpo"
+        if config.is_sparse or any(isinstance(a, TPAConfig) for a in distinct(config.attention)):
+            raise UserError(f"{where} does not support sparse attention (DSA) and TPA")
+        if recipe.precision != "bf16" or recipe.device != "cpu":
+            raise UserError(
+                f"{where} samples in bf16 on the CPU; set precision 'bf16', device 'cpu'"
+            )
+        if recipe.parallel.processes > 1:
+            raise UserError(f"{where} runs in one process; leave [parallel] out")
+        if recipe.distillation is not None:
+            raise UserError(f"{where} learns from rewards; remove distillation")
+        if phase.grpo.beta > 0 and recipe.base_model is None:
+            raise UserError(f"{where}: beta needs base_model, the reference; set it, or beta = 0")
+        if config.moe is not None and recipe.balance.sequence_weight:
+            raise UserError(
+                f"{where} has no sequence-wise balance loss; set balance.sequence_weight = 0"
+            )
+        ahead = [value_at(phase.mtp_weight, step, phase.steps) for step in range(phase.steps)]
+        if config.num_nextn_predict_layers and any(ahead):
+            raise UserError(f"{where} freezes MTP modules; set mtp_weight = 0")
