@@ -1,14 +1,12 @@
 """A batch of completions as tensors for a checkpoint, between two updates over it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from lowlat.train.policy.forward import PolicySequence
-from lowlat.train.policy.learner import PolicyBatch
+from lowlat.train.policy.learner import PolicyBatch, masks_of
 
 
 def tensors_of(batch: PolicyBatch) -> Iterator[tuple[str, Tensor]]:
@@ -37,12 +35,6 @@ def batch_of(tensors: Mapping[str, Tensor]) -> PolicyBatch:
         return list(tensors[name].clone().split(tensors[f"{name}.lengths"].tolist()))
 
     prompts, completions = parts("prompts"), parts("completions")
-    masks = parts("masks")
-    grouped: list[Sequence[Int[Tensor, " _"]]] = []
-    for completion in completions if masks else ():
-        grouped.append(masks[: len(completion)])
-        masks = masks[len(completion) :]
-    lists: dict[str, Any] = {name: parts(name) for name in ("old_logps", "ref_logps")}
     return PolicyBatch(
         sequences=[
             PolicySequence(prompt=prompt.tolist(), completion=completion.tolist())
@@ -51,6 +43,7 @@ def batch_of(tensors: Mapping[str, Tensor]) -> PolicyBatch:
         advantages=tensors["advantages"].tolist(),
         is_counted=tensors["is_counted"].tolist(),
         updates=int(tensors["updates"]),
-        masks=grouped,
-        **lists,
+        old_logps=parts("old_logps"),
+        ref_logps=parts("ref_logps"),
+        masks=masks_of(parts("masks"), [len(completion) for completion in completions]),
     )

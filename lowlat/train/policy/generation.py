@@ -29,7 +29,7 @@ from lowlat.utils.atomic_files import make_folder, replace_file
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationFigures:
-    """What is logged of a batch of completions."""
+    """What is logged of a batch of completions: fields of `RolloutRecord`."""
 
     reward: float
     reward_std: float

@@ -4,7 +4,7 @@ GRPO losses, gradients of the fp32 master weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import islice
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -206,10 +206,13 @@ class _Tokens:
         batch.old_logps += torch.cat(self.old_logps).split(self.lengths)
         if self.ref_logps:
             batch.ref_logps += torch.cat(self.ref_logps).split(self.lengths)
-        if self.masks:
-            ends = accumulate(self.lengths)
-            spans = zip(ends, self.lengths, strict=True)
-            batch.masks += [self.masks[end - length : end] for end, length in spans]
+        batch.masks += masks_of(self.masks, self.lengths)
+
+
+def masks_of(masks: Sequence[Int[Tensor, " _"]], lengths: Sequence[int]) -> list[Masks]:
+    """The `masks` of all tokens as one list per completion of `lengths` tokens; [] without any."""
+    rest = iter(masks)
+    return [list(islice(rest, length)) for length in lengths] if masks else []
 
 
 def _tokens(batch: PolicyBatch, part: range, weights: Sequence[float]) -> _Tokens:

@@ -5,7 +5,8 @@ checkpoints.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,15 +119,9 @@ class GRPOPhase:
             return
         self._generator.draws = int(tensors[DRAWS])
         if FIGURES in tensors:
-            reward, deviation, length, truncated, no_signal, failed = tensors[FIGURES].tolist()
-            self._figures = GenerationFigures(
-                reward=reward,
-                reward_std=deviation,
-                length=length,
-                truncated=truncated,
-                no_signal=no_signal,
-                failed=int(failed),
-            )
+            names = [field.name for field in fields(GenerationFigures)]
+            values: dict[str, Any] = dict(zip(names, tensors[FIGURES].tolist(), strict=True))
+            self._figures = GenerationFigures(**values | {"failed": int(values["failed"])})
             own = {n.removeprefix(BATCH): t for n, t in tensors.items() if n.startswith(BATCH)}
             self._batch = batch_of(own)
 
@@ -137,13 +132,8 @@ def _record(
     """Of an update that took `seconds`, over completions sampled at `rate` tokens per second."""
     counted = max(1, figures.tokens)
     return RolloutRecord(
+        **asdict(generated),
         loss=figures.loss,
-        reward=generated.reward,
-        reward_std=generated.reward_std,
-        length=generated.length,
-        truncated=generated.truncated,
-        no_signal=generated.no_signal,
-        failed=generated.failed,
         entropy=figures.entropy / counted,
         clipped=figures.clipped / counted,
         mismatch=figures.mismatch,
