@@ -12,9 +12,6 @@ from lowlat.train.rewards.reward_file import is_file
 from lowlat.train.rewards.workers import RewardWorkers
 from lowlat.utils.errors import UserError
 
-PROCESSES = 2
-"""Reward functions that run at a time."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GRPOInputs:
@@ -69,7 +66,6 @@ def _workers(
     return RewardWorkers(
         [str((base / name).absolute()) if is_file(name) else name for name in table.reward_funcs],
         context=context,
-        processes=PROCESSES,
         seconds=table.reward_seconds,
         memory_bytes=int(table.reward_memory_gb * 2**30),
     )
