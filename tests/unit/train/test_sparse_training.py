@@ -1,11 +1,7 @@
 """Training of sparse attention (DSA): gradients written out, frozen parts, exact resumption."""
 
-import gc
-import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,16 +10,13 @@ from torch import Tensor
 from lowlat.config.model import IndexerConfig, ModelConfig
 from lowlat.model.transformer import Transformer
 from lowlat.ops import indexer_loss
-from lowlat.ops.indexer_loss import IndexerObjective, SparseOutput, attend_and_distill
-from lowlat.ops.sparse_attention import IndexQueries
-from lowlat.train.inputs.configs import base_config, check_recipe
 from lowlat.train.layers.fp8 import use_fp8
 from lowlat.train.layers.fused import checkpoint_activations
 from lowlat.train.layers.sparse_mla import DSAStage, use_sparse_training
 from lowlat.train.layers.stacked_experts import stack_experts
 from lowlat.train.parallel.local_batch import local_batch
 from lowlat.train.parallel.mesh import ProcessMesh
-from lowlat.train.recipe.schema import OptimizerConfig, parse_recipe
+from lowlat.train.recipe.schema import OptimizerConfig
 from lowlat.train.step.balance import LoadBalancer
 from lowlat.train.step.indexers import IndexerLosses
 from lowlat.train.step.layerwise import layer_errors
@@ -32,12 +25,10 @@ from lowlat.train.step.optim import Optimizer
 from lowlat.train.step.passes import PlainPasses
 from lowlat.train.step.step import train_step
 from lowlat.train.step.teacher import Teacher
-from lowlat.train.step.trainable import check_stages
-from lowlat.utils.errors import UserError
 from tests import configs
 from tests.lowlat_configs import random_model
 
-from . import runs, tiny, tuning
+from . import tiny, tuning
 from .naive_sparse import NaiveSparse
 
 INDEXER = IndexerConfig(index_n_heads=3, index_head_dim=9, index_topk=3)
@@ -192,55 +183,6 @@ def test_indexers_learn_in_layerwise_distillation(layers: str) -> None:
     assert all(one.kl == pytest.approx(figures[one.layer][0]) for one in losses.records()[:2])
 
 
-def attended(topk: int, **objective: Any) -> SparseOutput:
-    """Of 67 tokens, with random inputs."""
-    length, heads, width = 67, 2, 4
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(length, heads, width)] * 3 + [(length, 3, 5), (length, 3), (length, 5)]
-    q, k, v, index_q, weights, index_keys = (
-        torch.randn(shape, generator=generator).requires_grad_() for shape in shapes
-    )
-    return attend_and_distill(
-        q,
-        k,
-        v,
-        IndexQueries(index_q, weights, topk),
-        index_keys,
-        None,
-        scale=0.5,
-        objective=IndexerObjective(sum_heads=lambda x: x, **objective),
-    )
-
-
-def test_attention_keeps_no_masks_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No bool tensor of blocks of queries outlives the forward pass."""
-    monkeypatch.setattr(indexer_loss, "BLOCK_ELEMENTS", 2**10)
-    for is_dense in (False, True):
-        before = set(map(id, bool_tensors()))
-        made = attended(11, is_dense=is_dense, kl_weight=0.1)
-        assert not [x.shape for x in bool_tensors() if id(x) not in before]
-        made.out.sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("topk", "kl_weight", "blocks"), [(67, None, 0), (67, 0.1, 5), (40, None, 3)]
-)
-def test_index_scores_are_computed_where_they_are_used(
-    topk: int, kl_weight: float | None, blocks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In blocks that choose, or whose KL divergence is asked for: of 67 tokens in blocks of 15."""
-    monkeypatch.setattr(indexer_loss, "BLOCK_ELEMENTS", 3 * 67 * 15)
-    scored = Mock(side_effect=indexer_loss.index_scores)
-    monkeypatch.setattr(indexer_loss, "index_scores", scored)
-    attended(topk, is_dense=False, kl_weight=kl_weight)
-    assert scored.call_count == blocks
-
-
-def bool_tensors() -> list[Tensor]:
-    found = [each for each in gc.get_objects() if type(each) is Tensor]
-    return [tensor for tensor in found if tensor.dtype == torch.bool]
-
-
 def test_forward_is_that_of_inference() -> None:
     """Over the chosen tokens in the sparse stage, over all in the warm-up."""
     batch = tiny.batch(masked=True)
@@ -332,85 +274,3 @@ def test_fp8_products_of_the_indexer() -> None:
     for name, gradient in expected.items():
         error = (found[name] - gradient).norm() / gradient.norm()
         assert error < 0.01, name
-
-
-SPARSE_MODEL: dict[str, Any] = runs.MODEL | {
-    "model_type": "deepseek_v32",
-    "index_n_heads": 3,
-    "index_head_dim": 8,
-    "index_topk": 5,
-}
-
-
-def stages(**changes: Any) -> dict[str, Any]:
-    """Warm-up, then sparse training."""
-    short = {"sequence_length": 31, "max_position_embeddings": 64}
-    phases = tuning.phases(
-        short | {"name": "warm-up", "steps": 3, "dsa_stage": "warmup"},
-        short | {"name": "sparse", "steps": 3, "dsa_stage": "sparse"},
-    )
-    return tuning.raw_recipe(**({"model": SPARSE_MODEL, "phase": phases} | changes))
-
-
-@pytest.mark.parametrize(
-    ("precision", "checkpointing"),
-    [
-        ("fp32", "none"),
-        pytest.param("bf16", "full", marks=pytest.mark.slow),
-        pytest.param("fp8", "none", marks=pytest.mark.slow),
-    ],
-)
-def test_a_stopped_run_resumes_exactly(tmp_path: Path, precision: str, checkpointing: str) -> None:
-    """Within the warm-up, at its end and within sparse training; losses and recall are logged."""
-    tuning.chats(tmp_path / "tokens")
-    raw = stages(
-        precision=precision,
-        activation_checkpointing=checkpointing,
-        checkpoints={"every_steps": 1},
-        optimizer={"name": "muon"},
-    )
-    whole = tuning.train(tmp_path, raw, name="whole")
-    for step in (2, 3, 5):
-        tuning.stop_after(step, tmp_path, raw, name="parts")
-    parts = tuning.train(tmp_path, raw, name="parts")
-    tuning.assert_same(parts.saved(), whole.saved())
-    records = whole.records("step")
-    assert [r["indexers"] for r in parts.records("step")] == [r["indexers"] for r in records]
-    for record in records:
-        assert [layer["layer"] for layer in record["indexers"]] == [0, 1, 2]
-        assert all(layer["kl"] > 0 and 0 < layer["recall"] < 1 for layer in record["indexers"])
-    assert whole.outcome.model is not None
-    assert tuning.loaded(whole.outcome.model)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"model": runs.MODEL}, "phase warm-up: dsa_stage = 'warmup' needs a model with indexers"),
-        (
-            {"parallel": {"pipeline": 3}, "model": SPARSE_MODEL | {"model_type": "glm"}},
-            "parallel.pipeline 3: 1f1b makes 3 stages of .* in 1 groups that share a choice",
-        ),
-        ({"distillation": {"teacher": "t"}}, "phase warm-up: .* remove distillation"),
-        ({"model": SPARSE_MODEL | {"index_topk": 0}}, "index_topk.*0"),
-    ],
-)
-def test_recipes_that_cannot_be(changes: dict[str, Any], said: str) -> None:
-    model_table = changes.get("model")
-    if model_table is not None and model_table["model_type"] == "glm":
-        glm = {"model_type": "glm_moe_dsa", "indexer_types": ["full", "shared"]}
-        changes = changes | {"model": model_table | glm}
-    recipe = runs.recipe(**stages(**changes))
-    with pytest.raises(UserError, match=said) as caught:
-        check_recipe(base_config(recipe, None, 260, "r.toml"), recipe, "r.toml")
-    assert "\n" not in str(caught.value)
-    assert re.match(r"r\.toml", str(caught.value))
-
-
-def test_lora_has_no_indexer_loss() -> None:
-    phase = tuning.phases({"dsa_indexer_loss_coeff": 0.5})[0] | {"bias_update_speed": 0.0}
-    raw = stages(lora={"rank": 2, "alpha": 4}, base_model="b", phase=[phase])
-    raw.pop("model")
-    said = "phase .*: dsa_indexer_loss_coeff has no effect with lora"
-    with pytest.raises(UserError, match=said):
-        check_stages(config(), parse_recipe(raw, origin="r.toml"), "r.toml")
