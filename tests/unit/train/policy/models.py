@@ -33,15 +33,15 @@ def masters(config: ModelConfig, seed: int = 7) -> Transformer:
     return model
 
 
-def learner(model: Transformer, **options: object) -> PolicyLearner:
-    """A learner of all weights; options: those of sampling, then of the loss."""
-    names = SamplingDistribution.__dataclass_fields__
-    sampling = {name: options.pop(name) for name in list(options) if name in names}
-    reference = options.pop("reference", None)
+def learner(
+    model: Transformer,
+    distribution: SamplingDistribution | None = None,
+    options: LossOptions | None = None,
+) -> PolicyLearner:
+    """A learner of all weights, without a reference."""
     return PolicyLearner(
         model,
         None,
-        distribution=SamplingDistribution(**sampling),  # pyright: ignore[reportArgumentType]
-        options=LossOptions(**options),  # pyright: ignore[reportArgumentType]
-        reference=reference,  # pyright: ignore[reportArgumentType]
+        distribution=distribution or SamplingDistribution(),
+        options=options or LossOptions(),
     )

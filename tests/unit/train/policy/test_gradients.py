@@ -96,7 +96,6 @@ def pytorch_gradients(
     if dtype == torch.float64:
         model = model.double()
     use_fused_layers(model)
-    layers = iter(range(config.num_hidden_layers))
 
     def given(path: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, Gate) and path.startswith("layers."):
@@ -105,7 +104,6 @@ def pytorch_gradients(
         return None
 
     replace_modules(model, given)
-    del layers
     ids = torch.tensor([token for own in SEQUENCES for token in own.inputs])
     attention = FlashAttention([len(own.inputs) for own in SEQUENCES])
     hidden = model(ids, attention.positions(), attention, dtype=dtype)
@@ -132,15 +130,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 def test_gradients_are_as_near_to_fp64_as_those_of_pytorch(name: str) -> None:
     config = CONFIGS[name]
     trained = masters(config)
-    policy = learner(
-        trained,
-        temperature=0.8,
-        top_k=200,
-        loss_type="grpo",
-        epsilon=0.1,
-        epsilon_high=0.1,
-        beta=0.3,
-    )
+    policy = learner(trained, SAMPLING, OPTIONS)
     figures = policy.accumulate(batch(), 3)
     ours = {n: p.grad for n, p in trained.named_parameters() if p.grad is not None}
     kept = PolicyForward(policy.model).run(SEQUENCES).kept
@@ -159,7 +149,7 @@ def test_gradients_are_as_near_to_fp64_as_those_of_pytorch(name: str) -> None:
 
 def test_the_first_update_has_a_ratio_of_1() -> None:
     trained = masters(CONFIGS["mla-moe-mtp"])
-    policy = learner(trained, epsilon=0.0, epsilon_high=0.0, loss_type="dapo")
+    policy = learner(trained, options=LossOptions(epsilon=0.0, epsilon_high=0.0))
     own = PolicyBatch(sequences=SEQUENCES, advantages=ADVANTAGES, is_counted=[True] * 4)
     figures = policy.accumulate(own, 2)
     assert figures.clipped == 0  # with an epsilon of 0 only ratios of exactly 1 are not clipped

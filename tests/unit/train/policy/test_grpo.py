@@ -140,7 +140,7 @@ def test_a_run_stopped_between_grpo_phases_resumes_to_the_same_bits(folder: Path
     assert samples(resumed) == samples(whole)
 
 
-def test_failed_rewards_fail_their_sample(folder: Path, tmp_path: Path) -> None:
+def test_failed_rewards_fail_their_sample(folder: Path) -> None:
     write_prompts(folder / "failing.jsonl", ["?", "a"])
     raw = raw_recipe({"prompts": "failing.jsonl"})
     raw["phase"][0]["steps"] = 1
@@ -198,10 +198,10 @@ def test_lora_trains_its_updates_only(folder: Path) -> None:
     ids=str,
 )
 def test_bad_input_is_refused_in_one_line(
-    folder: Path, grpo: dict[str, Any], changes: dict[str, Any], said: str
+    folder: Path, tmp_path: Path, grpo: dict[str, Any], changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UserError, match=said) as found:
-        train(folder, raw_recipe(grpo, **changes), f"bad-{math.floor(id(said) / 16)}")
+        train(folder, raw_recipe(grpo, **changes), tmp_path.name)
     assert "\n" not in str(found.value)
 
 
