@@ -1,11 +1,10 @@
 """Group-relative advantages of GRPO from rewards, and DAPO's punishment of overlong completions."""
 
-from typing import Literal
-
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-ScaleRewards = Literal["group", "batch", "none"]
+from lowlat.train.recipe.grpo import ScaleRewards
+
 EPSILON = 1e-4
 """Added to standard deviations, as in TRL."""
 

@@ -5,13 +5,12 @@ tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-LossType = Literal["grpo", "dapo", "dr_grpo"]
+from lowlat.train.recipe.grpo import LossType
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,8 @@ from lowlat.train.recipe.fields import Amount, Count, FromList, Table
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+LossType = Literal["grpo", "dapo", "dr_grpo"]
+ScaleRewards = Literal["group", "batch", "none"]
 
 
 class GRPOConfig(Table):
@@ -43,11 +45,11 @@ class GRPOConfig(Table):
     """Sampling from the k likeliest tokens; 0 is off."""
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     """Sampling from tokens with at least this share of the likeliest one's probability."""
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
+    loss_type: LossType = "dapo"
     """`grpo`: mean over the tokens of each completion; `dapo`: over the tokens of the batch;
     `dr_grpo`: over batch_size x max_completion_length.
     """
-    scale_rewards: Literal["group", "batch", "none"] = "group"
+    scale_rewards: ScaleRewards = "group"
     """Standard deviation that divides advantages."""
     num_iterations: Count = 1
     """Optimizer steps per batch of completions."""
