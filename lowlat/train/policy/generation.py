@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float64
@@ -39,11 +40,10 @@ class GenerationFigures:
     failed: int
 
     @staticmethod
-    def of(
-        groups: Sequence[Sequence[Rollout]], rewards: Float64[Tensor, "groups completions"]
-    ) -> "GenerationFigures":
+    def of(groups: Sequence[Sequence["ScoredRollout"]]) -> "GenerationFigures":
         """Of all sampled groups."""
-        rollouts = [rollout for group in groups for rollout in group]
+        rollouts = [own.rollout for group in groups for own in group]
+        rewards = rewards_of(groups)
         known = rewards[~rewards.isnan()]
         return GenerationFigures(
             reward=known.mean().item() if len(known) else math.nan,
@@ -53,6 +53,24 @@ class GenerationFigures:
             no_signal=1 - has_signal(rewards).double().mean().item(),
             failed=int(rewards.isnan().sum()),
         )
+
+
+class ScoredRollout(NamedTuple):
+    """A completion and what the reward functions make of it."""
+
+    rollout: Rollout
+    scores: list[Score]
+    """Of each function."""
+    reward: float
+    """Weighted sum of the scores, with the punishment of long completions; NaN if one failed."""
+
+
+def rewards_of(
+    groups: Sequence[Sequence[ScoredRollout]],
+) -> Float64[Tensor, "groups completions"]:
+    """The rewards of completions in groups of one size."""
+    rewards = [[own.reward for own in group] for group in groups]
+    return torch.tensor(rewards, dtype=torch.float64)
 
 
 class Generator:
@@ -78,7 +96,6 @@ class Generator:
         self._seed = seed
         self._samples = samples
         self._distribution = distribution_of(table)
-        self._scores: dict[int, list[Score]] = {}
         self.draws = 0
         """Prompts drawn so far."""
         self.tokens_per_second = 0.0
@@ -89,42 +106,37 @@ class Generator:
     def batch(self, num_completions: int, step: int) -> tuple[PolicyBatch, GenerationFigures]:
         """A batch of whole groups for the optimizer step number `step`, from 1."""
         wanted = num_completions // self._table.num_generations
-        self._scores.clear()
-        groups, rewards = self._sampled(wanted)
-        figures = GenerationFigures.of(groups, rewards)
-        scores = (score for own in self._scores.values() for score in own)
+        groups = self._sampled(wanted)
+        figures = GenerationFigures.of(groups)
+        scores = (score for group in groups for own in group for score in own.scores)
         self.failure = next((own for own in scores if isinstance(own, RewardFailure)), None)
         # Groups with a signal first, in the order sampled.
-        order = (~has_signal(rewards)).int().argsort(stable=True)[:wanted]
+        order = (~has_signal(rewards_of(groups))).int().argsort(stable=True)[:wanted]
         if not self._table.dynamic_sampling:
             order = torch.arange(wanted)
-        rewards, groups = rewards[order], [groups[place] for place in order.tolist()]
-        advantages = group_advantages(rewards, self._table.scale_rewards)
-        self._write(step, groups, rewards, advantages)
-        rollouts = [rollout for group in groups for rollout in group]
+        groups = [groups[place] for place in order.tolist()]
+        by_group = group_advantages(rewards_of(groups), self._table.scale_rewards)
+        advantages = by_group.flatten().tolist()
+        used = [own for group in groups for own in group]
+        self._write(step, used, advantages)
         masks = self._table.mask_truncated_completions
-        is_known = (~rewards.isnan()).flatten().tolist()
         batch = PolicyBatch(
             sequences=[
-                PolicySequence(prompt=own.prompt.ids, completion=own.completion) for own in rollouts
+                PolicySequence(prompt=own.rollout.prompt.ids, completion=own.rollout.completion)
+                for own in used
             ],
-            advantages=advantages.flatten().tolist(),
+            advantages=advantages,
             is_counted=[
-                known and not (masks and own.is_truncated)
-                for known, own in zip(is_known, rollouts, strict=True)
+                not math.isnan(own.reward) and not (masks and own.rollout.is_truncated)
+                for own in used
             ],
-            logprobs=[own.logprobs for own in rollouts],
+            logprobs=[own.rollout.logprobs for own in used],
         )
         return batch, figures
 
-    def _sampled(
-        self, wanted: int
-    ) -> tuple[list[list[Rollout]], Float64[Tensor, "groups completions"]]:
-        """At least `wanted` groups and their rewards; with dynamic sampling more, until enough have
-        a signal.
-        """
-        groups: list[list[Rollout]] = []
-        rewards = torch.empty(0, self._table.num_generations, dtype=torch.float64)
+    def _sampled(self, wanted: int) -> list[list[ScoredRollout]]:
+        """At least `wanted` groups; with dynamic sampling more, until enough have a signal."""
+        groups: list[list[ScoredRollout]] = []
         seconds, rounds = 0.0, 0
         while True:
             prompts = [
@@ -141,19 +153,16 @@ class Generator:
             seconds += time.monotonic() - began
             self.draws += wanted
             rounds += 1
-            groups += new
-            rewards = torch.cat([rewards, self._scored(new)])
-            is_enough = int(has_signal(rewards).sum()) >= wanted
+            groups += self._scored(new)
+            is_enough = int(has_signal(rewards_of(groups)).sum()) >= wanted
             is_last = rounds == self._table.max_num_gen_batches
             if is_enough or is_last or not self._table.dynamic_sampling:
                 break
-        count = sum(len(own.completion) for group in groups for own in group)
+        count = sum(len(own.rollout.completion) for group in groups for own in group)
         self.tokens_per_second = count / seconds
-        return groups, rewards
+        return groups
 
-    def _scored(self, groups: Sequence[Sequence[Rollout]]) -> Float64[Tensor, "groups completions"]:
-        """Weighted sums of rewards, NaN if one failed, with the punishment of long completions."""
-        rollouts = [rollout for group in groups for rollout in group]
+    def _scored(self, groups: Sequence[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
         samples = [
             Sample(
                 own.prompt.prompt,
@@ -161,20 +170,20 @@ class Generator:
                 own.prompt.record,
                 num_tokens=len(own.completion),
             )
-            for own in rollouts
+            for group in groups
+            for own in group
         ]
-        scores = self._rewards.score(samples)
-        self._scores.update(zip(map(id, rollouts), scores, strict=True))
-        weights = self._table.reward_weights or (1.0,) * len(self._table.reward_funcs)
-        rewards = torch.tensor([_total(own, weights) for own in scores], dtype=torch.float64)
-        cache = self._table.soft_punish_cache
-        if cache is not None:
-            longest = self._table.max_completion_length
-            rewards += torch.tensor(
-                [soft_overlong_punishment(len(own.completion), longest, cache) for own in rollouts],
-                dtype=torch.float64,
+        scores = iter(self._rewards.score(samples))
+        return [[self._rewarded(own, next(scores)) for own in group] for group in groups]
+
+    def _rewarded(self, rollout: Rollout, scores: list[Score]) -> ScoredRollout:
+        table = self._table
+        reward = _total(scores, table.reward_weights or (1.0,) * len(scores))
+        if table.soft_punish_cache is not None:
+            reward += soft_overlong_punishment(
+                len(rollout.completion), table.max_completion_length, table.soft_punish_cache
             )
-        return rewards.view(len(groups), -1)
+        return ScoredRollout(rollout, scores, reward)
 
     def _text(self, rollout: Rollout) -> str:
         """The completion without its end token; tags of reasoning may be special tokens."""
@@ -183,25 +192,19 @@ class Generator:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def _write(
-        self,
-        step: int,
-        groups: Sequence[Sequence[Rollout]],
-        rewards: Float64[Tensor, "groups completions"],
-        advantages: Float64[Tensor, "groups completions"],
+        self, step: int, scored: Sequence[ScoredRollout], advantages: Sequence[float]
     ) -> None:
         """The samples of a step as a file of their own, which a resumed run writes again."""
         lines = []
-        rollouts = [rollout for group in groups for rollout in group]
-        numbers = zip(rewards.flatten().tolist(), advantages.flatten().tolist(), strict=True)
-        for rollout, (reward, advantage) in zip(rollouts, numbers, strict=True):
-            scores = zip(self._table.reward_funcs, self._scores[id(rollout)], strict=True)
+        for (rollout, scores, reward), advantage in zip(scored, advantages, strict=True):
+            named = zip(self._table.reward_funcs, scores, strict=True)
             sample = {
                 "step": step,
                 "prompt": rollout.prompt.prompt,
                 "completion": self._text(rollout),
                 "tokens": len(rollout.completion),
                 "is_truncated": rollout.is_truncated,
-                "rewards": {n: s if isinstance(s, float) else str(s) for n, s in scores},
+                "rewards": {n: s if isinstance(s, float) else str(s) for n, s in named},
                 "reward": None if math.isnan(reward) else reward,
                 "advantage": advantage,
             }
