@@ -1,5 +1,6 @@
 """litellm, unmodified: its OpenAI-compatible provider."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -20,15 +21,19 @@ pytestmark = [
 def options(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     # Otherwise it fetches prices of models from the network.
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    yield {
-        "model": f"openai/{NAME}",
-        "api_base": f"{server.url}/v1",
-        "api_key": KEY,
-        "max_tokens": 200,
-        "seed": 1,
-        "num_retries": 0,
-        "extra_body": NO_THOUGHTS,
-    }
+    # Otherwise it makes an event loop that nothing closes.
+    with asyncio.Runner() as runner:
+        asyncio.set_event_loop(runner.get_loop())
+        yield {
+            "model": f"openai/{NAME}",
+            "api_base": f"{server.url}/v1",
+            "api_key": KEY,
+            "max_tokens": 200,
+            "seed": 1,
+            "num_retries": 0,
+            "extra_body": NO_THOUGHTS,
+        }
+        asyncio.set_event_loop(None)
 
 
 def test_chat_and_stream(options: dict[str, Any]) -> None:
