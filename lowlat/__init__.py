@@ -1,4 +1,7 @@
-"""Multi-head Latent Attention models. Public names load on first use: importing is quick."""
+"""Load, convert, serve and train DeepSeek-V3 models (MLA, MoE, MTP, DSA) on CPUs: the Python API.
+
+Public names load on first use, so that `import lowlat` is quick.
+"""
 
 from importlib import import_module
 from importlib.metadata import version

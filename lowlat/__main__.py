@@ -1,4 +1,4 @@
-"""`python -m lowlat` is the command `lowlat`."""
+"""Entry point of `python -m lowlat`: the `lowlat` command."""
 
 import sys
 

@@ -32,6 +32,7 @@ TERMS = {
     "logits processor": "lowlat/engine/sampler.py",
     "speculative decoding": "lowlat/engine/speculative.py",
     "n-gram speculation": "lowlat/engine/prompt_lookup.py",
+    "num_speculative_tokens": "lowlat/engine/draft_policy.py",
     "TTFT": "lowlat/engine/stats.py",
     "TPOT": "lowlat/engine/stats.py",
     "guided decoding": "lowlat/generate/grammar.py",
@@ -54,6 +55,9 @@ TERMS = {
     "online softmax": "lowlat/ops/attention.py",
     "varlen": "lowlat/attention/metadata.py",
     "NTK-by-parts": "lowlat/ops/rope.py",
+    "rope_scaling": "lowlat/config/hf/rope.py",
+    "Hadamard": "lowlat/model/indexer.py",
+    "multi-LoRA": "lowlat/model/lora.py",
     "group-limited top-k": "lowlat/ops/routing.py",
     "node-limited": "lowlat/ops/routing.py",
     "chunked cross entropy": "lowlat/ops/cross_entropy.py",
@@ -72,6 +76,7 @@ TERMS = {
     "asymmetric": "csrc/kernels/quantize.h",
     "paged attention": "csrc/kernels/paged_attention.h",
     "split-KV": "csrc/workspace.h",
+    "split-KV decoding": "lowlat/model/native.py",
     "cu_seqlens": "csrc/training.h",
     "thread pool": "csrc/thread_pool.h",
     # Training
@@ -91,6 +96,9 @@ TERMS = {
     "expert parallel": "lowlat/train/parallel/expert.py",
     "1F1B": "lowlat/train/pipeline/schedule.py",
     "async checkpoint": "lowlat/train/checkpoints/store.py",
+    "resharding": "lowlat/train/run/state.py",
+    "group-relative advantages": "lowlat/train/policy/advantages.py",
+    "reference model": "lowlat/train/run/grpo.py",
     # Data and text
     "dataloader": "lowlat/data/packing.py",
     "document mask": "lowlat/data/batch.py",
@@ -120,6 +128,7 @@ TERMS = {
     "FLOPs per token": "lowlat/plan/flops.py",
     "pipeline bubble": "lowlat/plan/estimate.py",
     "perplexity": "lowlat/cli/eval.py",
+    "needle in a haystack": "lowlat/recovery/sparse_evaluation.py",
 }
 """A term, and the file that implements the idea."""
 

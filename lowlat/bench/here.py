@@ -1,5 +1,5 @@
-"""Measurement of this machine for `lowlat plan serve --machine here`: the rates that kernels reach
-on a sample of a model's layers.
+"""Measure this machine for `lowlat plan serve --machine here`: bandwidth and FLOP/s of the kernels
+on a few layers of the model's shapes.
 
 The sample has the model's own shapes and random weights. Four steps are timed, and the step model
 (`plan.serving.step_cost`) is solved for the rates: a decode step with few cached tokens gives the

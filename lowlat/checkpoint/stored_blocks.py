@@ -1,4 +1,4 @@
-"""Keep quantized weights as their file has them: gives the modules of a model the file's types.
+"""Load quantized weights without requantizing: modules get the storage types of the file.
 
 GGUF blocks and fp8 rows stay views of the memory-mapped file, with two exceptions that are copies
 of the same size: the permuted rows of llama's q and k, and on AVX-512 types that are faster

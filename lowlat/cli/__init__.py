@@ -1,1 +1,1 @@
-"""The command line: each verb turns its arguments into one call below and prints the result."""
+"""Command-line interface (typer): each verb parses its arguments, calls one function and prints."""

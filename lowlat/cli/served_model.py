@@ -1,4 +1,4 @@
-"""Model that a plan of serving is for: config and bytes of weights of a preset or checkpoint."""
+"""Model of `lowlat plan serve`: config and weight bytes of a preset or checkpoint."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,7 @@
 """Configurations of released models by name, without weights: `config/presets/NAME.json`.
 
-The files hold the values of the released config.json. Left out, as no figure follows from them:
+The files hold the values of the released config.json, which `config.hf` parses (rope_scaling:
+`config.hf.rope`). Left out, as no figure follows from them:
 rope_scaling of minicpm3-4b, and the fields of kimi-k2.5's vision tower and of its int4 experts.
 """
 

@@ -1,1 +1,1 @@
-"""Text to tokens to windows: documents are read, tokenised into a folder, and cut for training."""
+"""Training data: read documents, write tokenized datasets, pack sequences."""

@@ -1,5 +1,5 @@
-"""Number of draft tokens per step, from measured acceptance rates and step costs (speculative
-decoding).
+"""Number of draft tokens per step (num_speculative_tokens in vLLM, here adaptive), from measured
+acceptance rates and step costs.
 
 Owns the estimates. A draft token is worth verifying if its expected output costs less time per
 token than decoding without it. All draft tokens of a step must also cover the cost of drafting.

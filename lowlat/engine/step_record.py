@@ -1,5 +1,5 @@
-"""Records of what the leader of a parallel run does with its model, for the processes that follow:
-kind, number of pages, and the chunks of a step as integers.
+"""Step records of parallel serving: rank 0 sends every model call to the other ranks, as integers
+(kind, number of KV cache pages, chunks of the step).
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,0 +1,1 @@
+"""Text generation: prompts, structured outputs, completions, and the session over the engine."""

@@ -1,7 +1,8 @@
 """Lightning indexer of DeepSeek Sparse Attention (DSA, DeepSeek-V3.2, arXiv 2512.02556, section
 2.1): the queries, head weights and keys whose scores choose the tokens that MLA attends to.
 
-The scores and the choice are in `ops.sparse_attention`.
+The scores and the choice are in `ops.sparse_attention`. There is no Hadamard transform: it is
+orthogonal and changes no score.
 """
 
 import torch

@@ -1,5 +1,5 @@
-"""LoRA adapters at inference: projections with the low-rank updates of several adapters, of which
-each sequence of a batch uses one or none.
+"""LoRA adapters at inference (multi-LoRA): projections with the low-rank updates of several
+adapters; each sequence of a batch uses one or none.
 """
 
 from collections.abc import Mapping, Sequence

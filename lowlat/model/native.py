@@ -1,7 +1,8 @@
 """Native model: the weights of a `Transformer`, referenced without copies, run by one call per
 step.
 
-The arithmetic is in csrc/; `native_layers` converts the layers.
+The kernels (GEMM, paged attention with split-KV decoding, MoE) are in csrc/; `native_layers`
+converts the layers.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Conversion of decoder layers to structs of the native kernels, which reference the weights;
+"""Decoder layers as structs of the native kernels, which reference the weights without copies.
 `native` combines them to a model.
 """
 

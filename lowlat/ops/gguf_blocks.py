@@ -1,4 +1,4 @@
-"""Values of quantized blocks, those of GGUF and of `int4_blocks`: sizes of blocks, dequantization.
+"""Dequantization of quantized blocks: GGUF types (Q4_K, IQ2_XXS, ...) and those of `int4_blocks`.
 
 The gguf package is the reference implementation of its types; native kernels give the same bits.
 """

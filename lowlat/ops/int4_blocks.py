@@ -1,4 +1,4 @@
-"""int4 weights of compressed-tensors, AWQ and GPTQ files in blocks, for the kernels of GGUF's.
+"""Repack int4 weights of compressed-tensors, AWQ and GPTQ as blocks that the GGUF kernels multiply.
 
     weight = scale * (code - zero)
 

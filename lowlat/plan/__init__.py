@@ -1,1 +1,1 @@
-"""What training a model costs before it starts: FLOPs, memory, traffic, bubbles, time."""
+"""Cost models of training (FLOPs, memory, traffic, pipeline bubbles, time) and `serving`."""

@@ -1,4 +1,4 @@
-"""Published training runs as jobs, the reference for estimates: DeepSeek-V3."""
+"""Published training runs (DeepSeek-V3) as training jobs, to compare estimates with."""
 
 from dataclasses import dataclass
 

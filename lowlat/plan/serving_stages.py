@@ -1,4 +1,4 @@
-"""Shares of a model that the processes of a serving layout load."""
+"""Model share of each process of a serving layout: layers, heads and experts."""
 
 from dataclasses import replace
 

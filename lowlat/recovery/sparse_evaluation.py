@@ -1,5 +1,5 @@
 """Evaluation of a conversion to sparse attention (DSA) on a text: perplexity over index_topk
-compared with the original, recall of attention mass, and needles at several depths of the context.
+compared with the original, recall of attention mass, and needles (needle in a haystack).
 
 All models and top-k run the same code in bf16: dense attention is a top-k of the whole context.
 """

@@ -1,4 +1,4 @@
-"""A model with the attention that a training run leaves, and all other weights as they were."""
+"""Merge trained attention weights into a checkpoint whose other weights stay unchanged."""
 
 import shutil
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Prompt prefixes for routing: chained hashes of pages of a request's prompt, as the prefix cache
-has them for KV cache pages, but over text.
+"""Prompt prefixes for routing: chained block hashes of a request's prompt, like those of the prefix
+cache, but of text instead of tokens.
 
 The gateway has no tokenizer: a page is PAGE_BYTES of the prompt's JSON, about as many tokens as a
 KV cache page holds.

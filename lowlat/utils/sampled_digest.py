@@ -1,4 +1,4 @@
-"""Samples of large files and tensors, for digests that would take minutes to read them whole."""
+"""Digest of large files and tensors from samples, where reading them whole takes minutes."""
 
 from collections.abc import Iterator
 

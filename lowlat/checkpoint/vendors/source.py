@@ -1,5 +1,5 @@
-"""Present a folder with weights quantized by compressed-tensors, AWQ, GPTQ, fbgemm or MXFP4 as one
-with plain weights, which also know the storage that keeps their numbers.
+"""TensorSource of folders quantized by compressed-tensors, AWQ, GPTQ, fbgemm or MXFP4: plain
+weights, each with the storage type that keeps its values exactly.
 
 Blocks of fp8 in compressed-tensors files become those of DeepSeek's, whose storage they share.
 """

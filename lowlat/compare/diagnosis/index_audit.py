@@ -1,5 +1,5 @@
-"""Audit of the indexer of sparse attention (DSA): index scores by their values, the choice of
-tokens by the scores that it follows.
+"""Audit of the indexer of sparse attention (DSA): recomputes index scores and the choice of tokens,
+as configured and with known mistakes.
 
 Where an implementation shows no scores, the choice alone identifies every mistake that changes it.
 """

@@ -1,7 +1,8 @@
-"""The `quantization_config` of config.json <-> storage fields of ModelConfig; METHODS has an entry
-for each quant_method, `vendor_quantization` those that `checkpoint.vendors` presents as plain.
+"""The `quantization_config` of config.json <-> storage fields of ModelConfig, by quant_method.
 
-fp8 are blocks as DeepSeek releases them. lowlat marks projections packed in int8 or int4 tiles:
+METHODS has an entry for each quant_method; compressed-tensors, AWQ, GPTQ and the like are in
+`vendor_quantization`. fp8 are blocks as DeepSeek releases them. lowlat marks projections packed in
+int8 or int4 tiles:
 
     {"quant_method": "lowlat", "bits": 4, "group_size": 32, "tile_rows": 16}
 

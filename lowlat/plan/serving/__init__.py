@@ -1,1 +1,1 @@
-"""What serving a model costs: bytes, FLOPs and communication of a step, by parallel layout."""
+"""Cost model of serving: bytes, FLOPs and communication of a step, by parallel layout."""

@@ -1,1 +1,1 @@
-"""What a run reads: model configs, data, base model and teacher, checked before training."""
+"""Inputs of a training run, checked before it starts: configs, data, base model, teacher."""

@@ -1,1 +1,3 @@
-"""Policy of reinforcement learning: the engine's forward pass with gradients, rollouts, GRPO."""
+"""Reinforcement learning with GRPO: rollouts, advantages, policy loss, and the engine's forward
+pass with gradients.
+"""

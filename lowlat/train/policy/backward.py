@@ -1,5 +1,5 @@
-"""Backward pass at the engine's activations: every half of a decoder layer is recomputed in PyTorch
-from the residual stream that the kernels kept, with the experts that they chose (routing replay).
+"""Backward pass of GRPO: attention and MLP of each decoder layer are recomputed in PyTorch from the
+residual stream that the kernels stored, with the experts they chose (routing replay).
 """
 
 from collections.abc import Mapping

@@ -1,5 +1,5 @@
-"""Forward pass of training by the engine's native kernels: a completion gets the bits of the decode
-steps that sampled it, whatever the batch, chunks, prefix cache, preemption or drafts were.
+"""Forward pass of GRPO by the engine's native kernels: logits are bit-identical to those that were
+sampled from, whatever the batch, chunks, prefix cache, preemption or draft tokens were.
 
 A prompt is computed in the engine's own chunks and attention paths, all tokens of a completion in
 one call on the decode path.

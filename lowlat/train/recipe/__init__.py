@@ -1,0 +1,1 @@
+"""Training recipes: TOML schema, validation errors, schedules."""

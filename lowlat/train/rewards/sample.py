@@ -1,4 +1,4 @@
-"""Samples that reward functions score, their scores, and what the functions know of the run."""
+"""Records of reward functions: the samples they score, the scores, and settings of the run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,0 +1,1 @@
+"""Training runs: build, training loop, state, distillation, export."""

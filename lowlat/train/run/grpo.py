@@ -1,4 +1,4 @@
-"""The GRPO phase of a run, with its reference model."""
+"""The GRPO phase of a run, with its reference model (KL penalty, beta)."""
 
 from pathlib import Path
 

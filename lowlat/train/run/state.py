@@ -1,7 +1,8 @@
 """Complete state of a training run, as named tensors and JSON metadata, and validation on resume.
 
 The state is the weights with routing biases, the optimizer state, the random state, the position
-in the data, and the recipe. It does not depend on the parallelism.
+in the data, and the recipe. Tensors are full, not sharded, so a run resumes with another parallel
+layout (resharding, as torch.distributed.checkpoint does).
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
