@@ -1,4 +1,4 @@
-"""`lowlat eval`: perplexity and bits per byte of a model on a text file."""
+"""`lowlat eval`: perplexity and bits per byte of a model on a text file, or pass@k on prompts."""
 
 import json
 import time
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowlat.cli import options
+from lowlat.cli.eval_prompts import PromptOptions, evaluate_prompts
 from lowlat.utils.errors import UserError
 from lowlat.utils.strict_json import finite
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 @options.with_option_groups
 def evaluate(
     *,
-    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text file.")],
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="UTF-8 text file.")
+    ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     window: Annotated[
         int | None,
@@ -40,11 +43,14 @@ def evaluate(
     ] = None,
     as_json: options.Json = False,
     parallel: options.Parallel = None,
+    held_out: Annotated[PromptOptions, "pass@k"],
     machine: options.Machine,
 ) -> None:
-    """Perplexity and bits per byte of a text.
+    """Perplexity and bits per byte of a text, or pass@k on prompts.
 
     Each token is predicted from the previous ones in its window; the first is not counted.
+
+    pass@k: probability that one of k sampled completions passes (unbiased estimate).
     """
     from lowlat.cli.inputs import load_model, read_text_file
     from lowlat.cli.launch import one_process_per_node
@@ -52,6 +58,11 @@ def evaluate(
     from lowlat.utils.progress import make_progress
 
     parallel = one_process_per_node(parallel)
+    with quiet_followers():
+        _check(text, held_out, window, expert_loads)
+    if text is None:
+        evaluate_prompts(model, held_out, as_json=as_json, parallel=parallel, machine=machine)
+        return
     if parallel is not None and expert_loads is not None:
         with quiet_followers():
             raise UserError("--expert-loads counts in one process; leave out --parallel")
@@ -72,6 +83,18 @@ def evaluate(
         f"predicted      {score.tokens:,} tokens, {score.bytes:,} bytes "
         f"in {seconds:.1f} s ({score.tokens / seconds:,.0f} tokens/s)"
     )
+
+
+def _check(
+    text: Path | None, held_out: PromptOptions, window: int | None, expert_loads: Path | None
+) -> None:
+    """Raises UserError unless the options are those of a text or those of prompts."""
+    if (text is None) == (held_out.prompts is None):
+        raise UserError("give either --text FILE, for perplexity, or --prompts FILE, for pass@k")
+    if text is not None and held_out != PromptOptions():
+        raise UserError("--text measures perplexity; leave out the options of pass@k")
+    if text is None and (window is not None or expert_loads is not None):
+        raise UserError("--window and --expert-loads need --text; leave them out")
 
 
 @contextmanager

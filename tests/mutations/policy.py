@@ -6,6 +6,7 @@ POLICY = "tests/unit/train/policy/"
 NEAR_FP64 = "test_gradients_are_as_near_to_fp64_as_those_of_pytorch"
 GRADIENTS = f"{POLICY}test_gradients.py::{NEAR_FP64}[mla-moe-mtp]"
 LOSSES = POLICY + "test_loss.py::test_losses_equal_trl"
+EVALUATED = POLICY + "test_evaluation.py::"
 WHOLE = POLICY + "test_grpo.py::test_a_run_logs_and_exports"
 
 REINFORCING = [
@@ -58,5 +59,19 @@ REINFORCING = [
         "self.tensors[name].copy_(value)",
         "pass",
         POLICY + "test_weights.py::test_an_update_is_rounded_into_the_same_tensors",
+    ),
+    Mutant(
+        "evaluation: pass@k as if samples were drawn with replacement",
+        "train/policy/evaluation.py",
+        "1.0 - math.comb(n - c, k) / math.comb(n, k)",
+        "1.0 - (1.0 - c / n) ** k",
+        EVALUATED + "test_pass_at_k_is_the_share_of_subsets_with_a_pass[5]",
+    ),
+    Mutant(
+        "evaluation: held-out prompts have the random numbers of training",
+        "train/policy/rollouts.py",
+        "first_draw + place, purpose)",
+        "first_draw + place)",
+        EVALUATED + "test_a_run_and_lowlat_eval_of_its_model_agree",
     ),
 ]

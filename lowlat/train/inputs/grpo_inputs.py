@@ -1,6 +1,8 @@
 """Inputs of GRPO phases: prompts, the tokenizer that makes them, and running reward functions."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lowlat.text.tokenizer import Tokenizer
@@ -18,8 +20,22 @@ class GRPOInputs:
     """What one GRPO phase reads."""
 
     prompts: list[PromptRecord]
+    held_out: list[PromptRecord] | None
+    """Of evaluations; None without them."""
     tokenizer: Tokenizer
     rewards: RewardWorkers
+
+    def notes(self, phase: str) -> Iterator[str]:
+        """A line about the evaluations of `phase` if there are none, or with trained prompts."""
+        if self.held_out is None:
+            yield f"phase {phase}: no evaluations, evaluation.prompts names no held-out prompts"
+            return
+        trained = {own.ids for own in self.prompts}
+        if count := sum(own.ids in trained for own in self.held_out):
+            yield (
+                f"phase {phase}: {count:,} of {len(self.held_out):,} prompts of evaluation.prompts "
+                "are also in grpo.prompts, so they are not held out"
+            )
 
 
 def open_grpo_inputs(
@@ -41,18 +57,29 @@ def open_grpo_inputs(
         if table is None:
             found.append(None)
             continue
-        prompts = read_prompts(
-            base / table.prompts,
-            tokenizer,
-            longest=phase.sequence_length - table.max_completion_length,
-            reward_funcs=table.reward_funcs,
+        longest = phase.sequence_length - table.max_completion_length
+        read_file = partial(
+            read_prompts, tokenizer=tokenizer, longest=longest, reward_funcs=table.reward_funcs
         )
+        prompts, held_out = read_file(base / table.prompts), None
+        if recipe.evaluation.prompts is not None:
+            held_out = read_file(base / recipe.evaluation.prompts, key="evaluation.prompts")
+            _check_kind(held_out, prompts, f"{origin}: evaluation.prompts")
         try:
             rewards = _workers(table, base, tokenizer, prompts)
         except UserError as error:
             raise UserError(f"{origin}: phase {phase.name}: grpo.{error}") from error
-        found.append(GRPOInputs(prompts=prompts, tokenizer=tokenizer, rewards=rewards))
+        found.append(
+            GRPOInputs(prompts=prompts, held_out=held_out, tokenizer=tokenizer, rewards=rewards)
+        )
     return found
+
+
+def _check_kind(held_out: list[PromptRecord], prompts: list[PromptRecord], where: str) -> None:
+    """Raises UserError unless both are texts or both are chats."""
+    kinds = ["texts" if isinstance(own[0].prompt, str) else "chats" for own in (held_out, prompts)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{where} has {kinds[0]}, grpo.prompts has {kinds[1]}; write one kind")
 
 
 def _workers(

@@ -91,7 +91,6 @@ def data_notes(recipe: Recipe, data: Sequence[PhaseData | None]) -> Iterator[str
     """One line per phase of `recipe` that runs without evaluation or truncates chats."""
     for phase, own in zip(recipe.phase, data, strict=True):
         if own is None:
-            yield f"phase {phase.name}: no evaluations, grpo has no held-out data"
             continue
         if own.held_out is None:
             yield f"phase {phase.name}: no evaluations, {own.no_evaluation}"

@@ -4,7 +4,7 @@ the model is built.
 Fingerprints of the inputs are part of every checkpoint, so that a resumed run has the same ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from lowlat.train.inputs.phase_data import (
     PhaseData,
     check_targets,
     check_tokenizers,
+    data_notes,
     phase_data,
     phase_dataset,
 )
@@ -64,6 +65,13 @@ class RunInputs:
     def tokenizer_source(self) -> Path:
         """Folder or .gguf file whose tokenizer and chat template exported models get."""
         return _tokenizer_source(self.base_model, self.data)
+
+    def notes(self, recipe: Recipe) -> Iterator[str]:
+        """One line per phase of `recipe` that runs without evaluation or truncates chats."""
+        yield from data_notes(recipe, self.data)
+        for phase, own in zip(recipe.phase, self.grpo, strict=True):
+            if own is not None:
+                yield from own.notes(phase.name)
 
     def close(self) -> None:
         """End the processes of reward functions."""

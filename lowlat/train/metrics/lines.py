@@ -15,6 +15,7 @@ from lowlat.train.metrics.record import (
     ExpertRecord,
     IndexerRecord,
     NoteRecord,
+    PassAtKRecord,
     Record,
     RolloutRecord,
     StartRecord,
@@ -136,8 +137,13 @@ def _layers(kind: type[Any]) -> Callable[[Any], tuple[Any, ...]]:
     return parse
 
 
-def _rollouts(value: Any) -> RolloutRecord:
-    return RolloutRecord(**_checked(_object(value), RolloutRecord))
+def _nested(kind: type[Any]) -> Callable[[Any], Any]:
+    """Parser of a record within another."""
+    return lambda value: kind(**_checked(_object(value), kind))
+
+
+def _numbers_by_name(value: Any) -> dict[str, float]:
+    return {name: _number(number) for name, number in _object(value).items()}
 
 
 _PARSERS: dict[Any, Callable[[Any], Any]] = {
@@ -149,7 +155,9 @@ _PARSERS: dict[Any, Callable[[Any], Any]] = {
     tuple[float, ...]: _numbers,
     tuple[ExpertRecord, ...]: _layers(ExpertRecord),
     tuple[IndexerRecord, ...]: _layers(IndexerRecord),
-    RolloutRecord | None: _rollouts,
+    RolloutRecord | None: _nested(RolloutRecord),
+    PassAtKRecord | None: _nested(PassAtKRecord),
+    dict[str, float]: _numbers_by_name,
     dict[str, str | int | float | bool | None]: _object,
 }
 """Parsers of fields by their type; each raises ValueError or TypeError."""

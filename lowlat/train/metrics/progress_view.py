@@ -161,7 +161,12 @@ def line(pace: ProgressTracker) -> str:
 
 
 def evaluation_text(record: EvalRecord) -> str:
-    """An evaluation in words, such as 'held_out loss 3.3012 (1.021 bits/byte), mtp 3.6120'."""
+    """An evaluation in words, such as 'held_out loss 3.3012 (1.021 bits/byte), mtp 3.6120' or
+    'held_out_prompts pass@1 0.2500, pass@8 0.6250'.
+    """
+    if record.pass_at_k is not None:
+        found = record.pass_at_k.pass_at.items()
+        return f"{record.split} {', '.join(f'pass@{k} {value:.4f}' for k, value in found)}"
     bits = "" if record.bits_per_byte is None else f" ({record.bits_per_byte:.3f} bits/byte)"
     bits += "" if record.targets is None else f" per {record.targets}"
     mtp = "".join(f", mtp {loss:.4f}" for loss in record.mtp_losses)

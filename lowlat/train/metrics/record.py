@@ -127,6 +127,27 @@ class StepRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PassAtKRecord:
+    """Completions sampled for held-out prompts, by whether they pass."""
+
+    num_prompts: int
+    num_generations: int
+    """Completions per prompt (n)."""
+    pass_at: dict[str, float]
+    """pass@k by k: probability that one of k completions passes, mean over prompts."""
+    stderr: dict[str, float]
+    """Standard error of these means over prompts; NaN for one prompt."""
+    score: float
+    """Mean score of the function that decides; NaN if all failed."""
+    length: float
+    """Mean tokens of a completion."""
+    truncated: float
+    """Share of completions that reached the most tokens."""
+    failed: int
+    """Completions whose reward failed: they do not pass."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalRecord:
     """One evaluation, after `step` steps."""
 
@@ -135,9 +156,9 @@ class EvalRecord:
     tokens: int
     """Input tokens of training so far."""
     split: str
-    """Evaluated split, such as held_out."""
-    loss: float
-    """Cross-entropy of the main head, nats per target."""
+    """Evaluated split, such as held_out; held_out_prompts in GRPO."""
+    loss: float | None
+    """Cross-entropy of the main head, nats per target; None in GRPO."""
     bits_per_byte: float | None
     """`loss` in bits per byte of text; None if unknown or if part of the text is no target."""
     mtp_losses: tuple[float, ...]
@@ -146,6 +167,8 @@ class EvalRecord:
     """With a teacher, forward KL divergence from it, nats per target."""
     targets: str | None = None
     """Kind of targets, if not all tokens are targets: "answer token" for chats."""
+    pass_at_k: PassAtKRecord | None = None
+    """In GRPO."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -82,14 +82,21 @@ def _evaluations(records: Sequence[EvalRecord]) -> dict[str, Any]:
     found = {}
     for split in dict.fromkeys(record.split for record in records):
         of_split = [record for record in records if record.split == split]
-        # NaN compares as false with every number, so it must sort last explicitly.
-        best = min(of_split, key=lambda record: (record.loss != record.loss, record.loss))
+        best = min(of_split, key=_badness)
         places = {"first": of_split[0], "best": best, "last": of_split[-1]}
         found[split] = {
             place: {k: v for k, v in asdict(record).items() if k not in ("tokens", "split")}
             for place, record in places.items()
         }
     return found
+
+
+def _badness(record: EvalRecord) -> tuple[bool, float]:
+    """The loss, or minus the first pass@k."""
+    figures = record.pass_at_k
+    value = record.loss if figures is None else -next(iter(figures.pass_at.values()))
+    # NaN compares as false with every number, so it must sort last explicitly.
+    return value is None or value != value, value or 0.0
 
 
 def _experts(steps: Sequence[StepRecord], ending: Sequence[StepRecord]) -> list[dict[str, Any]]:

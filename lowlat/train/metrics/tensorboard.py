@@ -60,13 +60,17 @@ class TensorBoardFiles:
         """Raises UserError as `step` does."""
         add = self._writer.add_scalar
         with self._failures():
-            add(f"loss/{record.split}", record.loss, record.step)
+            if record.loss is not None:
+                add(f"loss/{record.split}", record.loss, record.step)
             if record.bits_per_byte is not None:
                 add(f"bits_per_byte/{record.split}", record.bits_per_byte, record.step)
             for depth, loss in enumerate(record.mtp_losses, start=1):
                 add(f"loss/{record.split}_mtp_{depth}", loss, record.step)
             if record.divergence is not None:
                 add(f"divergence/{record.split}", record.divergence, record.step)
+            if record.pass_at_k is not None:
+                for k, value in record.pass_at_k.pass_at.items():
+                    add(f"{record.split}/pass_at_{k}", value, record.step)
 
     def close(self) -> None:
         """Further calls do nothing. Raises UserError as `step` does."""

@@ -109,6 +109,7 @@ def _losses(runs: list[Summary]) -> list[Row]:
         best = [run["evaluations"].get(split, {"best": None})["best"] for run in runs]
         rows += [
             (f"best {split} loss", [_figure(e, "loss", ".4f") for e in best]),
+            *_pass_at_k(split, best),
             ("  per", [(e or {}).get("targets") or "" for e in best]),
             ("  bits per byte", [_figure(e, "bits_per_byte", ".4f") for e in best]),
             ("  KL from the teacher", [_figure(e, "divergence", ".4f") for e in best]),
@@ -116,6 +117,15 @@ def _losses(runs: list[Summary]) -> list[Row]:
             *_mtp_losses(best),
         ]
     return rows
+
+
+def _pass_at_k(split: str, best: Sequence[dict[str, Any] | None]) -> list[Row]:
+    """One row per k, of the evaluations with the best pass@k of the first."""
+    found = [((each or {}).get("pass_at_k") or {}).get("pass_at", {}) for each in best]
+    return [
+        (f"best {split} pass@{k}", [format(each[k], ".4f") if k in each else "" for each in found])
+        for k in dict.fromkeys(k for each in found for k in each)
+    ]
 
 
 def _mtp_losses(figures: Sequence[dict[str, Any] | None]) -> list[Row]:

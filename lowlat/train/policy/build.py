@@ -6,6 +6,7 @@ from pathlib import Path
 from lowlat.model.native import supports_native
 from lowlat.model.transformer import Transformer
 from lowlat.text.tokenizer import Tokenizer
+from lowlat.train.policy.evaluation import HeldOutEvaluation
 from lowlat.train.policy.generation import Generator, distribution_of
 from lowlat.train.policy.learner import PolicyLearner
 from lowlat.train.policy.loss import LossOptions
@@ -29,14 +30,16 @@ def new_grpo_phase(
     *,
     reference: Transformer | None,
     prompts: Sequence[PromptRecord],
+    held_out: Sequence[PromptRecord] | None,
     tokenizer: Tokenizer,
     rewards: RewardWorkers,
     run: Path,
 ) -> GRPOPhase:
     """The GRPO `phase` that trains `model`, fp32 master weights.
 
-    reference: base_model in bf16 with stacked experts, if the recipe's beta is above 0; run: the
-    run folder. Raises UserError if the native kernels are missing.
+    reference: base_model in bf16 with stacked experts, if the recipe's beta is above 0; held_out:
+    prompts of evaluations, if any; run: the run folder. Raises UserError if the native kernels are
+    missing.
     """
     table = phase.grpo
     assert table is not None
@@ -64,7 +67,21 @@ def new_grpo_phase(
         seed=recipe.seed,
         samples=run / SAMPLES,
     )
-    return GRPOPhase(learner, engine, generator, iterations=table.num_iterations)
+    evaluation = None
+    if held_out is not None:
+        evaluation = HeldOutEvaluation(
+            engine,
+            recipe.evaluation,
+            prompts=held_out,
+            max_tokens=table.max_completion_length,
+            distribution=distribution_of(table),
+            tokenizer=tokenizer,
+            rewards=rewards,
+            samples=run / SAMPLES,
+        )
+    return GRPOPhase(
+        learner, engine, generator, iterations=table.num_iterations, evaluation=evaluation
+    )
 
 
 def _loss_options(table: GRPOConfig) -> LossOptions:

@@ -5,10 +5,10 @@ the file of samples.
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float64
@@ -23,7 +23,7 @@ from lowlat.train.policy.learner import PolicyBatch
 from lowlat.train.policy.prompts import PromptRecord
 from lowlat.train.policy.rollouts import Rollout, RolloutEngine, drawn
 from lowlat.train.recipe.grpo import GRPOConfig
-from lowlat.train.rewards.sample import RewardFailure, Sample, Score
+from lowlat.train.rewards.sample import RewardFailure, Score
 from lowlat.train.rewards.workers import RewardWorkers
 from lowlat.utils.atomic_files import make_folder, replace_file
 
@@ -163,16 +163,7 @@ class Generator:
         return groups
 
     def _scored(self, groups: Sequence[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
-        samples = [
-            Sample(
-                own.prompt.prompt,
-                self._text(own),
-                own.prompt.record,
-                num_tokens=len(own.completion),
-            )
-            for group in groups
-            for own in group
-        ]
+        samples = [own.sample(self._tokenizer) for group in groups for own in group]
         scores = iter(self._rewards.score(samples))
         return [[self._rewarded(own, next(scores)) for own in group] for group in groups]
 
@@ -185,34 +176,33 @@ class Generator:
             )
         return ScoredRollout(rollout, scores, reward)
 
-    def _text(self, rollout: Rollout) -> str:
-        """The completion without its end token; tags of reasoning may be special tokens."""
-        ids = rollout.completion
-        ids = ids if rollout.is_truncated else ids[:-1]
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
-
     def _write(
         self, step: int, scored: Sequence[ScoredRollout], advantages: Sequence[float]
     ) -> None:
         """The samples of a step as a file of their own, which a resumed run writes again."""
-        lines = []
+        samples = []
         for (rollout, scores, reward), advantage in zip(scored, advantages, strict=True):
             named = zip(self._table.reward_funcs, scores, strict=True)
             sample = {
                 "step": step,
                 "prompt": rollout.prompt.prompt,
-                "completion": self._text(rollout),
+                "completion": rollout.sample(self._tokenizer).completion,
                 "tokens": len(rollout.completion),
                 "is_truncated": rollout.is_truncated,
                 "rewards": {n: s if isinstance(s, float) else str(s) for n, s in named},
                 "reward": None if math.isnan(reward) else reward,
                 "advantage": advantage,
             }
-            lines.append(json.dumps(sample, ensure_ascii=False) + "\n")
-        path = self._samples / f"step-{step:08}.jsonl"
-        with using(path):
-            make_folder(self._samples)
-            replace_file(path, "".join(lines).encode())
+            samples.append(sample)
+        write_samples(self._samples / f"step-{step:08}.jsonl", samples)
+
+
+def write_samples(path: Path, samples: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON Lines file of samples. Raises UserError."""
+    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+    with using(path):
+        make_folder(path.parent)
+        replace_file(path, "".join(lines).encode())
 
 
 def _total(scores: Sequence[Score], weights: Sequence[float]) -> float:

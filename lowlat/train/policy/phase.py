@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowlat.train.metrics.record import RolloutRecord
 from lowlat.train.policy.batch_state import batch_of, tensors_of
+from lowlat.train.policy.evaluation import HeldOutEvaluation
 from lowlat.train.policy.generation import GenerationFigures, Generator
 from lowlat.train.policy.learner import PolicyBatch, PolicyFigures, PolicyLearner
 from lowlat.train.policy.rollouts import RolloutEngine
@@ -35,8 +36,10 @@ class GRPOPhase:
         generator: Generator,
         *,
         iterations: int,
+        evaluation: HeldOutEvaluation | None = None,
     ) -> None:
         """iterations: optimizer steps per batch of completions."""
+        self.evaluation = evaluation
         self._learner = learner
         self._engine = engine
         self._generator = generator

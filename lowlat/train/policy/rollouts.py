@@ -14,12 +14,16 @@ from lowlat.engine.request import Request, RequestOptions, TokenEvent
 from lowlat.engine.runner import ModelRunner
 from lowlat.engine.scheduler import MAX_SEQUENCES, Limits
 from lowlat.model.transformer import Transformer
+from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.policy.distribution import SamplingDistribution
 from lowlat.train.policy.prompts import PromptRecord
+from lowlat.train.rewards.sample import Sample
 from lowlat.utils.errors import UserError
 
-SAMPLING = 1
-"""Key of the random numbers of sampling, after the recipe's seed."""
+SAMPLING, EVALUATION = 1, 2
+"""Keys of the random numbers of sampling, after the recipe's seed: of training and of held-out
+prompts.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +39,14 @@ class Rollout:
     """
     is_truncated: bool
     """Whether it reached max_completion_length."""
+
+    def sample(self, tokenizer: Tokenizer) -> Sample:
+        """For the reward functions: the text has no end token, and may have tags of reasoning that
+        are special tokens.
+        """
+        ids = self.completion if self.is_truncated else self.completion[:-1]
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        return Sample(self.prompt.prompt, text, self.prompt.record, len(self.completion))
 
 
 class RolloutEngine:
@@ -68,9 +80,12 @@ class RolloutEngine:
         num_generations: int,
         max_tokens: int,
         distribution: SamplingDistribution,
+        purpose: int = SAMPLING,
     ) -> list[list[Rollout]]:
         """A group of completions for each of `prompts`, which are draws first_draw, .... Raises
         UserError if the model fails.
+
+        purpose: SAMPLING or EVALUATION.
         """
         requests = []
         options = RequestOptions(is_offline=True)
@@ -81,7 +96,7 @@ class RolloutEngine:
                 top_k=distribution.top_k,
                 top_p=distribution.top_p,
                 min_p=distribution.min_p,
-                seed=draw_seed(self._seed, first_draw + place),
+                seed=draw_seed(self._seed, first_draw + place, purpose),
                 logprobs=0,
                 n=num_generations,
             )
@@ -96,9 +111,9 @@ class RolloutEngine:
         ]
 
 
-def draw_seed(seed: int, draw: int) -> int:
+def draw_seed(seed: int, draw: int, purpose: int = SAMPLING) -> int:
     """Seed of the sampling of draw number `draw`."""
-    return int(mixed(np.array([draw]), seed, SAMPLING)[0] >> np.uint64(1))
+    return int(mixed(np.array([draw]), seed, purpose)[0] >> np.uint64(1))
 
 
 def drawn(prompts: Sequence[PromptRecord], draw: int, seed: int) -> PromptRecord:

@@ -31,6 +31,8 @@ class StepPlan:
     """Update speed of the routing bias (gamma)."""
     ends_phase: bool
     """Whether this is the last step of its phase."""
+    begins_phase: bool = False
+    """Whether it is the first."""
 
     @property
     def tokens(self) -> int:
@@ -147,4 +149,5 @@ class TrainingSchedule:
             mtp_weight=value_at(phase.mtp_weight, within, phase.steps),
             bias_update_speed=value_at(phase.bias_update_speed, within, phase.steps),
             ends_phase=within == phase.steps - 1,
+            begins_phase=within == 0,
         )

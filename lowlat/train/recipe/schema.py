@@ -214,7 +214,7 @@ class Recipe(Table):
     checkpoints: CheckpointConfig = CheckpointConfig()
     """Checkpoint interval and retention."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Evaluation on held-out documents."""
+    """Evaluation on held-out documents and prompts."""
     log: LogConfig = LogConfig()
     """Logging."""
 
@@ -228,6 +228,8 @@ class Recipe(Table):
             raise ValueError("base_model is missing; phases of grpo alone take the tokenizer of it")
         if self.data is None and self.base_model is None:
             raise ValueError("data is missing; without base_model its tokenizer is the model's")
+        if self.evaluation.prompts is not None and not any(p.grpo for p in self.phase):
+            raise ValueError("evaluation.prompts are those of grpo phases; remove them")
         if self.lora is not None and self.base_model is None:
             raise ValueError("lora needs base_model, a checkpoint whose weights are frozen")
         if self.lora is not None and self.trainable != "all":

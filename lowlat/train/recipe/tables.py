@@ -4,8 +4,9 @@ distillation.
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from lowlat.engine.params import MAX_N
 from lowlat.train.recipe.fields import Amount, Count, FromList, Rate, Table
 
 
@@ -68,12 +69,29 @@ class CheckpointConfig(Table):
 
 
 class EvaluationConfig(Table):
-    """Evaluation on held-out documents."""
+    """Evaluation on held-out documents, and of GRPO phases on held-out prompts by pass@k."""
 
     every_steps: Count = 200
     """Optimizer steps between evaluations; every phase also ends with one."""
     sequences: Count = 64
     """Sequences of the held-out split per evaluation, the same ones each time."""
+    prompts: str | None = None
+    """Held-out prompts of GRPO phases: a file such as grpo.prompts, relative to the recipe."""
+    num_generations: Annotated[int, Field(ge=1, le=MAX_N)] = 8
+    """Completions sampled per held-out prompt, with the sampling options of the phase."""
+    pass_at: Annotated[tuple[Count, ...], FromList, Field(min_length=1)] = (1,)
+    """Values of k: pass@k is the probability that one of k completions passes."""
+    pass_threshold: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Least score of the first of grpo.reward_funcs with which a completion passes."""
+
+    @model_validator(mode="after")
+    def _samples_suffice(self) -> "EvaluationConfig":
+        if max(self.pass_at) > self.num_generations:
+            raise ValueError(
+                f"pass_at: {max(self.pass_at)} exceeds num_generations {self.num_generations}; "
+                "raise it"
+            )
+        return self
 
 
 class LogConfig(Table):

@@ -1,10 +1,13 @@
 """The GRPO phase of a run, with its reference model (KL penalty, beta)."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from lowlat.model.transformer import Transformer
 from lowlat.train.inputs.run_inputs import RunInputs
+from lowlat.train.metrics.record import EvalRecord
 from lowlat.train.policy.build import new_grpo_phase
+from lowlat.train.policy.evaluation import HeldOutEvaluation
 from lowlat.train.policy.phase import GRPOPhase
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import load_base_model
@@ -29,7 +32,31 @@ def grpo_phase(
         phase,
         reference=reference,
         prompts=own.prompts,
+        held_out=own.held_out,
         tokenizer=own.tokenizer,
         rewards=own.rewards,
         run=run,
+    )
+
+
+def pass_at_k_record(
+    evaluation: HeldOutEvaluation, step: int, tokens: int, report: Callable[[str], None]
+) -> EvalRecord:
+    """Evaluate on held-out prompts after `step` optimizer steps and `tokens` tokens of training.
+    report: gets a line for rewards that failed.
+    """
+    found = evaluation.run(step)
+    if found.failure is not None:
+        report(
+            f"step {step}: {found.record.failed} held-out completions have no reward, one because "
+            f"of {found.failure}"
+        )
+    return EvalRecord(
+        step=step,
+        tokens=tokens,
+        split="held_out_prompts",
+        loss=None,
+        bits_per_byte=None,
+        mtp_losses=(),
+        pass_at_k=found.record,
     )

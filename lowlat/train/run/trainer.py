@@ -21,7 +21,7 @@ from lowlat.train.checkpoints.checkpoint import TrainingCheckpoint
 from lowlat.train.checkpoints.run_folder import RunFolder
 from lowlat.train.checkpoints.store import CheckpointStore
 from lowlat.train.cost.frozen_weights import training_flops
-from lowlat.train.inputs.phase_data import PhaseData, data_notes
+from lowlat.train.inputs.phase_data import PhaseData
 from lowlat.train.inputs.run_inputs import open_run_inputs
 from lowlat.train.metrics.metrics_log import MetricsLog
 from lowlat.train.metrics.record import RolloutRecord
@@ -31,7 +31,7 @@ from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
 from lowlat.train.run.export import TOKENIZER, export, keep_tokenizer, refuse_older_model
 from lowlat.train.run.failed_step import batch_file, keep_batch
-from lowlat.train.run.grpo import grpo_phase
+from lowlat.train.run.grpo import grpo_phase, pass_at_k_record
 from lowlat.train.run.signals import StopSignals
 from lowlat.train.run.state import (
     MODEL,
@@ -146,7 +146,7 @@ class Trainer:
                 gemm_rate=self._meter.gemm_rate,
             )
         )
-        for note in data_notes(self.recipe, self._inputs.data):
+        for note in self._inputs.notes(self.recipe):
             self.log.note(note)
         losses: tuple[float, ...] = ()
         saved = self.position.step
@@ -156,6 +156,8 @@ class Trainer:
             while self.position.step < self.schedule.steps and not self._mesh.any(stop.asked):
                 plan = self._plan()
                 self._enter_phase(plan)
+                if self._grpo is not None and plan.begins_phase:
+                    self._evaluate(plan)
                 losses = self._step(plan).losses
                 if plan.ends_phase or self.position.step % self.recipe.evaluation.every_steps == 0:
                     self._evaluate(plan)
@@ -317,19 +319,19 @@ class Trainer:
         )
 
     def _evaluate(self, plan: StepPlan) -> None:
-        data = self._present
-        if data is None or data.held_out is None:
-            return
+        data, prompts = self._present, None if self._grpo is None else self._grpo.evaluation
         began = time.monotonic()
         self.log.status("evaluating")
-        batches = self._held_out_batches(plan, data.held_out)
-        num_ahead = 1 + self.config.num_nextn_predict_layers
-        found = evaluate(self._passes, batches, num_ahead=num_ahead, mesh=self._mesh)
+        at = self.position.step, self.schedule.tokens_before(self.position.step)
+        if prompts is not None:
+            self.log.evaluation(pass_at_k_record(prompts, *at, self.log.note))
+        elif data is not None and data.held_out is not None:
+            batches = self._held_out_batches(plan, data.held_out)
+            num_ahead = 1 + self.config.num_nextn_predict_layers
+            found = evaluate(self._passes, batches, num_ahead=num_ahead, mesh=self._mesh)
+            self.log.evaluation(eval_record(found, num_ahead, *at, data))
         self._advance(0, time.monotonic() - began)
         self.log.status("")
-        tokens = self.schedule.tokens_before(self.position.step)
-        at = self.position.step, tokens, data
-        self.log.evaluation(eval_record(found, num_ahead, *at))
 
     def _held_out_batches(self, plan: StepPlan, windows: PackedRows) -> Iterator[Batch]:
         """Held-out micro-batches of this process; missing ones repeat the last without targets."""

@@ -4,7 +4,13 @@ import dataclasses
 import math
 from typing import Any
 
-from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
+from lowlat.train.metrics.record import (
+    EvalRecord,
+    ExpertRecord,
+    PassAtKRecord,
+    StartRecord,
+    StepRecord,
+)
 
 
 def layer(
@@ -68,6 +74,28 @@ def evaluation(number: int, **changes: Any) -> EvalRecord:
         mtp_losses=(3.5,),
     )
     return dataclasses.replace(record, **changes)
+
+
+def held_out(number: int, pass_at_1: float) -> EvalRecord:
+    """An evaluation on held-out prompts after step `number` of a GRPO phase."""
+    record = PassAtKRecord(
+        num_prompts=1,
+        num_generations=8,
+        pass_at={"1": pass_at_1, "8": 0.75},
+        stderr={"1": math.inf, "8": 0.5},
+        score=0.125,
+        length=7.5,
+        truncated=0.25,
+        failed=3,
+    )
+    return evaluation(
+        number,
+        split="held_out_prompts",
+        loss=None,
+        bits_per_byte=None,
+        mtp_losses=(),
+        pass_at_k=record,
+    )
 
 
 def start(number: int = 0, **changes: Any) -> StartRecord:

@@ -11,7 +11,7 @@ from lowlat.train.metrics.live_view import LiveView, make_view
 from lowlat.train.metrics.metrics_log import SilentMetricsLog
 from lowlat.train.metrics.progress_view import PlainView
 from tests.terminal import attach_terminal
-from tests.unit.train.metrics.records import evaluation, experts, start, step
+from tests.unit.train.metrics.records import evaluation, experts, held_out, start, step
 
 
 def drawn(view: LiveView, columns: int = 100) -> list[str]:
@@ -41,6 +41,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
     view.status("evaluating")
     view.evaluation(evaluation(3))
     view.evaluation(evaluation(3, bits_per_byte=None, targets="answer token"))
+    view.evaluation(held_out(3, 0.25))
     view.note("saved [3]")
     view.close()
     view.close()
@@ -52,6 +53,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "1.23 GB  MaxVio 0.47 (layer 3)  1:36 left",
         "step 3: held_out loss 4.1667 (1.250 bits/byte), mtp 3.5000",
         "step 3: held_out loss 4.1667 per answer token, mtp 3.5000",
+        "step 3: held_out_prompts pass@1 0.2500, pass@8 0.7500",
         "saved [3]",
         "step 3/13  loss 4.9397  mtp 4.6667  lr 3.00e-04  grad 1.50  12.5 tok/s  MFU 43 %  "
         "1.23 GB  MaxVio 0.47 (layer 3)  1:40 left",

@@ -8,7 +8,7 @@ import pytest
 from lowlat.train.metrics.lines import decode, encode
 from lowlat.train.metrics.record import NoteRecord, Record
 from lowlat.utils.errors import UserError
-from tests.unit.train.metrics.records import evaluation, experts, layer, start, step
+from tests.unit.train.metrics.records import evaluation, experts, held_out, layer, start, step
 
 LAYER = layer(11, [1, 3], bias=(-0.1, 1 / 3))
 
@@ -26,6 +26,7 @@ LAYER = layer(11, [1, 3], bias=(-0.1, 1 / 3))
         evaluation(3),
         evaluation(3, bits_per_byte=None, split="dérivé"),
         evaluation(3, bits_per_byte=None, targets="answer token"),
+        held_out(3, 0.25),
         NoteRecord(step=2, text='a "note"\u2028'),
     ],
 )

@@ -14,7 +14,7 @@ from lowlat.train.metrics.record import Record
 from lowlat.train.metrics.summary import summarise
 from lowlat.train.metrics.training_report import table
 from lowlat.utils.errors import UserError
-from tests.unit.train.metrics.records import evaluation, layer, start, step
+from tests.unit.train.metrics.records import evaluation, held_out, layer, start, step
 
 
 def history(*records: Record) -> RunHistory:
@@ -57,6 +57,7 @@ def test_figures_of_a_run() -> None:
         "mtp_losses": (3.5,),
         "divergence": None,
         "targets": None,
+        "pass_at_k": None,
     }
     assert summary["evaluations"]["held_out"]["last"]["step"] == 59
     assert summary["evaluations"]["train"]["best"]["loss"] == 1.0
@@ -113,6 +114,14 @@ def test_loss_that_is_no_number_is_never_the_best_and_stays_json() -> None:
     )
     assert summary["evaluations"]["held_out"]["best"]["step"] == 2
     assert json.loads(json.dumps(plain(summary), allow_nan=False))["loss"] == "NaN"
+
+
+def test_the_best_evaluation_on_prompts_passes_most() -> None:
+    records = [held_out(1, 0.5), held_out(2, 0.625), held_out(3, 0.25)]
+    summary = summarise(history(start(), step(3), *records))
+    rows = {" ".join(line.split()) for line in shown(tiny=summary)}
+    assert {"best held_out_prompts pass@1 0.6250", "at step 2"} <= rows
+    assert "best held_out_prompts pass@8 0.7500" in rows
 
 
 def test_no_step_yet() -> None:
