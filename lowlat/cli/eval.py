@@ -61,8 +61,7 @@ def evaluate(
     with quiet_followers():
         _check(text, held_out, window, expert_loads)
     if text is None:
-        evaluate_prompts(model, held_out, as_json=as_json, parallel=parallel, machine=machine)
-        return
+        return evaluate_prompts(model, held_out, as_json, parallel, machine)
     if parallel is not None and expert_loads is not None:
         with quiet_followers():
             raise UserError("--expert-loads counts in one process; leave out --parallel")
@@ -74,8 +73,7 @@ def evaluate(
     seconds = time.perf_counter() - started
     if as_json:
         report = {"model": loaded.name, "text": str(text), **as_dict(score), "seconds": seconds}
-        print(json.dumps(report, indent=2))
-        return
+        return print(json.dumps(report, indent=2))
     print(f"{loaded.name} on {text}, windows of {score.window} tokens")
     print(f"perplexity     {score.perplexity:.4f}")
     print(f"bits per byte  {score.bits_per_byte:.4f}")

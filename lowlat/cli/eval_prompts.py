@@ -82,7 +82,6 @@ class PromptOptions:
 def evaluate_prompts(
     name: str,
     own: PromptOptions,
-    *,
     as_json: bool,
     parallel: str | None,
     machine: options.MachineOptions,

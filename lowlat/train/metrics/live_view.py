@@ -121,7 +121,10 @@ def _losses(pace: ProgressTracker, last: StepRecord) -> Text:
     text.append(mtp)
     if pace.evaluation is not None:
         at = f" at step {pace.evaluation.step:,}"
-        text.append("  |  ").append(evaluation_text(pace.evaluation), "cyan").append(at)
+        # Steps of GRPO have enough figures for a line.
+        text.append("  |  " if last.rollouts is None else "\n").append(
+            evaluation_text(pace.evaluation), "cyan"
+        ).append(at)
     return text
 
 

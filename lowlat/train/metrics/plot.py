@@ -17,7 +17,11 @@ from lowlat.train.metrics.plot_panels import (
     is_taught,
     log_scale,
     losses,
+    of_rollouts,
+    pass_at_k,
+    rewards,
 )
+from lowlat.train.metrics.record import StepRecord
 from lowlat.train.metrics.series import LoadMap, finite, load_maps
 from lowlat.utils.errors import UserError
 from lowlat.utils.plots import STYLE
@@ -28,6 +32,8 @@ _COLUMNS = 3
 _WIDTH, _HEIGHT = 4.4, 2.6
 """Size of a panel in inches."""
 _MOST_MAPS = 18
+ROLLOUT_ROWS = 3
+"""Rows of panels of GRPO."""
 _DOTS_PER_INCH = 130
 _STYLE: dict[Any, Any] = STYLE | {
     "axes.labelsize": 9,
@@ -59,7 +65,8 @@ def draw(histories: dict[str, RunHistory], paths: list[Path]) -> None:
     maps = _chosen(load_maps(runs[0].history, runs[0].x)) if runs[0].alone else []
     with_experts = any(step.experts for run in runs for step in run.history.steps)
     with_teacher = any(is_taught(run) for run in runs)
-    rows = 3 + with_experts + with_teacher
+    with_rollouts = any(step.rollouts for run in runs for step in run.history.steps)
+    rows = 3 + with_experts + ROLLOUT_ROWS * with_rollouts + with_teacher
     map_rows = -(-len(maps) // _COLUMNS)
     with matplotlib.rc_context(_STYLE):
         size = (_WIDTH * _COLUMNS, _HEIGHT * (rows + map_rows))
@@ -68,6 +75,8 @@ def draw(histories: dict[str, RunHistory], paths: list[Path]) -> None:
         _panels(figure, grid, runs)
         if with_experts:
             _expert_panels(figure, grid, runs)
+        if with_rollouts:
+            _rollout_panels(figure, grid, 3 + with_experts, runs)
         if with_teacher:
             _teacher_panels(figure, grid[rows - 1, :], runs)
         if maps:
@@ -107,8 +116,11 @@ def _title(runs: list[DrawnRun]) -> str:
 
 
 def _panels(figure: Any, grid: Any, runs: list[DrawnRun]) -> None:
-    """Rows 0 to 2: losses, with learning rate and gradient norm on the right, throughput below."""
-    losses(figure.add_subplot(grid[0:2, 0:2]), runs)
+    """Rows 0 to 2: losses, or rewards of runs without; learning rate and gradient norm on the
+    right, throughput below.
+    """
+    largest = losses if _have_losses(runs) else rewards
+    largest(figure.add_subplot(grid[0:2, 0:2]), runs)
     curve(figure.add_subplot(grid[0, 2]), runs, "learning rate", lambda s: s.learning_rate)
     norms = figure.add_subplot(grid[1, 2])
     curve(norms, runs, "gradient norm before clipping", lambda s: s.grad_norm, noisy=True)
@@ -125,6 +137,12 @@ def _panels(figure: Any, grid: Any, runs: list[DrawnRun]) -> None:
     batch.set_ylim(bottom=0)
 
 
+def _have_losses(runs: list[DrawnRun]) -> bool:
+    """Whether the largest panel has losses: of any step, or there are no rewards."""
+    steps = [step for run in runs for step in run.history.steps]
+    return any(step.loss is not None for step in steps) or not any(s.rollouts for s in steps)
+
+
 def _expert_panels(figure: Any, grid: Any, runs: list[DrawnRun]) -> None:
     """Row 3: expert load balance and routing biases."""
     over = "" if runs[0].alone else ", mean of layers"
@@ -133,6 +151,32 @@ def _expert_panels(figure: Any, grid: Any, runs: list[DrawnRun]) -> None:
     title = f"entropy of load / ln(experts){over}"
     balance(figure.add_subplot(grid[3, 1]), runs, title, lambda e: e.entropy)
     bias(figure.add_subplot(grid[3, 2]), runs)
+
+
+def _rollout_panels(figure: Any, grid: Any, first: int, runs: list[DrawnRun]) -> None:
+    """Rows from `first`: rollouts and updates of GRPO, and pass@k."""
+    is_drawn = not _have_losses(runs)
+    reward = ("deviation of rewards", "reward_std") if is_drawn else ("mean reward", "reward")
+    curves = {
+        reward[0]: of_rollouts(reward[1]),
+        "tokens per completion": of_rollouts("length"),
+        "truncated completions, %": of_rollouts("truncated", 100.0),
+        "groups without signal, %": of_rollouts("no_signal", 100.0),
+        "entropy, nats per token": of_rollouts("entropy"),
+        "KL from the reference, nats per token": of_rollouts("kl"),
+        "clipped tokens, %": of_rollouts("clipped", 100.0),
+        "sampled tokens per second": _sampling_rate,
+    }
+    pass_at_k(figure.add_subplot(grid[first, 0]), runs)
+    for place, (title, value) in enumerate(curves.items(), start=1):
+        axes = figure.add_subplot(grid[first + place // _COLUMNS, place % _COLUMNS])
+        curve(axes, runs, title, value, noisy=True)
+
+
+def _sampling_rate(step: StepRecord) -> float | None:
+    """None in later updates over the same completions, which sample nothing."""
+    rate = 0.0 if step.rollouts is None else step.rollouts.rollout_tokens_per_second
+    return rate or None
 
 
 def _teacher_panels(figure: Any, row: Any, runs: list[DrawnRun]) -> None:

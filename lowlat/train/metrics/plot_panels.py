@@ -1,9 +1,10 @@
-"""Plot panels of training runs: losses, values per step, expert balance, routing bias, heat maps of
-expert loads.
+"""Plot panels of training runs: losses, rewards, pass@k, values per step, expert balance, routing
+bias, heat maps of expert loads.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,40 @@ def curve(
     if not any(np.isfinite(run.values(value)).any() for run in runs):
         axes.text(0.5, 0.5, "unknown", ha="center", va="center", transform=axes.transAxes)
         axes.set_yticks([])
+
+
+def rewards(axes: Any, runs: list[DrawnRun]) -> None:
+    """Mean reward of the completions of GRPO steps, with the phases of a single run."""
+    curve(axes, runs, "mean reward", of_rollouts("reward"), noisy=True)
+    if runs[0].alone:
+        _phases(axes, runs[0])
+
+
+def of_rollouts(name: str, factor: float = 1.0) -> Callable[[StepRecord], float | None]:
+    """A field of the rollouts of a step, times `factor`; None for steps without it."""
+
+    def value(step: StepRecord) -> float | None:
+        own = None if step.rollouts is None else getattr(step.rollouts, name)
+        return None if own is None else factor * own
+
+    return value
+
+
+def pass_at_k(axes: Any, runs: list[DrawnRun]) -> None:
+    """pass@k of evaluations on held-out prompts: each k of one run, the first k of several."""
+    for run in runs:
+        found = [e.pass_at_k for e in run.history.evaluations if e.pass_at_k is not None]
+        ks = list(dict.fromkeys(k for each in found for k in each.pass_at))
+        for k, colour in zip(ks if run.alone else ks[:1], _shades(len(ks)), strict=False):
+            _evaluations(axes, run, partial(_passing, k), name=f"pass@{k}", colour=colour)
+    _finish(axes, runs, "pass@k on held-out prompts")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+
+
+def _passing(k: str, evaluation: EvalRecord) -> float | None:
+    figures = evaluation.pass_at_k
+    return None if figures is None else figures.pass_at.get(k)
 
 
 def is_taught(run: DrawnRun) -> bool:
@@ -205,19 +240,30 @@ def _mtp_losses(axes: Any, run: DrawnRun) -> list[Array]:
     return means
 
 
-def _evaluations(axes: Any, run: DrawnRun, value: Callable[[EvalRecord], float | None]) -> None:
-    for place, split in enumerate(dict.fromkeys(e.split for e in run.history.evaluations)):
-        records = [e for e in run.history.evaluations if e.split == split]
+def _evaluations(
+    axes: Any,
+    run: DrawnRun,
+    value: Callable[[EvalRecord], float | None],
+    *,
+    name: str | None = None,
+    colour: Any = COLOURS[1],
+) -> None:
+    """`value` of the evaluations of each split that has it; name: legend, by default the split;
+    colour: of a single run.
+    """
+    known = [e for e in run.history.evaluations if value(e) is not None]
+    for place, split in enumerate(dict.fromkeys(e.split for e in known)):
+        records = [e for e in known if e.split == split]
         axes.plot(
             [e.step if run.alone else e.tokens for e in records],
             finite([value(e) for e in records]),
             "-",
             marker="o^sD"[place % 4] if len(records) <= _MOST_MARKED_EVALUATIONS else "",
-            color=COLOURS[1] if run.alone else run.colour,
+            color=colour if run.alone else run.colour,
             linewidth=0.9,
             markersize=4,
             markerfacecolor="white",
-            label=run.named(split),
+            label=run.named(name or split),
         )
 
 

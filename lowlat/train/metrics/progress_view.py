@@ -23,6 +23,8 @@ FIGURES = {
     "rollouts.reward": "reward",
     "rollouts.length": "length",
     "rollouts.entropy": "entropy",
+    "rollouts.kl": "KL",
+    "rollouts.clipped": "clipped",
     "rollouts.no_signal": "no signal",
 }
 """Smoothed fields of steps, with their labels."""
@@ -86,7 +88,8 @@ def _value(record: StepRecord, name: str) -> float | None:
     if record.rollouts is None:
         return None
     value = getattr(record.rollouts, name.removeprefix("rollouts."))
-    return None if math.isnan(value) else value  # rewards that all failed
+    # NaN: rewards that all failed
+    return None if value is None or math.isnan(value) else value
 
 
 @final

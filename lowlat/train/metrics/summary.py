@@ -16,6 +16,8 @@ from lowlat.utils.errors import UserError
 
 Summary = dict[str, Any]
 
+_ROLLOUTS = ("reward", "length", "truncated", "no_signal", "entropy", "kl", "clipped")
+"""Summarized fields of the rollouts of GRPO steps."""
 _LAST_PART, _MOST_LAST_STEPS = 20, 100
 """The end of a run: its last twentieth, at most 100 steps."""
 
@@ -60,6 +62,7 @@ def summarise(history: RunHistory) -> Summary:
         "tokens_per_second_overall": last.tokens / last.seconds if last.seconds else None,
         "mfu": statistics.median(mfu) if mfu else None,
         "memory_bytes": max(step.memory_bytes for step in steps),
+        "rollouts": _rollouts(steps, ending),
         "experts": _experts(steps, ending),
         "indexers": _indexers(steps, ending),
     }
@@ -97,6 +100,19 @@ def _badness(record: EvalRecord) -> tuple[bool, float]:
     value = record.loss if figures is None else -next(iter(figures.pass_at.values()))
     # NaN compares as false with every number, so it must sort last explicitly.
     return value is None or value != value, value or 0.0
+
+
+def _rollouts(steps: Sequence[StepRecord], ending: Sequence[StepRecord]) -> dict[str, float | None]:
+    """Fields of the first GRPO step, and their means at the end; empty without one."""
+    first = next((step.rollouts for step in steps if step.rollouts is not None), None)
+    if first is None:
+        return {}
+    last = [step.rollouts for step in ending if step.rollouts is not None]
+    found: dict[str, float | None] = {}
+    for name in _ROLLOUTS:
+        found[f"{name}_first"] = getattr(first, name)
+        found[f"{name}_last"] = _mean([getattr(each, name) for each in last])
+    return found
 
 
 def _experts(steps: Sequence[StepRecord], ending: Sequence[StepRecord]) -> list[dict[str, Any]]:

@@ -79,7 +79,13 @@ def table(summaries: dict[str, Summary]) -> Table:
     for label in summaries:
         shown.add_column(label, justify="right", overflow="fold")
     runs = list(summaries.values())
-    for name, cells in [*_course(runs), *_losses(runs), *_speed(runs), *_experts(runs)]:
+    for name, cells in [
+        *_course(runs),
+        *_losses(runs),
+        *_rollouts(runs),
+        *_speed(runs),
+        *_experts(runs),
+    ]:
         if any(cells):
             shown.add_row(name, *cells)
     return shown
@@ -138,6 +144,27 @@ def _mtp_losses(figures: Sequence[dict[str, Any] | None]) -> list[Row]:
         )
         for depth in range(max(map(len, losses)))
     ]
+
+
+def _rollouts(runs: list[Summary]) -> list[Row]:
+    """GRPO, at the first step and at the end."""
+    names = {
+        "reward": "reward",
+        "length": "  tokens per completion",
+        "truncated": "  truncated completions",
+        "no_signal": "  groups without signal",
+        "entropy": "  entropy",
+        "kl": "  KL from the reference",
+        "clipped": "  clipped tokens",
+    }
+    return [
+        (text, [_change(run["rollouts"], name) for run in runs]) for name, text in names.items()
+    ]
+
+
+def _change(rollouts: dict[str, Any], name: str) -> str:
+    first, last = rollouts.get(f"{name}_first"), rollouts.get(f"{name}_last")
+    return "" if first is None or last is None else f"{first:.4g} -> {last:.4g}"
 
 
 def _speed(runs: list[Summary]) -> list[Row]:

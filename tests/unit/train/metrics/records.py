@@ -8,6 +8,7 @@ from lowlat.train.metrics.record import (
     EvalRecord,
     ExpertRecord,
     PassAtKRecord,
+    RolloutRecord,
     StartRecord,
     StepRecord,
 )
@@ -96,6 +97,27 @@ def held_out(number: int, pass_at_1: float) -> EvalRecord:
         mtp_losses=(),
         pass_at_k=record,
     )
+
+
+def grpo_step(number: int, **changes: Any) -> StepRecord:
+    """Step `number` of a GRPO phase; `changes` are fields of the rollouts."""
+    rollouts = RolloutRecord(
+        loss=0.01,
+        reward=0.01 * number,
+        reward_std=0.25,
+        length=100.0 - number,
+        truncated=0.125,
+        no_signal=0.5,
+        failed=1,
+        entropy=1.5,
+        clipped=0.0625,
+        rollout_tokens_per_second=1000.0,
+        update_tokens_per_second=100.0,
+        kl=0.03125,
+        mismatch=0.0,
+    )
+    rollouts = dataclasses.replace(rollouts, **changes)
+    return step(number, loss=None, mtp_losses=(), mfu=None, rollouts=rollouts)
 
 
 def start(number: int = 0, **changes: Any) -> StartRecord:

@@ -12,7 +12,15 @@ from lowlat.train.metrics.jsonl import LogWriter, RunHistory
 from lowlat.train.metrics.record import Record, StepRecord
 from lowlat.train.metrics.training_report import pictures, read_runs, write_report
 from lowlat.utils.errors import UserError
-from tests.unit.train.metrics.records import evaluation, experts, layer, start, step
+from tests.unit.train.metrics.records import (
+    evaluation,
+    experts,
+    grpo_step,
+    held_out,
+    layer,
+    start,
+    step,
+)
 
 pytest.importorskip("matplotlib")
 
@@ -70,6 +78,32 @@ def test_several_runs_in_one_picture(tmp_path: Path) -> None:
     for text in ("2 runs compared", "moe: train", "moe: held_out", "dense: train", "tokens"):
         assert f">{text}<" in svg, text
     assert "load of experts" not in svg
+
+
+def test_a_grpo_run_has_panels_of_its_own(tmp_path: Path) -> None:
+    records = [grpo_step(1), grpo_step(2, kl=None, reward=math.nan), held_out(1, 0.5)]
+    alone = drawn_text({"rl": history(*records)}, tmp_path)
+    panels = (
+        "mean reward",
+        "pass@k on held-out prompts",
+        "pass@8",
+        "deviation of rewards",
+        "tokens per completion",
+        "truncated completions, %",
+        "groups without signal, %",
+        "entropy, nats per token",
+        "KL from the reference, nats per token",
+        "clipped tokens, %",
+        "sampled tokens per second",
+    )
+    for text in panels:
+        assert f">{text}<" in alone, text
+    assert "loss, nats per token" not in alone
+    both = {"rl": history(*records), "sft": history(*steps(3))}
+    compared = drawn_text(both, tmp_path)
+    for text in ("loss, nats per token", "mean reward", "rl: pass@1"):
+        assert f">{text}<" in compared, text
+    assert "pass@8" not in compared and "deviation of rewards" not in compared
 
 
 ODD_RUNS = [

@@ -11,7 +11,7 @@ from lowlat.train.metrics.live_view import LiveView, make_view
 from lowlat.train.metrics.metrics_log import SilentMetricsLog
 from lowlat.train.metrics.progress_view import PlainView
 from tests.terminal import attach_terminal
-from tests.unit.train.metrics.records import evaluation, experts, held_out, start, step
+from tests.unit.train.metrics.records import evaluation, experts, grpo_step, held_out, start, step
 
 
 def drawn(view: LiveView, columns: int = 100) -> list[str]:
@@ -89,6 +89,25 @@ def test_live_area(monkeypatch: pytest.MonkeyPatch) -> None:
     assert head.split() == ["layer", "load", "MaxVio", "entropy", "bias"]
     assert [line.split()[0] for line in layers] == ["1", "2", "3"]
     assert re.search(r"[▁-█]{7} +0\.47 +0\.97\d +-0\.030 to \+0\.060", layers[2])
+
+
+def test_live_area_of_grpo(monkeypatch: pytest.MonkeyPatch) -> None:
+    attach_terminal(monkeypatch)
+    view = LiveView()
+    view.start(start())
+    view.step(grpo_step(3))
+    view.evaluation(held_out(2, 0.25))
+    _, figures, passes, *_ = drawn(view)
+    view.close()
+    assert figures.split("  ") == [
+        "reward 0.0300",
+        "length 97.0000",
+        "entropy 1.5000",
+        "KL 0.0312",
+        "clipped 0.0625",
+        "no signal 0.5000",
+    ]
+    assert passes.rstrip() == "held_out_prompts pass@1 0.2500, pass@8 0.7500 at step 2"
 
 
 @pytest.mark.parametrize("columns", [60, 80, 140])

@@ -14,7 +14,7 @@ from lowlat.train.metrics.record import Record
 from lowlat.train.metrics.summary import summarise
 from lowlat.train.metrics.training_report import table
 from lowlat.utils.errors import UserError
-from tests.unit.train.metrics.records import evaluation, held_out, layer, start, step
+from tests.unit.train.metrics.records import evaluation, grpo_step, held_out, layer, start, step
 
 
 def history(*records: Record) -> RunHistory:
@@ -122,6 +122,20 @@ def test_the_best_evaluation_on_prompts_passes_most() -> None:
     rows = {" ".join(line.split()) for line in shown(tiny=summary)}
     assert {"best held_out_prompts pass@1 0.6250", "at step 2"} <= rows
     assert "best held_out_prompts pass@8 0.7500" in rows
+
+
+def test_rollouts_at_the_first_step_and_at_the_end() -> None:
+    steps = [grpo_step(n, kl=None if n < 3 else 0.25) for n in range(1, 41)]
+    summary = summarise(history(start(), step(1), *steps))
+    assert summary["rollouts"]["reward_first"] == 0.01
+    assert summary["rollouts"]["reward_last"] == pytest.approx((0.39 + 0.40) / 2)
+    assert (summary["rollouts"]["kl_first"], summary["rollouts"]["kl_last"]) == (None, 0.25)
+    rows = {
+        " ".join(line.split())
+        for line in shown(tiny=summary, other=summarise(history(start(), step(1))))
+    }
+    assert "tokens per completion 99 -> 60.5" in rows
+    assert summarise(history(start(), step(1)))["rollouts"] == {}
 
 
 def test_no_step_yet() -> None:
