@@ -91,8 +91,8 @@ def bench(
 ) -> None:
     """Throughput of prefill and decode, compared with other programs and the roofline.
 
-    Before anything is timed, the logits of all programs must agree in fp32. With --parallel, lowlat
-    alone is timed, with what each process sends.
+    Before anything is timed, the logits of all programs must agree in fp32. With --parallel, only
+    lowlat is timed; memory, bytes and messages of each process are shown.
     """
     from lowlat.bench.benchmark_plan import make_plan
     from lowlat.bench.results_plot import require_matplotlib

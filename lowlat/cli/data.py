@@ -132,7 +132,7 @@ def build(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Build a tokenized dataset from text: tokenized, deduplicated, with checksums.
+    """Build a tokenized dataset from text: deduplicate, hold out, tokenize, write with checksums.
 
     FOLDER appears complete or not at all. The same sources give the same bytes.
     """

@@ -38,7 +38,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Also write how many tokens every expert got, for lowlat plan serve.",
+            help="Also write the token count of every expert, for lowlat plan serve.",
         ),
     ] = None,
     as_json: options.Json = False,

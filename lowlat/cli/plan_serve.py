@@ -35,8 +35,8 @@ class ClusterOptions:
         str,
         typer.Option(
             metavar="[Nx]NAME",
-            help=f"N machines: {', '.join(MACHINES)}, {HERE} (this one, measured), or a .toml "
-            "file. Servers have two sockets; of GPUs, N is their number.",
+            help=f"N servers of two sockets, or N GPUs: {', '.join(MACHINES)}, a .toml file, or "
+            f"{HERE} (this machine, measured).",
         ),
     ]
     network: Annotated[
@@ -58,8 +58,8 @@ class ClusterOptions:
         bool,
         typer.Option(
             "--data-parallel-attention",
-            help="Divide users among the ranks of a stage in attention, as in DeepSeek's own "
-            "deployment; lowlat serve does not.",
+            help="Data-parallel attention: the ranks of a stage divide the users, as in DeepSeek's "
+            "deployment. lowlat serve does not support it.",
         ),
     ] = False
 
@@ -70,11 +70,13 @@ class LoadOptions:
 
     context: Annotated[int, typer.Option(metavar="N", help="Tokens in the KV cache per user.")]
     users: Annotated[
-        int, typer.Option(metavar="N", help="Users whose answers are generated at once.")
+        int, typer.Option(metavar="N", help="Concurrent users (the batch of a decode step).")
     ] = 1
     prompt: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Tokens of a new prompt, by default the context."),
+        typer.Option(
+            metavar="N", help="Prompt length for time to first token; default: the context."
+        ),
     ] = None
     dtype: Annotated[
         str,
@@ -118,8 +120,8 @@ def plan_serve(
 ) -> None:
     """Memory, throughput and time to first token of serving MODEL, by parallel layout.
 
-    Layouts are ranked by decoded tokens per second of all users; those that do not fit are named
-    with the memory that is missing.
+    Layouts are ranked by decoded tokens per second of all users. For those that do not fit, the
+    missing memory is printed.
     """
     from lowlat.plan.serving.search import all_layouts, rank_layouts
 

@@ -151,7 +151,7 @@ class EngineOptions:
     cache_memory: Annotated[
         float | None,
         typer.Option(
-            min=0.001, help="GiB for the KV cache; default: most of the memory left by the weights."
+            min=0.001, help="GiB for the KV cache; default: 80 % of the memory the weights leave."
         ),
     ] = None
     prefix_cache_dir: options.PrefixCacheDir = None
@@ -171,7 +171,7 @@ def serve(
 ) -> None:
     """Serve models over HTTP: OpenAI's API under /v1, a chat page at /, metrics at /metrics.
 
-    One model is loaded at once, several ones on demand.
+    A single model loads at start; several load on demand.
     """
     _check_extra()
     from lowlat.cli.launch import one_process_per_node
