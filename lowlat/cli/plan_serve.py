@@ -29,7 +29,7 @@ MOST_LINK = 10**6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterOptions:
-    """The machines."""
+    """Machines of the cluster and the parallel layout."""
 
     machine: Annotated[
         str,
@@ -66,7 +66,7 @@ class ClusterOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
-    """What users ask for."""
+    """Load of the servers: users, context, prompt length."""
 
     context: Annotated[int, typer.Option(metavar="N", help="Tokens in the KV cache per user.")]
     users: Annotated[

@@ -29,7 +29,7 @@ from lowlat.utils.progress import Progress, make_progress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What all models share."""
+    """Options that all models share."""
 
     device: str
     threads: int | None

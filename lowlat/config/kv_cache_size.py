@@ -20,9 +20,9 @@ class EntrySize(NamedTuple):
     elements: int
     """All elements."""
     quantized: int
-    """Of these, those an int8 cache stores in int8; the others stay bf16."""
+    """Elements that an int8 cache stores in int8; the others stay bf16."""
     index_key: int = 0
-    """Of these, the index key of sparse attention."""
+    """Elements of the index key of sparse attention (DSA)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,7 @@ MIN_BUFFERS = 2
 END_SECONDS = 120.0
 """Most seconds that the end waits for prefill processes, which may be in a step."""
 FINGERPRINT = bytes(32)
-"""Of the pages on their way: processes agree on model and options when they start."""
+"""Constant in the headers of sent pages: processes compare model and options when they start."""
 
 
 def page_format(runner: ModelRunner) -> PageFormat:

@@ -25,7 +25,7 @@ class PrefillRequest:
 
     kind: TransferKind
     number: int = 0
-    """Of the prompt, in this run."""
+    """Number of the prompt in this run."""
     first: int = 0
     """First page to send."""
     count: int = 0

@@ -99,7 +99,7 @@ class KeptActivations(NamedTuple):
 
     @staticmethod
     def empty(config: ModelConfig, tokens: int) -> "KeptActivations":
-        """For a step of `tokens` tokens of a whole model to fill."""
+        """Uninitialised buffers for a step of `tokens` tokens of a whole model."""
         layers = config.num_hidden_layers
         residuals = torch.empty(2 * layers + 1, tokens, config.hidden_size, dtype=torch.bfloat16)
         if config.moe is None:

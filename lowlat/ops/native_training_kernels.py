@@ -222,7 +222,7 @@ class IndexedAttention(NamedTuple):
     q: BFloat16[Tensor, "tokens heads key_dim"]
     k: BFloat16[Tensor, "tokens kv_heads key_dim"]
     logs: Float32[Tensor, "tokens heads"]
-    """Of `causal_forward`."""
+    """Log-sum-exp of the scores, from `causal_forward`."""
     ends: Int64[Tensor, "sequences"]
     scale: float
     index_q: BFloat16[Tensor, "tokens index_heads index_dim"]
@@ -245,7 +245,7 @@ class IndexerLoss(NamedTuple):
         ]
         | None
     )
-    """Of the weighted divergence, with respect to index queries, head weights and index keys."""
+    """Gradients of the weighted KL divergence by index queries, head weights and index keys."""
 
 
 def indexer_loss(given: IndexedAttention, weight: float | None) -> IndexerLoss:

@@ -93,7 +93,7 @@ def choose_tokens(
 
 
 def num_dense(count: int, start: int, topk: int) -> int:
-    """Of `count` queries from position `start`, those that see at most `topk` tokens."""
+    """How many of `count` queries from position `start` see at most `topk` tokens."""
     return min(max(topk - start, 0), count)
 
 

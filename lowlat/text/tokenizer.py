@@ -58,8 +58,8 @@ class Tokenizer:
 
     @classmethod
     def absent(cls, reason: str, eos_ids: frozenset[int] = frozenset()) -> "Tokenizer":
-        """In place of a tokenizer that a model lacks. Every id has no bytes; `reason` is the error
-        of all that needs text.
+        """Placeholder for a model without a tokenizer: no id has bytes, and methods that need text
+        raise `reason`.
         """
         backend = tokenizers.Tokenizer(models.BPE())
         backend.decoder = decoders.ByteLevel()

@@ -139,7 +139,7 @@ class _Moments:
     names: list[str]
     """Weights of the projections that share it."""
     total: Tensor
-    """Of x x^T, or of x^2."""
+    """Sums of x x^T, or of x^2."""
     tokens: int
 
     @classmethod

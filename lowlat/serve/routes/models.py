@@ -26,7 +26,7 @@ class ModelCard(WireModel):
     """Unix time in seconds when the server started."""
     owned_by: Literal["lowlat"] = "lowlat"
     parent: str | None = None
-    """Of a LoRA adapter: its base model."""
+    """Base model of a LoRA adapter."""
     aliases: list[str]
     """Further names that requests may use."""
     state: ModelState

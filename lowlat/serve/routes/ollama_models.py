@@ -31,7 +31,7 @@ class OllamaError(WireModel):
 
 class ModelDetails(WireModel):
     parent_model: str = ""
-    """Of a LoRA adapter: its base model."""
+    """Base model of a LoRA adapter."""
     format: str
     family: str
     families: list[str]
@@ -47,7 +47,7 @@ class OllamaModel(WireModel):
     size: int
     """Bytes of the weights, of an adapter those of its base model; 0 until they are known."""
     digest: str
-    """Of the name and the config, not of the weights."""
+    """Digest of name and config, not of the weights."""
     details: ModelDetails
 
 

@@ -74,7 +74,7 @@ def rewards_of(
 
 
 class Generator:
-    """Makes the batches of a GRPO phase. Batches follow from weights, seed and number of draws."""
+    """Makes the batches of a GRPO phase, which weights, seed and number of draws determine."""
 
     def __init__(
         self,
