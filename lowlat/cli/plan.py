@@ -241,6 +241,7 @@ def _check_whole(recipe: "Recipe", path: Path) -> None:
         ("lora", recipe.lora is not None),
         ("trainable", recipe.trainable != "all"),
         ("distillation", recipe.distillation is not None),
+        ("grpo", any(phase.grpo is not None for phase in recipe.phase)),
     ):
         if is_there:
             raise UserError(

@@ -28,6 +28,7 @@ from lowlat.train.cost.frozen_weights import (
     training_flops,
     update_bytes,
 )
+from lowlat.train.cost.rollout_memory import ROLLOUT_CACHE, rollout_memory
 from lowlat.train.recipe.schedule import TrainingSchedule, most_rows
 from lowlat.train.recipe.schema import ParallelConfig, Phase, Recipe
 from lowlat.utils.errors import UserError
@@ -225,6 +226,8 @@ def _memory(
 ) -> MemoryEstimate:
     job = job_of(recipe, phase)
     memory = _step_memory(config, recipe, job, teacher)
+    if phase.grpo is not None:
+        memory = rollout_memory(memory, config, recipe, phase, job)
     if recipe.device == "cpu":  # with a GPU, copies of the state are in host memory
         memory = _with_copies(memory, recipe, _state_bytes(config, recipe, job))
     return replace(memory, parts=memory.parts | {BATCH: _batch_bytes(config, recipe, phase)})
@@ -272,9 +275,12 @@ def _remedy(recipe: Recipe, phase: Phase, memory: MemoryEstimate) -> str:
     if memory.largest in (ACTIVATIONS, WORKING):
         if phase.micro_batch_size > 1:
             return f"lower micro_batch_size ({phase.micro_batch_size})"
-        if recipe.activation_checkpointing == "none":
+        if recipe.activation_checkpointing == "none" and phase.grpo is None:
             return "set activation_checkpointing = 'full'"
-        return f"lower sequence_length ({phase.sequence_length}) or raise parallel.context"
+        context = "" if phase.grpo is not None else " or raise parallel.context"
+        return f"lower sequence_length ({phase.sequence_length}){context}"
+    if memory.largest == ROLLOUT_CACHE:
+        return "lower grpo.max_completion_length or sequence_length"
     if memory.largest == BATCH:
         return "lower batch_size, or raise parallel.data"
     if recipe.lora is not None and memory.largest in (UPDATES, CHECKPOINT_COPY):

@@ -1,0 +1,118 @@
+"""Memory of GRPO phases, compared with the tensors that a run makes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowlat.attention.cache import PAGE_SIZE, PagedCache
+from lowlat.cli.plan import _check_whole
+from lowlat.config.model import ModelConfig
+from lowlat.config.parameter_count import count_parameters
+from lowlat.engine.scheduler import MAX_SEQUENCES
+from lowlat.model.native import KeptActivations
+from lowlat.plan.memory import MemoryEstimate
+from lowlat.train.cost.dry_run import require_fit
+from lowlat.train.cost.rollout_memory import REFERENCE, ROLLOUT_CACHE, ROLLOUT_WEIGHTS
+from lowlat.train.policy.weights import PolicyWeights
+from lowlat.train.recipe.schema import Recipe, parse_recipe
+from lowlat.train.step.lora import add_lora
+from lowlat.utils.errors import UserError
+from tests.lowlat_configs import random_model
+from tests.unit.train.policy.models import CONFIGS, masters
+
+CONFIG = replace(CONFIGS["mla-moe-mtp"], num_nextn_predict_layers=0)
+LENGTH, COMPLETION = 29, 11
+
+
+def recipe(grpo: dict[str, Any] | None = None, **changes: Any) -> Recipe:
+    table = {
+        "prompts": "p.jsonl",
+        "reward_funcs": ["length_penalty"],
+        "num_generations": 3,
+        "max_completion_length": COMPLETION,
+    }
+    phase = {
+        "name": "rl",
+        "steps": 3,
+        "sequence_length": LENGTH,
+        "batch_size": 6,
+        "micro_batch_size": 2,
+        "learning_rate": 1e-3,
+        "grpo": table | (grpo or {}),
+    }
+    raw = {"name": "r", "base_model": "b", "balance": {"sequence_weight": 0.0}, "phase": [phase]}
+    return parse_recipe(raw | changes, origin="r.toml")
+
+
+def estimate(own: Recipe, config: ModelConfig = CONFIG) -> MemoryEstimate:
+    return require_fit(config, own, memory_bytes=2**40)
+
+
+def size(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def test_activations_are_those_of_the_kernels() -> None:
+    """Of a micro-batch, and once more of its completions, which are one call."""
+    kept = [KeptActivations.empty(CONFIG, 2 * length) for length in (LENGTH, COMPLETION)]
+    assert estimate(recipe()).parts["activations"] == sum(map(size, kept))
+
+
+def test_rollouts_have_weights_of_their_own() -> None:
+    """All are rounded from masters; with LoRA those with an update, the others are shared."""
+    parts = estimate(recipe()).parts
+    rounded = PolicyWeights(masters(CONFIG))
+    assert parts[ROLLOUT_WEIGHTS] == pytest.approx(size(rounded.tensors.values()), rel=0.02)
+    assert "cast weights" not in parts and parts["gradients"] > 0
+    lora = {"rank": 2, "alpha": 4.0, "target_modules": ["q_b_proj", "down_proj"]}
+    own = recipe(lora=lora)
+    assert own.lora is not None
+    model = random_model(CONFIG, torch.bfloat16)
+    add_lora(model, own.lora, seed=0)
+    weights = PolicyWeights(model, own.lora)
+    copies = size(weights.tensors[name] for name in weights._rounded if "bias" not in name)
+    assert estimate(own).parts[ROLLOUT_WEIGHTS] == copies
+
+
+@pytest.mark.parametrize(
+    ("batch", "evaluation", "running", "groups"),
+    [
+        (6, {}, 6, 2),
+        (300, {}, MAX_SEQUENCES, 43),
+        (6, {"prompts": "h.jsonl", "num_generations": 2}, MAX_SEQUENCES, 64),
+    ],
+)
+def test_cache_of_completions_that_run_at_once(
+    batch: int, evaluation: dict[str, Any], running: int, groups: int
+) -> None:
+    own = recipe(evaluation=evaluation)
+    phase = own.phase[0].model_copy(update={"batch_size": float(batch)})
+    own = own.model_copy(update={"phase": [phase]})
+    cache = PagedCache(CONFIG, num_pages=1, dtype=torch.bfloat16)
+    tokens = running * (COMPLETION + PAGE_SIZE) + groups * (LENGTH - COMPLETION)
+    assert estimate(own).parts[ROLLOUT_CACHE] == tokens * cache.page_bytes / PAGE_SIZE
+
+
+def test_a_reference_is_a_copy_in_bf16() -> None:
+    parts = estimate(recipe({"beta": 0.1})).parts
+    assert parts[REFERENCE] == 2 * count_parameters(CONFIG).total
+    assert REFERENCE not in estimate(recipe()).parts
+
+
+def test_a_run_that_cannot_fit_is_refused() -> None:
+    phase = recipe().phase[0].model_dump() | {
+        "sequence_length": 110_000,
+        "batch_size": 120.0,
+        "micro_batch_size": 1,
+    }
+    phase["grpo"] |= {"max_completion_length": 100_000}
+    with pytest.raises(UserError, match=r"KV cache of rollouts: lower grpo\.max_completion_length"):
+        require_fit(CONFIG, recipe(phase=[phase]), memory_bytes=2**29)
+
+
+def test_plan_train_refers_to_the_dry_run() -> None:
+    with pytest.raises(UserError, match=r"r\.toml: grpo: .*--dry-run"):
+        _check_whole(recipe(), Path("r.toml"))
