@@ -7,6 +7,7 @@ NEAR_FP64 = "test_gradients_are_as_near_to_fp64_as_those_of_pytorch"
 GRADIENTS = f"{POLICY}test_gradients.py::{NEAR_FP64}[mla-moe-mtp]"
 LOSSES = POLICY + "test_loss.py::test_losses_equal_trl"
 EVALUATED = POLICY + "test_evaluation.py::"
+SHARES = POLICY + "test_data_parallel.py::"
 WHOLE = POLICY + "test_grpo.py::test_a_run_logs_and_exports"
 
 REINFORCING = [
@@ -45,6 +46,20 @@ REINFORCING = [
         "-torch.min(bounded * advantages, clipped * advantages)",
         "-torch.max(bounded * advantages, clipped * advantages)",
         LOSSES + "[all-{}-dapo]",
+    ),
+    Mutant(
+        "policy: a process weights tokens by its own completions",
+        "train/policy/learner.py",
+        "weights = sequence_weights(batch.lengths, self._options)",
+        "weights = sequence_weights(batch.lengths[:2], self._options) * 2",
+        SHARES + "test_gradients_and_figures_are_those_of_one_process",
+    ),
+    Mutant(
+        "rollouts: processes sample the same draws",
+        "train/policy/generation.py",
+        "self._share(self.draws + own.start, len(own))",
+        "self._share(self.draws, len(own))",
+        SHARES + "test_batches_are_those_of_one_process",
     ),
     Mutant(
         "rollouts: sampled with the weights before the update",

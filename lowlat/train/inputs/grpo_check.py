@@ -19,8 +19,10 @@ def check_grpo(config: ModelConfig, recipe: Recipe, origin: str) -> None:
             raise UserError(
                 f"{where} samples in bf16 on the CPU; set precision 'bf16', device 'cpu'"
             )
-        if recipe.parallel.processes > 1:
-            raise UserError(f"{where} runs in one process; leave [parallel] out")
+        if max(recipe.parallel.processes, recipe.parallel.expert) > recipe.parallel.data:
+            raise UserError(
+                f"{where} divides batches alone; of [parallel], leave all sizes but data at 1"
+            )
         if recipe.distillation is not None:
             raise UserError(f"{where} learns from rewards; remove distillation")
         if phase.grpo.beta > 0 and recipe.base_model is None:

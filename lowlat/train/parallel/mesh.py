@@ -5,7 +5,7 @@ A single process is a mesh of size 1 on every axis, on which all operations are 
 """
 
 from collections.abc import Sequence
-from typing import final
+from typing import TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ TOKEN_AXES = ("data", "context", "fsdp")
 """Axes whose processes have different tokens of a batch."""
 ALL_AXES = ("pipeline", "data", "context", "fsdp", "tensor")
 """Axes that together hold every process."""
+
+T = TypeVar("T")
 
 
 @final
@@ -95,12 +97,25 @@ class ProcessMesh:
         dist.broadcast(tensor, src=0)
         return int(tensor.item())
 
+    def gather(self, value: T, axis: str) -> list[T]:
+        """The picklable `value` of every process along `axis`, in their order (all-gather)."""
+        if self.size(axis) == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size(axis)
+        dist.all_gather_object(values, value, group=self.group(axis))
+        return cast(list[T], values)
+
     def batch_shard(self, first: int, rows: int) -> tuple[int, int]:
         """First sequence and number of sequences of this process's part of `rows` sequences from
         `first`; `rows` is a multiple of `data_parallel_size`.
         """
         count = rows // self.data_parallel_size
         return first + self.data_parallel_rank * count, count
+
+    def share(self, count: int) -> range:
+        """This process's part of `count` items, which differs by at most one item from others."""
+        rank, size = self.data_parallel_rank, self.data_parallel_size
+        return range(count * rank // size, count * (rank + 1) // size)
 
     def barrier(self) -> None:
         if self.world_size > 1:

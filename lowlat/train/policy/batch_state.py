@@ -1,12 +1,24 @@
 """A batch of completions as tensors for a checkpoint, between two updates over it."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.policy.forward import PolicySequence
 from lowlat.train.policy.learner import PolicyBatch, masks_of
+
+
+def gathered(batch: PolicyBatch, mesh: ProcessMesh) -> PolicyBatch:
+    """`batch` with what the first update made in every process of `mesh`; collective."""
+    merged = replace(batch, old_logps={}, ref_logps={}, masks={})
+    for old, ref, masks in mesh.gather((batch.old_logps, batch.ref_logps, batch.masks), "data"):
+        merged.old_logps |= old
+        merged.ref_logps |= ref
+        merged.masks |= masks
+    return merged
 
 
 def tensors_of(batch: PolicyBatch) -> Iterator[tuple[str, Tensor]]:
@@ -17,9 +29,9 @@ def tensors_of(batch: PolicyBatch) -> Iterator[tuple[str, Tensor]]:
     for name, parts in (
         ("prompts", [torch.tensor(own.prompt) for own in batch.sequences]),
         ("completions", [torch.tensor(own.completion) for own in batch.sequences]),
-        ("old_logps", batch.old_logps),
-        ("ref_logps", batch.ref_logps),
-        ("masks", [mask for own in batch.masks for mask in own]),
+        ("old_logps", [own for _, own in sorted(batch.old_logps.items())]),
+        ("ref_logps", [own for _, own in sorted(batch.ref_logps.items())]),
+        ("masks", [mask for _, own in sorted(batch.masks.items()) for mask in own]),
     ):
         if parts:
             yield name, torch.cat(parts)
@@ -34,7 +46,8 @@ def batch_of(tensors: Mapping[str, Tensor]) -> PolicyBatch:
             return []
         return list(tensors[name].clone().split(tensors[f"{name}.lengths"].tolist()))
 
-    prompts, completions = parts("prompts"), parts("completions")
+    prompts, completions, masks = parts("prompts"), parts("completions"), parts("masks")
+    lengths = [len(completion) for completion in completions]
     return PolicyBatch(
         sequences=[
             PolicySequence(prompt=prompt.tolist(), completion=completion.tolist())
@@ -43,7 +56,7 @@ def batch_of(tensors: Mapping[str, Tensor]) -> PolicyBatch:
         advantages=tensors["advantages"].tolist(),
         is_counted=tensors["is_counted"].tolist(),
         updates=int(tensors["updates"]),
-        old_logps=parts("old_logps"),
-        ref_logps=parts("ref_logps"),
-        masks=masks_of(parts("masks"), [len(completion) for completion in completions]),
+        old_logps=dict(enumerate(parts("old_logps"))),
+        ref_logps=dict(enumerate(parts("ref_logps"))),
+        masks=dict(enumerate(masks_of(masks, lengths))) if masks else {},
     )

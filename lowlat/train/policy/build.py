@@ -6,6 +6,7 @@ from pathlib import Path
 from lowlat.model.native import supports_native
 from lowlat.model.transformer import Transformer
 from lowlat.text.tokenizer import Tokenizer
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.policy.evaluation import HeldOutEvaluation
 from lowlat.train.policy.generation import Generator, distribution_of
 from lowlat.train.policy.learner import PolicyLearner
@@ -34,12 +35,13 @@ def new_grpo_phase(
     tokenizer: Tokenizer,
     rewards: RewardWorkers,
     run: Path,
+    mesh: ProcessMesh,
 ) -> GRPOPhase:
     """The GRPO `phase` that trains `model`, fp32 master weights.
 
     reference: base_model in bf16 with stacked experts, if the recipe's beta is above 0; held_out:
-    prompts of evaluations, if any; run: the run folder. Raises UserError if the native kernels are
-    missing.
+    prompts of evaluations, if any; run: the run folder; mesh: divides batches along `data`. Raises
+    UserError if the native kernels are missing.
     """
     table = phase.grpo
     assert table is not None
@@ -49,6 +51,7 @@ def new_grpo_phase(
         distribution=distribution_of(table),
         options=_loss_options(table),
         reference=None if reference is None else PolicyWeights(reference).new_model(),
+        mesh=mesh,
     )
     if not supports_native(learner.model):
         raise UserError("grpo needs lowlat's native kernels; install them (docs/native.md)")
@@ -66,6 +69,7 @@ def new_grpo_phase(
         rewards=rewards,
         seed=recipe.seed,
         samples=run / SAMPLES,
+        mesh=mesh,
     )
     evaluation = None
     if held_out is not None:
@@ -78,9 +82,15 @@ def new_grpo_phase(
             tokenizer=tokenizer,
             rewards=rewards,
             samples=run / SAMPLES,
+            mesh=mesh,
         )
     return GRPOPhase(
-        learner, engine, generator, iterations=table.num_iterations, evaluation=evaluation
+        learner,
+        engine,
+        generator,
+        iterations=table.num_iterations,
+        evaluation=evaluation,
+        mesh=mesh,
     )
 
 

@@ -3,11 +3,13 @@
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.metrics.record import PassAtKRecord
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.policy.distribution import SamplingDistribution
 from lowlat.train.policy.generation import write_samples
 from lowlat.train.policy.prompts import PromptRecord
@@ -39,15 +41,19 @@ def evaluate_completions(
     rewards: RewardWorkers,
     tokenizer: Tokenizer,
     table: EvaluationConfig,
+    mesh: ProcessMesh | None = None,
 ) -> EvaluatedPrompts:
     """pass@k of completions, table.num_generations for each prompt.
 
     A completion passes if the first function of `rewards` gives at least table.pass_threshold; one
-    whose reward fails does not pass.
+    whose reward fails does not pass. The processes of `mesh` share the scoring; collective.
     """
+    mesh = mesh or ProcessMesh()
     rollouts = [own for group in groups for own in group]
     found = [own.sample(tokenizer) for own in rollouts]
-    scores: list[Score] = [own[0] for own in rewards.score(found)]
+    share = mesh.share(len(found))
+    own_scores = [own[0] for own in rewards.score(found[share.start : share.stop])]
+    scores: list[Score] = list(chain.from_iterable(mesh.gather(own_scores, "data")))
     passes = [isinstance(own, float) and own >= table.pass_threshold for own in scores]
     n = table.num_generations
     counts = [sum(passes[first : first + n]) for first in range(0, len(passes), n)]
@@ -94,8 +100,10 @@ class HeldOutEvaluation:
         tokenizer: Tokenizer,
         rewards: RewardWorkers,
         samples: Path,
+        mesh: ProcessMesh | None = None,
     ) -> None:
-        """samples: folder of the files of samples."""
+        """samples: folder of the files of samples; mesh: its processes share the prompts."""
+        self._mesh = mesh or ProcessMesh()
         self._engine = engine
         self._table = table
         self._prompts = prompts
@@ -106,17 +114,22 @@ class HeldOutEvaluation:
         self._samples = samples
 
     def run(self, step: int) -> EvaluatedPrompts:
-        """Evaluate the weights after `step` optimizer steps, and write the samples."""
-        groups = self._engine.generate(
-            self._prompts,
-            0,
+        """Evaluate the weights after `step` optimizer steps, and write the samples; collective."""
+        share = self._mesh.share(len(self._prompts))
+        own = self._engine.generate(
+            self._prompts[share.start : share.stop],
+            share.start,
             num_generations=self._table.num_generations,
             max_tokens=self._max_tokens,
             distribution=self._distribution,
             purpose=EVALUATION,
         )
-        found = evaluate_completions(groups, self._rewards, self._tokenizer, self._table)
-        write_samples(self._samples / f"held-out-{step:08}.jsonl", found.samples)
+        groups = list(chain.from_iterable(self._mesh.gather(own, "data")))
+        found = evaluate_completions(
+            groups, self._rewards, self._tokenizer, self._table, self._mesh
+        )
+        if self._mesh.is_main_process:
+            write_samples(self._samples / f"held-out-{step:08}.jsonl", found.samples)
         return found
 
 

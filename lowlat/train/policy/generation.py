@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.checkpoints.errors import using
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.policy.advantages import group_advantages, has_signal, soft_overlong_punishment
 from lowlat.train.policy.distribution import SamplingDistribution
 from lowlat.train.policy.forward import PolicySequence
@@ -86,8 +88,12 @@ class Generator:
         rewards: RewardWorkers,
         seed: int,
         samples: Path,
+        mesh: ProcessMesh | None = None,
     ) -> None:
-        """samples: folder of the files of samples."""
+        """samples: folder of the files of samples, which rank 0 of `mesh` writes; every process of
+        its axis `data` samples and scores a share of the prompts.
+        """
+        self._mesh = mesh or ProcessMesh()
         self._engine = engine
         self._table = table
         self._prompts = prompts
@@ -104,7 +110,9 @@ class Generator:
         """A failed reward of the latest batch."""
 
     def batch(self, num_completions: int, step: int) -> tuple[PolicyBatch, GenerationFigures]:
-        """A batch of whole groups for the optimizer step number `step`, from 1."""
+        """A batch of whole groups for the optimizer step number `step`, from 1; collective. All
+        processes get the whole batch, that of one process.
+        """
         wanted = num_completions // self._table.num_generations
         groups = self._sampled(wanted)
         figures = GenerationFigures.of(groups)
@@ -118,7 +126,8 @@ class Generator:
         by_group = group_advantages(rewards_of(groups), self._table.scale_rewards)
         advantages = by_group.flatten().tolist()
         used = [own for group in groups for own in group]
-        self._write(step, used, advantages)
+        if self._mesh.is_main_process:
+            self._write(step, used, advantages)
         masks = self._table.mask_truncated_completions
         batch = PolicyBatch(
             sequences=[
@@ -139,21 +148,12 @@ class Generator:
         groups: list[list[ScoredRollout]] = []
         seconds, rounds = 0.0, 0
         while True:
-            prompts = [
-                drawn(self._prompts, self.draws + place, self._seed) for place in range(wanted)
-            ]
-            began = time.monotonic()
-            new = self._engine.generate(
-                prompts,
-                self.draws,
-                num_generations=self._table.num_generations,
-                max_tokens=self._table.max_completion_length,
-                distribution=self._distribution,
-            )
-            seconds += time.monotonic() - began
+            own = self._mesh.share(wanted)
+            shares = self._mesh.gather(self._share(self.draws + own.start, len(own)), "data")
+            groups += chain.from_iterable(share for share, _ in shares)
+            seconds += max(own for _, own in shares)
             self.draws += wanted
             rounds += 1
-            groups += self._scored(new)
             is_enough = int(has_signal(rewards_of(groups)).sum()) >= wanted
             is_last = rounds == self._table.max_num_gen_batches
             if is_enough or is_last or not self._table.dynamic_sampling:
@@ -161,6 +161,20 @@ class Generator:
         count = sum(len(own.rollout.completion) for group in groups for own in group)
         self.tokens_per_second = count / seconds
         return groups
+
+    def _share(self, first_draw: int, count: int) -> tuple[list[list[ScoredRollout]], float]:
+        """`count` groups, of draws from `first_draw`, and the seconds of their sampling."""
+        prompts = [drawn(self._prompts, first_draw + n, self._seed) for n in range(count)]
+        began = time.monotonic()
+        groups = self._engine.generate(
+            prompts,
+            first_draw,
+            num_generations=self._table.num_generations,
+            max_tokens=self._table.max_completion_length,
+            distribution=self._distribution,
+        )
+        seconds = time.monotonic() - began
+        return self._scored(groups), seconds
 
     def _scored(self, groups: Sequence[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
         samples = [own.sample(self._tokenizer) for group in groups for own in group]

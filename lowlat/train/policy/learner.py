@@ -4,7 +4,7 @@ GRPO losses, gradients of the fp32 master weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -13,6 +13,7 @@ from torch import Tensor
 from lowlat.config.model import ModelConfig
 from lowlat.model.transformer import Transformer
 from lowlat.ops.cross_entropy import CHUNK_ELEMENTS, even_chunks
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.policy.backward import PolicyBackward
 from lowlat.train.policy.distribution import Masks, SamplingDistribution, entropy
 from lowlat.train.policy.forward import PolicyForward, PolicyPass, PolicySequence
@@ -35,12 +36,13 @@ class PolicyBatch:
     """
     updates: int = 0
     """Optimizer steps over the batch so far."""
-    old_logps: list[Float64[Tensor, " _"]] = field(default_factory=list)
-    """Log-probabilities of the tokens of each completion before the first update, which makes them;
-    those of the reference, and the sampling masks, likewise.
+    old_logps: dict[int, Float64[Tensor, " _"]] = field(default_factory=dict)
+    """Log-probabilities of the tokens of each completion before the first update, by its number.
+    The first update makes them, those of the reference and the sampling masks, in data parallelism
+    for this process's completions.
     """
-    ref_logps: list[Float64[Tensor, " _"]] = field(default_factory=list)
-    masks: list[Masks] = field(default_factory=list)
+    ref_logps: dict[int, Float64[Tensor, " _"]] = field(default_factory=dict)
+    masks: dict[int, Masks] = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:
@@ -68,6 +70,20 @@ class PolicyFigures:
     experts: dict[int, Float64[Tensor, " experts"]] = field(default_factory=dict)
     """Choices of every expert, by layer, over prompts and completions."""
 
+    def add(self, other: "PolicyFigures") -> None:
+        """Count `other`, too."""
+        self.loss += other.loss
+        self.tokens += other.tokens
+        self.num_inputs += other.num_inputs
+        self.entropy += other.entropy
+        self.clipped += other.clipped
+        if other.kl is not None:
+            self.kl = (self.kl or 0.0) + other.kl
+        if other.mismatch is not None:
+            self.mismatch = largest(other.mismatch, self.mismatch or 0.0)
+        for layer, counts in other.experts.items():
+            self.experts[layer] = self.experts.get(layer, 0) + counts
+
 
 class PolicyLearner:
     """Trains `trained`, fp32 master weights or low-rank updates `lora` of a bf16 model, whose
@@ -82,8 +98,12 @@ class PolicyLearner:
         distribution: SamplingDistribution,
         options: LossOptions,
         reference: Transformer | None = None,
+        mesh: ProcessMesh | None = None,
     ) -> None:
-        """reference: the bf16 model of the KL divergence."""
+        """reference: the bf16 model of the KL divergence; mesh: divides the completions of a batch
+        among its processes (data parallelism).
+        """
+        self._mesh = mesh or ProcessMesh()
         self._weights = PolicyWeights(trained, lora)
         self.model = self._weights.new_model()
         self._forward = PolicyForward(self.model)
@@ -100,18 +120,27 @@ class PolicyLearner:
         self._forward.refresh()
 
     def accumulate(self, batch: PolicyBatch, micro_batch_size: int) -> PolicyFigures:
-        """Add the gradients of the loss of `batch` to those of the master weights."""
-        figures = PolicyFigures()
+        """Add the gradients of the loss of this process's completions of `batch` to those of the
+        master weights. Returns the figures of the whole batch, summed in the order of its
+        micro-batches in any number of processes; collective.
+        """
         weights = sequence_weights(batch.lengths, self._options)
-        for first in range(0, len(batch.sequences), micro_batch_size):
-            part = range(first, min(first + micro_batch_size, len(batch.sequences)))
-            self._micro_batch(batch, part, weights, figures)
+        first, count = self._mesh.batch_shard(0, len(batch.sequences))
+        own = range(first, first + count)
+        parts = [
+            self._micro_batch(batch, own[start : start + micro_batch_size], weights)
+            for start in range(0, count, micro_batch_size)
+        ]
+        figures = PolicyFigures()
+        for part in chain.from_iterable(self._mesh.gather(parts, "data")):
+            figures.add(part)
         return figures
 
     @torch.no_grad()
     def _micro_batch(
-        self, batch: PolicyBatch, part: range, weights: Sequence[float], figures: PolicyFigures
-    ) -> None:
+        self, batch: PolicyBatch, part: range, weights: Sequence[float]
+    ) -> PolicyFigures:
+        figures = PolicyFigures()
         sequences = [batch.sequences[number] for number in part]
         run = self._forward.run(sequences)
         reference = None
@@ -136,10 +165,11 @@ class PolicyLearner:
                 tokens.ref_logps.append(_of_targets(ref, run.targets[rows]))
             self._chunk_gradient(run, rows, logps, tokens, grad, figures)
         if batch.updates == 0:
-            tokens.keep(batch)
+            tokens.keep(batch, part)
         figures.num_inputs += len(run.ids)
         self._backward.run(run, grad)
         _count_experts(run, self.model.config, figures)
+        return figures
 
     def _chunk_gradient(
         self,
@@ -201,18 +231,19 @@ class _Tokens:
     masks: list[Int[Tensor, " _"]]
     logprobs: list[float]
 
-    def keep(self, batch: PolicyBatch) -> None:
-        """Append the lists to those of `batch`."""
-        batch.old_logps += torch.cat(self.old_logps).split(self.lengths)
+    def keep(self, batch: PolicyBatch, part: range) -> None:
+        """Add the lists to those of `batch`, of which these are the completions `part`."""
+        batch.old_logps |= zip(part, torch.cat(self.old_logps).split(self.lengths), strict=True)
         if self.ref_logps:
-            batch.ref_logps += torch.cat(self.ref_logps).split(self.lengths)
-        batch.masks += masks_of(self.masks, self.lengths)
+            batch.ref_logps |= zip(part, torch.cat(self.ref_logps).split(self.lengths), strict=True)
+        if self.masks:
+            batch.masks |= zip(part, masks_of(self.masks, self.lengths), strict=True)
 
 
 def masks_of(masks: Sequence[Int[Tensor, " _"]], lengths: Sequence[int]) -> list[Masks]:
-    """The `masks` of all tokens as one list per completion of `lengths` tokens; [] without any."""
+    """The `masks` of all tokens as one list per completion of `lengths` tokens."""
     rest = iter(masks)
-    return [list(islice(rest, length)) for length in lengths] if masks else []
+    return [list(islice(rest, length)) for length in lengths]
 
 
 def _tokens(batch: PolicyBatch, part: range, weights: Sequence[float]) -> _Tokens:
@@ -254,11 +285,11 @@ def _of_targets(
 
 
 def _count_experts(run: PolicyPass, config: ModelConfig, figures: PolicyFigures) -> None:
-    """Add the choices of the gates of all MoE layers."""
+    """Set the choices of the gates of all MoE layers."""
     assert run.kept is not None
     if run.kept.experts is None or config.moe is None:
         return
     for layer, chosen in enumerate(run.kept.experts):
         if config.is_moe_layer(layer):
             counts = torch.bincount(chosen.flatten(), minlength=config.moe.n_routed_experts)
-            figures.experts[layer] = figures.experts.get(layer, 0) + counts.double()
+            figures.experts[layer] = counts.double()

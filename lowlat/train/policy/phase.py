@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lowlat.train.metrics.record import RolloutRecord
-from lowlat.train.policy.batch_state import batch_of, tensors_of
+from lowlat.train.parallel.mesh import ProcessMesh
+from lowlat.train.policy.batch_state import batch_of, gathered, tensors_of
 from lowlat.train.policy.evaluation import HeldOutEvaluation
 from lowlat.train.policy.generation import GenerationFigures, Generator
 from lowlat.train.policy.learner import PolicyBatch, PolicyFigures, PolicyLearner
@@ -37,8 +38,12 @@ class GRPOPhase:
         *,
         iterations: int,
         evaluation: HeldOutEvaluation | None = None,
+        mesh: ProcessMesh | None = None,
     ) -> None:
-        """iterations: optimizer steps per batch of completions."""
+        """iterations: optimizer steps per batch of completions; mesh: the processes of the run,
+        which take every step together.
+        """
+        self._mesh = mesh or ProcessMesh()
         self.evaluation = evaluation
         self._learner = learner
         self._engine = engine
@@ -107,13 +112,13 @@ class GRPOPhase:
         return replace(result, loads=loads), record
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Draws so far and, between updates over the same completions, these."""
+        """Draws so far and, between updates over the same completions, these; collective."""
         yield DRAWS, torch.tensor(self._generator.draws)
         if self._batch is None or self._batch.updates == self._iterations:
             return
         assert self._figures is not None
         yield FIGURES, torch.tensor(astuple(self._figures), dtype=torch.float64)
-        for name, tensor in tensors_of(self._batch):
+        for name, tensor in tensors_of(gathered(self._batch, self._mesh)):
             yield BATCH + name, tensor
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from lowlat.model.transformer import Transformer
 from lowlat.train.inputs.run_inputs import RunInputs
 from lowlat.train.metrics.record import EvalRecord
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.policy.build import new_grpo_phase
 from lowlat.train.policy.evaluation import HeldOutEvaluation
 from lowlat.train.policy.phase import GRPOPhase
@@ -14,10 +15,15 @@ from lowlat.train.run.build import load_base_model
 
 
 def grpo_phase(
-    model: Transformer, recipe: Recipe, index: int, inputs: RunInputs, run: Path
+    model: Transformer,
+    recipe: Recipe,
+    index: int,
+    inputs: RunInputs,
+    run: Path,
+    mesh: ProcessMesh,
 ) -> GRPOPhase | None:
-    """Phase `index` of `recipe`, which trains `model` in the run folder `run`; None if it is none
-    of GRPO.
+    """Phase `index` of `recipe`, which trains `model` in the run folder `run` and the processes
+    `mesh`; None if it is none of GRPO.
     """
     phase, own = recipe.phase[index], inputs.grpo[index]
     if phase.grpo is None or own is None:
@@ -36,6 +42,7 @@ def grpo_phase(
         tokenizer=own.tokenizer,
         rewards=own.rewards,
         run=run,
+        mesh=mesh,
     )
 
 

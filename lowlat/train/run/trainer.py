@@ -232,9 +232,8 @@ class Trainer:
             mesh=self._mesh,
         )
         self._indexers = IndexerLosses(self.model, mesh=self._mesh)
-        self._grpo = grpo_phase(
-            self.model, self.recipe, self._phase, self._inputs, self.run_folder.path
-        )
+        run = self.run_folder.path
+        self._grpo = grpo_phase(self.model, self.recipe, self._phase, self._inputs, run, self._mesh)
         if self._grpo is not None:
             self._grpo.load(rollouts)
 

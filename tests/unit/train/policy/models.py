@@ -7,6 +7,7 @@ import torch
 from lowlat.config.model import ModelConfig
 from lowlat.model.transformer import Transformer
 from lowlat.train.layers.stacked_experts import stack_experts
+from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.policy.distribution import SamplingDistribution
 from lowlat.train.policy.learner import PolicyLearner
 from lowlat.train.policy.loss import LossOptions
@@ -37,6 +38,7 @@ def learner(
     model: Transformer,
     distribution: SamplingDistribution | None = None,
     options: LossOptions | None = None,
+    mesh: ProcessMesh | None = None,
 ) -> PolicyLearner:
     """A learner of all weights, without a reference."""
     return PolicyLearner(
@@ -44,4 +46,5 @@ def learner(
         None,
         distribution=distribution or SamplingDistribution(),
         options=options or LossOptions(),
+        mesh=mesh,
     )

@@ -61,9 +61,12 @@ def batch() -> PolicyBatch:
         advantages=ADVANTAGES,
         is_counted=[True, True, False, True],
         updates=1,
-        old_logps=old,
-        ref_logps=ref,
-        masks=[[torch.arange(3, 250)] * len(own.completion) for own in SEQUENCES],
+        old_logps=dict(enumerate(old)),
+        ref_logps=dict(enumerate(ref)),
+        masks={
+            number: [torch.arange(3, 250)] * len(own.completion)
+            for number, own in enumerate(SEQUENCES)
+        },
     )
 
 
