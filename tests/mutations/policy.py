@@ -55,6 +55,13 @@ REINFORCING = [
         SHARES + "test_gradients_and_figures_are_those_of_one_process",
     ),
     Mutant(
+        "policy: MTP modules learn the token before their target",
+        "train/policy/mtp.py",
+        "targets += tokens[depth + 2 : depth + 2 + size]",
+        "targets += tokens[depth + 1 : depth + 1 + size]",
+        POLICY + "test_mtp.py::test_modules_have_the_gradients_of_fp64",
+    ),
+    Mutant(
         "rollouts: processes sample the same draws",
         "train/policy/generation.py",
         "self._share(self.draws + own.start, len(own))",

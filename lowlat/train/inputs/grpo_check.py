@@ -2,7 +2,6 @@
 
 from lowlat.config.attention import distinct
 from lowlat.config.model import ModelConfig, TPAConfig
-from lowlat.train.recipe.schedule import value_at
 from lowlat.train.recipe.schema import Recipe
 from lowlat.utils.errors import UserError
 
@@ -31,6 +30,3 @@ def check_grpo(config: ModelConfig, recipe: Recipe, origin: str) -> None:
             raise UserError(
                 f"{where} has no sequence-wise balance loss; set balance.sequence_weight = 0"
             )
-        ahead = [value_at(phase.mtp_weight, step, phase.steps) for step in range(phase.steps)]
-        if config.num_nextn_predict_layers and any(ahead):
-            raise UserError(f"{where} freezes MTP modules; set mtp_weight = 0")

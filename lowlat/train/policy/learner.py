@@ -4,7 +4,7 @@ GRPO losses, gradients of the fp32 master weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -18,6 +18,7 @@ from lowlat.train.policy.backward import PolicyBackward
 from lowlat.train.policy.distribution import Masks, SamplingDistribution, entropy
 from lowlat.train.policy.forward import PolicyForward, PolicyPass, PolicySequence
 from lowlat.train.policy.loss import LossOptions, sequence_weights, token_losses
+from lowlat.train.policy.mtp import MTPTraining, num_targets
 from lowlat.train.policy.weights import PolicyWeights
 from lowlat.train.recipe.schema import LoraConfig
 
@@ -69,6 +70,8 @@ class PolicyFigures:
     """
     experts: dict[int, Float64[Tensor, " experts"]] = field(default_factory=dict)
     """Choices of every expert, by layer, over prompts and completions."""
+    mtp_losses: list[float] = field(default_factory=list)
+    """Mean loss of each MTP module, nats per token; empty if they are frozen."""
 
     def add(self, other: "PolicyFigures") -> None:
         """Count `other`, too."""
@@ -83,6 +86,8 @@ class PolicyFigures:
             self.mismatch = largest(other.mismatch, self.mismatch or 0.0)
         for layer, counts in other.experts.items():
             self.experts[layer] = self.experts.get(layer, 0) + counts
+        pairs = zip_longest(self.mtp_losses, other.mtp_losses, fillvalue=0.0)
+        self.mtp_losses = [own + more for own, more in pairs]
 
 
 class PolicyLearner:
@@ -108,6 +113,7 @@ class PolicyLearner:
         self.model = self._weights.new_model()
         self._forward = PolicyForward(self.model)
         self._backward = PolicyBackward(self._weights)
+        self._mtp = MTPTraining(self._weights)
         self._reference = None if reference is None else PolicyForward(reference)
         self._distribution = distribution
         self._options = options
@@ -119,16 +125,20 @@ class PolicyLearner:
         self._weights.refresh()
         self._forward.refresh()
 
-    def accumulate(self, batch: PolicyBatch, micro_batch_size: int) -> PolicyFigures:
+    def accumulate(
+        self, batch: PolicyBatch, micro_batch_size: int, mtp_weight: float = 0.0
+    ) -> PolicyFigures:
         """Add the gradients of the loss of this process's completions of `batch` to those of the
         master weights. Returns the figures of the whole batch, summed in the order of its
         micro-batches in any number of processes; collective.
+
+        mtp_weight: that of the MTP loss, averaged over modules (lambda); 0 freezes them.
         """
         weights = sequence_weights(batch.lengths, self._options)
         first, count = self._mesh.batch_shard(0, len(batch.sequences))
         own = range(first, first + count)
         parts = [
-            self._micro_batch(batch, own[start : start + micro_batch_size], weights)
+            self._micro_batch(batch, own[start : start + micro_batch_size], weights, mtp_weight)
             for start in range(0, count, micro_batch_size)
         ]
         figures = PolicyFigures()
@@ -136,9 +146,16 @@ class PolicyLearner:
             figures.add(part)
         return figures
 
+    def _mtp_targets(self, batch: PolicyBatch) -> list[int]:
+        """Targets of every MTP module in the counted completions of `batch`, at least 1."""
+        pairs = zip(batch.sequences, batch.is_counted, strict=True)
+        counted = [own for own, counts in pairs if counts]
+        modules = range(self.model.config.num_nextn_predict_layers)
+        return [max(1, num_targets(counted, depth)) for depth in modules]
+
     @torch.no_grad()
     def _micro_batch(
-        self, batch: PolicyBatch, part: range, weights: Sequence[float]
+        self, batch: PolicyBatch, part: range, weights: Sequence[float], mtp_weight: float
     ) -> PolicyFigures:
         figures = PolicyFigures()
         sequences = [batch.sequences[number] for number in part]
@@ -169,6 +186,13 @@ class PolicyLearner:
         figures.num_inputs += len(run.ids)
         self._backward.run(run, grad)
         _count_experts(run, self.model.config, figures)
+        targets = self._mtp_targets(batch)
+        if mtp_weight and targets:
+            factors = [mtp_weight / (len(targets) * count) for count in targets]
+            found = self._mtp.run(run, sequences, [batch.is_counted[n] for n in part], factors)
+            pairs = zip(found.losses, targets, strict=True)
+            figures.mtp_losses = [loss / count for loss, count in pairs]
+            figures.experts |= found.experts
         return figures
 
     def _chunk_gradient(

@@ -76,7 +76,7 @@ class GRPOPhase:
         batch, generated = self._batch, self._figures
         assert generated is not None
         began = time.monotonic()
-        figures = self._learner.accumulate(batch, plan.phase.micro_batch_size)
+        figures = self._learner.accumulate(batch, plan.phase.micro_batch_size, plan.mtp_weight)
         if figures.mismatch:
             report(
                 f"step {plan.step + 1}: log-probabilities of sampling and training differ by up to "
@@ -97,6 +97,7 @@ class GRPOPhase:
             loads=(),
             has_targets=has_targets,
             num_inputs=figures.num_inputs,
+            mtp_losses=tuple(figures.mtp_losses),
         )
         if not result.is_finite:
             self._generator.draws, self._batch, self._figures = before

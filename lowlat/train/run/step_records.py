@@ -49,7 +49,7 @@ class StepRecorder:
             tokens=tokens,
             seconds=position.seconds,
             loss=result.losses[0] if result.losses else None,
-            mtp_losses=result.losses[1:],
+            mtp_losses=result.losses[1:] or result.mtp_losses,
             z_loss=plan.phase.z_weight * result.z,
             sequence_loss=result.sequence_loss,
             grad_norm=result.grad_norm,

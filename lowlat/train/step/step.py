@@ -45,6 +45,8 @@ class StepResult:
     """Losses and recall of every indexer; empty with dense attention."""
     has_targets: bool = True
     """Whether the global batch has a target; without one, no weight is updated."""
+    mtp_losses: tuple[float, ...] = ()
+    """As in `losses`, of a phase without a loss of the main head."""
     num_inputs: int | None = None
     """Input tokens without padding; None: all of the batch."""
 

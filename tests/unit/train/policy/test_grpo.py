@@ -115,6 +115,21 @@ def test_a_run_logs_and_exports(folder: Path) -> None:
     assert set(matrices) <= set(changed)
 
 
+def test_mtp_modules_learn_what_is_sampled(folder: Path) -> None:
+    """Their routing biases, too; the engine drafts with the weights of the last update."""
+    raw = raw_recipe()
+    raw["phase"][0] |= {"steps": 3, "mtp_weight": 0.5}
+    run = train(folder, raw, "mtp")
+    records = run.records("step")
+    assert [record["rollouts"]["mismatch"] for record in records] == [0.0] * 3
+    assert all(len(record["mtp_losses"]) == 1 for record in records)
+    assert records[-1]["mtp_losses"] < records[0]["mtp_losses"]
+    assert run.outcome.model is not None
+    trained, base = (tuning.loaded(path) for path in (run.outcome.model, folder / "base"))
+    same = [name for name in base if torch.equal(trained[name], base[name])]
+    assert not any(name.startswith("mtp.") for name in same)
+
+
 @pytest.mark.parametrize("stopped", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_to_the_same_bits(folder: Path, stopped: int) -> None:
     """Between two updates over the same completions, and before new ones."""
