@@ -69,6 +69,8 @@ def test_two_processes_learn_the_bits_of_one(folder: Path) -> None:
     """
     raw = grpo.raw_recipe(grpo.FULL | {"dynamic_sampling": True})
     raw["phase"][0] |= {"mtp_weight": 0.3}
+    raw["evaluation"] = {"prompts": "prompts.jsonl", "num_generations": 2, "pass_at": [1, 2]}
+    raw["evaluation"] |= {"every_steps": 2}
     one = train(folder, raw, "one", 1)
     two = train(folder, raw, "two", 2)
     assert_same(one, two)

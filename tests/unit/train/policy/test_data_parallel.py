@@ -117,7 +117,7 @@ def generated(folder: Path, mesh: ProcessMesh) -> tuple[PolicyBatch, GenerationF
         ]
 
     def score(samples: list[Sample]) -> list[list[float]]:
-        return [[float(ord(s.completion[0]) * (ord(s.completion[1]) % 2)) % 4] for s in samples]
+        return [[float(ord(s.completion[0]) * (ord(s.completion[1]) % 2) % 2)] for s in samples]
 
     engine.generate.side_effect = generate
     rewards.score.side_effect = score
