@@ -16,7 +16,7 @@ from lowlat.train.policy.prompts import PromptRecord
 from lowlat.train.policy.rollouts import RolloutEngine
 from lowlat.train.policy.weights import PolicyWeights
 from lowlat.train.recipe.grpo import GRPOConfig
-from lowlat.train.recipe.schema import Phase, Recipe
+from lowlat.train.recipe.schema import LoraConfig, Phase, Recipe
 from lowlat.train.rewards.workers import RewardWorkers
 from lowlat.utils.errors import UserError
 
@@ -45,16 +45,7 @@ def new_grpo_phase(
     """
     table = phase.grpo
     assert table is not None
-    learner = PolicyLearner(
-        model,
-        recipe.lora,
-        distribution=distribution_of(table),
-        options=_loss_options(table),
-        reference=None if reference is None else PolicyWeights(reference).new_model(),
-        mesh=mesh,
-    )
-    if not supports_native(learner.model):
-        raise UserError("grpo needs lowlat's native kernels; install them (docs/native.md)")
+    learner = _new_learner(model, recipe.lora, table, reference, mesh)
     engine = RolloutEngine(
         learner.model,
         context=phase.sequence_length,
@@ -92,6 +83,26 @@ def new_grpo_phase(
         evaluation=evaluation,
         mesh=mesh,
     )
+
+
+def _new_learner(
+    model: Transformer,
+    lora: LoraConfig | None,
+    table: GRPOConfig,
+    reference: Transformer | None,
+    mesh: ProcessMesh,
+) -> PolicyLearner:
+    learner = PolicyLearner(
+        model,
+        lora,
+        distribution=distribution_of(table),
+        options=_loss_options(table),
+        reference=None if reference is None else PolicyWeights(reference).new_model(),
+        mesh=mesh,
+    )
+    if not supports_native(learner.model):
+        raise UserError("grpo needs lowlat's native kernels; install them (docs/native.md)")
+    return learner
 
 
 def _loss_options(table: GRPOConfig) -> LossOptions:
