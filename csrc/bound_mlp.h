@@ -1,6 +1,7 @@
 // Python binding of MLPs, routers and mixtures of experts: parts of a layer.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -42,14 +43,22 @@ inline BoundRouter make_router(const BoundMatrix& weight, const std::optional<Ar
   return bound;
 }
 
-inline BoundMoe make_moe(const BoundRouter& router, const std::vector<BoundMlp>& experts, std::int64_t first) {
+// `places` has the expert of every place of all processes, equally many each.
+inline BoundMoe make_moe(const BoundRouter& router, const std::vector<BoundMlp>& experts,
+                         const std::vector<std::int32_t>& places) {
   BoundMoe bound;
   bound.part.router = bound.keep(router);
-  bound.part.first = first;
+  bound.part.places = places;
   for (const BoundMlp& expert : experts) bound.part.experts.push_back(bound.keep(expert));
-  const auto own = static_cast<std::int64_t>(experts.size());
-  require(own > 0 && router.part.experts % own == 0 && first >= 0 && first % own == 0 && first < router.part.experts,
-          "the router has another number of experts");
+  require(!experts.empty() && places.size() % experts.size() == 0, "the processes have different numbers of experts");
+  std::vector<bool> has_place(router.part.experts);
+  for (std::size_t place = 0; place < places.size(); ++place) {
+    const std::int32_t expert = places[place];
+    require(expert >= 0 && expert < router.part.experts, "the router has another number of experts");
+    require(place % experts.size() == 0 || places[place - 1] <= expert, "a process's experts do not ascend");
+    has_place[expert] = true;
+  }
+  require(std::find(has_place.begin(), has_place.end(), false) == has_place.end(), "an expert has no place");
   return bound;
 }
 

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <utility>
 
+#include "bound_attention.h"
 #include "bound_cache.h"
 #include "bound_exchange.h"
 #include "bound_kept.h"
@@ -25,114 +26,6 @@ namespace {
 
 using namespace nb::literals;
 
-BoundIndexer make_indexer(std::int64_t heads, std::int64_t rope_dim, std::int64_t pair_step, bool interleave,
-                          const BoundProjection& q, const BoundProjection& k, const BoundNorm& k_norm,
-                          const Array& k_norm_bias, const BoundMatrix& weights) {
-  BoundIndexer bound;
-  Indexer& indexer = bound.part;
-  indexer.heads = heads;
-  indexer.rope_dim = rope_dim;
-  indexer.pair_step = pair_step;
-  indexer.interleave = interleave;
-  indexer.q = bound.keep(q);
-  indexer.k = bound.keep(k);
-  indexer.dim = indexer.k.weight.rows;
-  indexer.k_norm = bound.keep(k_norm);
-  indexer.k_norm_bias = elements<float>(k_norm_bias, "k_norm_bias", Type::fp32, {indexer.dim});
-  bound.owners.push_back(k_norm_bias);
-  indexer.weights = bound.keep(weights);
-  require(heads > 0 && indexer.dim > 0 && indexer.dim % 2 == 0, "an indexer has no heads, or an odd number of channels");
-  require(rope_dim >= 0 && rope_dim % 2 == 0 && rope_dim <= indexer.dim && pair_step > 0,
-          "index keys are narrower than the rotated channels, or these are odd");
-  require(indexer.k_norm.size == indexer.dim, "the norm of index keys has another size");
-  require_shape(indexer.q.weight, heads * indexer.dim, indexer.q.weight.columns, "index q");
-  require_shape(indexer.weights, heads, indexer.k.weight.columns, "index weights");
-  return bound;
-}
-
-BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::int64_t rope_dim, std::int64_t value_dim,
-                        float scale, bool interleave, const std::optional<BoundProjection>& q_a,
-                        const std::optional<BoundNorm>& q_a_norm, const BoundProjection& q, const BoundProjection& kv_a,
-                        const std::vector<BoundNorm>& kv_a_norms, const BoundMatrix& kv_b,
-                        const std::optional<BoundMatrix>& k_b, const BoundProjection& o,
-                        const std::vector<std::optional<BoundLowRank>>& kv_b_updates, std::int64_t topk,
-                        const std::optional<BoundIndexer>& indexer) {
-  BoundAttention bound;
-  Attention& a = bound.part;
-  a.heads = heads;
-  a.nope_dim = nope_dim;
-  a.rope_dim = rope_dim;
-  a.value_dim = value_dim;
-  a.scale = scale;
-  a.interleave = interleave;
-  a.q_a = bound.keep(q_a);
-  if (q_a_norm) a.q_a_norm = bound.keep(*q_a_norm);
-  a.q = bound.keep(q);
-  a.kv_a = bound.keep(kv_a);
-  for (const BoundNorm& norm : kv_a_norms) a.kv_a_norms.push_back(bound.keep(norm));
-  a.kv_b = bound.keep(kv_b);
-  if (k_b) a.k_b = bound.keep(*k_b);
-  a.o = bound.keep(o);
-  a.latent_dim = a.kv_b.columns;
-  require(a.latent_dim > 0 && rope_dim % 2 == 0, "kv_b has no columns, or rope_dim is odd");
-  require(!a.kv_b.is_tiled(), "kv_b is not row-major");
-  require_shape(a.kv_b, heads * (k_b ? value_dim : nope_dim + value_dim), a.latent_dim, "kv_b");
-  a.kv_b_updates = keep_updates(bound, kv_b_updates, heads * (nope_dim + value_dim), a.latent_dim);
-  if (a.k_b) {
-    require(!a.k_b->is_tiled() && !a.k_b->has_row_scales(), "k_b has an unsupported storage");
-    require_shape(*a.k_b, heads * a.latent_dim, nope_dim, "k_b");
-    // Packed activations are found by address, so heads must not share padded ones.
-    require(nope_dim % kGroup == 0, "k_b has columns that are no multiple of 32");
-  }
-  require_shape(a.q.weight, heads * (nope_dim + rope_dim), a.q.weight.columns, "q");
-  require_shape(a.kv_a.weight, a.latent_dim + rope_dim, a.kv_a.weight.columns, "kv_a");
-  require(a.q_a.has_value() == q_a_norm.has_value(), "q_a and its norm come together");
-  if (a.q_a) {
-    require(a.q_a->weight.rows == a.q.weight.columns && a.q_a_norm.size == a.q.weight.columns, "q_a does not fit q");
-  }
-  std::int64_t normalized = 0;
-  for (const Norm& norm : a.kv_a_norms) normalized += norm.size;
-  require(a.kv_a_norms.empty() || normalized == a.latent_dim, "the latent norms have other sizes");
-  a.topk = topk;
-  a.indexer = bound.keep(indexer);
-  require(topk >= 0 && (topk > 0 || !indexer), "an indexer chooses no tokens");
-  if (a.indexer) {
-    require(a.indexer->rope_dim * a.indexer->pair_step <= rope_dim, "an indexer rotates at more frequencies than its layer has");
-    require(a.indexer->q.weight.columns == (a.q_a ? a.q.weight.columns : a.kv_a.weight.columns) &&
-                a.indexer->k.weight.columns == a.kv_a.weight.columns,
-            "the indexer has another input");
-  }
-  return bound;
-}
-
-BoundAttention make_gqa(std::int64_t heads, std::int64_t kv_heads, std::int64_t head_dim, float scale, bool interleave,
-                        std::int64_t window, const BoundProjection& q, const BoundProjection& k,
-                        const BoundProjection& v, const BoundProjection& o, const std::optional<BoundNorm>& q_norm,
-                        const std::optional<BoundNorm>& k_norm) {
-  BoundAttention bound;
-  Attention& a = bound.part;
-  a.heads = heads;
-  a.kv_heads = kv_heads;
-  a.rope_dim = head_dim;
-  a.scale = scale;
-  a.interleave = interleave;
-  a.window = window;
-  a.q = bound.keep(q);
-  a.k = bound.keep(k);
-  a.v = bound.keep(v);
-  a.o = bound.keep(o);
-  a.q_norm = bound.keep(q_norm);
-  a.k_norm = bound.keep(k_norm);
-  require(kv_heads > 0 && heads % kv_heads == 0 && head_dim % 2 == 0 && window >= 0, "heads do not fit");
-  require_shape(a.q.weight, heads * head_dim, a.q.weight.columns, "q");
-  require_shape(a.k.weight, kv_heads * head_dim, a.q.weight.columns, "k");
-  require_shape(a.v.weight, kv_heads * head_dim, a.q.weight.columns, "v");
-  for (const std::optional<Norm>& norm : {a.q_norm, a.k_norm}) {
-    if (norm) require(norm->size == head_dim, "a head's norm has another size");
-  }
-  return bound;
-}
-
 BoundLayer make_layer(const BoundNorm& input_norm, const BoundNorm& post_attention_norm,
                       const BoundAttention& attention, std::int64_t first_pair, const std::optional<BoundMlp>& mlp,
                       const std::optional<BoundMoe>& moe, const std::optional<BoundNorm>& post_mlp_norm) {
@@ -143,7 +36,10 @@ BoundLayer make_layer(const BoundNorm& input_norm, const BoundNorm& post_attenti
   bound.part.attention.first_pair = first_pair;
   require(first_pair >= 0, "first_pair is negative");
   bound.part.mlp = bound.keep(mlp);
-  bound.part.moe = bound.keep(moe);
+  if (moe) {
+    bound.part.moe = moe->part;
+    bound.expert_owners = moe->owners;
+  }
   bound.part.post_mlp_norm = bound.keep(post_mlp_norm);
   return bound;
 }
@@ -183,13 +79,8 @@ class BoundModel {
             const std::vector<std::int64_t>& wanted, const std::optional<Array>& logits, bool is_decode,
             const std::optional<Array>& query_scale, const std::optional<nb::callable>& exchange,
             const std::optional<Array>& residuals, const std::optional<Array>& experts, const std::optional<Array>& gates) {
-    // Do not wait for the mutex while holding the GIL: the running step needs the GIL before it releases the mutex.
     StepState& own = step_state_.get(model_);
-    std::unique_lock one_step(own.mutex, std::defer_lock);
-    {
-      const nb::gil_scoped_release released;
-      one_step.lock();
-    }
+    const std::unique_lock one_step = lock(own);
     Step step;
     read_tokens(step, ids, slots, cos, sin);
     require(previous.has_value() == (model_.mtp_input || !model_.embedding),
@@ -220,7 +111,36 @@ class BoundModel {
     team->run([&](Team& member) { table.step(member, model_, step, own.work); });
   }
 
+  // Rows of every expert in all steps so far, [layers, experts].
+  std::vector<std::vector<std::int64_t>> expert_loads() {
+    StepState& own = step_state_.get(model_);
+    const std::unique_lock one_step = lock(own);
+    std::vector<std::vector<std::int64_t>> found;
+    const auto experts = static_cast<std::ptrdiff_t>(own.work.experts());
+    for (auto row = own.work.loads.begin(); row != own.work.loads.end(); row += experts) found.emplace_back(row, row + experts);
+    return found;
+  }
+
+  // Replaces the experts of a layer between two steps.
+  void place_experts(std::size_t layer, const BoundMoe& moe) {
+    const std::unique_lock one_step = lock(step_state_.get(model_));
+    require(layer < model_.layers.size() && model_.layers[layer].moe, "the layer has no experts");
+    Layer changed = model_.layers[layer];
+    changed.moe = moe.part;
+    check_layer(model_, changed);
+    model_.layers[layer].moe = moe.part;
+    expert_owners_[layer] = moe.owners;
+  }
+
  private:
+  // Does not wait for the mutex while holding the GIL: the running step needs the GIL before it releases the mutex.
+  static std::unique_lock<std::mutex> lock(StepState& own) {
+    std::unique_lock one_step(own.mutex, std::defer_lock);
+    const nb::gil_scoped_release released;
+    one_step.lock();
+    return one_step;
+  }
+
   Model assemble(const std::optional<BoundMatrix>& embedding, const std::optional<BoundMtpInput>& mtp_input,
                  const std::vector<BoundLayer>& layers, const std::optional<BoundNorm>& norm,
                  const std::optional<BoundProjection>& head, const DivisionArgs& division) {
@@ -250,6 +170,7 @@ class BoundModel {
     }
     for (const BoundLayer& layer : layers) {
       model.layers.push_back(keep(layer));
+      expert_owners_.push_back(layer.expert_owners);
       check_layer(model, model.layers.back());
     }
     require(norm.has_value() == head.has_value(), "the final norm and the head come together");
@@ -277,8 +198,8 @@ class BoundModel {
     require(layer.mlp || layer.moe, "a layer has no MLP");
     if (layer.mlp) check_mlp(model, *layer.mlp, model.division.tensor);
     if (!layer.moe) return;
-    require(static_cast<std::int64_t>(layer.moe->experts.size()) * model.division.experts == layer.moe->router.experts &&
-                layer.moe->first == static_cast<std::int64_t>(layer.moe->experts.size()) * model.division.expert_rank,
+    require(static_cast<std::int64_t>(layer.moe->experts.size()) * model.division.experts ==
+                static_cast<std::int64_t>(layer.moe->places.size()),
             "the experts are divided in another way");
     require(layer.moe->router.weight.columns == model.hidden, "a router has another width");
     for (const Mlp& mlp : layer.moe->experts) check_mlp(model, mlp, 1);
@@ -345,6 +266,7 @@ class BoundModel {
   }
 
   std::vector<Array> owners_;
+  std::vector<std::vector<Array>> expert_owners_;  // by layer
   std::int64_t head_parts_ = 1;  // processes among which the head's rows are divided
   Model model_;
   ProcessStepState step_state_;
@@ -361,7 +283,7 @@ void bind_model(nb::module_& module) {
   nb::class_<BoundRouter>(module, "Router")
       .def_static("make", make_router, "weight"_a, "bias"_a.none(), nb::kw_only(), "chosen"_a, "groups"_a,
                   "kept_groups"_a, "best_in_group"_a, "is_sigmoid"_a, "normalizes"_a, "scaling"_a);
-  nb::class_<BoundMoe>(module, "Moe").def_static("make", make_moe, "router"_a, "experts"_a, "first"_a = 0);
+  nb::class_<BoundMoe>(module, "Moe").def_static("make", make_moe, "router"_a, "experts"_a, "places"_a);
   nb::class_<BoundIndexer>(module, "Indexer")
       .def_static("make", make_indexer, nb::kw_only(), "heads"_a, "rope_dim"_a, "pair_step"_a, "interleave"_a, "q"_a,
                   "k"_a, "k_norm"_a, "k_norm_bias"_a, "weights"_a);
@@ -387,7 +309,9 @@ void bind_model(nb::module_& module) {
       .def("step", &BoundModel::step, nb::kw_only(), "ids"_a, "previous"_a.none(), "slots"_a, "cos"_a, "sin"_a,
            "sequences"_a, "cache"_a, "hidden"_a, "wanted"_a, "logits"_a.none(), "is_decode"_a,
            "query_scale"_a.none() = nb::none(), "exchange"_a.none() = nb::none(),
-           "residuals"_a.none() = nb::none(), "experts"_a.none() = nb::none(), "gates"_a.none() = nb::none());
+           "residuals"_a.none() = nb::none(), "experts"_a.none() = nb::none(), "gates"_a.none() = nb::none())
+      .def("expert_loads", &BoundModel::expert_loads)
+      .def("place_experts", &BoundModel::place_experts, "layer"_a, "moe"_a);
 }
 
 }  // namespace lowlat

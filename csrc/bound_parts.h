@@ -41,7 +41,10 @@ using BoundRouter = Bound<Router>;
 using BoundMoe = Bound<Moe>;
 using BoundIndexer = Bound<Indexer>;
 using BoundAttention = Bound<Attention>;
-using BoundLayer = Bound<Layer>;
+// The experts can be replaced.
+struct BoundLayer : Bound<Layer> {
+  std::vector<Array> expert_owners;
+};
 using BoundMtpInput = Bound<MtpInput>;
 
 inline void require_shape(const Matrix& m, std::int64_t rows, std::int64_t columns, const char* name) {

@@ -51,8 +51,10 @@ struct Router {
 
 struct Moe {
   Router router;
-  std::int64_t first = 0;    // the number of experts[0]; the others belong to other processes
-  std::vector<Mlp> experts;
+  // The expert of every place. Each process has as many consecutive places, by ascending expert; an expert with replicas
+  // has several.
+  std::vector<std::int32_t> places;
+  std::vector<Mlp> experts;  // of this process's places
 };
 
 // Lightning indexer of sparse attention (DSA): its scores choose the tokens that a query attends to.

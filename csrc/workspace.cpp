@@ -124,6 +124,8 @@ void Workspace::prepare(const Model& model, const Step& step, int threads) {
   row_token.resize(routed);
   row_weight.resize(routed);
   next_row.resize(sizes.experts);
+  row_places.resize(routed);
+  loads.resize(model.layers.size() * sizes.experts);
   shrunk_stride = step.adapters.empty() ? 0 : sizes.rank;
   index_k = take<bf16>(19, n * sizes.index_key);
   const std::int64_t most = std::max({std::int64_t{4}, a.heads, 2 * (sizes.chosen + 1)});

@@ -113,6 +113,13 @@ struct ExpertRows {
   std::int64_t first;
   std::int64_t rows;
   bool is_routed;
+  std::int64_t sent = 0;  // first row of this process's outputs
+};
+
+// The process that computes a routed row, and the row's number among those of the process.
+struct RowPlace {
+  std::int64_t rank;
+  std::int64_t number;
 };
 
 // The largest dimensions over a model's layers.
@@ -167,6 +174,10 @@ struct Workspace {
   std::vector<std::int32_t> row_token;
   std::vector<float> row_weight;
   std::vector<std::int64_t> next_row;  // per expert
+  std::int64_t routed = 0;                       // rows of all experts
+  std::vector<RowPlace> row_places;              // per routed row
+  std::vector<std::int64_t> replicas, replica;   // per expert: its places, and those that have their rows
+  std::vector<std::int64_t> loads;               // [layers, experts]: rows of every expert in all steps so far
 
   // x A^T of the updates of LoRA adapters, shrunk_stride apart: by product and token, by token and head, or by row of
   // the experts.
@@ -178,11 +189,14 @@ struct Workspace {
   Buffer sent, received;
   Activations all_attended;
   bf16* added = nullptr;                // [tokens, hidden]
-  std::vector<std::int64_t> rank_rows;  // first routed row of every process's experts, then the number of rows
+  std::vector<std::int64_t> rank_rows;  // routed rows of every process
 
   std::vector<Scratch> scratch;  // per thread
 
   explicit Workspace(const Model& model) : sizes(model) {}
+
+  // Most experts of a layer.
+  std::int64_t experts() const { return sizes.experts; }
 
   // Reserves memory for a step on `threads` threads and plans its attention.
   void prepare(const Model& model, const Step& step, int threads);

@@ -131,8 +131,9 @@ class Moe:
     """Routed experts; shared experts are the layer's mlp."""
 
     @staticmethod
-    def make(router: Router, experts: Sequence[Mlp], first: int = 0) -> Moe:
-        """experts: those of this process, from number `first` on."""
+    def make(router: Router, experts: Sequence[Mlp], places: Sequence[int]) -> Moe:
+        """places: the expert of every place of all processes, equally many each, by ascending
+        expert; experts: those of this process's places."""
 
 class Indexer:
     """The lightning indexer of a layer with sparse attention (DSA). weights: bf16
@@ -288,6 +289,13 @@ class Model:
         exchange: of a divided model: group (0 tensor, 1 expert), address and bytes to send, address
         of what all processes of the group send.
         """
+
+    def expert_loads(self) -> list[list[int]]:
+        """[layers, experts]: tokens that every expert has had in all steps; 0 in layers without
+        experts. Empty before the first step."""
+
+    def place_experts(self, layer: int, moe: Moe) -> None:
+        """Replace the experts of a layer between two steps."""
 
 class RoutingRule:
     """The parameters of expert routing (group-limited top-k)."""

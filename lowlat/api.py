@@ -7,7 +7,7 @@ PyTorch to one thread.
 
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -22,19 +22,22 @@ from lowlat.checkpoint.fetch.model_names import ModelPreset, resolve
 from lowlat.checkpoint.fetch.pypi import fetch_pypi
 from lowlat.checkpoint.files_digest import files_digest
 from lowlat.checkpoint.hf_folder import open_checkpoint
-from lowlat.checkpoint.load import load_model, read_config
+from lowlat.checkpoint.load import LoadedModel, load_model, read_config
+from lowlat.checkpoint.read_experts import read_experts
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.sentence_transformers import read_pooling
 from lowlat.config.model import ModelConfig
-from lowlat.config.serving_layout import AUTO, ServingLayout
+from lowlat.config.serving_layout import AUTO, EPLBConfig, ServingLayout
 from lowlat.convert.run import convert
 from lowlat.engine.cache_fingerprint import code_digest
 from lowlat.engine.cache_size import check_cache_limit
 from lowlat.engine.disk_cache import DEFAULT_DISK_BYTES
+from lowlat.engine.expert_balancer import ExpertBalancing
 from lowlat.engine.page_folder import open_folder
 from lowlat.generate.completion import Completion
 from lowlat.generate.lora import LoraFolders, LoraNames, load_adapters, read_adapters
 from lowlat.generate.model import Model, check_context
+from lowlat.generate.new_engine import ServingGroup
 from lowlat.generate.params import SamplingOptions, SamplingParams, make_params
 from lowlat.generate.prompt import Prompt, as_prompts
 from lowlat.model.native import supports_native
@@ -72,6 +75,7 @@ class LoadOptions(TypedDict, total=False):
     speculates: bool
     lora: LoraFolders | None
     parallel: str | None
+    eplb: EPLBConfig | None
     tokenizer: Tokenizer | None
     progress: Progress | None
 
@@ -89,6 +93,7 @@ def load(
     speculates: bool = True,
     lora: LoraFolders | None = None,
     parallel: str | None = None,
+    eplb: EPLBConfig | None = None,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -104,9 +109,9 @@ def load(
     change the output. lora: folders of LoRA adapters in PEFT's layout, by name. parallel: layout of
     the processes that torchrun has started, such as "pipeline=2", "prefill=1" or "auto"; `load`
     returns in process 0, and raises SystemExit in the others when process 0 ends; max_cache_bytes
-    is per process. tokenizer: the model's own, read before; a model without one takes and gives
-    token ids. Raises UserError naming what cannot be found, read or served, and when text is used
-    without a tokenizer.
+    is per process. eplb: places the experts that the layout divides, by their loads. tokenizer: the
+    model's own, read before; a model without one takes and gives token ids. Raises UserError naming
+    what cannot be found, read or served, and when text is used without a tokenizer.
 
     A model on the native kernels applies `torch.set_num_threads(1)` to the whole process: idle
     PyTorch threads slow the kernels' own thread pool.
@@ -119,7 +124,7 @@ def load(
         "prefix_cache_disk_bytes": prefix_cache_disk_bytes,
         "speculates": speculates,
     }
-    with _joined(parallel, device) as run:
+    with _joined(parallel, eplb, device) as run:
         checked = _check(name, settings, dtype, device, lora, run, progress or SilentProgress())
         return checked.load(settings, tokenizer)
 
@@ -159,7 +164,7 @@ def _check(
     if run is not None:
         options = {**settings, "prefix_cache_dir": folder is not None, "dtype": dtype}
         layout = run.layout(config, dtype)
-        run.group.agree(_facts(path, adapters, f"{layout} {options}"))
+        run.group.agree(_facts(path, adapters, f"{layout} {options} {run.eplb}"))
     # paths need not be UTF-8, but the API and JSON results show the name
     shown = os.fsencode(name).decode("utf-8", "replace")
     return CheckedModel(shown, source, adapters, dtype, device, run, progress)
@@ -180,17 +185,16 @@ class CheckedModel(NamedTuple):
         """Read the weights of this process, and serve them as `load` documents."""
         path, run = self.source.path, self.run
         tokenizer, pooling = tokenizer or read_tokenizer(path), read_pooling(path)
-        divide = None
-        if run is not None:
-            divide = partial(run.share, dtype=self.dtype)
-        loaded = load_model(
+        divide = None if run is None else partial(run.share, dtype=self.dtype)
+        load_weights = partial(
+            load_model,
             self.source,
             dtype=self.dtype,
             device=self.device,
             keeps_blocks=True,
             divide=divide,
-            progress=self.progress,
         )
+        loaded = load_weights(progress=self.progress)
         if supports_native(loaded.model):
             native.keep_torch_single_threaded()
         return Model(
@@ -199,8 +203,7 @@ class CheckedModel(NamedTuple):
             name=self.name,
             pooling=pooling,
             adapters=load_adapters(loaded.model, self.adapters),
-            group=run and run.group,
-            prefill=run.layout(loaded.config, self.dtype).prefill if run else 0,
+            run=run and run.serving(loaded.config, load_weights, self),
             **settings,
         )
 
@@ -211,6 +214,7 @@ class ParallelRun(NamedTuple):
     parallel: str
     """Their layout, as `load` takes it."""
     group: ProcessGroup
+    eplb: EPLBConfig | None
 
     def layout(self, config: ModelConfig, dtype: str) -> ServingLayout:
         """Sizes for a model in `dtype`. Raises UserError."""
@@ -228,13 +232,30 @@ class ParallelRun(NamedTuple):
         """What this process holds of a model. Raises UserError if the layout does not divide it."""
         from lowlat.plan.serving_stages import share_of
 
-        return share_of(config, self.layout(config, dtype), self.group.rank)
+        return share_of(config, self.layout(config, dtype), self.group.rank, eplb=self.eplb)
+
+    def serving(
+        self, config: ModelConfig, load_weights: Callable[..., LoadedModel], model: CheckedModel
+    ) -> ServingGroup:
+        """How they serve a model, which `load_weights` reads."""
+        balancing = None
+        if self.eplb is not None:
+            updates = [adapter.updates for adapter in model.adapters.values()]
+            balancing = ExpertBalancing(
+                step_interval=self.eplb.step_interval,
+                load=partial(read_experts, load_weights, updates),
+            )
+        return ServingGroup(self.group, self.layout(config, model.dtype).prefill, balancing)
 
 
 @contextmanager
-def _joined(parallel: str | None, device: str) -> Iterator[ParallelRun | None]:
+def _joined(
+    parallel: str | None, eplb: EPLBConfig | None, device: str
+) -> Iterator[ParallelRun | None]:
     """The run that `parallel` describes, within which a common error is printed once."""
     if parallel is None or (parallel == AUTO and started_processes() == 1):
+        if eplb is not None:
+            raise UserError("--enable-eplb places the experts of --parallel expert=E; give both")
         yield None
         return
     with quiet_followers():
@@ -244,7 +265,7 @@ def _joined(parallel: str | None, device: str) -> Iterator[ParallelRun | None]:
             raise UserError(f"--parallel {parallel} divides a model among CPUs; use --device cpu")
         group = join_group(processes, f"--parallel {parallel}")
     with group.reporting_once():
-        yield ParallelRun(parallel, group)
+        yield ParallelRun(parallel, group, eplb)
 
 
 def _facts(path: Path, adapters: Mapping[str, Adapter], options: str) -> dict[str, str]:

@@ -13,8 +13,8 @@ inline const ExpertRows* plain_rows(const Workspace& work) {
   return &work.expert_rows.back();
 }
 
-// Outputs in bf16 of some MLPs of the work list, those of row r at out + (e.first + r - first) * stride.
-inline void make_outputs(const Pass& pass, const ExpertRows* begin, const ExpertRows* end, std::int64_t first, bf16* out,
+// Outputs in bf16 of some MLPs of the work list, those of row r at out + (e.sent + r) * stride.
+inline void make_outputs(const Pass& pass, const ExpertRows* begin, const ExpertRows* end, bf16* out,
                          std::int64_t stride) {
   std::int64_t strips = 0;
   for (const ExpertRows* e = begin; e < end; ++e) strips += num_strips(e->mlp->down.weight);
@@ -29,7 +29,7 @@ inline void make_outputs(const Pass& pass, const ExpertRows* begin, const Expert
     multiply_strip(down, strip, inner, pass.panels(down), products, next_strip(down, strip, continues && !is_last));
     add_expert_updates(pass, *e, e->mlp->down, strip, false, products);
     each_half(strip, down.rows, [&](std::int64_t column, int lane, std::int64_t count) {
-      store_lanes(products + lane, nullptr, count, e->rows, out + (e->first - first) * stride + column, stride);
+      store_lanes(products + lane, nullptr, count, e->rows, out + e->sent * stride + column, stride);
     });
   });
 }
@@ -44,14 +44,11 @@ inline RoutedOutputs gather_routed(const Pass& pass) {
   Workspace& work = pass.work;
   const Division& division = pass.model.division;
   const std::int64_t hidden = pass.model.hidden;
-  std::int64_t most = 0;
-  for (std::int64_t rank = 0; rank < division.experts; ++rank) {
-    most = std::max(most, work.rank_rows[rank + 1] - work.rank_rows[rank]);
-  }
+  const std::int64_t most = *std::max_element(work.rank_rows.begin(), work.rank_rows.end());
   bf16* own = begin_exchange<bf16>(pass, most * hidden);
   const ExpertRows* begin = work.expert_rows.data();
   const ExpertRows* end = begin + work.expert_rows.size() - (plain_rows(work) == nullptr ? 0 : 1);
-  make_outputs(pass, begin, end, work.rank_rows[division.expert_rank], own, hidden);
+  make_outputs(pass, begin, end, own, hidden);
   return {exchange<bf16>(pass, DivisionGroup::expert, division.experts, most * hidden), most};
 }
 
@@ -59,9 +56,9 @@ inline RoutedOutputs gather_routed(const Pass& pass) {
 inline void gather_plain(const Pass& pass, const ExpertRows& plain) {
   Workspace& work = pass.work;
   const std::int64_t hidden = pass.model.hidden, rows = plain.mlp->down.weight.rows;
-  if (pass.model.division.tensor == 1) return make_outputs(pass, &plain, &plain + 1, plain.first, work.added, hidden);
+  if (pass.model.division.tensor == 1) return make_outputs(pass, &plain, &plain + 1, work.added, hidden);
   bf16* own = begin_exchange<bf16>(pass, plain.rows * rows);
-  make_outputs(pass, &plain, &plain + 1, plain.first, own, rows);
+  make_outputs(pass, &plain, &plain + 1, own, rows);
   exchange_columns(pass, plain.rows, rows, work.added, hidden);
 }
 
@@ -73,15 +70,14 @@ inline void add_outputs_strip(const Pass& pass, const Layer& layer, const Routed
   const F scale = set1(pass.model.residual_scale);
   float* sums = pass.strip_out(tokens, 1);
   std::memset(sums, 0, tokens * kStrip * sizeof(float));
-  for (std::int64_t rank = 0; routed.values != nullptr && rank < pass.model.division.experts; ++rank) {
-    for (std::int64_t row = work.rank_rows[rank]; row < work.rank_rows[rank + 1]; ++row) {
-      const bf16* y = routed.values + (rank * routed.most + row - work.rank_rows[rank]) * hidden;
-      float* sum = sums + work.row_token[row] * kStrip;
-      const F weight = set1(work.row_weight[row]);
-      each_half(strip, hidden, [&](std::int64_t column, int lane, std::int64_t count) {
-        store(sum + lane, fma(load_bf16(y + column, count), weight, load(sum + lane)));
-      });
-    }
+  for (std::int64_t row = 0; routed.values != nullptr && row < work.routed; ++row) {
+    const RowPlace place = work.row_places[row];
+    const bf16* y = routed.values + (place.rank * routed.most + place.number) * hidden;
+    float* sum = sums + work.row_token[row] * kStrip;
+    const F weight = set1(work.row_weight[row]);
+    each_half(strip, hidden, [&](std::int64_t column, int lane, std::int64_t count) {
+      store(sum + lane, fma(load_bf16(y + column, count), weight, load(sum + lane)));
+    });
   }
   each_half(strip, hidden, [&](std::int64_t column, int lane, std::int64_t count) {
     for (std::int64_t t = 0; t < tokens; ++t) {

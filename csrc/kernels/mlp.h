@@ -15,6 +15,31 @@ inline Activations inputs_of(const Pass& pass, const ExpertRows& e) {
   return x;
 }
 
+// Divides the rows of every expert among its places; work.next_row has the first row of every expert.
+inline void place_rows(const Pass& pass, const Moe& moe) {
+  Workspace& work = pass.work;
+  const std::int64_t experts = moe.router.experts, own = static_cast<std::int64_t>(moe.experts.size());
+  work.replicas.assign(experts, 0);
+  work.replica.assign(experts, 0);
+  for (const std::int32_t e : moe.places) ++work.replicas[e];
+  work.rank_rows.assign(moe.places.size() / own, 0);
+  for (std::size_t place = 0; place < moe.places.size(); ++place) {
+    const std::int32_t e = moe.places[place];
+    const std::int64_t rank = static_cast<std::int64_t>(place) / own, count = work.replicas[e];
+    const std::int64_t begin = work.next_row[e], end = e + 1 < experts ? work.next_row[e + 1] : work.routed;
+    // Remainders of different experts go to different replicas.
+    const auto edge = [&](std::int64_t number) {
+      return number == count ? end : begin + ((end - begin) * number + (number > 0 ? e % count : 0)) / count;
+    };
+    const std::int64_t first = edge(work.replica[e]), rows = edge(++work.replica[e]) - first;
+    for (std::int64_t r = 0; r < rows; ++r) work.row_places[first + r] = {rank, work.rank_rows[rank] + r};
+    if (rows > 0 && rank == pass.model.division.expert_rank) {
+      work.expert_rows.push_back({&moe.experts[place % own], first, rows, true, work.rank_rows[rank]});
+    }
+    work.rank_rows[rank] += rows;
+  }
+}
+
 // The work list of a layer: routed experts by number, an expert's rows by token.
 inline void group_rows(const Pass& pass, const Layer& layer) {
   Workspace& work = pass.work;
@@ -24,20 +49,16 @@ inline void group_rows(const Pass& pass, const Layer& layer) {
   std::int64_t routed = 0;
   if (layer.moe) {
     const Router& router = layer.moe->router;
+    std::int64_t* loads = work.loads.data() + (&layer - pass.model.layers.data()) * work.experts();
     for (std::int64_t e = 0; e < router.experts; ++e) work.next_row[e] = 0;
     for (std::int64_t i = 0; i < tokens * router.chosen; ++i) ++work.next_row[work.chosen[i]];
-    const std::int64_t first = layer.moe->first, own = static_cast<std::int64_t>(layer.moe->experts.size());
-    work.rank_rows.clear();
     for (std::int64_t e = 0; e < router.experts; ++e) {
-      const std::int64_t rows = work.next_row[e];
-      work.next_row[e] = routed;
-      if (e % own == 0) work.rank_rows.push_back(routed);
-      if (rows > 0 && e >= first && e < first + own) {
-        work.expert_rows.push_back({&layer.moe->experts[e - first], routed, rows, true});
-      }
-      routed += rows;
+      loads[e] += work.next_row[e];
+      routed += work.next_row[e];
+      work.next_row[e] = routed - work.next_row[e];
     }
-    work.rank_rows.push_back(routed);
+    work.routed = routed;
+    place_rows(pass, *layer.moe);
     for (std::int64_t i = 0; i < tokens * router.chosen; ++i) {
       const std::int64_t row = work.next_row[work.chosen[i]]++;
       work.row_token[row] = static_cast<std::int32_t>(i / router.chosen);
@@ -50,9 +71,8 @@ inline void group_rows(const Pass& pass, const Layer& layer) {
 inline void gather_rows(const Pass& pass) {
   const Workspace& work = pass.work;
   const Activations &from = work.hidden, &to = work.gathered;
-  const std::int64_t rank = pass.model.division.expert_rank, first = work.rank_rows[rank];
-  pass.each(work.rank_rows[rank + 1] - first, [&](std::int64_t number) {
-    const std::int64_t row = first + number;
+  pass.each(work.routed, [&](std::int64_t row) {
+    if (work.row_places[row].rank != pass.model.division.expert_rank) return;
     const std::int64_t token = work.row_token[row];
     std::memcpy(to.values + row * to.stride, from.values + token * from.stride, from.stride * sizeof(bf16));
   });

@@ -60,6 +60,7 @@ def load_model(
     device: str = "cpu",
     keeps_blocks: bool = False,
     divide: Callable[[ModelConfig], ModelShare] | None = None,
+    only: Callable[[str], bool] | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the model of `checkpoint`: a Hugging Face folder or a .gguf file, or one opened before.
@@ -71,7 +72,8 @@ def load_model(
     packed for auto, bf16 and their own dtype; for others they are dequantized. With `keeps_blocks`
     so do matrices of these two kinds for auto and bf16, where native kernels run; other tensors of
     their file then become bf16. `divide` chooses this process's share of the model, by default all
-    of it; only its weights are read.
+    of it; only its weights are read. `only` chooses among their names; other parameters stay meta
+    tensors.
 
     Nothing is allocated before all names and shapes match. On the CPU a tensor that needs no change
     stays a copy-on-write view of the memory-mapped file: it takes no memory until it is used, and
@@ -92,7 +94,9 @@ def load_model(
     part = 1.0
     if divide is not None:
         model.keep_share(divide(config))
-        parameters = _unfilled(model)
+        parameters = {
+            name: each for name, each in _unfilled(model).items() if not only or only(name)
+        }
         plan = [step for step in plan if parameters.keys() & set(step.parameters())]
         part = sum(map(Tensor.numel, parameters.values())) / sum(map(math.prod, shapes.values()))
     can_keep = keeps_blocks and dtype in ("auto", "bf16") and place.type == "cpu"
@@ -100,7 +104,7 @@ def load_model(
     readers = store_blocks(model, plan, source, part=part) if can_keep else {}
     if place.type == "cpu":
         _check_memory(opened, plan, shapes, readers, part)
-    _fill(opened, plan, shapes, readers, place, progress or SilentProgress())
+    _fill(opened, plan, shapes, readers, place, progress or SilentProgress(), only=only)
     return LoadedModel(model=model, config=config, path=opened.stored.path)
 
 
@@ -156,6 +160,8 @@ def _fill(
     readers: Readers,
     place: torch.device,
     progress: Progress,
+    *,
+    only: Callable[[str], bool] | None,
 ) -> None:
     """Fill the model: the parameters of `readers` by them, the others by `plan`."""
     model, source, form = opened.model, opened.source, opened.packing
@@ -172,10 +178,10 @@ def _fill(
         *(source, plan, parameters, wanted, place, progress, packed), shapes=shapes, rows_of=rows_of
     )
     filled |= read_blocks(readers, parameters, progress)
-    if len(embedding := model.embed_tokens.weight) == 0:
+    if only is None and len(embedding := model.embed_tokens.weight) == 0:
         kind = wanted or source.dtype(file_name(opened.config, EMBEDDING))
         filled[EMBEDDING] = torch.empty(embedding.shape, dtype=kind, device=place)
-    model.load_state_dict(filled, strict=True, assign=True)
+    model.load_state_dict(filled, strict=only is None, assign=True)
 
 
 def _unfilled(model: Transformer) -> dict[str, Tensor]:

@@ -99,7 +99,7 @@ def _check(
 def counted_loads(model: "Model", file: Path | None) -> Iterator[None]:
     """Count the tokens of every expert within this context and write them to `file`, if given.
 
-    Raises UserError for a model without experts or on native kernels, which do not report routing.
+    Raises UserError for a model without experts.
     """
     from lowlat.model.expert_loads import count_expert_loads
     from lowlat.utils.atomic_files import replace_file
@@ -109,14 +109,12 @@ def counted_loads(model: "Model", file: Path | None) -> Iterator[None]:
         return
     if model.config.moe is None:
         raise UserError(f"--expert-loads {file}: {model.name} has no routed experts")
-    if model.runner.is_batch_invariant:
-        raise UserError(
-            f"--expert-loads {file}: native kernels do not report routing; add --dtype fp32, which "
-            "runs in PyTorch"
-        )
     with count_expert_loads(model.transformer) as loads:
         yield
     layers = {str(layer): counts.tolist() for layer, counts in loads.items()}
+    if model.runner.is_batch_invariant:
+        # counted by the kernels, since the model was loaded
+        layers = {str(layer): list(counts) for layer, counts in model.runner.expert_loads().items()}
     text = json.dumps({"model": model.name, "loads": layers}) + "\n"
     try:
         replace_file(file, text.encode())

@@ -22,6 +22,7 @@ from lowlat.cli.serve_models import (
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
+    from lowlat.config.serving_layout import EPLBConfig
     from lowlat.serve.async_engine import AsyncEngine
     from lowlat.serve.config import ServeConfig
 
@@ -148,6 +149,20 @@ class EngineOptions:
             help="Speculative decoding (MTP or prompt lookup) where it pays; changes no token."
         ),
     ] = True
+    enable_eplb: Annotated[
+        bool,
+        typer.Option(
+            "--enable-eplb",
+            help="Place the experts of --parallel expert=E by their measured loads (EPLB) while"
+            " serving; changes no token.",
+        ),
+    ] = False
+    num_redundant_experts: Annotated[
+        int, typer.Option(min=0, help="Replicas of experts per layer for --enable-eplb.")
+    ] = 0
+    eplb_step_interval: Annotated[
+        int, typer.Option(min=1, help="Steps between two placements for --enable-eplb.")
+    ] = 3000
     cache_memory: Annotated[
         float | None,
         typer.Option(
@@ -191,13 +206,14 @@ def serve(
         config = _config(tables, is_one, server, limits, several, machine.device)
         if parallel is not None and not is_one:
             raise UserError("--parallel divides one model; serve several ones without it")
+        eplb = _eplb(engine, parallel)
     if is_follower():
-        _load_one(tables[0], machine, limits.max_queue, disk, parallel)
+        _load_one(tables[0], machine, limits.max_queue, disk, parallel, eplb)
         return
     # Before models are fetched and loaded, so that a port in use fails at once.
     with open_socket(config) as listener:
         if is_one:
-            served = _load_one(tables[0], machine, limits.max_queue, disk, parallel)
+            served = _load_one(tables[0], machine, limits.max_queue, disk, parallel, eplb)
         else:
             shared = Machine(
                 device=machine.device,
@@ -252,12 +268,30 @@ def _with_defaults(
     )
 
 
+def _eplb(engine: EngineOptions, parallel: str | None) -> "EPLBConfig | None":
+    """Raises UserError for options of EPLB without it, and for EPLB of an undivided model."""
+    from lowlat.config.serving_layout import EPLBConfig
+
+    config = EPLBConfig(
+        num_redundant_experts=engine.num_redundant_experts,
+        step_interval=engine.eplb_step_interval,
+    )
+    if not engine.enable_eplb and config != EPLBConfig():
+        raise UserError(
+            "--num-redundant-experts and --eplb-step-interval are for --enable-eplb; add it"
+        )
+    if engine.enable_eplb and parallel is None:
+        raise UserError("--enable-eplb places the experts of --parallel expert=E; give both")
+    return config if engine.enable_eplb else None
+
+
 def _load_one(
     table: ModelTable,
     machine: options.MachineOptions,
     max_queue: int,
     disk: options.DiskCacheArguments,
     parallel: str | None,
+    eplb: "EPLBConfig | None",
 ) -> "AsyncEngine":
     """The engine of a single model, which is loaded."""
     from lowlat.cli.inputs import load_model
@@ -274,6 +308,7 @@ def _load_one(
         speculates=table.speculate is not False,
         lora=table.lora,
         parallel=parallel,
+        eplb=eplb,
         **disk,
     )
     return AsyncEngine(model, max_queue=max_queue)

@@ -9,6 +9,16 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EPLBConfig:
+    """Expert parallelism load balancing (EPLB), with vLLM's names."""
+
+    num_redundant_experts: int = 0
+    """Replicas of routed experts per layer, beyond one of each."""
+    step_interval: int = 3000
+    """Steps between two placements of the experts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServingLayout:
     """Sizes of parallelism over the processes that serve one model."""
 

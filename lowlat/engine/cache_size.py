@@ -10,6 +10,7 @@ import torch
 
 from lowlat.attention.cache import PAGE_SIZE
 from lowlat.attention.int8_entry import entry_bytes
+from lowlat.engine.expert_balancer import ExpertBalancing
 from lowlat.engine.parallel_runner import ParallelRunner
 from lowlat.engine.params import integer_of
 from lowlat.engine.runner import ModelRunner
@@ -34,19 +35,20 @@ def new_runner(
     context: int,
     selected_adapter: SelectedAdapter | None = None,
     group: ProcessGroup | None = None,
+    balancing: ExpertBalancing | None = None,
 ) -> tuple[ModelRunner, Limits]:
     """A runner whose KV cache stays within `max_cache_bytes`, and the scheduler's limits. `cache`
     is the dtype of its entries (kv_cache_dtype in vLLM), `selected_adapter` that of `add_adapters`.
     The bytes are those of one process of `group`; all processes have as many pages. Returns in
-    process 0 of it only (`follow_leader`). Raises UserError if the bytes are less than a page or
-    more than the device's memory.
+    process 0 of it only (`follow_leader`). `balancing` places experts while serving. Raises
+    UserError if the bytes are less than a page or more than the device's memory.
     """
     dtype = parse_cache(cache)
 
     def make(**pages: int) -> ModelRunner:
         options = {"cache_dtype": dtype, "selected_adapter": selected_adapter, **pages}
         if group is not None and group.world_size > 1:
-            runner = ParallelRunner(transformer, group, **options)
+            runner = ParallelRunner(transformer, group, balancing, **options)
             runner.follow_leader()
             return runner
         return ModelRunner(transformer, **options)

@@ -44,6 +44,9 @@ NOT_FINITE = (
     "check its weights"
 )
 
+LOADS_INTERVAL = 64
+"""Steps after which the loads of experts are read."""
+
 
 class Engine:
     """Generates tokens for any number of requests at once (continuous batching).
@@ -76,6 +79,9 @@ class Engine:
         self.context = context
         self.eos_ids = eos_ids
         self.recorder = StatsRecorder()
+        self.expert_loads: dict[int, SequenceOf[int]] = {}
+        """Tokens of every routed expert by layer, LOADS_INTERVAL steps old at most."""
+        self._num_steps = 0
         if limits.max_pages is not None:
             self.context = min(context, limits.max_pages * page_size)
         allocator = runner.allocator
@@ -382,5 +388,8 @@ class Engine:
 
     def _observe(self, chunks: list[ScheduledChunk], seconds: float) -> None:
         self.recorder.stepped()
+        self._num_steps += 1
+        if self._num_steps % LOADS_INTERVAL == 0:
+            self.expert_loads = self.runner.expert_loads()
         if self.speculator is not None and all(chunk.path == "decode" for chunk in chunks):
             self.speculator.stepped(sum(chunk.length for chunk in chunks), seconds)

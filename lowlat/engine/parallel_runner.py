@@ -21,6 +21,7 @@ from torch import Tensor
 from lowlat.config.model import GQAConfig
 from lowlat.config.serving_layout import ServingLayout
 from lowlat.engine.cache_fingerprint import weights_digest
+from lowlat.engine.expert_balancer import ExpertBalancer, ExpertBalancing
 from lowlat.engine.request import Chunk
 from lowlat.engine.runner import ModelRunner
 from lowlat.engine.step_record import RecordKind, StepRecord
@@ -73,8 +74,14 @@ class ParallelRunner(ModelRunner):
     messages that never come.
     """
 
-    def __init__(self, model: Transformer, group: ProcessGroup, **options: Any) -> None:
-        """options: those of ModelRunner."""
+    def __init__(
+        self,
+        model: Transformer,
+        group: ProcessGroup,
+        balancing: ExpertBalancing | None = None,
+        **options: Any,
+    ) -> None:
+        """options: those of ModelRunner. Raises UserError if the model does not allow them."""
         super().__init__(model, **options)
         self.group, share = group, model.share
         if share.tensor > 1 and not self.is_batch_invariant:
@@ -83,6 +90,11 @@ class ParallelRunner(ModelRunner):
                 "matrix; divide by pipeline or expert, or use --dtype bf16, which runs on native "
                 "kernels"
             )
+        self.balancer = None
+        if balancing is not None:
+            if self._native is None:
+                raise UserError("--enable-eplb: needs the native kernels; use --dtype bf16")
+            self.balancer = ExpertBalancer(model, self._native, balancing)
         self._size = max(share.tensor, share.experts)
         """Processes of a stage."""
         self._last = range(group.world_size - self._size, group.world_size)
@@ -117,6 +129,8 @@ class ParallelRunner(ModelRunner):
     def step(
         self, chunks: Sequence[Chunk]
     ) -> tuple[Float[Tensor, "rows vocab"], Float[Tensor, "tokens hidden"]]:
+        if self.balancer is not None and self.balancer.is_due():
+            self._lead(self._record(RecordKind.REBALANCE), self.balancer.rebalance)
         record = self._record(RecordKind.STEP, chunks=chunks)
         return self._lead(record, lambda: self._lead_step(chunks))
 
@@ -151,6 +165,20 @@ class ParallelRunner(ModelRunner):
         record = self._record(RecordKind.STATS)
         texts = self._lead(record, lambda: self.group.gather_texts(own))
         return [ProcessStats(**json.loads(text)) for text in texts]
+
+    def expert_loads(self) -> dict[int, Sequence[int]]:
+        """Process 0's call; the loads of all stages."""
+        if self.model.config.moe is None or len(self._last) == self.group.world_size:
+            return super().expert_loads()
+        record = self._record(RecordKind.LOADS)
+        texts = self._lead(record, self._gather_loads)
+        loads = (json.loads(text) for text in texts)
+        return {int(layer): counts for own in loads for layer, counts in own.items()}
+
+    def _gather_loads(self) -> list[str]:
+        """The loads of all processes; those of a stage are equal, and its first one reports."""
+        is_first = self.group.rank % self._size == 0
+        return self.group.gather_texts(json.dumps(super().expert_loads() if is_first else {}))
 
     def end(self) -> None:
         """End the processes that follow; the runner cannot be used afterwards."""
@@ -265,6 +293,11 @@ class ParallelRunner(ModelRunner):
             case RecordKind.IMPORT_PAGE:
                 own = torch.empty(self.cache.page_bytes, dtype=torch.uint8)
                 super().import_page(record.numbers[0], self.group.receive(own, 0))
+            case RecordKind.REBALANCE:
+                assert self.balancer is not None
+                self.balancer.rebalance()
+            case RecordKind.LOADS:
+                self._gather_loads()
             case RecordKind.DIGEST:
                 self.group.gather_texts(weights_digest(self.model))
             case RecordKind.STATS:

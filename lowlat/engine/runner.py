@@ -80,6 +80,11 @@ class ModelRunner:
         if self._native is not None:
             self._native = NativeModel(self.model)
 
+    def expert_loads(self) -> dict[int, Sequence[int]]:
+        """Tokens that every routed expert has had in all steps, by decoder layer; native kernels
+        count them."""
+        return {} if self._native is None else self._native.expert_loads()
+
     def reserve(self, pages: list[int], num_tokens: int) -> None:
         """Extend `pages` in place until they cover `num_tokens` entries; the allocator may
         grow.

@@ -7,8 +7,11 @@ may take a snapshot.
 import bisect
 import copy
 import threading
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from lowlat.engine.request import Request, Sequence
 
@@ -140,6 +143,8 @@ class EngineStats:
     pages_cached: int = 0
     page_tokens: int = 0
     """Tokens per KV cache page."""
+    expert_loads: Mapping[int, SequenceOf[int]] = field(default_factory=dict)
+    """Tokens of every routed expert by layer; empty without native kernels."""
     disk: DiskCacheStats = field(default_factory=DiskCacheStats)
     """The prefix cache on disk; zeros without one."""
     transfer: KVTransferStats = field(default_factory=KVTransferStats)
@@ -199,7 +204,7 @@ class StatsRecorder:
         self,
         disk: DiskCacheStats | None = None,
         transfer: KVTransferStats | None = None,
-        **gauges: int,
+        **gauges: Any,
     ) -> EngineStats:
         """A copy of everything recorded, with the current `gauges`, fields of EngineStats."""
         disk, transfer = disk or DiskCacheStats(), transfer or KVTransferStats()

@@ -27,7 +27,9 @@ class RecordKind(IntEnum):
     IMPORT_PAGE = 4
     DIGEST = 5
     STATS = 6
-    END = 7
+    REBALANCE = 7
+    LOADS = 8
+    END = 9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,7 +27,7 @@ from lowlat.engine.scoring import Score
 from lowlat.generate.completion import Completion, Stream
 from lowlat.generate.context import check_context
 from lowlat.generate.lora import LoadedAdapters, LoraNames
-from lowlat.generate.new_engine import new_engine
+from lowlat.generate.new_engine import ServingGroup, new_engine
 from lowlat.generate.params import SamplingOptions, SamplingParams, check_each, make_params
 from lowlat.generate.prompt import Prompt, as_prompts, begins_text, encode_prompt
 from lowlat.generate.session import GenerationSession, TextRequest
@@ -39,7 +39,6 @@ from lowlat.text.pieces import encode_long
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.utils.device import dtype_name
 from lowlat.utils.errors import UserError
-from lowlat.utils.process_group import ProcessGroup
 from lowlat.utils.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -55,9 +54,8 @@ class Model:
     weights); completions without free pages wait, or are preempted and recomputed.
     prefix_cache_dir: folder of the prefix cache on disk, of up to prefix_cache_disk_bytes, which
     processes may share. speculates: whether speculative decoding runs. pooling: of an embedding
-    model. adapters: LoRA adapters that requests may name. group: processes that divide the model,
-    in 1 + `prefill` parts of which the later ones compute prompts for the first; except in process
-    0, the constructor serves it until it ends, and raises SystemExit.
+    model. adapters: LoRA adapters that requests may name. run: processes that divide the model;
+    except in process 0, the constructor serves it until it ends, and raises SystemExit.
     """
 
     def __init__(
@@ -74,8 +72,7 @@ class Model:
         speculates: bool = True,
         pooling: Pooling | None = None,
         adapters: LoadedAdapters | None = None,
-        group: ProcessGroup | None = None,
-        prefill: int = 0,
+        run: ServingGroup | None = None,
     ) -> None:
         config = transformer.config
         self.name = name
@@ -86,7 +83,7 @@ class Model:
         self.context = check_context(config, context)
         transformer.set_context(self.context)
         self.adapters = adapters or LoadedAdapters({}, SelectedAdapter())
-        self._group = group
+        self._run = run
         self.engine = new_engine(
             transformer,
             self.context,
@@ -97,8 +94,7 @@ class Model:
             disk=disk_cache_options(prefix_cache_dir, prefix_cache_disk_bytes),
             speculates=speculates,
             adapters=self.adapters,
-            group=group,
-            prefill=prefill,
+            run=run,
         )
         self.runner = self.engine.runner
         self.context = self.engine.context
@@ -107,8 +103,8 @@ class Model:
 
     def watch(self, on_lost: Callable[[str], None]) -> None:
         """Call `on_lost` with the reason, on another thread, before the group ends by an error."""
-        if self._group is not None:
-            self._group.heartbeat.on_lost = on_lost
+        if self._run is not None:
+            self._run.group.heartbeat.on_lost = on_lost
 
     @property
     def config(self) -> ModelConfig:

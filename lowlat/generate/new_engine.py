@@ -1,12 +1,13 @@
 """Engine of a loaded model: its KV cache, and its part in a run of several processes."""
 
 import logging
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lowlat.config.attention import sparse_topk
 from lowlat.engine.cache_size import new_runner
 from lowlat.engine.disk_cache import DiskCacheOptions
 from lowlat.engine.engine import Engine
+from lowlat.engine.expert_balancer import ExpertBalancing
 from lowlat.engine.kv_transfer import KVReceiver, KVSender
 from lowlat.engine.prefill_worker import PrefillWorker
 from lowlat.generate.lora import LoadedAdapters
@@ -14,6 +15,16 @@ from lowlat.model.transformer import Transformer
 from lowlat.utils.process_group import ProcessGroup, ignoring_signals
 
 logger = logging.getLogger(__name__)
+
+
+class ServingGroup(NamedTuple):
+    """The processes of a run that serves one model."""
+
+    group: ProcessGroup
+    prefill: int
+    """Parts of the group, after the first, which compute prompts for it."""
+    balancing: ExpertBalancing | None
+    """Places the experts that the processes of a part divide."""
 
 
 def new_engine(
@@ -27,15 +38,16 @@ def new_engine(
     disk: DiskCacheOptions | None,
     speculates: bool,
     adapters: LoadedAdapters,
-    group: ProcessGroup | None,
-    prefill: int,
+    run: ServingGroup | None,
 ) -> Engine:
-    """The engine, with the arguments of `Model`. Except in process 0 of `group`: serves process 0
+    """The engine, with the arguments of `Model`. Except in process 0 of `run`: serves process 0
     until it ends, and raises SystemExit.
     """
+    group, prefill, balancing = run or (None, 0, None)
     part = None if group is None else group.part(1 + prefill)
-    selected = adapters.selected
-    runner, limits = new_runner(transformer, cache, max_cache_bytes, context, selected, part)
+    runner, limits = new_runner(
+        transformer, cache, max_cache_bytes, context, adapters.selected, part, balancing
+    )
     if sparse_topk(transformer.config.attention) is not None and not runner.is_batch_invariant:
         logger.warning(
             "%s: sparse attention runs in PyTorch, which is slow (see docs/sparse.md)", name

@@ -28,11 +28,10 @@ def divide_layer(layer: DecoderLayer, share: ModelShare) -> None:
         divide_mlp(mlp.shared_experts, share)
     experts = mlp.experts
     assert isinstance(experts, Experts)
-    own = share.expert_range(len(experts))
-    experts.parts, experts.own = share.experts, own
-    for number in range(len(experts)):
-        if number not in own:
-            experts[number] = RemoteModule()
+    experts.parts, experts.rank = share.experts, share.expert_rank
+    experts.places = share.expert_places(len(experts))
+    for number in set(range(len(experts))).difference(experts.own):
+        experts[number] = RemoteModule()
 
 
 def divide_mlp(mlp: MLP, share: ModelShare) -> None:

@@ -83,13 +83,12 @@ def add_adapters(
     Returns the selection that the replaced projections share.
     """
     selected = SelectedAdapter()
-    device = next(model.parameters()).device
 
     def with_updates(path: str, module: nn.Module) -> nn.Module | None:
         found = [adapter.get(path) for adapter in adapters]
         if not isinstance(module, Linear) or not any(found):
             return None
-        rows = module.part
+        rows, device = module.part, module.weight.device
         moved = [own and LowRankUpdate(own.a.to(device), own.b[rows].to(device)) for own in found]
         return LoraLinear(module, moved, selected)
 

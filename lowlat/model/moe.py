@@ -51,9 +51,18 @@ class Experts(nn.ModuleList):
     def __init__(self, hidden_size: int, moe: MoEConfig, *, dtype: torch.dtype) -> None:
         inner = moe.moe_intermediate_size
         super().__init__(MLP(hidden_size, inner, dtype=dtype) for _ in range(moe.n_routed_experts))
-        self.parts, self.own = 1, range(moe.n_routed_experts)
-        """Processes that divide the experts, and the experts of this one."""
+        self.parts, self.rank = 1, 0
+        """Processes that divide the experts, and the number of this one among them."""
+        self.places = list(range(moe.n_routed_experts))
+        """Expert of every place (EPLB: phy2log). Each process has as many consecutive places, by
+        ascending expert; an expert with replicas has several."""
         self.exchange: Exchange | None = None
+
+    @property
+    def own(self) -> list[int]:
+        """The experts of this process's places."""
+        each = len(self.places) // self.parts
+        return self.places[self.rank * each : (self.rank + 1) * each]
 
     def forward(
         self, x: Float[Tensor, "tokens hidden"], routing: Routing
@@ -66,8 +75,11 @@ class Experts(nn.ModuleList):
     def _all_outputs(
         self, x: Float[Tensor, "tokens hidden"], routing: Routing
     ) -> dict[int, Float[Tensor, "rows hidden"]]:
-        """The outputs of all chosen experts, gathered from the processes that have them."""
-        assert self.exchange is not None
+        """The outputs of all chosen experts, gathered from the processes that have them.
+
+        Without replicas: rounding depends on the number of rows, so an expert's rows cannot be
+        divided."""
+        assert self.exchange is not None and len(self.places) == len(self)
         counts = torch.bincount(routing.experts.flatten(), minlength=len(self)).tolist()
         each = len(self) // self.parts
         most = max(sum(counts[first : first + each]) for first in range(0, len(self), each))

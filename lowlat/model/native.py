@@ -22,11 +22,12 @@ from lowlat.model.block import DecoderLayer
 from lowlat.model.exchange import TENSOR
 from lowlat.model.linear import Linear
 from lowlat.model.lora import LoraLinear
-from lowlat.model.moe import Gate
+from lowlat.model.moe import Gate, MoE
 from lowlat.model.mtp import MTPModule
 from lowlat.model.native_layers import (
     embedding_of,
     layer_of,
+    moe_of,
     mtp_input_of,
     norm_of,
     projection_of,
@@ -169,6 +170,18 @@ class NativeModel:
             )
         self._cache: PagedCache | None = None
         self._entries = None
+
+    def expert_loads(self) -> dict[int, Sequence[int]]:
+        """Tokens that every routed expert has had in all steps, by decoder layer. Divided layers
+        count those of all processes."""
+        counts = self._model.expert_loads()
+        experts = 0 if self.config.moe is None else self.config.moe.n_routed_experts
+        first = self.share.layers.start
+        return {first + n: row[:experts] for n, row in enumerate(counts) if any(row)}
+
+    def place_experts(self, layer: int, mlp: MoE) -> None:
+        """Use the experts that the decoder layer `layer` has now, from the next step on."""
+        self._model.place_experts(layer - self.share.layers.start, moe_of(mlp))
 
     def step(
         self,

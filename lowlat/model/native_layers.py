@@ -37,7 +37,7 @@ def layer_of(layer: DecoderLayer, *, first_pair: int):
         attention=_attention(layer.self_attn),
         first_pair=first_pair,
         mlp=_dense(mlp.shared_experts if isinstance(mlp, MoE) else mlp),
-        moe=_moe(mlp) if isinstance(mlp, MoE) else None,
+        moe=moe_of(mlp) if isinstance(mlp, MoE) else None,
         **_output_norm(mlp),
     )
 
@@ -191,7 +191,8 @@ def _dense(mlp: torch.nn.Module | None):
     )
 
 
-def _moe(mlp: MoE):
+def moe_of(mlp: MoE):
+    """A router and this process's experts."""
     moe = mlp.gate.moe
     is_v2_single = not moe.scale_after_norm and moe.num_experts_per_tok == 1
     normalizes = moe.norm_topk_prob and not is_v2_single
@@ -208,9 +209,8 @@ def _moe(mlp: MoE):
         scaling=1.0 if normalizes and not moe.scale_after_norm else moe.routed_scaling_factor,
     )
     assert isinstance(mlp.experts, Experts)
-    own = mlp.experts.own
-    experts = [_dense(mlp.experts[number]) for number in own]
-    return native.module().Moe.make(router, experts, first=own.start)
+    experts = [_dense(mlp.experts[number]) for number in mlp.experts.own]
+    return native.module().Moe.make(router, experts, places=mlp.experts.places)
 
 
 def norm_of(norm: RMSNorm):

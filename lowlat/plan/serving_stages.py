@@ -3,27 +3,38 @@
 from dataclasses import replace
 
 from lowlat.config.model import ModelConfig
-from lowlat.config.serving_layout import AUTO, ServingLayout
+from lowlat.config.serving_layout import AUTO, EPLBConfig, ServingLayout
 from lowlat.model.share import ModelShare
 from lowlat.plan.serving.layout import check_layout, divides_blocks, stage_layers
 from lowlat.utils.errors import UserError
 
 
-def share_of(config: ModelConfig, layout: ServingLayout, rank: int) -> ModelShare:
+def share_of(
+    config: ModelConfig, layout: ServingLayout, rank: int, *, eplb: EPLBConfig | None = None
+) -> ModelShare:
     """The share of process `rank`; groups for decoding and for prefill divide the model alike.
-    Raises UserError if `layout` does not divide it."""
+    Raises UserError if `layout` does not divide it, or if there are no experts for `eplb`."""
     check_layout(config, layout)
     stage, own = divmod(rank % layout.group_size, layout.stage_size)
     share = serving_stages(config, layout.pipeline)[stage]
+    experts = 0 if config.moe is None else config.moe.n_routed_experts
+    if eplb is not None and (experts == 0 or layout.stage_size == 1):
+        raise UserError(f"--enable-eplb: --parallel {layout} divides no experts; add expert=E")
     if layout.stage_size == 1:
         return share
-    experts = 0 if config.moe is None else config.moe.n_routed_experts
+    redundant = 0 if eplb is None else eplb.num_redundant_experts
+    if redundant % layout.stage_size:
+        raise UserError(
+            f"--num-redundant-experts {redundant}: must be a multiple of the {layout.stage_size} "
+            "processes that divide the experts"
+        )
     return replace(
         share,
         tensor=layout.tensor,
         tensor_rank=own % layout.tensor,
         experts=layout.stage_size if experts else 1,
         expert_rank=own if experts else 0,
+        redundant_experts=redundant,
     )
 
 

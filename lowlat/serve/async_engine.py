@@ -174,6 +174,7 @@ class AsyncEngine:
             queued=self._num_queued(),
             running=len(scheduler.running) + scheduler.num_loading(has_started=True),
             preemptions=scheduler.num_preemptions,
+            expert_loads=self._engine.expert_loads,
             disk=None if self._engine.disk is None else self._engine.disk.recorder.snapshot(),
             transfer=None if connector is None else connector.recorder.snapshot(),
             pages_total=scheduler.limits.max_pages or pool.num_pages,

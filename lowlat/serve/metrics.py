@@ -117,6 +117,11 @@ def _engine_samples(stats: EngineStats) -> Iterator[Sample]:
     for name, text, value in _transfer_counters(stats.transfer):
         family = CounterMetricFamily(f"{PREFIX}kv_transfer_{name}", text, labels=[MODEL])
         yield family, [], value
+    loads = f"{PREFIX}expert_tokens", "Tokens of a routed expert of a layer."
+    for layer, counts in stats.expert_loads.items():
+        family = CounterMetricFamily(*loads, labels=[MODEL, "layer", "expert"])
+        for expert, count in enumerate(counts):
+            yield family, [str(layer), str(expert)], count
     for name, text, histogram in _histograms(stats):
         yield HistogramMetricFamily(PREFIX + name, text, labels=[MODEL]), [], histogram
 

@@ -3,6 +3,7 @@
 from .mutant import Mutant
 
 EPLB = "tests/unit/ops/test_expert_placement.py::"
+BALANCER = "tests/unit/engine/test_expert_balancer.py::"
 ESTIMATE = "tests/unit/plan/serving/test_estimate.py::"
 ROOFLINE = "tests/unit/bench/test_roofline.py::"
 
@@ -27,6 +28,34 @@ PLANNING = [
         "experts = [group * size + place for group in own_groups for place in range(size)]",
         "experts = [group + place * groups for group in own_groups for place in range(size)]",
         EPLB + "test_properties_on_random_loads",
+    ),
+    Mutant(
+        "EPLB while serving: loads since the start, not since the last placement",
+        "engine/expert_balancer.py",
+        "loads = torch.stack([counts[n] - self._before.get(n, 0) for n in counts])",
+        "loads = torch.stack([counts[n] for n in counts])",
+        BALANCER + "test_experts_are_placed_by_their_new_loads_and_read_with_adapters",
+    ),
+    Mutant(
+        "EPLB while serving: moved experts without LoRA adapters",
+        "checkpoint/read_experts.py",
+        "if is_wanted(path)} for each in adapters",
+        "if not is_wanted(path)} for each in adapters",
+        BALANCER + "test_experts_are_placed_by_their_new_loads_and_read_with_adapters",
+    ),
+    Mutant(
+        "EPLB while serving: places of a process in the order of their load",
+        "model/share.py",
+        ".sort(dim=2).values.flatten(1)",
+        ".flatten(1)",
+        "tests/unit/model/test_share.py::test_each_process_has_as_many_places_by_ascending_expert",
+    ),
+    Mutant(
+        "EPLB while serving: every process has the experts of the first",
+        "model/moe.py",
+        "return self.places[self.rank * each : (self.rank + 1) * each]",
+        "return self.places[:each]",
+        BALANCER + "test_experts_are_placed_by_their_new_loads_and_read_with_adapters",
     ),
     Mutant(
         "step model: sparse attention reads no index keys",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lowlat
-from lowlat.config.serving_layout import ServingLayout
+from lowlat.config.serving_layout import EPLBConfig, ServingLayout
 from lowlat.engine.parallel_runner import ParallelRunner
 from lowlat.generate.model import Model
 from lowlat.ops import native
@@ -17,12 +17,14 @@ from tests.serve_parallel.cases import CASES, outcome, stored_tokens, traffic
 
 
 def main() -> None:
-    folder, layout, *names = sys.argv[1:]
+    folder, name_of_run, *names = sys.argv[1:]
     native.use_threads(1)
+    layout, _, balanced = name_of_run.partition("+")
     sizes = ServingLayout.parse(layout)
+    eplb = EPLBConfig(num_redundant_experts=2, step_interval=3) if balanced else None
     for name in names:
         case, own = CASES[name], Path(folder, name)
-        arguments = case.arguments(own, sizes) | {"parallel": layout}
+        arguments = case.arguments(own, sizes) | {"parallel": layout, "eplb": eplb}
         if (model := led(arguments)) is None:
             if case.is_stored:
                 led(arguments)
@@ -31,6 +33,9 @@ def main() -> None:
         found["parameters"] = sum(each.numel() for each in model.transformer.parameters())
         if isinstance(model.runner, ParallelRunner):
             found["traffic"] = traffic(model.runner, model)
+            if model.runner.balancer is not None:
+                found["placements"] = model.runner.balancer.num_placements
+                found["moved"] = model.runner.balancer.num_moved
         if case.is_stored:
             found["stored"] = [stored_tokens(model)]
             model.close()
@@ -39,7 +44,7 @@ def main() -> None:
             assert model is not None
             found["stored"].append(stored_tokens(model))
         model.free()
-        (own / f"{layout}.json").write_text(json.dumps(found))
+        (own / f"{name_of_run}.json").write_text(json.dumps(found))
 
 
 def led(arguments: dict[str, Any]) -> Model | None:

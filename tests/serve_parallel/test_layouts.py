@@ -110,6 +110,28 @@ def test_prefill_processes_change_no_token(
     assert not differing
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    {
+        "expert=2": ("mtp-moe", "small-cache", "int8", "int4", "gguf", "sparse"),
+        "tensor=2,pipeline=2": ("mtp-moe", "small-cache", "gguf"),
+        "expert=2,prefill=1": ("mtp-moe", "int4"),
+    }.items(),
+)
+def test_tokens_do_not_change_while_experts_move(
+    folder: Path, alone: dict[str, dict[str, Any]], layout: str, names: tuple[str, ...]
+) -> None:
+    """EPLB with replicas places experts again every three steps, within and between requests."""
+    sizes = ServingLayout.parse(layout)
+    run(sizes.processes, [PROGRAM, str(folder), f"{layout}+eplb", *names])
+    keys = KEYS[:3] if sizes.prefill else KEYS
+    for name in names:
+        found = json.loads((folder / name / f"{layout}+eplb.json").read_text())
+        assert found["placements"] > 9 and found["moved"] > 0, name
+        assert [key for key in keys if found[key] != alone[name][key]] == [], name
+
+
 def expected_traffic(layout: str) -> dict[str, int]:
     """Messages and bytes of process 0 by the formula of docs/scale.md, for one process per stage or
     one stage.

@@ -140,12 +140,20 @@ def test_one_user_is_one():
     assert "1 user with" in text and "users with" not in text
 
 
-def test_loads_of_a_real_model(tmp_path: Path):
-    """minnow's routing of a text, counted in PyTorch: every token of a layer uses its experts."""
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "fp32",
+        pytest.param("bf16", marks=pytest.mark.skipif(not native.available(), reason="no kernels")),
+    ],
+)
+def test_loads_of_a_real_model(tmp_path: Path, dtype: str):
+    """minnow's routing of a text, counted by PyTorch or the kernels: every token of a layer uses
+    its experts."""
     text, file = tmp_path / "text.txt", tmp_path / "loads.json"
     text.write_text("The house stood at the end of a long road. There was nobody in the garden.")
     arguments = ("eval", "minnow", "--text", str(text), "--expert-loads", str(file))
-    report = answer(*arguments, "--dtype", "fp32")
+    report = answer(*arguments, "--dtype", dtype)
     loads = json.loads(file.read_text())["loads"]
     sums = {sum(counts) for counts in loads.values()}
     assert len(sums) == 1
@@ -201,13 +209,3 @@ def test_faults_of_loads_name_the_file(tmp_path: Path, text: str, message: str):
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         run(*V3, "--expert-loads", str(file))
-
-
-@pytest.mark.skipif(not native.available(), reason="needs the native kernels")
-def test_loads_need_routing_in_pytorch(tmp_path: Path):
-    text = tmp_path / "text.txt"
-    text.write_text("some words")
-    out = tmp_path / "out.json"
-    with pytest.raises(UserError, match="native kernels do not report routing; add --dtype fp32"):
-        run("eval", "minnow", "--text", str(text), "--expert-loads", str(out))
-    assert not out.exists()

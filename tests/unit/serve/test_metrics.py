@@ -51,6 +51,9 @@ def test_engine_figures(client: TestClient) -> None:
         assert found[f"lowlat:{name}", (MODEL,)] == value
     assert found["lowlat:request_success_total", (("finished_reason", "stop"), MODEL)] == 4
     assert found["lowlat:request_success_total", (("finished_reason", "abort"), MODEL)] == 0
+    loads = "lowlat:expert_tokens_total"
+    labels = [(("expert", str(number)), ("layer", "3"), MODEL) for number in range(3)]
+    assert [found[loads, each] for each in labels] == [5, 0, 8]
     dropped = "lowlat:prefix_cache_disk_dropped_total"
     assert found[dropped, (MODEL, ("reason", "corrupt"))] == 2
     assert found[dropped, (MODEL, ("reason", "disk_full"))] == 0
