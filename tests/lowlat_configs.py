@@ -48,6 +48,8 @@ def lowlat_config(attention: ModelAttention, **changes: Any) -> ModelConfig:
 FORMS: dict[str, ModelConfig] = {
     "gla-2": lowlat_config(GLA, rope=YARN),
     "gla-3": lowlat_config(replace(GLA, num_latent_groups=3, kv_lora_rank=33, q_lora_rank=None)),
+    "mlra": lowlat_config(replace(GLA, sum_groups=True), rope=YARN),
+    "gated": lowlat_config(replace(MLA, attn_output_gate=True)),
     "gta-3": lowlat_config(GTA),
     "gta-yarn": lowlat_config(replace(GTA, num_key_value_heads=1), rope=YARN),
     "tpa": lowlat_config(TPA),

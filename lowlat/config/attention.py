@@ -104,6 +104,10 @@ class MLAConfig(_LatentAttention):
     """
     indexer: IndexerConfig | None = None
     """Sparse attention (DSA); None attends to all tokens."""
+    attn_output_gate: bool = False
+    """Gated attention (arXiv 2505.06708): before o_proj, the heads' output is multiplied by
+    sigmoid(g_proj x), element by element.
+    """
 
     @property
     def index_key_dim(self) -> int:
@@ -167,7 +171,7 @@ class GQAConfig(_OneWidth):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GLAConfig(_LatentAttention):
     """Grouped Latent Attention (arXiv 2505.21487): MLA whose latent is divided into groups; each
-    head reads one group. GLA-2 has two.
+    head reads one group. GLA-2 has two. With sum_groups Multi-Head Low-Rank Attention (MLRA).
     """
 
     num_attention_heads: int
@@ -184,11 +188,21 @@ class GLAConfig(_LatentAttention):
     """Rotary channels per query head and of the one key that all groups share."""
     v_head_dim: int
     """Value channels per head."""
+    sum_groups: bool = False
+    """MLRA (arXiv 2603.02188): every head attends in every group, with one query, and its outputs
+    are summed and divided by sqrt(num_latent_groups). Latents are multiplied by sqrt(hidden_size /
+    width), and so is the query latent.
+    """
 
     @property
     def entry_dim(self) -> int:
         """Cached elements per token and layer."""
         return self.kv_a_dim
+
+    @property
+    def branches(self) -> int:
+        """Attentions of a head: one, or one per group."""
+        return self.num_latent_groups if self.sum_groups else 1
 
     @property
     def group_rank(self) -> int:
@@ -332,6 +346,12 @@ def indexer_problem(attention: ModelAttention) -> str | None:
     return None
 
 
+def computed_heads(attention: AttentionConfig) -> int:
+    """Heads that attention computes: with MLRA those of every branch."""
+    branches = attention.branches if isinstance(attention, GLAConfig) else 1
+    return attention.num_attention_heads * branches
+
+
 def index_key_dim(attention: AttentionConfig) -> int:
     """Elements of the index key in an entry; 0 without an indexer."""
     return attention.index_key_dim if isinstance(attention, MLAConfig) else 0
@@ -351,13 +371,15 @@ def short_name(attention: ModelAttention) -> str:
         case MLAConfig() | tuple():
             latent, rotary = entry_widths(attention)
             layers = attention if isinstance(attention, tuple) else (attention,)
+            gated = "gated " if any(layer.attn_output_gate for layer in layers) else ""
             if sparse_topk(attention) is None:
-                return f"MLA {latent} + {rotary}"
+                return f"{gated}MLA {latent} + {rotary}"
             index = _span([layer.index_key_dim for layer in layers])
-            return f"DSA {latent} + {rotary} + {index}"
+            return f"{gated}DSA {latent} + {rotary} + {index}"
         case GLAConfig():
             groups, rank = attention.num_latent_groups, attention.group_rank
-            return f"GLA-{groups}, {groups} x {rank} + {attention.qk_rope_head_dim}"
+            name = "MLRA" if attention.sum_groups else "GLA"
+            return f"{name}-{groups}, {groups} x {rank} + {attention.qk_rope_head_dim}"
         case GTAConfig():
             groups, width = attention.num_key_value_heads, attention.head_dim
             return f"GTA-{groups}, {groups} x {width} + {attention.qk_rope_head_dim}"

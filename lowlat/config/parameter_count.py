@@ -7,6 +7,7 @@ cache sizes are in `kv_cache_size`, bytes of weights in `weight_memory`, FLOPs i
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lowlat.config.attention import computed_heads
 from lowlat.config.model import (
     AttentionConfig,
     GLAConfig,
@@ -142,6 +143,8 @@ def attention_matrices(attention: AttentionConfig, hidden: int, layers: int = 1)
             shapes.append((attention.kv_a_dim, hidden))
             is_mla = isinstance(attention, MLAConfig)
             latent = attention.kv_lora_rank if is_mla else attention.group_rank
+            if is_mla and attention.attn_output_gate:
+                shapes.append((values, hidden))
             if is_mla and (width := attention.index_key_dim):
                 assert attention.indexer is not None
                 rows = attention.indexer.index_n_heads * width
@@ -149,7 +152,7 @@ def attention_matrices(attention: AttentionConfig, hidden: int, layers: int = 1)
     matrices = [Matrices(layers, *shape) for shape in (*shapes, (hidden, values))]
     if latent is not None:
         assert isinstance(attention, MLAConfig | GLAConfig)
-        rows = heads * attention.qk_nope_head_dim + values
+        rows = computed_heads(attention) * (attention.qk_nope_head_dim + attention.v_head_dim)
         matrices.append(Matrices(layers, rows, latent, is_rows=True))
     return matrices
 

@@ -53,6 +53,8 @@ def part_of(attention: AttentionConfig, share: ModelShare) -> AttentionConfig:
     size, heads = share.tensor, attention.num_attention_heads
     if not isinstance(attention, MLAConfig | GQAConfig):
         raise UserError(f"tensor={size}: only MLA, MHA, GQA and MQA are divided by heads")
+    if isinstance(attention, MLAConfig) and attention.attn_output_gate:
+        raise UserError(f"tensor={size}: attention with attn_output_gate is not divided by heads")
     counts = {"num_attention_heads": heads}
     if isinstance(attention, GQAConfig):
         counts["num_key_value_heads"] = attention.num_key_value_heads

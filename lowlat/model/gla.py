@@ -1,8 +1,11 @@
-"""Grouped Latent Attention: MLA with a latent per group of heads (arXiv 2505.21487).
+"""Grouped Latent Attention: MLA with a latent per group of heads (GLA, arXiv 2505.21487), and
+Multi-Head Low-Rank Attention: every head attends in every group, and its outputs are summed (MLRA,
+arXiv 2603.02188).
 
 The KV cache entry [c_1 ; ... ; c_g ; k_R] has the width of MLA's, and attention over it is MLA's:
-the up-projections of a head are zero for the latents of other groups. Cache, engine and kernels do
-not distinguish the two.
+the up-projections of a head are zero for the latents of other groups. MLRA is GLA with a copy of
+all heads, one query for all copies, in each group. Cache, engine and kernels do not distinguish
+them.
 """
 
 import torch
@@ -11,6 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from lowlat.attention.base import AttentionBackend
+from lowlat.config.attention import computed_heads
 from lowlat.config.model import GLAConfig, ModelConfig
 from lowlat.model.linear import Linear, RMSNorm
 from lowlat.model.mla import LATENT_NORM_EPS, split_queries
@@ -18,7 +22,9 @@ from lowlat.ops.rope import RotaryTable, apply_rope
 
 
 class GLA(nn.Module):
-    """MLA with a norm per latent and a kv_b_proj that reads the latent of one group."""
+    """MLA with a norm per latent and a kv_b_proj that reads the latent of one group; MLRA has a
+    kv_b_proj for each group, group by group.
+    """
 
     def __init__(
         self, config: ModelConfig, attention: GLAConfig, layer: int, *, dtype: torch.dtype
@@ -34,16 +40,21 @@ class GLA(nn.Module):
             self.q_proj = Linear(hidden, q_dim, dtype=dtype)
         else:
             self.q_a_proj = Linear(hidden, attention.q_lora_rank, dtype=dtype)
-            self.q_a_layernorm = RMSNorm(attention.q_lora_rank, LATENT_NORM_EPS, dtype=dtype)
+            self.q_a_layernorm = self._norm(hidden, attention.q_lora_rank, dtype)
             self.q_b_proj = Linear(attention.q_lora_rank, q_dim, dtype=dtype)
         self.kv_a_proj_with_mqa = Linear(hidden, attention.entry_dim, dtype=dtype)
         self.kv_a_layernorm = nn.ModuleList(
-            RMSNorm(attention.group_rank, LATENT_NORM_EPS, dtype=dtype)
+            self._norm(hidden, attention.group_rank, dtype)
             for _ in range(attention.num_latent_groups)
         )
-        kv_dim = heads * (attention.qk_nope_head_dim + attention.v_head_dim)
+        kv_dim = computed_heads(attention) * (attention.qk_nope_head_dim + attention.v_head_dim)
         self.kv_b_proj = Linear(attention.group_rank, kv_dim, dtype=dtype)
         self.o_proj = Linear(heads * attention.v_head_dim, hidden, dtype=dtype)
+
+    def _norm(self, hidden: int, width: int, dtype: torch.dtype) -> RMSNorm:
+        """Norm of a latent; in MLRA its output has the scale of a product with `hidden` inputs."""
+        factor = (hidden / width) ** 0.5 if self.dims.sum_groups else 1.0
+        return RMSNorm(width, LATENT_NORM_EPS, dtype=dtype, factor=factor)
 
     def forward(
         self,
@@ -54,7 +65,10 @@ class GLA(nn.Module):
         q_nope, q_rope = self.queries(x, rope)
         w_uk, w_uv = self.up_projections(x.dtype)
         entries = self.entries(x, rope)
+        branches = self.dims.branches
+        q_nope, q_rope = (part.repeat(1, branches, 1) for part in (q_nope, q_rope))
         out = attention.mla(self.layer, q_nope, q_rope, entries, w_uk, w_uv, self.scale)
+        out = out.unflatten(1, (branches, -1)).sum(dim=1) * branches**-0.5
         return self.o_proj(out.flatten(1))
 
     def queries(
@@ -82,10 +96,10 @@ class GLA(nn.Module):
     def up_projections(
         self, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "heads nope_dim latent"], Float[Tensor, "heads v_dim latent"]]:
-        """W_UK and W_UV of every head over the latents of all groups."""
+        """W_UK and W_UV of every head (MLRA: of its copy in every group) over all latents."""
         dims = self.dims
         weight = self.spread(self.kv_b_proj.dense_weight(dtype))
-        weight = weight.unflatten(0, (dims.num_attention_heads, -1))
+        weight = weight.unflatten(0, (computed_heads(dims), -1))
         w_uk, w_uv = weight.split([dims.qk_nope_head_dim, dims.v_head_dim], dim=1)
         return w_uk, w_uv
 

@@ -63,6 +63,8 @@ class MLA(nn.Module):
         self.o_proj = Linear(
             heads * attention.v_head_dim, hidden, bias=bias or attention.o_bias, dtype=dtype
         )
+        if attention.attn_output_gate:
+            self.g_proj = Linear(hidden, heads * attention.v_head_dim, dtype=dtype)
         self.indexer: Indexer | None = None
         if attention.indexer is not None and not attention.indexer.is_shared:
             rope = config.rope_of(layer)
@@ -86,7 +88,7 @@ class MLA(nn.Module):
             out = attention.sparse_mla(
                 self.layer, q_nope, q_rope, entries, w_uk, w_uv, self.scale, index
             )
-        return self.o_proj(out.flatten(1))
+        return self.output(out.flatten(1), x)
 
     def attend(
         self,
@@ -100,6 +102,14 @@ class MLA(nn.Module):
         """
         w_uk, w_uv = self.up_projections(q_nope.dtype)
         return attention.mla(self.layer, q_nope, q_rope, entries, w_uk, w_uv, self.scale)
+
+    def output(
+        self, out: Float[Tensor, "tokens width"], x: Float[Tensor, "tokens hidden"]
+    ) -> Float[Tensor, "tokens hidden"]:
+        """The output projection of the heads' outputs, multiplied by the gate if there is one."""
+        if self.dims.attn_output_gate:
+            out = out * torch.sigmoid(self.g_proj(x))
+        return self.o_proj(out)
 
     def queries(
         self, x: Float[Tensor, "tokens hidden"], rope: RotaryTable

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch
 from lowlat.config.attention import ModelAttention, distinct, index_key_dim, sparse_topk
-from lowlat.config.model import ModelConfig, TPAConfig
+from lowlat.config.model import GLAConfig, MLAConfig, ModelConfig, TPAConfig
 from lowlat.model.block import DecoderLayer
 from lowlat.model.exchange import TENSOR
 from lowlat.model.linear import Linear
@@ -44,10 +44,17 @@ BLOCK = (128, 128)
 def supports_native(model: Transformer) -> bool:
     """Whether the native kernels are available and can run `model`: on the CPU, bf16 activations,
     every projection bf16, int8, int4, in GGUF blocks or fp8 in blocks of 128, with or without
-    updates of LoRA adapters, any attention but TPA and sparse attention with an `indexer_obstacle`.
+    updates of LoRA adapters, any attention but TPA, gated attention, MLRA with adapters, and sparse
+    attention with an `indexer_obstacle`.
     """
     attention = model.config.attention
     if isinstance(attention, TPAConfig) or indexer_obstacle(attention) is not None:
+        return False
+    if any(
+        isinstance(layer, MLAConfig) and layer.attn_output_gate for layer in distinct(attention)
+    ):
+        return False
+    if isinstance(attention, GLAConfig) and attention.sum_groups and _has_adapters(model):
         return False
     embedding = model.embed_tokens
     if embedding.weight.device.type != "cpu" or embedding.dtype != torch.bfloat16:
@@ -74,6 +81,10 @@ def weight_bytes(model: Transformer) -> int:
     """Bytes of all parameters, memory-mapped or not, and of the updates of LoRA adapters."""
     updates = sum(each.update_bytes for each in model.modules() if isinstance(each, LoraLinear))
     return updates + sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _has_adapters(model: Transformer) -> bool:
+    return any(isinstance(module, LoraLinear) for module in model.modules())
 
 
 def _is_known(module: torch.nn.Module) -> bool:

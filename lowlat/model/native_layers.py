@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from lowlat.config.attention import computed_heads
 from lowlat.model.block import DecoderLayer
 from lowlat.model.gla import GLA
 from lowlat.model.gqa import GQA
@@ -77,20 +78,41 @@ def _mla(attention: MLA):
     if linear.weight_keys is not None:
         keys = linear.weight_keys.detach()
         k_b = native.module().Matrix.gguf(keys, type=linear.keys_type)
-    return _latent(attention, norms, kv_b, k_b, sparse_queries=not dims.kv_a_layernorm)
+    q = attention.q_proj if dims.q_lora_rank is None else attention.q_b_proj
+    projections = projection_of(q, sparse=not dims.kv_a_layernorm), projection_of(attention.o_proj)
+    return _latent(attention, norms, kv_b, k_b, projections)
 
 
 def _gla(attention: GLA):
-    """GLA as MLA: a norm per latent; up-projections are zero outside their group's latent."""
-    return _latent(attention, attention.norms(), _spread(attention), None, sparse_queries=False)
+    """GLA as MLA: a norm per latent; up-projections are zero outside their group's latent. MLRA has
+    the heads of all branches, and o_proj sums them.
+    """
+    projections = _branch_projections(attention)
+    return _latent(attention, attention.norms(), _spread(attention), None, projections)
 
 
-def _latent(attention: MLA | GLA, norms: list[RMSNorm], kv_b, k_b, *, sparse_queries: bool):
+def _branch_projections(attention: GLA):
+    """Projections of queries, once per branch (MLRA), and of the output, with the branches' sum."""
+    branches = attention.dims.branches
+    q = attention.q_proj if attention.dims.q_lora_rank is None else attention.q_b_proj
+    if branches == 1:
+        return projection_of(q), projection_of(attention.o_proj)
+    queries, output = (linear.dense_weight(torch.bfloat16) for linear in (q, attention.o_proj))
+    output = (output.float() * branches**-0.5).to(torch.bfloat16)
+    return _plain(queries.repeat(branches, 1)), _plain(output.repeat(1, branches))
+
+
+def _plain(weight: Float[Tensor, "out in"]):
+    return native.module().Projection.make(matrix_of(weight), None, updates=[])
+
+
+def _latent(attention: MLA | GLA, norms: list[RMSNorm], kv_b, k_b, projections):
+    """projections: of the queries, and of the output."""
     dims = attention.dims
     has_query_latent = dims.q_lora_rank is not None
-    q = attention.q_b_proj if has_query_latent else attention.q_proj
+    q, o = projections
     return native.module().Attention.mla(
-        heads=dims.num_attention_heads,
+        heads=computed_heads(dims),
         nope_dim=dims.qk_nope_head_dim,
         rope_dim=dims.qk_rope_head_dim,
         value_dim=dims.v_head_dim,
@@ -98,13 +120,13 @@ def _latent(attention: MLA | GLA, norms: list[RMSNorm], kv_b, k_b, *, sparse_que
         interleave=attention.interleave,
         q_a=projection_of(attention.q_a_proj) if has_query_latent else None,
         q_a_norm=norm_of(attention.q_a_layernorm) if has_query_latent else None,
-        q=projection_of(q, sparse=sparse_queries),
+        q=q,
         kv_a=projection_of(attention.kv_a_proj_with_mqa),
         kv_a_norms=[norm_of(norm) for norm in norms],
         kv_b=kv_b,
         k_b=k_b,
         kv_b_updates=[] if isinstance(attention, GLA) else _updates(attention.kv_b_proj),
-        o=projection_of(attention.o_proj),
+        o=o,
         **({} if isinstance(attention, GLA) else _sparse(attention)),
     )
 

@@ -15,6 +15,7 @@ from lowlat.config.attention import (
     GTAConfig,
     MLAConfig,
     TPAConfig,
+    computed_heads,
 )
 from lowlat.config.model import ModelConfig, MoEConfig
 from lowlat.plan.job import Kernels, Precision, TrainingJob
@@ -122,7 +123,7 @@ def _kept_bytes(
 def _attention(hidden: int, attention: AttentionConfig, sizes: _Sizes) -> list[_SavedTensor]:
     kept = [
         *sizes.norm("attention", hidden),
-        _SavedTensor(name="softmax sums", size=attention.num_attention_heads * FP32_BYTES),
+        _SavedTensor(name="softmax sums", size=computed_heads(attention) * FP32_BYTES),
     ]
     heads, element = attention.num_attention_heads, sizes.element
     match attention:
@@ -151,7 +152,7 @@ def _latents(attention: MLAConfig | GLAConfig, sizes: _Sizes) -> list[_SavedTens
 
 
 def _heads(attention: MLAConfig | GLAConfig, sizes: _Sizes) -> list[_SavedTensor]:
-    heads, width, own = attention.num_attention_heads, attention.qk_head_dim, attention.v_head_dim
+    heads, width, own = computed_heads(attention), attention.qk_head_dim, attention.v_head_dim
     values = own if sizes.is_fused else max(width, own)
     # Padded outputs are copied without the padding.
     copied = own if values != own else 0

@@ -15,6 +15,7 @@ from lowlat.config.attention import (
     GTAConfig,
     MLAConfig,
     TPAConfig,
+    computed_heads,
 )
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import expert_parameters, mlp_parameters
@@ -135,7 +136,8 @@ def up_projections(attention: AttentionConfig) -> int:
             return 0
     keys_values = attention.qk_nope_head_dim + attention.v_head_dim
     queries = (attention.q_lora_rank or 0) * attention.qk_head_dim
-    return attention.num_attention_heads * (queries + latent * keys_values)
+    expanded = computed_heads(attention) * latent * keys_values
+    return attention.num_attention_heads * queries + expanded
 
 
 def attention_products(attention: AttentionConfig, hidden: int) -> int:
@@ -149,6 +151,8 @@ def attention_products(attention: AttentionConfig, hidden: int) -> int:
     match attention:
         case MLAConfig() | GLAConfig():
             queries = attention.q_lora_rank or queries
+            if isinstance(attention, MLAConfig) and attention.attn_output_gate:
+                outputs *= 2
         case TPAConfig():
             queries = heads * attention.head_dim
             ranks = attention.k_rank + attention.v_rank
@@ -174,7 +178,7 @@ def _layer_parts(config: ModelConfig, layer: int, sequence_length: int) -> dict[
     keys = average_keys(sequence_length, config.window(layer))
     parts = {
         "attention": 2.0 * attention_products(attention, config.hidden_size),
-        "scores": 2.0 * attention.num_attention_heads * width * keys,
+        "scores": 2.0 * computed_heads(attention) * width * keys,
     }
     if moe is None or not config.is_moe_layer(layer):
         return parts | {"dense MLP": 2.0 * mlp_parameters(config, config.intermediate_size)}

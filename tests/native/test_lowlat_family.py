@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowlat.attention.cache import PagedCache
 from lowlat.attention.metadata import AttentionBatch, SequenceSlice
-from lowlat.config.model import ModelConfig, QuantConfig, TPAConfig
+from lowlat.config.model import ModelConfig, QuantConfig
 from lowlat.engine import scoring
 from lowlat.engine.runner import ModelRunner
 from lowlat.model.block import DecoderLayer
@@ -28,12 +28,13 @@ from tests.parameters import slow_except
 if not native.available():
     pytest.skip(native.reason(), allow_module_level=True)
 
+PYTORCH_ONLY = ("tpa", "tpa-kv", "combined tpa", "gated")
 CONFIGS = {
     name: replace(config, num_nextn_predict_layers=0)
     for name, config in EVERY.items()
-    if not isinstance(config.attention, TPAConfig)
+    if name not in PYTORCH_ONLY
 }
-QUICK = ("gla-2", "gta-3", "combined gqa", "combined mla", "layers all")
+QUICK = ("gla-2", "mlra", "gta-3", "combined gqa", "combined mla", "layers all")
 every_config = pytest.mark.parametrize("name", slow_except(QUICK, CONFIGS))
 
 
@@ -143,9 +144,10 @@ def test_int8_cache(name: str) -> None:
     assert cache.quantized == [config.attention_of(layer).quantized_dim for layer in layers]
 
 
-def test_tpa_falls_back() -> None:
+@pytest.mark.parametrize("name", PYTORCH_ONLY)
+def test_what_falls_back(name: str) -> None:
     """Regression: a native form that would read the factors as something else."""
-    config = EVERY["tpa"]
+    config = EVERY[name]
     model = random_model(config, torch.bfloat16)
     assert not supports_native(model)
     exact = in_fp32(model, config)

@@ -46,6 +46,7 @@ def architecture_of(config: ModelConfig) -> str:
         _require(attention.kv_a_layernorm, without)
         biases = attention.attention_bias or attention.q_bias or attention.o_bias
         _require(not biases, "latent attention with biases")
+        _require(not attention.attn_output_gate, "attn_output_gate")
         _require(rope.rope_interleave, "rope_interleave false")
         _require(attention.qk_nope_head_dim > 0, "qk_nope_head_dim 0")
         if attention.indexer is not None:

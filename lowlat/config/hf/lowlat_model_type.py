@@ -1,6 +1,6 @@
 """config.json of model_type "lowlat": models that no Hugging Face family can express.
 
-Per-layer MLA sizes, GLA, GTA and TPA, partial biases.
+Per-layer MLA sizes, gated MLA, GLA, MLRA, GTA and TPA, partial biases.
 
 The file holds ModelConfig's fields under their own names, nested like the dataclasses:
 
@@ -141,6 +141,9 @@ def config_to_lowlat(config: ModelConfig) -> dict[str, Any]:
 
 def _attention_to_json(attention: AttentionConfig) -> dict[str, Any]:
     fields = _json(asdict(attention))
+    for name in ("attn_output_gate", "sum_groups"):
+        if not fields.get(name, True):
+            del fields[name]
     indexer = fields.get("indexer")
     if indexer is None:
         fields.pop("indexer", None)  # files of dense models have no such field

@@ -105,6 +105,7 @@ def _mla_to_hf(config: ModelConfig, attention: MLAConfig) -> dict[str, Any]:
     _require(config, config.model_type in MLA_FAMILIES, "Multi-head Latent Attention")
     _require(config, config.sliding_window is None, "a sliding window")
     _require(config, attention.qk_rope_head_dim > 0, "qk_rope_head_dim 0")
+    _require(config, not attention.attn_output_gate, "attn_output_gate")
     raw: dict[str, Any] = {
         "num_key_value_heads": attention.num_attention_heads,
         "q_lora_rank": attention.q_lora_rank,

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from lowlat.config.attention import index_key_dim, sparse_topk
+from lowlat.config.attention import computed_heads, index_key_dim, sparse_topk
 from lowlat.config.kv_cache_size import int8_entry_bytes
 from lowlat.config.model import (
     AttentionConfig,
@@ -236,7 +236,7 @@ def attention_flops(
     for (attention, window), number in _kinds(config, layers).items():
         bounds = [bound for bound in (window, sparse_topk(attention)) if bound is not None]
         seen = _pairs_within(min(bounds, default=None), queries, keys, pairs)
-        one = config.num_attention_heads * _head_flops(attention, queries, keys, seen)
+        one = computed_heads(attention) * _head_flops(attention, queries, keys, seen)
         total += number * (one + _index_flops(attention, queries, keys, pairs))
     return float(total)
 

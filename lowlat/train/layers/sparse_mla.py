@@ -59,7 +59,7 @@ class SparseTrainingMLA(MLA):
         if weight is not None and torch._C._current_graph_task_id() == -1:
             # otherwise activation checkpointing recomputes a layer that was counted
             self.statistics += own.statistics
-        return self.o_proj(out.flatten(1))
+        return self.output(out.flatten(1), x)
 
 
 class WarmUpDecoderLayer(DecoderLayer):

@@ -47,6 +47,8 @@ def check_divisible(config: ModelConfig, size: int, origin: str) -> None:
     for layer in distinct(config.attention):
         if not isinstance(layer, MLAConfig | GQAConfig):
             raise UserError(f"{where}: only MLA and GQA support it; leave it at 1")
+        if isinstance(layer, MLAConfig) and layer.attn_output_gate:
+            raise UserError(f"{where}: attn_output_gate does not support it; leave it at 1")
         if layer.o_bias or (isinstance(layer, MLAConfig) and layer.attention_bias):
             raise UserError(f"{where}: o_proj with a bias does not support it; leave it at 1")
         if isinstance(layer, GQAConfig):

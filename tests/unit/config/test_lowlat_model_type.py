@@ -315,6 +315,12 @@ def test_families_of_hugging_face_refuse_these_forms(family: str) -> None:
         config_to_hf(config)
 
 
+def test_families_of_hugging_face_refuse_a_gate() -> None:
+    config = replace(EVERY["gated"], model_type="deepseek_v3")
+    with pytest.raises(UserError, match=r"cannot express attn_output_gate.*'lowlat' can"):
+        config_to_hf(config)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "kimi_k2"])
 def test_families_of_hugging_face_refuse_layers_that_differ(family: str, name: str) -> None:

@@ -1,12 +1,15 @@
-"""GLA: one group is MLA, and with several a head reads the latent of its group alone."""
+"""GLA: one group is MLA, and with several a head reads the latent of its group alone. MLRA: every
+head attends in every group.
+"""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from lowlat.config.attention import expansion_break_even
+from lowlat.config.attention import computed_heads, expansion_break_even
 from lowlat.config.model import GLAConfig, MLAConfig
 from lowlat.engine import scoring
 from lowlat.engine.runner import ModelRunner
@@ -87,7 +90,48 @@ def test_every_head_reads_the_latent_of_its_group(groups: int) -> None:
     torch.testing.assert_close(module(x, rope, packed), expected, rtol=0, atol=1e-12)
 
 
+def naive_mlra(module: Module, x: Tensor, rope: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """Branch by branch and head by head, as the paper writes it."""
+    dims, length, hidden = module.dims, len(x), x.shape[1]
+    rank, heads, nope = dims.group_rank, dims.num_attention_heads, dims.qk_nope_head_dim
+    assert dims.q_lora_rank is not None
+    down = x @ module.kv_a_proj_with_mqa.weight.T
+    k_rope = apply_rope(down[:, None, dims.kv_lora_rank :], rope, interleave=True)[:, 0]
+    q = rms_norm(x @ module.q_a_proj.weight.T, module.q_a_layernorm.weight, 1e-6)
+    q = q * math.sqrt(hidden / dims.q_lora_rank)
+    q = (q @ module.q_b_proj.weight.T).view(length, heads, -1)
+    ups = module.kv_b_proj.weight.view(dims.num_latent_groups, heads, -1, rank)
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    outputs = torch.zeros(length, heads, dims.v_head_dim, dtype=x.dtype)
+    for branch in range(dims.num_latent_groups):
+        latent = down[:, branch * rank : (branch + 1) * rank]
+        latent = rms_norm(latent, module.norms()[branch].weight, 1e-6) * math.sqrt(hidden / rank)
+        for head in range(heads):
+            up = ups[branch, head]
+            q_rope = apply_rope(q[:, head, None, nope:], rope, interleave=True)[:, 0]
+            scores = q[:, head, :nope] @ (latent @ up[:nope].T).T + q_rope @ k_rope.T
+            weights = (scores * scale).masked_fill(~seen, float("-inf")).softmax(dim=1)
+            outputs[:, head] += weights @ (latent @ up[nope:].T)
+    outputs /= math.sqrt(dims.num_latent_groups)
+    return outputs.flatten(1) @ module.o_proj.weight.T
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_heads_of_mlra_sum_over_all_latents(groups: int) -> None:
+    attention = replace(GLA, num_latent_groups=groups, kv_lora_rank=13 * groups, sum_groups=True)
+    config = lowlat_config(attention, rope=YARN)
+    module = random_model(config, torch.float64).layers[1].self_attn
+    assert isinstance(module, Module)
+    x = torch.randn(19, 23, dtype=torch.float64)
+    packed = PackedAttention([19])
+    rope = RotaryEmbedding(config.rope, attention.rope_dim)(packed.positions())
+    expected = naive_mlra(module, x, rope, config.softmax_scale_of(0))
+    torch.testing.assert_close(module(x, rope, packed), expected, rtol=0, atol=1e-12)
+
+
 def test_the_cache_is_mlas() -> None:
     assert GLA.entry_dim == as_mla(GLA).entry_dim == 32
     assert GLA.quantized_dim == 26
+    mlra = replace(GLA, sum_groups=True)
+    assert (mlra.entry_dim, computed_heads(mlra), computed_heads(GLA)) == (32, 12, 6)
     assert expansion_break_even([GLA]) == expansion_break_even([as_mla(GLA)])

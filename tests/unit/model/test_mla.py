@@ -106,6 +106,21 @@ def test_biases(changes: dict[str, object], biased: set[str]) -> None:
     assert names == {f"{name}.bias" for name in biased}
 
 
+def test_the_gate_multiplies_the_heads_output() -> None:
+    """Gated attention: sigmoid(W_g x), element by element, before o_proj."""
+    gated, plain = mla(attn_output_gate=True), mla()
+    weights = gated.state_dict()
+    gate = weights.pop("g_proj.weight")
+    plain.load_state_dict(weights)
+    heads: list[Tensor] = []
+    plain.o_proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0]))
+    x, packed = torch.randn(5, 23).double(), PackedAttention([5])
+    plain(x, tables([0, 1, 2, 3, 4]), packed)
+    expected = (heads[0] * torch.sigmoid(x @ gate.T)) @ gated.o_proj.weight.T
+    out = gated(x, tables([0, 1, 2, 3, 4]), packed)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
 def test_nope_free_heads() -> None:
     """The exact form of a converted model has no channels without position."""
     module = mla(qk_nope_head_dim=0, q_lora_rank=None)
