@@ -1,9 +1,8 @@
 """Attention configurations: MLA with or without sparse attention (DSA), GQA, GLA, GTA, TPA, their
 short names and derived sizes.
 
-All provide the same sizes: heads, widths of queries and values, KV cache entry. A model has one of
-them in every layer, or MLA with per-layer sizes. Equations are in docs/mla.md and
-docs/attention.md.
+All provide heads, widths of queries and values, and the KV cache entry. A model has one of them in
+every layer, or MLA with per-layer sizes. Equations are in docs/mla.md and docs/attention.md.
 """
 
 import math
@@ -105,9 +104,7 @@ class MLAConfig(_LatentAttention):
     indexer: IndexerConfig | None = None
     """Sparse attention (DSA); None attends to all tokens."""
     attn_output_gate: bool = False
-    """Gated attention (arXiv 2505.06708): before o_proj, the heads' output is multiplied by
-    sigmoid(g_proj x), element by element.
-    """
+    """Gated (arXiv 2505.06708): o_proj reads the heads' output times sigmoid(g_proj x)."""
 
     @property
     def index_key_dim(self) -> int:
@@ -189,10 +186,8 @@ class GLAConfig(_LatentAttention):
     v_head_dim: int
     """Value channels per head."""
     sum_groups: bool = False
-    """MLRA (arXiv 2603.02188): every head attends in every group, with one query, and its outputs
-    are summed and divided by sqrt(num_latent_groups). Latents are multiplied by sqrt(hidden_size /
-    width), and so is the query latent.
-    """
+    """MLRA (arXiv 2603.02188): every head attends in every group, with one query; its outputs are
+    summed and divided by sqrt(groups). All latents are multiplied by sqrt(hidden_size / width)."""
 
     @property
     def entry_dim(self) -> int:
@@ -260,8 +255,7 @@ class GTAConfig(_OneWidth):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TPAConfig(_OneWidth):
     """Tensor Product Attention (arXiv 2501.06425, section 3): the keys of all heads of a token are
-    a sum of outer products of head factors and channel factors; so are values and queries.
-    """
+    a sum of outer products of head factors and channel factors; so are values and queries."""
 
     num_attention_heads: int
     """Heads h."""
@@ -378,8 +372,8 @@ def short_name(attention: ModelAttention) -> str:
             return f"{gated}DSA {latent} + {rotary} + {index}"
         case GLAConfig():
             groups, rank = attention.num_latent_groups, attention.group_rank
-            name = "MLRA" if attention.sum_groups else "GLA"
-            return f"{name}-{groups}, {groups} x {rank} + {attention.qk_rope_head_dim}"
+            name = f"MLRA-{groups}" if attention.sum_groups else f"GLA-{groups}"
+            return f"{name}, {groups} x {rank} + {attention.qk_rope_head_dim}"
         case GTAConfig():
             groups, width = attention.num_key_value_heads, attention.head_dim
             return f"GTA-{groups}, {groups} x {width} + {attention.qk_rope_head_dim}"

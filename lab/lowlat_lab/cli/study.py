@@ -1,6 +1,7 @@
 """`lowlat-lab study`: ablation studies of small models, with confidence intervals over seeds."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -71,9 +72,33 @@ class RunOptions:
             show_default=False,
         ),
     ] = None
-    size: Annotated[str, typer.Option("--size", help="Of the models: tiny, small or medium.")] = (
-        "small"
-    )
+    size: Annotated[
+        str,
+        typer.Option(
+            "--size", help="Of the models: tiny, small, medium, or small-1k, medium-1k (long rows)."
+        ),
+    ] = "small"
+    at_most: Annotated[
+        int | None,
+        typer.Option(
+            "--at-most",
+            metavar="N",
+            min=0,
+            help="Train N missing runs at most; 1: the next, 0: only report the finished ones.",
+            show_default=False,
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Threads; default: all.", show_default=False),
+    ] = None
+    idle: Annotated[
+        bool,
+        typer.Option(
+            "--idle",
+            help="Use idle processor time only (start it with setsid); measure no decode times.",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,9 +131,10 @@ app = typer.Typer(
 def attention(
     *, data: Data, out: Out, runs: RunOptions, variants: Variants = None, output: OutputOptions
 ) -> None:
-    """MHA, GQA, MQA, MLA, GLA, GTA and TPA at equal parameters.
+    """MHA, GQA, MLA, MLRA, gated MLA, DSA and MLA with fewer RoPE layers at equal parameters.
 
-    Held-out loss with confidence, cache per token, decoding speed at a long context.
+    Held-out loss with confidence, recall and copying (with data of `study tasks`), cache per token,
+    decode time at long contexts. MQA, GLA, GTA and TPA run if --variants names them.
     """
     wait_passively()
     from lowlat_lab.study import attention as own
@@ -119,6 +145,24 @@ def attention(
 
     plan, folder = _plan("attention", data, runs, variants, all_variants)
     _study(own.study, plan, folder, out, output)
+
+
+@app.command("tasks")
+def tasks(
+    data: Annotated[Path, typer.Argument(metavar="TOKENS", help="Tokenized dataset of text.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    *,
+    share: Annotated[float, typer.Option(help="Of the training tokens.")] = 0.1,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Add documents of recall and copying tasks to a dataset, for the attention study."""
+    from lowlat.data.dataset import TokenizedDataset
+    from lowlat.utils.progress import make_progress
+    from lowlat_lab.study.tasks import add_tasks
+
+    opened = TokenizedDataset.open(data)
+    written = add_tasks(opened, destination, share=share, progress=make_progress(quiet=quiet))
+    print(f"{destination}: {written.num_tokens('train'):,} training tokens")
 
 
 @app.command("balance")
@@ -181,8 +225,27 @@ def _plan(
         steps=num_steps(chosen, steps=runs.steps, tokens=runs.tokens),
         variants=choose_variants(all_variants(chosen, folder), variants),
         seeds=tuple(range(1, runs.seeds + 1)),
+        limit=runs.at_most,
+        measures_speed=runs.at_most is None and not runs.idle,
     )
+    _use_processors(runs)
     return plan, folder
+
+
+def _use_processors(runs: RunOptions) -> None:
+    """Set threads and priority of this process."""
+    from lowlat.ops.native import use_threads
+
+    if runs.threads is not None:
+        use_threads(runs.threads)
+    if runs.idle:
+        os.nice(19)
+    if runs.idle and sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        # the scheduler first shares the processor between sessions; this is its own under setsid
+        group = Path("/proc/self/autogroup")
+        if os.getsid(0) == os.getpid() and group.exists():
+            group.write_text("19")
 
 
 def _study(
@@ -214,6 +277,8 @@ def _study(
     written = write_page(report, out / "report.md")
     if page is not None:
         written += write_page(report, page)
+    done = sum(len(variant["runs"]) for variant in report["variants"])
+    print(f"{done} of {len(plan.runs)} runs are finished", file=sys.stderr)
     if output.as_json:
         print(json.dumps(report, indent=2))
     else:

@@ -105,12 +105,14 @@ def _bytes(_report: Report, variant: dict[str, Any]) -> str:
 
 
 def _decode(_report: Report, variant: dict[str, Any]) -> str:
-    speed = variant.get("decode")
-    if speed is None:
-        return NOTHING
-    ratio = NOTHING if speed["ratio"] is None else f" ({speed['ratio']:.2f}x)"
-    mark = NOTHING if speed["is_native"] else " *"
-    return f"{speed['tokens_per_second']:,.0f}{ratio}{mark}"
+    marks = {True: NOTHING, False: " *"}
+    return " / ".join(
+        f"{time['milliseconds']:.2f}{marks[time['is_measured']]}" for time in variant["decode"]
+    )
+
+
+def _seeds(_report: Report, variant: dict[str, Any]) -> str:
+    return str(len(variant["runs"]))
 
 
 def _training(_report: Report, variant: dict[str, Any]) -> str:
@@ -133,6 +135,19 @@ def _share(key: str) -> Cell:
     return lambda _report, variant: percent(variant.get(key))
 
 
+def _share_of(key: str) -> Cell:
+    """A share and its interval in percent, without a sign."""
+
+    def cell(_report: Report, variant: dict[str, Any]) -> str:
+        value = variant.get(key)
+        if value is None:
+            return NOTHING
+        half = NOTHING if value["half"] is None else f" ± {100 * value['half']:.1f}"
+        return f"{100 * value['mean']:.1f} %{half}"
+
+    return cell
+
+
 def _number(key: str) -> Cell:
     return lambda _report, variant: count(variant[key])
 
@@ -143,10 +158,13 @@ COLUMNS: dict[str, dict[str, Cell]] = {
         "parameters": _parameters,
         "cache per layer": _cache,
         "bytes per token": _bytes,
+        "seeds": _seeds,
         "held-out loss": _loss,
         "minus MHA": _difference,
         "pooled": _pooled,
-        "decode tok/s": _decode,
+        "recall": _share_of("recall"),
+        "copying": _share_of("copying"),
+        "decode, ms": _decode,
         "train tok/s": _training,
         "train": _ratio,
     },
@@ -188,6 +206,9 @@ COLUMNS: dict[str, dict[str, Cell]] = {
 PAGE_ONLY = (
     "parameters",
     "cache per layer",
+    "seeds",
+    "recall",
+    "copying",
     "pooled",
     "worst layer",
     "worst layer, held out",

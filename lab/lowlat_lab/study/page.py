@@ -96,7 +96,7 @@ def _setting(report: Report) -> list[str]:
         f"{data['vocab_size']:,}; seeds {seeds}, each the same for all variants\n"
         f"- Loss: nats per token of the exported models on {report['held_out_windows']:,} windows "
         f"of {size['sequence_length']} held-out tokens"
-        f"{_text_error(report)}",
+        f"{_text_error(report)}{_half_widths(report)}",
     ]
     if report["failures"]:
         parts.append("\n".join(f"- {failure_text(item)}" for item in report["failures"]))
@@ -127,13 +127,44 @@ def _legend(report: Report) -> str:
     )
     if report["study"] != "attention":
         return text
-    context = next(
-        (each["decode"]["context"] for each in report["variants"] if "decode" in each), 0
+    contexts = sorted(
+        {time["context"] for each in report["variants"] for time in each.get("decode", [])}
     )
+    shown = " / ".join(f"{context:,}" for context in contexts)
     return (
         f"{text} Parameters: total, and the difference of non-embedding parameters from {base}'s. "
-        f"Decoding: one sequence, {context:,} tokens in the cache, bf16, rounds interleaved; *: "
-        "without native kernels, not comparable. Training speed: median over steps."
+        f"Decoding: milliseconds per token of one sequence with {shown} tokens in the cache, "
+        "native kernels, bf16, rounds interleaved; *: no native kernels, estimated from the time "
+        f"of MLA by the bytes a step reads (roofline). {_tasks(report)}Training speed: median over "
+        "steps."
+    )
+
+
+def _tasks(report: Report) -> str:
+    """What recall and copying are, if they are measured."""
+    lengths = next(
+        (list(each["recall"]["by_length"]) for each in report["variants"] if "recall" in each), []
+    )
+    if not lengths:
+        return ""
+    return (
+        "Recall: share of values that the model predicts when a list of key-value pairs is "
+        "repeated in another order; copying: share of tokens of a repeated random string (mean "
+        f"over {', '.join(lengths)} pairs, or twice as many tokens). "
+    )
+
+
+def _half_widths(report: Report) -> str:
+    """Range of the half-widths of the paired differences of loss, and their seeds."""
+    differences = [item["difference"] for item in report["comparisons"]]
+    halves = [each["half"] for each in differences if each["half"] is not None]
+    if report["study"] != "attention" or not halves:
+        return ""
+    counts = sorted({each["count"] for each in differences})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return (
+        f"\n- Half-width of paired differences of loss: {min(halves):.4f} to {max(halves):.4f}, "
+        f"over {seeds} seeds"
     )
 
 

@@ -61,6 +61,10 @@ class StudyPlan:
     variants: tuple[Variant, ...]
     """The first is the baseline."""
     seeds: tuple[int, ...]
+    limit: int | None = None
+    """Most missing runs to train; None: all. The report has what is finished."""
+    measures_speed: bool = True
+    """Whether decode time is measured; else it is that of the last measurement, if there is one."""
 
     @property
     def baseline(self) -> Variant:
@@ -132,7 +136,7 @@ def model_table(
         "hidden_size": size.hidden_size,
         "intermediate_size": intermediate_size,
         "num_hidden_layers": size.num_hidden_layers,
-        "max_position_embeddings": size.decode_context + SPARE_CONTEXT,
+        "max_position_embeddings": max(size.decode_contexts) + SPARE_CONTEXT,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "initializer_range": 0.02,

@@ -33,6 +33,7 @@ RUN_KEYS = (
     "train_loss",
     "train_max_violations",
     "curve",
+    "tasks",
     *DRAFT_KEYS,
 )
 """Figures of a run in the report."""

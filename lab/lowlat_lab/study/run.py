@@ -3,7 +3,8 @@
     OUT/VARIANT/seed-N/             run folder of `lowlat train`
     OUT/VARIANT/seed-N/result.json  present once the run is trained and measured
 
-A failed run does not stop the others.
+A failed run does not stop the others. Several processes may share the work: each skips runs that
+another trains.
 """
 
 import json
@@ -27,6 +28,7 @@ from lowlat.train.recipe.toml import to_toml
 from lowlat.train.run.trainer import MODEL_FOLDER, Trainer
 from lowlat.utils.atomic_files import replace_file
 from lowlat.utils.errors import UserError
+from lowlat.utils.file_lock import try_lock
 from lowlat.utils.progress import Progress, Task
 from lowlat.utils.strict_json import parse_object
 from lowlat_lab.study.measure import measure
@@ -70,27 +72,40 @@ def run_all(
     *,
     also: Measure | None = None,
 ) -> list[RunResult]:
-    """Every run of `plan`; finished runs are read from their folders.
+    """The runs of `plan`: finished runs are read from their folders, and up to `plan.limit` of the
+    others are trained, an interrupted run from its last checkpoint.
 
     also: an additional measurement of every trained model. Raises UserError before any training
     if `out` holds runs with other settings; Stopped on SIGINT or SIGTERM.
     """
-    known = {
-        (variant.name, seed): read_result(
-            run_folder(out, variant, seed), plan.recipe(variant, seed), data
-        )
-        for variant, seed in plan.runs
-    }
+
+    def result_of(variant: Variant, seed: int) -> Result | None:
+        return read_result(run_folder(out, variant, seed), plan.recipe(variant, seed), data)
+
+    for variant, seed in plan.runs:
+        result_of(variant, seed)
+    left = len(plan.runs) if plan.limit is None else plan.limit
     found = []
     with progress.task(f"{plan.kind} study", len(plan.runs)) as task:
         for variant, seed in plan.runs:
-            result = known[variant.name, seed]
-            if result is None:
-                found.append(_attempt(plan, variant, seed, data, out, progress, also))
-            else:
+            # read again: another process may have finished it meanwhile
+            result = result_of(variant, seed)
+            if result is not None:
                 found.append(RunResult(variant=variant.name, seed=seed, result=result))
+            elif left > 0 and not _is_locked(run_folder(out, variant, seed)):
+                found.append(_attempt(plan, variant, seed, data, out, progress, also))
+                left -= 1
             task.advance()
     return found
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a process trains in `folder`."""
+    lock = folder / "lock"
+    if not lock.exists():
+        return False
+    with lock.open("rb") as file:
+        return not try_lock(file.fileno())
 
 
 def read_result(folder: Path, recipe: Recipe, data: TokenizedDataset) -> Result | None:
@@ -185,10 +200,11 @@ def _run(
         result |= _training(read_log(run.log))
         result |= asdict(held_out) | {"loss": held_out.loss}
         result |= {"standard_error": held_out.standard_error}
+        result["window_losses"] = [round(loss, 6) for loss in held_out.window_losses]
         if also is not None:
             result |= also(outcome.model, recipe, progress)
         # read back from JSON, so that fresh and stored results are equal
-        text = json.dumps(result, allow_nan=False, indent=1)
+        text = json.dumps(result, allow_nan=False, separators=(",", ":"))
         replace_file(folder / RESULT, text.encode() + b"\n")
         shutil.rmtree(run.checkpoints)
     return json.loads(text)

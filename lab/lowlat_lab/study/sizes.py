@@ -1,6 +1,6 @@
 """Model sizes and training lengths of studies, by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowlat.utils.errors import UserError
 
@@ -35,7 +35,7 @@ class StudySize:
     """Peak learning rate of Muon."""
     held_out_windows: int
     """Maximum number of held-out windows to measure the loss on."""
-    decode_context: int
+    decode_contexts: tuple[int, ...]
     """Tokens in the KV cache when decoding is timed."""
 
     @property
@@ -63,7 +63,7 @@ TINY = StudySize(
     steps=30,
     learning_rate=8e-3,
     held_out_windows=128,
-    decode_context=1024,
+    decode_contexts=(1024,),
 )
 SMALL = StudySize(
     name="small",
@@ -79,7 +79,7 @@ SMALL = StudySize(
     steps=650,
     held_out_windows=1024,
     learning_rate=8e-3,
-    decode_context=8192,
+    decode_contexts=(8192,),
 )
 MEDIUM = StudySize(
     name="medium",
@@ -95,9 +95,30 @@ MEDIUM = StudySize(
     steps=1500,
     held_out_windows=1024,
     learning_rate=5e-3,
-    decode_context=8192,
+    decode_contexts=(8192,),
 )
-SIZES = {size.name: size for size in (TINY, SMALL, MEDIUM)}
+SMALL_1K = replace(
+    SMALL,
+    name="small-1k",
+    sequence_length=1024,
+    batch_size=4,
+    micro_batch_size=4,
+    steps=1221,
+    held_out_windows=256,
+    decode_contexts=(8192, 32768),
+)
+MEDIUM_1K = replace(
+    MEDIUM,
+    name="medium-1k",
+    sequence_length=1024,
+    batch_size=8,
+    micro_batch_size=4,
+    steps=610,
+    held_out_windows=256,
+    decode_contexts=(8192, 32768),
+)
+"""Sizes for long-range attention: 5M tokens in sequences of 1,024."""
+SIZES = {size.name: size for size in (TINY, SMALL, MEDIUM, SMALL_1K, MEDIUM_1K)}
 
 
 def find_size(name: str) -> StudySize:

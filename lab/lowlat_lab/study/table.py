@@ -17,10 +17,9 @@ def show(report: Report, console: Console | None = None) -> None:
     console.print()
     console.print(_table(*table_of(report, narrow=True)))
     console.print(_table(*comparison_table(report)))
-    if any(
-        "decode" in variant and not variant["decode"]["is_native"] for variant in report["variants"]
-    ):
-        console.print("* decoded without native kernels", highlight=False)
+    times = [time for variant in report["variants"] for time in variant.get("decode", [])]
+    if not all(time["is_measured"] for time in times):
+        console.print("* estimated from the roofline", highlight=False)
     for failure in report["failures"]:
         console.print(failure_text(failure), style="red", highlight=False, markup=False)
 

@@ -29,7 +29,7 @@ def size() -> StudySize:
         batch_size=3,
         micro_batch_size=3,
         held_out_windows=7,
-        decode_context=29,
+        decode_contexts=(29,),
         steps=4,
     )
 

@@ -152,11 +152,14 @@ def perplexity(model: Transformer, windows: list[Any]) -> float:
 
 
 @pytest.mark.slow
-def test_a_stopped_warm_up_resumes(folder: Path, tmp_path: Path) -> None:
-    """SIGINT within it; the same call ends with the same bytes."""
-    with stopped_after(6, signal.SIGINT):
+@pytest.mark.parametrize(("steps", "reached"), [(6, "start"), (14, "recovered")])
+def test_a_stopped_training_resumes(folder: Path, tmp_path: Path, steps: int, reached: str) -> None:
+    """SIGINT within the 12 steps of the warm-up, and within recovery training; the same call ends
+    with the same bytes.
+    """
+    with stopped_after(steps, signal.SIGINT):
         call(folder, tmp_path / "dsa")
-    assert (work_folder_path(tmp_path / "dsa") / "start").exists()
+    assert (work_folder_path(tmp_path / "dsa") / reached).exists()
     call(folder, tmp_path / "dsa")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "dsa" / name).read_bytes() == (folder / "whole" / name).read_bytes()
