@@ -24,6 +24,7 @@ from lowlat.train.policy.forward import PolicySequence
 from lowlat.train.policy.learner import PolicyBatch
 from lowlat.train.policy.prompts import PromptRecord
 from lowlat.train.policy.rollouts import Rollout, RolloutEngine, drawn
+from lowlat.train.policy.scoring import BackgroundScoring
 from lowlat.train.recipe.grpo import GRPOConfig
 from lowlat.train.rewards.sample import RewardFailure, Score
 from lowlat.train.rewards.workers import RewardWorkers
@@ -165,21 +166,24 @@ class Generator:
     def _share(self, first_draw: int, count: int) -> tuple[list[list[ScoredRollout]], float]:
         """`count` groups, of draws from `first_draw`, and the seconds of their sampling."""
         prompts = [drawn(self._prompts, first_draw + n, self._seed) for n in range(count)]
-        began = time.monotonic()
-        groups = self._engine.generate(
-            prompts,
-            first_draw,
-            num_generations=self._table.num_generations,
-            max_tokens=self._table.max_completion_length,
-            distribution=self._distribution,
-        )
-        seconds = time.monotonic() - began
-        return self._scored(groups), seconds
-
-    def _scored(self, groups: Sequence[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
-        samples = [own.sample(self._tokenizer) for group in groups for own in group]
-        scores = iter(self._rewards.score(samples))
-        return [[self._rewarded(own, next(scores)) for own in group] for group in groups]
+        with BackgroundScoring(self._rewards) as scoring:
+            began = time.monotonic()
+            groups = self._engine.generate(
+                prompts,
+                first_draw,
+                num_generations=self._table.num_generations,
+                max_tokens=self._table.max_completion_length,
+                distribution=self._distribution,
+                finished=lambda place, group: scoring.add(
+                    place, [own.sample(self._tokenizer) for own in group]
+                ),
+            )
+            seconds = time.monotonic() - began
+            scores = scoring.scores()
+        scored = [
+            list(map(self._rewarded, group, scores[place])) for place, group in enumerate(groups)
+        ]
+        return scored, seconds
 
     def _rewarded(self, rollout: Rollout, scores: list[Score]) -> ScoredRollout:
         table = self._table

@@ -2,7 +2,7 @@
 process with the policy's weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,13 +81,15 @@ class RolloutEngine:
         max_tokens: int,
         distribution: SamplingDistribution,
         purpose: int = SAMPLING,
+        finished: Callable[[int, list[Rollout]], None] | None = None,
     ) -> list[list[Rollout]]:
         """A group of completions for each of `prompts`, which are draws first_draw, .... Raises
         UserError if the model fails.
 
-        purpose: SAMPLING or EVALUATION.
+        purpose: SAMPLING or EVALUATION. finished: called with the place and the completions of
+        each group that is complete, while others are sampled.
         """
-        requests = []
+        requests: list[Request] = []
         options = RequestOptions(is_offline=True)
         for place, prompt in enumerate(prompts):
             params = TokenSamplingParams(
@@ -102,13 +104,19 @@ class RolloutEngine:
             )
             requests.append(self._engine.add(prompt.ids, params, options))
         logprobs: dict[tuple[int, int], list[float]] = {}
+        places = {request.id: place for place, request in enumerate(requests)}
+        running = [num_generations] * len(requests)
+        groups: dict[int, list[Rollout]] = {}
         while self._engine.has_work:
             for event in self._engine.step():
                 _record(event, logprobs)
-        return [
-            _group(prompt, request, logprobs)
-            for prompt, request in zip(prompts, requests, strict=True)
-        ]
+                place = places[event.request_id]
+                running[place] -= event.finish_reason is not None
+                if running[place] == 0:
+                    groups[place] = _group(prompts[place], requests[place], logprobs)
+                    if finished is not None:
+                        finished(place, groups[place])
+        return [groups[place] for place in range(len(requests))]
 
 
 def draw_seed(seed: int, draw: int, purpose: int = SAMPLING) -> int:

@@ -102,8 +102,13 @@ def generated(folder: Path, mesh: ProcessMesh) -> tuple[PolicyBatch, GenerationF
     engine = create_autospec(RolloutEngine, instance=True)
     rewards = create_autospec(RewardWorkers, instance=True)
 
-    def generate(prompts: list[PromptRecord], first: int, **_options: Any) -> list[list[Rollout]]:
-        return [
+    def generate(
+        prompts: list[PromptRecord],
+        first: int,
+        finished: Callable[[int, list[Rollout]], None],
+        **_options: Any,
+    ) -> list[list[Rollout]]:
+        groups = [
             [
                 Rollout(
                     prompt=prompt,
@@ -115,6 +120,9 @@ def generated(folder: Path, mesh: ProcessMesh) -> tuple[PolicyBatch, GenerationF
             ]
             for place, prompt in enumerate(prompts)
         ]
+        for place, group in reversed(list(enumerate(groups))):
+            finished(place, group)
+        return groups
 
     def score(samples: list[Sample]) -> list[list[float]]:
         return [[float(ord(s.completion[0]) * (ord(s.completion[1]) % 2) % 2)] for s in samples]

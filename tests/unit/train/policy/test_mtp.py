@@ -58,8 +58,9 @@ def test_modules_have_the_gradients_of_fp64() -> None:
     expected = {n: p.grad for n, p in exact.named_parameters() if n.startswith("mtp.")}
     for name, parameter in trained.named_parameters():
         if name.startswith("mtp."):
-            assert parameter.grad is not None and expected[name] is not None
-            assert distance(parameter.grad, expected[name]) < 0.1, name
+            gradient = expected[name]
+            assert parameter.grad is not None and gradient is not None
+            assert distance(parameter.grad, gradient) < 0.1, name
 
 
 def test_the_policy_has_the_gradients_of_frozen_modules() -> None:
