@@ -48,10 +48,10 @@ REINFORCING = [
         LOSSES + "[all-{}-dapo]",
     ),
     Mutant(
-        "policy: a process weights tokens by its own completions",
+        "policy: every process learns the whole batch",
         "train/policy/learner.py",
-        "weights = sequence_weights(batch.lengths, self._options)",
-        "weights = sequence_weights(batch.lengths[:2], self._options) * 2",
+        "first, count = self._mesh.batch_shard(0, len(batch.sequences))",
+        "first, count = 0, len(batch.sequences)",
         SHARES + "test_gradients_and_figures_are_those_of_one_process",
     ),
     Mutant(
