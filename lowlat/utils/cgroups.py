@@ -3,15 +3,15 @@
 from pathlib import Path
 
 
-def group_folders(controller: str, root: Path = Path("/")) -> list[Path]:
-    """Folders of the groups whose limits apply to this process: its own and all above, in cgroup v2
-    and, for `controller`, in cgroup v1. If none is known, the topmost one (a container's own).
-    `root` is the folder of proc and sys.
+def group_folders(controller: str, root: Path = Path("/"), process: str = "self") -> list[Path]:
+    """Folders of the groups whose limits apply to a process, by default this one: its own and all
+    above, in cgroup v2 and, for `controller`, in cgroup v1. If none is known, the topmost one (a
+    container's own). `root` is the folder of proc and sys.
     """
     top = root / "sys/fs/cgroup"
     folders = [top, top / controller]
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc" / process / "cgroup").read_text().splitlines()
     except OSError:
         return folders
     for line in lines:

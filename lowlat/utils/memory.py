@@ -1,6 +1,7 @@
 """Memory limit of this process (machine, container, cgroups); retaining freed memory (mallopt)."""
 
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,22 +32,20 @@ def share_memory(processes: int) -> None:
 
 def memory_limit(root: Path = Path("/")) -> int:
     """Bytes of memory of this machine, or of the process's container or control groups if less,
-    divided by the processes of `share_memory`. `root` is the folder of proc and sys.
+    divided by the processes of `share_memory`, which also share the groups of their parent. `root`
+    is the folder of proc and sys.
     """
-    return _whole_limit(root) // _processes
-
-
-def _whole_limit(root: Path) -> int:
-    total = physical_memory()
-    if sys.platform != "linux":
-        return total
-    files = [
-        folder / name
-        for folder in group_folders("memory", root)
-        for name in ("memory.max", "memory.limit_in_bytes")
-    ]
-    limits = [limit for file in files if (limit := _limit(file)) is not None]
-    return min([total, *limits])
+    limits = [physical_memory() // _processes]
+    if sys.platform == "linux":
+        parent = str(os.getppid())
+        is_known = (root / "proc" / parent / "cgroup").exists()
+        shared = group_folders("memory", root, parent if is_known else "self")
+        for folder in group_folders("memory", root):
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                limit = _limit(folder / name)
+                if limit is not None:
+                    limits.append(limit // _processes if folder in shared else limit)
+    return min(limits)
 
 
 def proportional_memory() -> int:

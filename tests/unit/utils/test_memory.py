@@ -1,12 +1,14 @@
 """The memory a process may use, from a tree of files like Linux's, and what it keeps of it."""
 
 import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lowlat.utils import memory
 from lowlat.utils.memory import memory_limit
 
 
@@ -54,6 +56,24 @@ def test_a_containers_limit_counts_and_max_is_none(tmp_path: Path) -> None:
     assert memory_limit(root) == 3000
     written(tmp_path, {"sys/fs/cgroup/memory.max": "max\n"})
     assert memory_limit(root) > 2**28
+
+
+def test_processes_share_the_groups_of_their_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: half of the limit of a group that has one of two processes."""
+    monkeypatch.setattr(memory, "_processes", 2)
+    files = {
+        "proc/self/cgroup": "0::/run/one\n",
+        "sys/fs/cgroup/run/memory.max": "8000\n",
+        "sys/fs/cgroup/run/one/memory.max": "3000\n",
+    }
+    root = written(tmp_path, files)
+    assert memory_limit(root) == 1500  # the parent is unknown
+    written(tmp_path, {f"proc/{os.getppid()}/cgroup": "0::/run\n"})
+    assert memory_limit(root) == 3000
+    written(tmp_path, {"sys/fs/cgroup/run/one/memory.max": "5000\n"})
+    assert memory_limit(root) == 4000
 
 
 def test_freed_memory_is_kept_and_then_given_back() -> None:
