@@ -1,11 +1,13 @@
-"""subprocess for Python programs (-c, -m, FILE): forks of a process that has imported torch.
+"""subprocess for Python programs (-c, -m, FILE): forks of a process that has imported lowlat.
 
-A new interpreter takes seconds for that. The program imports lowlat itself, and has arguments, an
+A new interpreter takes seconds for that, PyTorch most of them. The program has arguments, an
 environment, a folder, streams and an exit status of its own. What an interpreter reads before any
-program is that of the first: options, PYTHONHASHSEED, OMP_NUM_THREADS.
+program is that of the first: options but -u, PYTHONHASHSEED, OMP_NUM_THREADS. Programs that a
+program starts are forks, too, if its environment has CHILDREN.
 """
 
 import atexit
+import contextlib
 import fcntl
 import functools
 import gc
@@ -25,13 +27,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+CHILDREN = "LOWLAT_TEST_FORKED_CHILDREN"
 PRELOADED = ("torch", "numpy", "safetensors.torch", "tokenizers", "pydantic")
 PRELOADED += ("torch.distributed.fsdp", "torch.distributed.pipelining", "torch.utils.checkpoint")
 PRELOADED += ("typer", "rich.live", "jaxtyping", "jinja2.sandbox", "llguidance", "httpx")
-PRELOADED += ("prometheus_client", "starlette.applications", "uvicorn")
+PRELOADED += ("prometheus_client", "starlette.applications", "uvicorn", "h11", "pydantic.main")
+PRELOADED += ("gguf", "lowlat.cli.main", "lowlat.serve.run", "lowlat.train.run.trainer")
 MESSAGE = 2**17
 Interpreter = subprocess.Popen
 """Tests put Popen in its place."""
+_servers: list[socket.socket] = []
+"""In a fork: where its own children may come from."""
 
 
 class Popen(Interpreter):
@@ -45,8 +51,13 @@ class Popen(Interpreter):
     ):  # fmt: skip
         """subprocess's place for fork and exec."""
         environment = dict(os.environ if env is None else env)
-        is_plain = args[0] == sys.executable and (args[1] in ("-c", "-m") or args[1][0] != "-")
-        if not is_plain or preexec_fn is not None or "PYTHONOPTIMIZE" in environment:
+        arguments = [os.fspath(each) for each in args[1:]]
+        if is_unbuffered := arguments[0] == "-u":
+            arguments = arguments[1:]
+        is_plain = args[0] == sys.executable
+        is_plain &= arguments[0] in ("-c", "-m") or arguments[0][0] != "-"
+        is_plain &= preexec_fn is None and "PYTHONOPTIMIZE" not in environment
+        if not is_plain or (server := _server()) is None:
             super()._execute_child(
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
                 creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *rest
@@ -54,17 +65,18 @@ class Popen(Interpreter):
             return
         streams = dict(enumerate((p2cread, c2pwrite, errwrite))) | {fd: fd for fd in pass_fds}
         request = {
-            "arguments": args[1:],
+            "arguments": arguments,
             "folder": os.fspath(cwd or os.getcwd()),
             "environment": environment,
             "descriptors": list(streams),
             "is_session": rest[5],
+            "is_unbuffered": is_unbuffered,
         }
         self._ended, other = socket.socketpair(type=socket.SOCK_SEQPACKET)
         given = [number if used == -1 else used for number, used in streams.items()]
         with other:
             message = json.dumps(request).encode()
-            socket.send_fds(_server(), [message], [other.fileno(), *given])
+            socket.send_fds(server, [message], [other.fileno(), server.fileno(), *given])
         self.pid = int(self._ended.recv(MESSAGE))
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
@@ -118,8 +130,10 @@ def run(
 
 
 @functools.cache
-def _server() -> socket.socket:
+def _server() -> socket.socket | None:
     """Starts the process that forks; it ends when this one does."""
+    if __name__ == "__main__":  # a fork
+        return _servers.pop() if CHILDREN in os.environ else None
     mine, its = socket.socketpair(type=socket.SOCK_SEQPACKET)
     with its:
         process = Interpreter(
@@ -130,7 +144,8 @@ def _server() -> socket.socket:
         )
 
     def end() -> None:
-        mine.close()
+        with mine, contextlib.suppress(BrokenPipeError):  # an interrupted one has ended
+            mine.send(b"")
         process.wait()
 
     atexit.register(end)
@@ -153,16 +168,19 @@ def _serve(control: socket.socket) -> Callable[[], object]:
 def _forked(request: dict[str, Any], descriptors: list[int]) -> Callable[[], object]:
     """Forks once more: the parent waits for the program and sends its status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    with socket.socket(fileno=descriptors.pop(0)) as ended:
+    ended, server, *descriptors = descriptors
+    with socket.socket(fileno=ended) as ended:
         child = os.fork()
         if child != 0:
-            for descriptor in descriptors:
+            for descriptor in [server, *descriptors]:
                 os.close(descriptor)
             ended.send(str(child).encode())
             ended.send(str(os.waitpid(child, 0)[1]).encode())
             os._exit(0)
     if request["is_session"]:
         os.setsid()
+    _servers.append(socket.socket(fileno=fcntl.fcntl(server, fcntl.F_DUPFD_CLOEXEC, 500)))
+    os.close(server)
     # Copies get high numbers, as the numbers that the program needs may be in use by others.
     high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 500) for descriptor in descriptors]
     for descriptor in descriptors:
@@ -183,6 +201,7 @@ def _run(request: dict[str, Any]) -> None:
     if options := os.environ.get("PYTHONWARNINGS"):
         warnings._processoptions(options.split(","))
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+    sys.stdout.reconfigure(write_through=request["is_unbuffered"])
     sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
     first, *rest = request["arguments"]
     option, folder = first, os.path.dirname(os.path.abspath(first))
@@ -191,6 +210,11 @@ def _run(request: dict[str, Any]) -> None:
         folder = "" if first == "-c" else os.getcwd()
     sys.argv = [option, *rest]
     sys.path[:] = [folder, *_python_path(), *libraries]
+    found = (
+        folder for each in sys.path if Path(folder := os.path.abspath(each), "lowlat").is_dir()
+    )
+    if next(found, f"{ROOT}") != f"{ROOT}":
+        _forget_lowlat()
     if option == "-c":
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(name, "<string>", "exec"), main.__dict__)
@@ -200,12 +224,19 @@ def _run(request: dict[str, Any]) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
+def _forget_lowlat() -> None:
+    """The program imports another one."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lowlat"]:
+        del sys.modules[name]
+
+
 def _python_path() -> list[str]:
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return [os.path.abspath(folder) for folder in given if folder]
 
 
 if __name__ == "__main__":
+    subprocess.Popen = Popen
     for module in PRELOADED:
         importlib.import_module(module)
     gc.collect()

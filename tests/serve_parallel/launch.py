@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 1200.0
@@ -20,8 +21,9 @@ def torchrun(processes: int, *arguments: str, restarts: int = 0) -> subprocess.P
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": "1",
+        forked.CHILDREN: "1",
     }
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, *launcher, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -45,9 +47,3 @@ def kill(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, 9)
         process.wait()
-
-
-def run(processes: int, arguments: Sequence[str]) -> None:
-    """A launch that must succeed."""
-    code, output, errors = finish(torchrun(processes, *arguments))
-    assert code == 0, f"{output}{errors[-6000:]}"

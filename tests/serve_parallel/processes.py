@@ -1,4 +1,4 @@
-"""Processes of a torchrun launch on Linux: their ids by rank, and the addresses they listen on."""
+"""Addresses that a process on Linux listens on."""
 
 import os
 import socket
@@ -6,21 +6,6 @@ import struct
 from pathlib import Path
 
 LISTENING = "0A"
-
-
-def pids_by_rank(launcher: int) -> dict[int, int]:
-    """The process of each rank, children of `launcher`."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except (OSError, ValueError):  # it has ended
-            continue
-        ranks = [entry[5:] for entry in environment if entry.startswith(b"RANK=")]
-        if parent == launcher and ranks:
-            found[int(ranks[0])] = int(folder.name)
-    return found
 
 
 def listening_hosts(pid: int) -> set[str]:

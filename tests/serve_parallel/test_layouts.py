@@ -15,9 +15,9 @@ from lowlat.attention.cache import PAGE_SIZE
 from lowlat.config.serving_layout import ServingLayout
 from lowlat.ops import native
 from lowlat.plan.serving_stages import serving_stages
+from tests.train_parallel.processes import run
 
 from .cases import CASES, TRAFFIC_PROMPT, TRAFFIC_TOKENS, outcome, stored_tokens
-from .launch import run
 
 if not native.available():
     pytest.skip(native.reason(), allow_module_level=True)

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,15 +21,17 @@ import pytest
 
 import lowlat
 from lowlat.config.serving_layout import ServingLayout
+from tests import forked
 
 from .launch import PATIENCE, finish, kill, torchrun
-from .processes import listening_hosts, pids_by_rank
+from .processes import listening_hosts
 from .refusals import NAMES
 
 if sys.platform != "linux":
     pytest.skip("reads /proc", allow_module_level=True)
 
 MODEL = "minnow"
+RANKED = str(Path(__file__).with_name("ranked.py"))
 PROMPT = "The sea"
 ENDLESS = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}
 LAYOUT = ["--parallel", "pipeline=2", "--threads", "1"]
@@ -40,6 +43,8 @@ class Served:
     """A server of several processes."""
 
     launcher: subprocess.Popen[str]
+    pids: Path
+    """Folder with the process id of each rank."""
     url: str = ""
     lines: list[str] = field(default_factory=list)
     """What it has written to stderr."""
@@ -53,26 +58,27 @@ class Served:
         self.url = found[0]
 
     def pid(self, rank: int) -> int:
-        return pids_by_rank(self.launcher.pid)[rank]
+        return int((self.pids / f"{rank}").read_text())
 
 
 @contextlib.contextmanager
 def serving(*options: str, restarts: int = 0, layout: Sequence[str] = LAYOUT) -> Iterator[Served]:
     """A server of two processes, which is killed at the end."""
-    command = ["-m", "lowlat", "serve", MODEL, "--port", "0", *layout, *options]
-    launcher = torchrun(2, *command, restarts=restarts)
-    assert launcher.stdout is not None and launcher.stderr is not None
-    server, errors = Served(launcher), launcher.stderr
-    reader = threading.Thread(target=lambda: server.lines.extend(errors), daemon=True)
-    reader.start()
-    try:
-        server.read_url()
-        yield server
-    finally:
-        kill(launcher)
-        reader.join(PATIENCE)
-        launcher.stdout.close()
-        errors.close()
+    with tempfile.TemporaryDirectory() as pids:
+        command = [RANKED, pids, "serve", MODEL, "--port", "0", *layout, *options]
+        launcher = torchrun(2, *command, restarts=restarts)
+        assert launcher.stdout is not None and launcher.stderr is not None
+        server, errors = Served(launcher, Path(pids)), launcher.stderr
+        reader = threading.Thread(target=lambda: server.lines.extend(errors), daemon=True)
+        reader.start()
+        try:
+            server.read_url()
+            yield server
+        finally:
+            kill(launcher)
+            reader.join(PATIENCE)
+            launcher.stdout.close()
+            errors.close()
 
 
 @pytest.mark.slow
@@ -195,12 +201,12 @@ def test_auto_benchmarks_a_process_per_node(tmp_path: Path) -> None:
     nodes.write_text("".join(f"{cpu},{node},{node}\n" for node, cpu in enumerate(cpus)))
     options = ["--prefill", "70", "--decode", "9", "--rounds", "1", "--json", "--dtype", "bf16"]
     command = [sys.executable, "-m", "lowlat", "bench", MODEL, "--parallel", "auto", *options]
-    ended = subprocess.run(
+    ended = forked.run(
         command,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
-        env=os.environ | {"LOWLAT_TOPOLOGY": str(nodes)},
+        env=os.environ | {"LOWLAT_TOPOLOGY": str(nodes), forked.CHILDREN: "1"},
     )
     assert ended.returncode == 0, ended.stderr
     assert "2 NUMA nodes, 2 cores, so 2 processes" in ended.stderr
@@ -221,7 +227,7 @@ def test_auto_is_one_process_on_one_node(tmp_path: Path) -> None:
     node = tmp_path / "node"
     node.write_text("0,0,0\n1,1,0\n")
     arguments = ["generate", MODEL, "-p", PROMPT, "--raw", "--max-tokens", "3", "--threads", "1"]
-    ended = subprocess.run(
+    ended = forked.run(
         [sys.executable, "-m", "lowlat", *arguments, "--parallel", "auto"],
         capture_output=True,
         text=True,
@@ -253,7 +259,7 @@ def test_tensor_parallelism_without_kernels_is_refused() -> None:
 def test_other_numbers_of_processes_are_refused() -> None:
     """Without torchrun there is one process."""
     command = [sys.executable, "-m", "lowlat", "generate", MODEL, "-p", "x", *LAYOUT]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    ended = forked.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert "--parallel pipeline=2 is for 2 processes, 1 started" in line
