@@ -1,7 +1,7 @@
 """Thousands of named bad requests: each is rejected with 4xx in the error format, without harm.
 
-The tables are in the other modules of this folder. The server is a separate process, run with and
-without `python -O`.
+The tables are in the other modules of this folder. The server is a separate process. A second one
+runs with `python -O`, and the template of its model takes the arguments of past calls as objects.
 """
 
 import contextlib
@@ -42,19 +42,18 @@ TABLES: dict[str, Callable[[], Iterator[Case]]] = {
     "paths": paths,
     "framing": framing,
 }
-OF_HTTP = ("oversized", "lengths", "malformed JSON", "types", "methods", "paths", "framing")
-"""Tables of requests that are refused before a template has a part in it."""
+OPTIMIZED = "python -O"
 
 
-@pytest.fixture(
-    scope="module", params=["python", pytest.param("python -O", marks=pytest.mark.slow)]
-)
+@pytest.fixture(scope="module", params=["python", pytest.param(OPTIMIZED, marks=pytest.mark.slow)])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A server of a tiny model; asserts do nothing in the second one."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "python -O":
+        options = []
+        if request.param == OPTIMIZED:
             patch.setenv("PYTHONOPTIMIZE", "1")
-        with serving() as running:
+            options = ["--template", "glm"]
+        with serving(*options) as running:
             yield running
 
 
@@ -62,13 +61,6 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 def impatient() -> Iterator[Server]:
     """A server that waits 0.4 seconds for headers and for bodies."""
     with serving("--header-seconds", "0.4", "--body-seconds", "0.4") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def tagged() -> Iterator[Server]:
-    """A server whose model's template takes the arguments of past calls as objects."""
-    with serving("--template", "glm") as running:
         yield running
 
 
@@ -82,7 +74,7 @@ def songs() -> dict[int, str]:
 def canary(request: pytest.FixtureRequest, songs: dict[int, str]) -> Iterator[None]:
     """After each test the server gives the same output as before, and reports healthy."""
     yield
-    for name in {"server", "impatient", "tagged"} & set(request.fixturenames):
+    for name in {"server", "impatient"} & set(request.fixturenames):
         port = request.getfixturevalue(name).port
         reply = call(port, COMPLETIONS, CANARY)
         assert reply.status == 200, reply
@@ -107,25 +99,23 @@ def faults(server: Server, cases: Iterator[Case]) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("table", TABLES)
-def test_each_is_refused_by_name(server: Server, table: str) -> None:
-    found = list(faults(server, TABLES[table]()))
+def test_each_is_refused_by_name(
+    request: pytest.FixtureRequest, server: Server, table: str
+) -> None:
+    cases = TABLES[table]()
+    if request.node.callspec.params["server"] == OPTIMIZED:
+        cases = (case for case in cases if not case.name.startswith("forced tool"))
+    found = list(faults(server, cases))
     assert not found, "\n".join(found)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("table", [name for name in TABLES if name not in OF_HTTP])
-def test_each_is_refused_where_arguments_are_objects(tagged: Server, table: str) -> None:
-    cases = (case for case in TABLES[table]() if not case.name.startswith("forced tool"))
-    found = list(faults(tagged, cases))
-    assert not found, "\n".join(found)
-
-
-def test_forced_calls_are_refused_where_arguments_are_texts(tagged: Server) -> None:
+@pytest.mark.parametrize("server", [OPTIMIZED], indirect=True)
+def test_forced_calls_are_refused_where_arguments_are_texts(server: Server) -> None:
     """Regression: keywords of a whole function's schema that nothing would hold the calls to."""
     cases = [case for case in structured_outputs() if case.name.startswith("forced tool")]
     assert len(cases) > 10
     for case in cases:
-        reply = exchange(tagged.port, case.make())
+        reply = exchange(server.port, case.make())
         assert reply.status == 400, case.name
         assert reply.error["param"].startswith("tools[0].function.parameters"), reply
 
@@ -187,6 +177,7 @@ def tokens_of(server: Server, chat: dict[str, object]) -> list[int]:
     return json.loads(call(server.port, TOKENIZE, {"model": NAME, **chat}).body)["tokens"]
 
 
+@pytest.mark.parametrize("server", ["python"], indirect=True)
 def test_what_was_tokenized_can_be_read_again(server: Server) -> None:
     tokens = tokens_of(server, user("<|im_end|>"))
     reply = call(server.port, DETOKENIZE, {"model": NAME, "tokens": tokens})
