@@ -16,6 +16,8 @@ from tests import shape_checks
 GGUF_VARIABLE = "LOWLAT_TEST_GGUF"
 
 shape_checks.install()
+collects_garbage = gc.isenabled()
+gc.disable()  # until the end of collection, which makes no garbage worth the time
 
 # A busy machine is no failure: examples may take any time.
 hypothesis.settings.register_profile(
@@ -28,6 +30,8 @@ def pytest_collection_finish() -> None:
     """What is imported and collected stays: garbage collections need not go through it."""
     gc.collect()
     gc.freeze()
+    if collects_garbage:
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).parents[2]
 COPIED = ("lowlat", "tests", "benchmarks", "pyproject.toml")
 PRELOADED = ("hypothesis", "jaxtyping", "beartype", "safetensors.torch", "filelock", "pydantic")
 PRELOADED += ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.nn.attention.bias")
-PRELOADED += ("compressed_tensors.compressors",)
+PRELOADED += ("compressed_tensors.compressors", "gguf", "tokenizers", "rich.live", "httpx")
 
 PASSED, FAILED, CRASHED, SKIPPED = 0, 1, 70, 71
 """Exit codes; all but pytest's first two mean that the tests could not run."""
