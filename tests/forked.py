@@ -133,7 +133,7 @@ def run(
 def _server() -> socket.socket | None:
     """Starts the process that forks; it ends when this one does."""
     if __name__ == "__main__":  # a fork
-        return _servers.pop() if CHILDREN in os.environ else None
+        return _servers[0] if _servers else None
     mine, its = socket.socketpair(type=socket.SOCK_SEQPACKET)
     with its:
         process = Interpreter(
@@ -198,6 +198,8 @@ def _run(request: dict[str, Any]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    if CHILDREN not in os.environ:
+        _servers.pop().close()
     if options := os.environ.get("PYTHONWARNINGS"):
         warnings._processoptions(options.split(","))
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)

@@ -3,6 +3,7 @@
 A page whose console shows an error, or which asks for anything outside its server, fails its test.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import (
     Browser,
-    BrowserContext,
     ConsoleMessage,
     Page,
     Request,
@@ -99,31 +99,72 @@ def errors() -> Iterator[Errors]:
 Open = Callable[..., Page]
 
 
-@pytest.fixture
-def open_page(browser: Browser, server: Server, errors: Errors) -> Iterator[Open]:
-    """Opens the page in a browser profile of its own; keywords are new_context's."""
-    contexts: list[BrowserContext] = []
+class Profile:
+    """A browser profile for pages of one server. Plain ones serve one test after another, as
+    Chromium takes a second for the first page of a new one.
+    """
 
-    def open_one(path: str = "/", *, at: Server = server, **options: object) -> Page:
+    def __init__(self, browser: Browser, url: str, **options: object) -> None:
         options = {"viewport": {"width": 1280, "height": 800}, **options}
-        context = browser.new_context(base_url=at.url, **options)  # pyright: ignore[reportArgumentType]
-        context.set_default_timeout(TIMEOUT)
-        contexts.append(context)
+        self.context = browser.new_context(base_url=url, **options)  # pyright: ignore[reportArgumentType]
+        self.context.set_default_timeout(TIMEOUT)
+        self._url = url
+        self._blank = self.context.new_page()
 
-        def look(request: Request) -> None:
-            if not request.url.startswith((at.url, "blob:")):
-                errors.seen.append(f"asked for {request.url}")
+    def clear(self) -> None:
+        """Nothing of a test is left: pages, what they stored, routes, permissions."""
+        for page in self.context.pages:
+            if page != self._blank:
+                page.close()
+        session = self.context.new_cdp_session(self._blank)
+        session.send("Storage.clearDataForOrigin", {"origin": self._url, "storageTypes": "all"})
+        session.send("Network.clearBrowserCache")
+        session.detach()
+        self.context.clear_cookies()
+        self.context.clear_permissions()
+        self.context.unroute_all()
 
-        context.on("request", look)
-        page = context.new_page()
-        page.on("console", errors.on_console)
-        page.on("pageerror", lambda error: errors.seen.append(str(error)))
-        page.goto(path)
-        return page
 
-    yield open_one
-    for context in contexts:
-        context.close()
+@pytest.fixture(scope="module")
+def profiles() -> Iterator[dict[str, Profile]]:
+    """Plain profiles by the server's URL."""
+    found: dict[str, Profile] = {}
+    yield found
+    for profile in found.values():
+        profile.context.close()
+
+
+@pytest.fixture
+def open_page(
+    browser: Browser, server: Server, errors: Errors, profiles: dict[str, Profile]
+) -> Iterator[Open]:
+    """Opens the page in a browser profile of its own; keywords are new_context's."""
+    with contextlib.ExitStack() as stack:
+        used: list[Profile] = []
+
+        def open_one(path: str = "/", *, at: Server = server, **options: object) -> Page:
+            profile = None if options else profiles.get(at.url)
+            if profile is None or profile in used:
+                profile = Profile(browser, at.url, **options)
+            if options or profiles.setdefault(at.url, profile) is not profile:
+                stack.callback(profile.context.close)
+            else:
+                stack.callback(profile.clear)
+            used.append(profile)
+
+            def look(request: Request) -> None:
+                if not request.url.startswith((at.url, "blob:")):
+                    errors.seen.append(f"asked for {request.url}")
+
+            profile.context.on("request", look)
+            stack.callback(profile.context.remove_listener, "request", look)
+            page = profile.context.new_page()
+            page.on("console", errors.on_console)
+            page.on("pageerror", lambda error: errors.seen.append(str(error)))
+            page.goto(path)
+            return page
+
+        yield open_one
 
 
 @pytest.fixture
