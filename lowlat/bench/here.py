@@ -7,6 +7,7 @@ bandwidth of weights, one with many the rate of attention, and two chunks of pre
 products and of attention. A model of negligible size gives the constant time per layer.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -284,7 +285,7 @@ def fill(model: nn.Module) -> None:
 
 def _decode_seconds(worker: Lowlat, context: int) -> float:
     worker.fill_cache(context)
-    tokens = iter(random_token_ids(4096, worker.vocab_size))
+    tokens = itertools.cycle(random_token_ids(4096, worker.vocab_size))
     return _best_seconds(lambda: worker.decode_step(next(tokens), context))
 
 

@@ -82,6 +82,14 @@ def test_times_that_no_rates_explain_are_refused(times: tuple[float, ...], what:
         here.solve(sample, dtype_weights(sample, "bf16"), "bf16", taken)
 
 
+def test_more_steps_than_drawn_tokens(monkeypatch: pytest.MonkeyPatch):
+    """Regression: a StopIteration where 4,096 steps of a small model took less than SECONDS."""
+    monkeypatch.setattr(here, "SECONDS", 0.0)
+    monkeypatch.setattr(here, "random_token_ids", lambda *_: [1])
+    worker = here.new_worker(here.narrow_config(TINY), "bf16", "bf16")
+    assert here._decode_seconds(worker, 8) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "int4", "fp32"])
 def test_any_dtype_is_measured(dtype: str, monkeypatch: pytest.MonkeyPatch):
