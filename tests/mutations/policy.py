@@ -55,6 +55,13 @@ REINFORCING = [
         SHARES + "test_gradients_and_figures_are_those_of_one_process",
     ),
     Mutant(
+        "policy: sequences are balanced together",
+        "train/policy/balance.py",
+        "routing.scores.split(list(self.lengths))",
+        "(routing.scores,)",
+        POLICY + "test_balance.py::test_the_loss_is_that_of_pretraining",
+    ),
+    Mutant(
         "policy: MTP modules learn the token before their target",
         "train/policy/mtp.py",
         "targets += tokens[depth + 2 : depth + 2 + size]",

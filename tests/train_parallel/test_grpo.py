@@ -45,7 +45,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     steps = {line["step"]: line for line in lines if line["kind"] == "step"}
     return [
         {key: value for key, value in step["rollouts"].items() if key not in TIMES}
-        | {key: step[key] for key in ("grad_norm", "mtp_losses", "batch_tokens")}
+        | {key: step[key] for key in ("grad_norm", "mtp_losses", "sequence_loss", "batch_tokens")}
         # The first step of a run has the loads of all experts.
         | {"experts": [own | {"load": []} for own in step["experts"]]}
         for step in steps.values()
@@ -67,7 +67,7 @@ def test_two_processes_learn_the_bits_of_one(folder: Path) -> None:
     """With a micro-batch per process, whose gradients have one order; also after a resumption
     between two updates over the same completions.
     """
-    raw = grpo.raw_recipe(grpo.FULL | {"dynamic_sampling": True})
+    raw = grpo.raw_recipe(grpo.FULL | {"dynamic_sampling": True}, balance={"sequence_weight": 1e-2})
     raw["phase"][0] |= {"mtp_weight": 0.3}
     raw["evaluation"] = {"prompts": "prompts.jsonl", "num_generations": 2, "pass_at": [1, 2]}
     raw["evaluation"] |= {"every_steps": 2}

@@ -26,7 +26,3 @@ def check_grpo(config: ModelConfig, recipe: Recipe, origin: str) -> None:
             raise UserError(f"{where} learns from rewards; remove distillation")
         if phase.grpo.beta > 0 and recipe.base_model is None:
             raise UserError(f"{where}: beta needs base_model, the reference; set it, or beta = 0")
-        if config.moe is not None and recipe.balance.sequence_weight:
-            raise UserError(
-                f"{where} has no sequence-wise balance loss; set balance.sequence_weight = 0"
-            )

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from lowlat.attention.base import AttentionBackend
 from lowlat.attention.flash import FlashAttention
 from lowlat.model.block import DecoderLayer
+from lowlat.model.expert_loads import gates
 from lowlat.model.moe import Gate, MoE
 from lowlat.model.replace_modules import adopt, replace_modules
 from lowlat.model.transformer import Transformer
@@ -21,6 +22,7 @@ from lowlat.ops.rope import RotaryTable
 from lowlat.ops.routing import Routing, route
 from lowlat.train.layers.fused import use_fused_layers
 from lowlat.train.layers.stacked_experts import stack_experts
+from lowlat.train.policy.balance import SequenceBalance
 from lowlat.train.policy.forward import PolicyPass
 from lowlat.train.policy.weights import PolicyWeights, substituted
 
@@ -67,13 +69,16 @@ class HalvedLayer(DecoderLayer):
 class PolicyBackward:
     """Backward passes to the master weights of `weights`."""
 
-    def __init__(self, weights: PolicyWeights) -> None:
+    def __init__(self, weights: PolicyWeights, balance: SequenceBalance) -> None:
+        """balance: gets the gates."""
         self._weights = weights
         with torch.device("meta"):
             model = Transformer(weights.config)
             stack_experts(model)
         use_fused_layers(model)
         replace_modules(model, _replayed)
+        for _, gate in gates(model):
+            balance.watch(gate)
         self._model = model
 
     def run(self, run: PolicyPass, grad: Float[Tensor, "tokens hidden"]) -> None:

@@ -16,7 +16,7 @@ from lowlat.train.policy.prompts import PromptRecord
 from lowlat.train.policy.rollouts import RolloutEngine
 from lowlat.train.policy.weights import PolicyWeights
 from lowlat.train.recipe.grpo import GRPOConfig
-from lowlat.train.recipe.schema import LoraConfig, Phase, Recipe
+from lowlat.train.recipe.schema import Phase, Recipe
 from lowlat.train.rewards.workers import RewardWorkers
 from lowlat.utils.errors import UserError
 
@@ -45,7 +45,7 @@ def new_grpo_phase(
     """
     table = phase.grpo
     assert table is not None
-    learner = _new_learner(model, recipe.lora, table, reference, mesh)
+    learner = _new_learner(model, recipe, table, reference, mesh)
     engine = RolloutEngine(
         learner.model,
         context=phase.sequence_length,
@@ -87,17 +87,18 @@ def new_grpo_phase(
 
 def _new_learner(
     model: Transformer,
-    lora: LoraConfig | None,
+    recipe: Recipe,
     table: GRPOConfig,
     reference: Transformer | None,
     mesh: ProcessMesh,
 ) -> PolicyLearner:
     learner = PolicyLearner(
         model,
-        lora,
+        recipe.lora,
         distribution=distribution_of(table),
         options=_loss_options(table),
         reference=None if reference is None else PolicyWeights(reference).new_model(),
+        sequence_weight=recipe.balance.sequence_weight,
         mesh=mesh,
     )
     if not supports_native(learner.model):

@@ -15,6 +15,7 @@ from lowlat.model.transformer import Transformer
 from lowlat.ops.cross_entropy import CHUNK_ELEMENTS, even_chunks
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.policy.backward import PolicyBackward
+from lowlat.train.policy.balance import SequenceBalance
 from lowlat.train.policy.distribution import Masks, SamplingDistribution, entropy
 from lowlat.train.policy.forward import PolicyForward, PolicyPass, PolicySequence
 from lowlat.train.policy.loss import LossOptions, sequence_weights, token_losses
@@ -70,6 +71,8 @@ class PolicyFigures:
     """
     experts: dict[int, Float64[Tensor, " experts"]] = field(default_factory=dict)
     """Choices of every expert, by layer, over prompts and completions."""
+    sequence_loss: float = 0.0
+    """Sequence-wise balance loss, alpha included."""
     mtp_losses: list[float] = field(default_factory=list)
     """Mean loss of each MTP module, nats per token; empty if they are frozen."""
 
@@ -79,6 +82,7 @@ class PolicyFigures:
         self.tokens += other.tokens
         self.num_inputs += other.num_inputs
         self.entropy += other.entropy
+        self.sequence_loss += other.sequence_loss
         self.clipped += other.clipped
         if other.kl is not None:
             self.kl = (self.kl or 0.0) + other.kl
@@ -103,17 +107,21 @@ class PolicyLearner:
         distribution: SamplingDistribution,
         options: LossOptions,
         reference: Transformer | None = None,
+        sequence_weight: float = 0.0,
         mesh: ProcessMesh | None = None,
     ) -> None:
-        """reference: the bf16 model of the KL divergence; mesh: divides the completions of a batch
-        among its processes (data parallelism).
+        """reference: the bf16 model of the KL divergence; sequence_weight: alpha of the
+        sequence-wise balance loss; mesh: divides the completions of a batch among its processes
+        (data parallelism).
         """
+        self._sequence_weight = sequence_weight
+        self._balance = SequenceBalance()
         self._mesh = mesh or ProcessMesh()
         self._weights = PolicyWeights(trained, lora)
         self.model = self._weights.new_model()
         self._forward = PolicyForward(self.model)
-        self._backward = PolicyBackward(self._weights)
-        self._mtp = MTPTraining(self._weights)
+        self._backward = PolicyBackward(self._weights, self._balance)
+        self._mtp = MTPTraining(self._weights, self._balance)
         self._reference = None if reference is None else PolicyForward(reference)
         self._distribution = distribution
         self._options = options
@@ -135,6 +143,7 @@ class PolicyLearner:
         mtp_weight: that of the MTP loss, averaged over modules (lambda); 0 freezes them.
         """
         weights = sequence_weights(batch.lengths, self._options)
+        self._balance.weight = self._sequence_weight / len(batch.sequences)
         first, count = self._mesh.batch_shard(0, len(batch.sequences))
         own = range(first, first + count)
         parts = [
@@ -160,6 +169,7 @@ class PolicyLearner:
         figures = PolicyFigures()
         sequences = [batch.sequences[number] for number in part]
         run = self._forward.run(sequences)
+        self._balance.lengths, self._balance.loss = run.lengths, 0.0
         reference = None
         if self._reference is not None and batch.updates == 0:
             reference = self._reference.run(sequences, keeps=False)
@@ -193,6 +203,7 @@ class PolicyLearner:
             pairs = zip(found.losses, targets, strict=True)
             figures.mtp_losses = [loss / count for loss, count in pairs]
             figures.experts |= found.experts
+        figures.sequence_loss = self._balance.loss
         return figures
 
     def _chunk_gradient(

@@ -92,7 +92,7 @@ class GRPOPhase:
         result = StepResult(
             losses=(),
             z=0.0,
-            sequence_loss=0.0,
+            sequence_loss=figures.sequence_loss,
             grad_norm=norm,
             loads=(),
             has_targets=has_targets,

@@ -129,7 +129,7 @@ class LoadBalancer:
             loss = self._sequence_wise(observed.gate, routing)
             if not _in_backward():
                 self._sequence_loss += loss.detach()
-            return routing._replace(weights=applied(_AddLoss, routing.weights, loss))
+            return routing._replace(weights=with_loss(routing.weights, loss))
 
         return hook
 
@@ -168,6 +168,11 @@ def mean_share(
 ) -> Float[Tensor, "sequences experts"]:
     """P_i of every sequence (DeepSeek-V3 equations 19 and 20): mean normalised scores."""
     return (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)
+
+
+def with_loss(weights: Float[Tensor, "*shape"], loss: Float[Tensor, ""]) -> Tensor:
+    """`weights`, whose backward pass is also that of `loss`."""
+    return applied(_AddLoss, weights, loss)
 
 
 class _AddLoss(torch.autograd.Function):
