@@ -70,8 +70,11 @@ def _label(_report: Report, variant: dict[str, Any]) -> str:
     return variant["label"]
 
 
-def _loss(_report: Report, variant: dict[str, Any]) -> str:
-    return with_half(variant["loss"]) if "loss" in variant else "failed"
+def _loss(report: Report, variant: dict[str, Any]) -> str:
+    if "loss" in variant:
+        return with_half(variant["loss"])
+    has_failed = any(item["variant"] == variant["name"] for item in report["failures"])
+    return "failed" if has_failed else "no run yet"
 
 
 def _difference(report: Report, variant: dict[str, Any]) -> str:
