@@ -174,8 +174,9 @@ def _forked(request: dict[str, Any], descriptors: list[int]) -> Callable[[], obj
         if child != 0:
             for descriptor in [server, *descriptors]:
                 os.close(descriptor)
-            ended.send(str(child).encode())
-            ended.send(str(os.waitpid(child, 0)[1]).encode())
+            with contextlib.suppress(BrokenPipeError):  # what started it may be killed
+                ended.send(str(child).encode())
+                ended.send(str(os.waitpid(child, 0)[1]).encode())
             os._exit(0)
     if request["is_session"]:
         os.setsid()
