@@ -282,10 +282,10 @@ def _cluster(
         machines = parse_cluster(cluster.machine)
         _check_devices(layout, machines.devices, str(machines))
         return machines
-    from lowlat.utils.topology import read_topology
+    from lowlat.utils.topology import machine_topology
 
     # before the measurement, which takes seconds
-    _check_devices(layout, count * len(read_topology().nodes), f"{count} x {HERE}")
+    _check_devices(layout, count * len(machine_topology().nodes), f"{count} x {HERE}")
     from lowlat.bench.here import measure_here
     from lowlat.utils.progress import make_progress
 

@@ -135,6 +135,15 @@ def test_faults_are_found_before_this_machine_is_measured(
         run(*here, *arguments)
 
 
+def test_a_topology_file_is_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    nodes = tmp_path / "nodes"
+    nodes.write_text("0,0,0\n1,1,1\n")
+    monkeypatch.setenv("LOWLAT_TOPOLOGY", str(nodes))
+    here = ("plan", "serve", "deepseek-v3", "--machine", "here", "--context", "512")
+    with pytest.raises(UserError, match="needs 4 devices, but 1 x here has 2"):
+        run(*here, "--parallel", "tensor=4")
+
+
 def test_one_user_is_one():
     text = run(*V3)
     assert "1 user with" in text and "users with" not in text
