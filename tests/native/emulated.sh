@@ -25,7 +25,7 @@ if [ ! -e "$room/site.stamp" ]; then
     --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 \
     --platform manylinux2014_aarch64 \
     'torch==2.9.1' gguf httpx huggingface_hub jaxtyping jinja2 numpy pydantic rich safetensors tokenizers typer \
-    beartype hypothesis pytest compressed-tensors transformers
+    beartype hypothesis pytest compressed-tensors transformers psutil xxhash
   "$python" -m pip install --quiet --target "$room/tools" nanobind
   touch "$room/site.stamp"
 fi
