@@ -50,9 +50,10 @@ def test_recipe(path: Path) -> None:
 
 def test_the_grpo_recipe_of_its_page_is_valid() -> None:
     page = (ROOT / "docs" / "rewards.md").read_text()
-    (text,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    (phase,) = parse_recipe(tomllib.loads(text), origin="rewards.md").phase
-    assert phase.grpo is not None
+    text = "".join(re.findall(r"```toml\n(.*?)```", page, re.DOTALL))
+    recipe = parse_recipe(tomllib.loads(text), origin="rewards.md")
+    assert recipe.phase[0].grpo is not None
+    assert recipe.evaluation.prompts
 
 
 def test_heal_recipe_is_what_convert_does() -> None:
