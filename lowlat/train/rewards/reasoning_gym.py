@@ -95,7 +95,8 @@ def write_records(
 
     Raises UserError for an unknown task or setting.
     """
-    config = {"seed": 0, **config}
+    # The library makes entry i from seed + i: entries of consecutive seeds would be the same.
+    config = {**config, "seed": random.Random(config.get("seed", 0)).getrandbits(31)}
     (records,) = generate([(task, config)])
     if isinstance(records, UserError):
         raise records
