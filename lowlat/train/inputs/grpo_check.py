@@ -18,7 +18,7 @@ def check_grpo(config: ModelConfig, recipe: Recipe, origin: str) -> None:
             raise UserError(
                 f"{where} samples in bf16 on the CPU; set precision 'bf16', device 'cpu'"
             )
-        if max(recipe.parallel.processes, recipe.parallel.expert) > recipe.parallel.data:
+        if recipe.parallel.processes > recipe.parallel.data or recipe.parallel.expert > 1:
             raise UserError(
                 f"{where} divides batches alone; of [parallel], leave all sizes but data at 1"
             )

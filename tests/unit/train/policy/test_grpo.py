@@ -209,6 +209,7 @@ def test_lora_trains_its_updates_only(folder: Path) -> None:
         ({}, {"base_model": None, "model": {}}, "base_model is missing; phases of grpo"),
         ({}, {"precision": "fp32"}, "samples in bf16 on the CPU"),
         ({}, {"parallel": {"fsdp": 2}}, "leave all sizes but data at 1"),
+        ({}, {"parallel": {"data": 2, "expert": 2}}, "leave all sizes but data at 1"),
     ],
     ids=str,
 )
