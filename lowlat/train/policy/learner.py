@@ -304,8 +304,8 @@ def _mismatch(
     """Largest difference between the targets' log-probabilities, computed as the sampler does, and
     `logprobs`.
     """
-    rows = zip(logits, targets.tolist(), logprobs, strict=True)
-    return largest(*(abs(float(row.log_softmax(dim=-1)[t]) - own) for row, t, own in rows))
+    found = _of_targets(logits.log_softmax(dim=-1), targets).double()
+    return (found - torch.tensor(logprobs, dtype=torch.float64)).abs().max().item()
 
 
 def largest(*values: float) -> float:
@@ -314,8 +314,8 @@ def largest(*values: float) -> float:
 
 
 def _of_targets(
-    logps: Float64[Tensor, "rows vocab"], targets: Int[Tensor, "rows"]
-) -> Float64[Tensor, "rows"]:
+    logps: Float[Tensor, "rows vocab"], targets: Int[Tensor, "rows"]
+) -> Float[Tensor, "rows"]:
     return logps.gather(1, targets[:, None])[:, 0]
 
 
