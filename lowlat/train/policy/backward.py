@@ -70,7 +70,7 @@ class PolicyBackward:
     """Backward passes to the master weights of `weights`."""
 
     def __init__(self, weights: PolicyWeights, balance: SequenceBalance) -> None:
-        """balance: gets the gates."""
+        """balance: its loss is added to gates of the decoder and of MTP modules."""
         self._weights = weights
         with torch.device("meta"):
             model = Transformer(weights.config)
@@ -79,7 +79,8 @@ class PolicyBackward:
         replace_modules(model, _replayed)
         for _, gate in gates(model):
             balance.watch(gate)
-        self._model = model
+        self.model = model
+        """On the meta device; decoder layers replay routing, MTP modules are unchanged."""
 
     def run(self, run: PolicyPass, grad: Float[Tensor, "tokens hidden"]) -> None:
         """Add the gradients of a loss to those of the master weights, given its gradient `grad` by
@@ -88,18 +89,18 @@ class PolicyBackward:
         assert run.kept is not None
         residuals = run.kept.residuals
         attention = FlashAttention(run.lengths)
-        tables = self._model.rotary(attention.positions())
+        tables = self.model.rotary(attention.positions())
         norm = self._weights.differentiable("norm.")
-        grad = _backward(self._model.norm, norm, (residuals[-1],), grad)
+        grad = _backward(self.model.norm, norm, (residuals[-1],), grad)
         for number in reversed(range(self._weights.config.num_hidden_layers)):
-            layer = self._model.layers[number]
+            layer = self.model.layers[number]
             assert isinstance(layer, HalvedLayer)
             own, mlp = (
                 self._weights.differentiable(f"layers.{number}.", half) for half in (ATTENTION, MLP)
             )
             self._replay_routing(layer, run, number)
             grad = _backward(layer, mlp, (residuals[2 * number + 1],), grad)
-            rope = self._model.rotary.of(number, tables)
+            rope = self.model.rotary.of(number, tables)
             grad = _backward(layer, own, (residuals[2 * number], rope, attention), grad)
         self._embedding(run, grad)
 
@@ -118,11 +119,13 @@ class PolicyBackward:
         if master is None:
             return
         with torch.enable_grad():
-            embedded = F.embedding(run.ids, master) * self._model.embed_tokens.factor
+            embedded = F.embedding(run.ids, master) * self.model.embed_tokens.factor
             embedded.backward(grad.to(embedded.dtype))
 
 
-def _replayed(_path: str, module: nn.Module) -> nn.Module | None:
+def _replayed(path: str, module: nn.Module) -> nn.Module | None:
+    if path.startswith("mtp."):
+        return None
     if isinstance(module, Gate):
         return ReplayedGate(module)
     return HalvedLayer(module) if isinstance(module, DecoderLayer) else None

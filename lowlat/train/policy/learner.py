@@ -74,7 +74,7 @@ class PolicyFigures:
     sequence_loss: float = 0.0
     """Sequence-wise balance loss, alpha included."""
     mtp_losses: list[float] = field(default_factory=list)
-    """Mean loss of each MTP module, nats per token; empty if they are frozen."""
+    """Loss of each MTP module, mean over the targets of the batch; empty if they are frozen."""
 
     def add(self, other: "PolicyFigures") -> None:
         """Count `other`, too."""
@@ -121,7 +121,7 @@ class PolicyLearner:
         self.model = self._weights.new_model()
         self._forward = PolicyForward(self.model)
         self._backward = PolicyBackward(self._weights, self._balance)
-        self._mtp = MTPTraining(self._weights, self._balance)
+        self._mtp = MTPTraining(self._weights, self._backward.model)
         self._reference = None if reference is None else PolicyForward(reference)
         self._distribution = distribution
         self._options = options
@@ -144,15 +144,18 @@ class PolicyLearner:
         """
         weights = sequence_weights(batch.lengths, self._options)
         self._balance.weight = self._sequence_weight / len(batch.sequences)
-        first, count = self._mesh.batch_shard(0, len(batch.sequences))
-        own = range(first, first + count)
+        targets = self._mtp_targets(batch) if mtp_weight else []
+        factors = [mtp_weight / (len(targets) * count) for count in targets]
+        own = self._mesh.share(len(batch.sequences))
         parts = [
-            self._micro_batch(batch, own[start : start + micro_batch_size], weights, mtp_weight)
-            for start in range(0, count, micro_batch_size)
+            self._micro_batch(batch, own[start : start + micro_batch_size], weights, factors)
+            for start in range(0, len(own), micro_batch_size)
         ]
         figures = PolicyFigures()
         for part in chain.from_iterable(self._mesh.gather(parts, "data")):
             figures.add(part)
+        pairs = zip(figures.mtp_losses, targets, strict=True)
+        figures.mtp_losses = [total / count for total, count in pairs]
         return figures
 
     def _mtp_targets(self, batch: PolicyBatch) -> list[int]:
@@ -164,11 +167,18 @@ class PolicyLearner:
 
     @torch.no_grad()
     def _micro_batch(
-        self, batch: PolicyBatch, part: range, weights: Sequence[float], mtp_weight: float
+        self,
+        batch: PolicyBatch,
+        part: range,
+        weights: Sequence[float],
+        mtp_factors: Sequence[float],
     ) -> PolicyFigures:
-        figures = PolicyFigures()
+        """Gradients and sums of the completions `part`; weights: of the tokens of every completion;
+        mtp_factors: of a target of each MTP module, none if they are frozen.
+        """
         sequences = [batch.sequences[number] for number in part]
         run = self._forward.run(sequences)
+        figures = PolicyFigures(num_inputs=len(run.ids))
         self._balance.lengths, self._balance.loss = run.lengths, 0.0
         reference = None
         if self._reference is not None and batch.updates == 0:
@@ -193,15 +203,12 @@ class PolicyLearner:
             self._chunk_gradient(run, rows, logps, tokens, grad, figures)
         if batch.updates == 0:
             tokens.keep(batch, part)
-        figures.num_inputs += len(run.ids)
         self._backward.run(run, grad)
         _count_experts(run, self.model.config, figures)
-        targets = self._mtp_targets(batch)
-        if mtp_weight and targets:
-            factors = [mtp_weight / (len(targets) * count) for count in targets]
-            found = self._mtp.run(run, sequences, [batch.is_counted[n] for n in part], factors)
-            pairs = zip(found.losses, targets, strict=True)
-            figures.mtp_losses = [loss / count for loss, count in pairs]
+        if mtp_factors:
+            counted = [batch.is_counted[number] for number in part]
+            found = self._mtp.run(run, sequences, counted, mtp_factors)
+            figures.mtp_losses = found.losses
             figures.experts |= found.experts
         figures.sequence_loss = self._balance.loss
         return figures

@@ -18,9 +18,6 @@ from lowlat.model.expert_loads import gates
 from lowlat.model.transformer import Transformer
 from lowlat.ops.cross_entropy import linear_cross_entropy
 from lowlat.ops.routing import Routing
-from lowlat.train.layers.fused import use_fused_layers
-from lowlat.train.layers.stacked_experts import stack_experts
-from lowlat.train.policy.balance import SequenceBalance
 from lowlat.train.policy.forward import PolicyPass, PolicySequence
 from lowlat.train.policy.weights import PolicyWeights
 
@@ -38,19 +35,14 @@ class MTPFigures:
 class MTPTraining:
     """Forward and backward passes of the MTP modules of `weights`."""
 
-    def __init__(self, weights: PolicyWeights, balance: SequenceBalance) -> None:
-        """balance: gets the gates."""
+    def __init__(self, weights: PolicyWeights, model: Transformer) -> None:
+        """model: on the meta device, computes with tensors of `weights`."""
         self._weights = weights
-        with torch.device("meta"):
-            model = Transformer(weights.config)
-            stack_experts(model)
-        use_fused_layers(model)
         self._model = model
         self._experts: dict[int, Tensor] = {}
         for layer, gate in gates(model):
             if layer >= weights.config.num_hidden_layers:
                 gate.register_forward_hook(self._counter(layer, gate.moe.n_routed_experts))
-                balance.watch(gate)
 
     def run(
         self,

@@ -50,7 +50,6 @@ def in_processes(size: int, work: Callable[[ProcessMesh], T]) -> list[T]:
         made.is_main_process = rank == 0
         made.gather = gather
         made.share = lambda count: range(count * rank // size, count * (rank + 1) // size)
-        made.batch_shard = lambda first, rows: (first + rank * rows // size, rows // size)
         return made
 
     with ThreadPoolExecutor(size) as pool:
