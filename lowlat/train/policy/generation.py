@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -166,7 +167,7 @@ class Generator:
     def _share(self, first_draw: int, count: int) -> tuple[list[list[ScoredRollout]], float]:
         """`count` groups, of draws from `first_draw`, and the seconds of their sampling."""
         prompts = [drawn(self._prompts, first_draw + n, self._seed) for n in range(count)]
-        with BackgroundScoring(self._rewards) as scoring:
+        with closing(BackgroundScoring(self._rewards)) as scoring:
             began = time.monotonic()
             groups = self._engine.generate(
                 prompts,

@@ -21,9 +21,7 @@ from lowlat.train.rewards.sample import Sample
 from lowlat.utils.errors import UserError
 
 SAMPLING, EVALUATION = 1, 2
-"""Keys of the random numbers of sampling, after the recipe's seed: of training and of held-out
-prompts.
-"""
+"""Purposes of sampling, training and held-out prompts; each has random numbers of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

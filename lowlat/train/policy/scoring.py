@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
-from types import TracebackType
 from typing import final
 
 from lowlat.train.rewards.sample import Sample, Score
@@ -12,7 +11,7 @@ from lowlat.train.rewards.workers import RewardWorkers
 
 @final
 class BackgroundScoring:
-    """Scores groups of samples, which are added in any order. Use as a context manager."""
+    """Scores groups of samples, which are added in any order."""
 
     def __init__(self, rewards: RewardWorkers) -> None:
         self._rewards = rewards
@@ -22,15 +21,8 @@ class BackgroundScoring:
         self._scores: dict[int, list[list[Score]]] = {}
         self._calls: list[Future[None]] = []
 
-    def __enter__(self) -> "BackgroundScoring":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the thread, after the call that is running."""
         self._thread.shutdown(cancel_futures=True)
 
     def add(self, number: int, samples: Sequence[Sample]) -> None:
@@ -46,7 +38,7 @@ class BackgroundScoring:
         return self._scores
 
     def _score_waiting(self) -> None:
-        """All groups that wait, in one call: a slow sample delays no others than it must."""
+        """Score all groups that wait in one call, so that workers run samples of several groups."""
         with self._lock:
             groups, self._waiting = self._waiting, {}
         samples = [sample for own in groups.values() for sample in own]
