@@ -8,7 +8,7 @@ import torch
 from lowlat.attention.cache import PAGE_SIZE, cache_bytes_per_token
 from lowlat.config.model import ModelConfig
 from lowlat.engine.scheduler import MAX_SEQUENCES
-from lowlat.plan.activations import FP32_BYTES
+from lowlat.plan.activations import FP32_BYTES, all_bytes
 from lowlat.plan.job import TrainingJob
 from lowlat.plan.memory import ACTIVATIONS, CASTS, CHUNK_ELEMENTS, WORKING, MemoryEstimate
 from lowlat.plan.stages import ROUTED
@@ -33,7 +33,8 @@ def rollout_memory(
     """Adapt `memory`, the estimate of a step on text, to the GRPO `phase`.
 
     The forward pass keeps the residual stream before each half of a layer; the backward pass
-    recomputes one half at a time.
+    recomputes one half at a time. MTP modules, if they are trained, have a pass of their own
+    without activation checkpointing.
     """
     table = phase.grpo
     assert table is not None
@@ -48,6 +49,8 @@ def rollout_memory(
     parts[ROLLOUT_WEIGHTS] = float(BF16_BYTES * rounded)
     # The call that computes all completions returns activations of its own.
     parts[ACTIVATIONS] = float(per_token * (tokens + completions))
+    if phase.mtp_weight != 0:
+        parts[ACTIVATIONS] += tokens * _mtp_bytes(config, job)
     cache = cache_bytes_per_token(config, torch.bfloat16)
     parts[WORKING] += GRADIENT_BYTES * _largest_half(config, memory) + cache * tokens
     parts["loss"] = _loss_bytes(config, completions, is_trained=recipe.lora is None)
@@ -62,6 +65,16 @@ def _kept_bytes(config: ModelConfig) -> int:
     residuals = (2 * config.num_hidden_layers + 1) * config.hidden_size * BF16_BYTES
     chosen = 0 if config.moe is None else config.moe.num_experts_per_tok
     return residuals + config.num_hidden_layers * chosen * 2 * FP32_BYTES
+
+
+def _mtp_bytes(config: ModelConfig, job: TrainingJob) -> float:
+    """Saved activations of all MTP modules in bytes per token: those of the layer, the inputs of
+    three norms and of eh_proj, and the gradient of the loss by the output.
+    """
+    layers = range(config.num_hidden_layers, config.num_cache_layers)
+    ends = 6 * config.hidden_size * BF16_BYTES
+    kept = [sum(all_bytes(config, n, job, selective=False).values()) for n in layers]
+    return ends * len(kept) + sum(kept, 0.0)
 
 
 def _largest_half(config: ModelConfig, memory: MemoryEstimate) -> float:

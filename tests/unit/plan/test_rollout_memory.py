@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lowlat.attention.cache import PAGE_SIZE, PagedCache
 from lowlat.cli.plan import _check_whole
@@ -13,15 +14,19 @@ from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.engine.scheduler import MAX_SEQUENCES
 from lowlat.model.native import KeptActivations
+from lowlat.ops import native
 from lowlat.plan.memory import MemoryEstimate
 from lowlat.train.cost.dry_run import require_fit
 from lowlat.train.cost.rollout_memory import REFERENCE, ROLLOUT_CACHE, ROLLOUT_WEIGHTS
+from lowlat.train.policy.forward import PolicySequence
+from lowlat.train.policy.learner import PolicyBatch
+from lowlat.train.policy.mtp import MTPFigures, MTPTraining
 from lowlat.train.policy.weights import PolicyWeights
 from lowlat.train.recipe.schema import Recipe, parse_recipe
 from lowlat.train.step.lora import add_lora
 from lowlat.utils.errors import UserError
 from tests.lowlat_configs import random_model
-from tests.unit.train.policy.models import CONFIGS, masters
+from tests.unit.train.policy.models import CONFIGS, learner, masters
 
 CONFIG = replace(CONFIGS["mla-moe-mtp"], num_nextn_predict_layers=0)
 LENGTH, COMPLETION = 29, 11
@@ -59,6 +64,40 @@ def test_activations_are_those_of_the_kernels() -> None:
     """Of a micro-batch, and once more of its completions, which are one call."""
     kept = [KeptActivations.empty(CONFIG, 2 * length) for length in (LENGTH, COMPLETION)]
     assert estimate(recipe()).parts["activations"] == sum(map(size, kept))
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the native kernels")
+def test_activations_of_mtp_modules_are_what_autograd_keeps() -> None:
+    config = replace(CONFIG, num_nextn_predict_layers=2)
+    policy = learner(masters(config))
+    tensors = policy._weights.tensors.values()
+    weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def run(*given: Any) -> MTPFigures:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return MTPTraining.run(policy._mtp, *given)
+
+    policy._mtp.run = run
+    prompt, completion = list(range(LENGTH - COMPLETION)), list(range(COMPLETION))
+    batch = PolicyBatch(
+        sequences=[PolicySequence(prompt=prompt, completion=completion)] * 2,
+        advantages=[1.0, -1.0],
+        is_counted=[True, True],
+    )
+    policy.accumulate(batch, 2, 0.3)
+    own = recipe()
+    phase = own.phase[0].model_copy(update={"mtp_weight": 0.0})
+    frozen = own.model_copy(update={"phase": [phase]})
+    found, without = (estimate(each, config).parts["activations"] for each in (own, frozen))
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    # Positions and tables are no activations.
+    assert found - without == pytest.approx(size, rel=0.15)
 
 
 def test_rollouts_have_weights_of_their_own() -> None:
