@@ -43,7 +43,7 @@ def _title(served: ServedModel, job: ServingJob, machines: Cluster) -> Text:
     lines = (
         f"{machines}, {counted(machines.devices, 'device')} of "
         f"{device.memory_bytes / 1e9:,.0f} GB at {device.memory_bandwidth / 1e9:,.0f} GB/s",
-        f"{size / 1e9:,.1f} GB of weights ({served.stored}), {job.cache} KV cache",
+        f"{gigabytes(size)} GB of weights ({served.stored}), {job.cache} KV cache",
         f"{counted(job.users, 'user')} with {job.context:,} cached tokens; "
         f"prompts of {job.prompt:,} tokens",
     )
