@@ -163,5 +163,6 @@ def usage_error(error: TyperException) -> str:
     context = getattr(error, "ctx", None)
     if not message or context is None:
         return message
-    end = "" if message[-1] in ".?" else ";"
+    message = message.removesuffix(".")
+    end = "" if message[-1] == "?" else ";"
     return f"{message}{end} see {context.command_path} --help"
