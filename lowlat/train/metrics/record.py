@@ -87,7 +87,7 @@ class StepRecord:
     phase: str
     """Phase of the recipe."""
     tokens: int
-    """Input tokens so far."""
+    """Input tokens so far; in GRPO, as if each row had sequence_length tokens."""
     seconds: float
     """Wall-clock seconds of steps and evaluations so far, over all resumptions."""
     loss: float | None

@@ -38,6 +38,10 @@ def summarise(history: RunHistory) -> Summary:
     last, ending = steps[-1], steps[-window:]
     start = history.start
     mfu = [step.mfu for step in steps if step.mfu is not None]
+    has_rollouts = any(step.rollouts is not None for step in steps)
+    # In GRPO, `last.tokens` counts rows of sequence_length, and rows are shorter.
+    mean = statistics.fmean(step.batch_tokens for step in steps)
+    tokens = round(mean * last.step) if has_rollouts else last.tokens
     return {
         "name": start.name,
         "log": str(history.path),
@@ -49,8 +53,8 @@ def summarise(history: RunHistory) -> Summary:
         "step": last.step,
         "total_steps": start.total_steps,
         "finished": last.step >= start.total_steps,
-        "tokens": last.tokens,
-        "tokens_total": start.tokens_total,
+        "tokens": tokens,
+        "tokens_total": None if has_rollouts else start.tokens_total,
         "seconds": last.seconds,
         "mean_of_steps": window,
         "loss": _mean([step.loss for step in ending]),
@@ -59,7 +63,7 @@ def summarise(history: RunHistory) -> Summary:
         "mtp_losses": _column_means([step.mtp_losses for step in ending]),
         "evaluations": _evaluations(history.evaluations),
         "tokens_per_second": statistics.median(step.tokens_per_second for step in steps),
-        "tokens_per_second_overall": last.tokens / last.seconds if last.seconds else None,
+        "tokens_per_second_overall": tokens / last.seconds if last.seconds else None,
         "mfu": statistics.median(mfu) if mfu else None,
         "memory_bytes": max(step.memory_bytes for step in steps),
         "rollouts": _rollouts(steps, ending),

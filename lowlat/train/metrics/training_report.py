@@ -97,10 +97,15 @@ Row = tuple[str, list[str]]
 def _course(runs: list[Summary]) -> list[Row]:
     return [
         ("steps", [f"{run['step']:,} of {run['total_steps']:,}" for run in runs]),
-        ("tokens", [f"{count(run['tokens'])} of {count(run['tokens_total'])}" for run in runs]),
+        ("tokens", [_tokens(run) for run in runs]),
         ("time", [clock(run["seconds"]) for run in runs]),
         ("times started", [str(run["runs"]) if run["runs"] > 1 else "" for run in runs]),
     ]
+
+
+def _tokens(run: Summary) -> str:
+    total = run["tokens_total"]
+    return count(run["tokens"]) + ("" if total is None else f" of {count(total)}")
 
 
 def _losses(runs: list[Summary]) -> list[Row]:

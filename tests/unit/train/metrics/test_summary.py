@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,14 @@ def test_rollouts_at_the_first_step_and_at_the_end() -> None:
     }
     assert "tokens per completion 99 -> 60.5" in rows
     assert summarise(history(start(), step(1)))["rollouts"] == {}
+
+
+def test_tokens_of_grpo_are_those_of_prompts_and_completions() -> None:
+    steps = [replace(grpo_step(n), batch_tokens=20 * n) for n in range(1, 4)]
+    summary = summarise(history(start(), *steps))
+    assert (summary["tokens"], summary["tokens_total"]) == (120, None)
+    assert summary["tokens_per_second_overall"] == 120 / 30
+    assert "tokens 120" in {" ".join(line.split()) for line in shown(tiny=summary)}
 
 
 def test_no_step_yet() -> None:
