@@ -3,6 +3,7 @@ head attends in every group.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -77,17 +78,23 @@ def naive(module: Module, x: Tensor, rope: tuple[Tensor, Tensor], scale: float) 
     return torch.cat(outputs, dim=1) @ module.o_proj.weight.T
 
 
-@pytest.mark.parametrize("groups", [2, 3])
-def test_every_head_reads_the_latent_of_its_group(groups: int) -> None:
-    attention = replace(GLA, num_latent_groups=groups, kv_lora_rank=13 * groups)
+def assert_computes(
+    attention: GLAConfig,
+    expected: Callable[[Module, Tensor, tuple[Tensor, Tensor], float], Tensor],
+) -> None:
     config = lowlat_config(attention, rope=YARN)
     module = random_model(config, torch.float64).layers[1].self_attn
     assert isinstance(module, Module)
     x = torch.randn(19, 23, dtype=torch.float64)
     packed = PackedAttention([19])
     rope = RotaryEmbedding(config.rope, attention.rope_dim)(packed.positions())
-    expected = naive(module, x, rope, config.softmax_scale_of(0))
-    torch.testing.assert_close(module(x, rope, packed), expected, rtol=0, atol=1e-12)
+    out = expected(module, x, rope, config.softmax_scale_of(0))
+    torch.testing.assert_close(module(x, rope, packed), out, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_every_head_reads_the_latent_of_its_group(groups: int) -> None:
+    assert_computes(replace(GLA, num_latent_groups=groups, kv_lora_rank=13 * groups), naive)
 
 
 def naive_mlra(module: Module, x: Tensor, rope: tuple[Tensor, Tensor], scale: float) -> Tensor:
@@ -119,14 +126,7 @@ def naive_mlra(module: Module, x: Tensor, rope: tuple[Tensor, Tensor], scale: fl
 @pytest.mark.parametrize("groups", [2, 4])
 def test_heads_of_mlra_sum_over_all_latents(groups: int) -> None:
     attention = replace(GLA, num_latent_groups=groups, kv_lora_rank=13 * groups, sum_groups=True)
-    config = lowlat_config(attention, rope=YARN)
-    module = random_model(config, torch.float64).layers[1].self_attn
-    assert isinstance(module, Module)
-    x = torch.randn(19, 23, dtype=torch.float64)
-    packed = PackedAttention([19])
-    rope = RotaryEmbedding(config.rope, attention.rope_dim)(packed.positions())
-    expected = naive_mlra(module, x, rope, config.softmax_scale_of(0))
-    torch.testing.assert_close(module(x, rope, packed), expected, rtol=0, atol=1e-12)
+    assert_computes(attention, naive_mlra)
 
 
 def test_the_cache_is_mlas() -> None:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import create_autospec
@@ -49,7 +50,7 @@ def in_processes(size: int, work: Callable[[ProcessMesh], T]) -> list[T]:
         made.data_parallel_rank, made.data_parallel_size = rank, size
         made.is_main_process = rank == 0
         made.gather = gather
-        made.share = lambda count: range(count * rank // size, count * (rank + 1) // size)
+        made.share = partial(ProcessMesh.share, made)
         return made
 
     with ThreadPoolExecutor(size) as pool:
