@@ -50,8 +50,8 @@ REINFORCING = [
     Mutant(
         "policy: every process learns the whole batch",
         "train/policy/learner.py",
-        "first, count = self._mesh.batch_shard(0, len(batch.sequences))",
-        "first, count = 0, len(batch.sequences)",
+        "own = self._mesh.share(len(batch.sequences))",
+        "own = range(len(batch.sequences))",
         SHARES + "test_gradients_and_figures_are_those_of_one_process",
     ),
     Mutant(
