@@ -81,7 +81,6 @@ class Engine:
         self.recorder = StatsRecorder()
         self.expert_loads: dict[int, SequenceOf[int]] = {}
         """Tokens of every routed expert by layer, LOADS_INTERVAL steps old at most."""
-        self._num_steps = 0
         if limits.max_pages is not None:
             self.context = min(context, limits.max_pages * page_size)
         allocator = runner.allocator
@@ -387,9 +386,7 @@ class Engine:
         return self._requests.fail(sequence, NOT_FINITE)
 
     def _observe(self, chunks: list[ScheduledChunk], seconds: float) -> None:
-        self.recorder.stepped()
-        self._num_steps += 1
-        if self._num_steps % LOADS_INTERVAL == 0:
+        if self.recorder.stepped() % LOADS_INTERVAL == 0:
             self.expert_loads = self.runner.expert_loads()
         if self.speculator is not None and all(chunk.path == "decode" for chunk in chunks):
             self.speculator.stepped(sum(chunk.length for chunk in chunks), seconds)

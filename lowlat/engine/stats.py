@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from lowlat.engine.request import Request, Sequence
 
@@ -190,9 +189,11 @@ class StatsRecorder:
             self._stats.drafted_tokens += drafted
             self._stats.accepted_tokens += accepted
 
-    def stepped(self) -> None:
+    def stepped(self) -> int:
+        """Record a step; returns the number of steps."""
         with self._lock:
             self._stats.steps += 1
+            return self._stats.steps
 
     def finished(self, sequence: Sequence, now: float) -> None:
         reason = str(sequence.finish_reason)
@@ -204,10 +205,12 @@ class StatsRecorder:
         self,
         disk: DiskCacheStats | None = None,
         transfer: KVTransferStats | None = None,
-        **gauges: Any,
+        expert_loads: Mapping[int, SequenceOf[int]] | None = None,
+        **gauges: int,
     ) -> EngineStats:
         """A copy of everything recorded, with the current `gauges`, fields of EngineStats."""
         disk, transfer = disk or DiskCacheStats(), transfer or KVTransferStats()
         with self._lock:
             stats = copy.deepcopy(self._stats)
-        return replace(stats, disk=disk, transfer=transfer, **gauges)
+        loads = expert_loads or {}
+        return replace(stats, disk=disk, transfer=transfer, expert_loads=loads, **gauges)

@@ -36,6 +36,7 @@ def main() -> None:
             if model.runner.balancer is not None:
                 found["placements"] = model.runner.balancer.num_placements
                 found["moved"] = model.runner.balancer.num_moved
+                found["loads"] = model.runner.expert_loads()
         if case.is_stored:
             found["stored"] = [stored_tokens(model)]
             model.close()

@@ -129,6 +129,10 @@ def test_tokens_do_not_change_while_experts_move(
     for name in names:
         found = json.loads((folder / name / f"{layout}+eplb.json").read_text())
         assert found["placements"] > 9 and found["moved"] > 0, name
+        config = CASES[name].config
+        layers = [n for n in range(config.num_hidden_layers) if config.is_moe_layer(n)]
+        tokens = {int(layer): sum(counts) for layer, counts in found["loads"].items()}
+        assert sorted(tokens) == layers and len(set(tokens.values())) == 1, name
         assert [key for key in keys if found[key] != alone[name][key]] == [], name
 
 
