@@ -45,7 +45,7 @@ print(json.dumps({"tokens": list(answer.token_ids), "load_s": loaded - start,
 class ControlGroup:
     """A memory limit for process `rank`, by cgroup 2 or cgroup 1."""
 
-    def __init__(self, limit: int, rank: int) -> None:
+    def __init__(self, limit: int, rank: int = 0) -> None:
         root = Path("/sys/fs/cgroup")
         self.is_second = (root / "cgroup.controllers").exists()
         self.folder = (root if self.is_second else root / "memory") / f"{GROUP}_{rank}"
@@ -57,6 +57,10 @@ class ControlGroup:
     def processes(self) -> Path:
         """The file that adds processes to the group."""
         return self.folder / "cgroup.procs"
+
+    def join(self) -> None:
+        """Add the current process; called in a child before its program starts."""
+        self.processes.write_text(str(os.getpid()))
 
     def peak(self) -> int:
         """Peak memory in bytes, with cached file pages."""
