@@ -126,7 +126,7 @@ def last_event(lines: Iterator[str]) -> str:
 
 
 class Watched:
-    """Seconds from `started` until `condition` holds, looked at on a thread."""
+    """Seconds from `started` until `condition` holds, polled by a thread."""
 
     def __init__(self, condition: Callable[[], bool], started: float) -> None:
         self.seconds: float | None = None

@@ -1,9 +1,9 @@
 """subprocess for Python programs (-c, -m, FILE): forks of a process that has imported lowlat.
 
-A new interpreter takes seconds for that, PyTorch most of them. The program has arguments, an
-environment, a folder, streams and an exit status of its own. What an interpreter reads before any
-program is that of the first: options but -u, PYTHONHASHSEED, OMP_NUM_THREADS. Programs that a
-program starts are forks, too, if its environment has CHILDREN.
+A new interpreter takes seconds for the import. A fork has its own arguments, environment, folder,
+streams and exit status. It shares what an interpreter reads at its start: PYTHONHASHSEED,
+OMP_NUM_THREADS, and options other than -u. If its environment has CHILDREN, programs that it starts
+are forks, too.
 """
 
 import atexit
@@ -35,13 +35,13 @@ PRELOADED += ("prometheus_client", "starlette.applications", "uvicorn", "h11", "
 PRELOADED += ("gguf", "lowlat.cli.main", "lowlat.serve.run", "lowlat.train.run.trainer")
 MESSAGE = 2**17
 Interpreter = subprocess.Popen
-"""Tests put Popen in its place."""
+"""subprocess's class, which forks and some tests replace by Popen."""
 _servers: list[socket.socket] = []
-"""In a fork: where its own children may come from."""
+"""In a fork: the connection to the process that forks its children."""
 
 
 class Popen(Interpreter):
-    """subprocess.Popen; what is no plain `python -c`, `-m` or FILE starts as it would there."""
+    """subprocess.Popen that forks plain `python -c`, `-m` and FILE, and starts others as usual."""
 
     _ended: socket.socket | None = None
 
@@ -49,7 +49,7 @@ class Popen(Interpreter):
         self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
         creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *rest
     ):  # fmt: skip
-        """subprocess's place for fork and exec."""
+        """Override of the method in which subprocess calls fork and exec."""
         environment = dict(os.environ if env is None else env)
         arguments = [os.fspath(each) for each in args[1:]]
         if is_unbuffered := arguments[0] == "-u":
@@ -228,7 +228,7 @@ def _run(request: dict[str, Any]) -> None:
 
 
 def _forget_lowlat() -> None:
-    """The program imports another one."""
+    """The program imports lowlat from another folder."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "lowlat"]:
         del sys.modules[name]
 

@@ -107,7 +107,7 @@ def _plain(weight: Float[Tensor, "out in"]):
 
 
 def _latent(attention: MLA | GLA, norms: list[RMSNorm], kv_b, k_b, projections):
-    """projections: of the queries, and of the output."""
+    """projections: q_proj (or q_b_proj) and o_proj."""
     dims = attention.dims
     has_query_latent = dims.q_lora_rank is not None
     q, o = projections
