@@ -157,10 +157,13 @@ def _heads(attention: MLAConfig | GLAConfig, sizes: _Sizes) -> list[_SavedTensor
     # Padded outputs are copied without the padding.
     copied = own if values != own else 0
     has_latent = attention.q_lora_rank is not None
+    is_gated = isinstance(attention, MLAConfig) and attention.attn_output_gate
     sized = (
         ("queries", width, has_latent),
         ("keys, values", width + values, True),
         ("attention output", values + copied, False),
+        # The sigmoid, and its product with the attention output.
+        ("attention output gate", 2 * own * is_gated, False),
     )
     return [
         _SavedTensor(name=name, size=sizes.element * heads * per_head, is_selective=is_selective)

@@ -22,6 +22,7 @@ from lowlat.train.recipe.schema import parse_recipe
 from lowlat.train.step.lora import EXPERT_PROJECTIONS, add_lora, is_lora_parameter
 from tests.configs import GQA, MLA, PLAIN_MOE
 from tests.fakes import gqa_config, mla_config
+from tests.lowlat_configs import GLA
 
 JOB = TrainingJob(
     sequence_length=128, batch_size=8, precision="fp32", layout=ParallelLayout(zero=0)
@@ -48,6 +49,10 @@ LAYERS = replace(
         replace(LATENT, kv_lora_rank=11, q_lora_rank=None, qk_rope_head_dim=14),
     ),
 )
+GATED = replace(
+    SPARSE, moe=None, model_type="lowlat", attention=replace(LATENT, attn_output_gate=True)
+)
+MLRA = replace(GATED, attention=replace(GLA, sum_groups=True))
 
 
 def kept_bytes(model: nn.Module, hidden: Tensor, lengths: list[int], *, casts: bool = True) -> int:
@@ -74,7 +79,11 @@ def kept_bytes(model: nn.Module, hidden: Tensor, lengths: list[int], *, casts: b
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("config", [SPARSE, DENSE, LAYERS], ids=["sparse", "dense", "layers"])
+@pytest.mark.parametrize(
+    "config",
+    [SPARSE, DENSE, LAYERS, GATED, MLRA],
+    ids=["sparse", "dense", "layers", "gated", "mlra"],
+)
 def test_activations_are_what_autograd_keeps(
     config: ModelConfig, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ):
