@@ -71,8 +71,8 @@ REINFORCING = [
     Mutant(
         "rollouts: processes sample the same draws",
         "train/policy/generation.py",
-        "self._share(self.draws + own.start, len(own))",
-        "self._share(self.draws, len(own))",
+        "self._scored(self.draws + own.start, len(own))",
+        "self._scored(self.draws, len(own))",
         SHARES + "test_batches_are_those_of_one_process",
     ),
     Mutant(

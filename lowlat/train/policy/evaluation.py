@@ -50,7 +50,7 @@ def evaluate_completions(
     """
     mesh = mesh or ProcessMesh()
     rollouts = [own for group in groups for own in group]
-    found = [own.sample(tokenizer) for own in rollouts]
+    found = [own.to_sample(tokenizer) for own in rollouts]
     share = mesh.share(len(found))
     own_scores = [own[0] for own in rewards.score(found[share.start : share.stop])]
     scores: list[Score] = list(chain.from_iterable(mesh.gather(own_scores, "data")))

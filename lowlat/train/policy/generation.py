@@ -151,7 +151,7 @@ class Generator:
         seconds, rounds = 0.0, 0
         while True:
             own = self._mesh.share(wanted)
-            shares = self._mesh.gather(self._share(self.draws + own.start, len(own)), "data")
+            shares = self._mesh.gather(self._scored(self.draws + own.start, len(own)), "data")
             groups += chain.from_iterable(share for share, _ in shares)
             seconds += max(own for _, own in shares)
             self.draws += wanted
@@ -164,8 +164,8 @@ class Generator:
         self.tokens_per_second = count / seconds
         return groups
 
-    def _share(self, first_draw: int, count: int) -> tuple[list[list[ScoredRollout]], float]:
-        """`count` groups, of draws from `first_draw`, and the seconds of their sampling."""
+    def _scored(self, first_draw: int, count: int) -> tuple[list[list[ScoredRollout]], float]:
+        """Sample and score `count` groups, draws from `first_draw`; the seconds are of sampling."""
         prompts = [drawn(self._prompts, first_draw + n, self._seed) for n in range(count)]
         with closing(BackgroundScoring(self._rewards)) as scoring:
             began = time.monotonic()
@@ -176,7 +176,7 @@ class Generator:
                 max_tokens=self._table.max_completion_length,
                 distribution=self._distribution,
                 finished=lambda place, group: scoring.add(
-                    place, [own.sample(self._tokenizer) for own in group]
+                    place, [own.to_sample(self._tokenizer) for own in group]
                 ),
             )
             seconds = time.monotonic() - began
@@ -205,7 +205,7 @@ class Generator:
             sample = {
                 "step": step,
                 "prompt": rollout.prompt.prompt,
-                "completion": rollout.sample(self._tokenizer).completion,
+                "completion": rollout.to_sample(self._tokenizer).completion,
                 "tokens": len(rollout.completion),
                 "is_truncated": rollout.is_truncated,
                 "rewards": {n: s if isinstance(s, float) else str(s) for n, s in named},

@@ -45,6 +45,7 @@ class GRPOPhase:
         """
         self._mesh = mesh or ProcessMesh()
         self.evaluation = evaluation
+        """pass@k on held-out prompts; None without them."""
         self._learner = learner
         self._engine = engine
         self._generator = generator

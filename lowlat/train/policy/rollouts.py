@@ -38,9 +38,9 @@ class Rollout:
     is_truncated: bool
     """Whether it reached max_completion_length."""
 
-    def sample(self, tokenizer: Tokenizer) -> Sample:
-        """For the reward functions: the text has no end token, and may have tags of reasoning that
-        are special tokens.
+    def to_sample(self, tokenizer: Tokenizer) -> Sample:
+        """The completion for reward functions: text without the end token, with special tokens such
+        as reasoning tags.
         """
         ids = self.completion if self.is_truncated else self.completion[:-1]
         text = tokenizer.decode(ids, skip_special_tokens=False)
