@@ -95,8 +95,12 @@ def _loss_bytes(config: ModelConfig, completions: int, *, is_trained: bool) -> f
 
 
 def _cached_tokens(recipe: Recipe, phase: Phase, table: GRPOConfig) -> int:
-    """Most KV cache entries of completions that run at once, with one prompt per group."""
-    rows, sizes = most_rows(phase, phase.micro_batch_size), [table.num_generations]
+    """Most KV cache entries of completions that run at once in a process, with one prompt per
+    group.
+    """
+    data, sizes = recipe.parallel.data, [table.num_generations]
+    groups = most_rows(phase, data * phase.micro_batch_size) // table.num_generations
+    rows = -(-groups // data) * table.num_generations
     if recipe.evaluation.prompts is not None:
         rows, sizes = MAX_SEQUENCES, [*sizes, recipe.evaluation.num_generations]
     running = min(rows, MAX_SEQUENCES)

@@ -117,17 +117,18 @@ def test_rollouts_have_weights_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "evaluation", "running", "groups"),
+    ("batch", "data", "evaluation", "running", "groups"),
     [
-        (6, {}, 6, 2),
-        (300, {}, MAX_SEQUENCES, 43),
-        (6, {"prompts": "h.jsonl", "num_generations": 2}, MAX_SEQUENCES, 64),
+        (6, 1, {}, 6, 2),
+        (300, 1, {}, MAX_SEQUENCES, 43),
+        (30, 3, {}, 12, 4),
+        (6, 1, {"prompts": "h.jsonl", "num_generations": 2}, MAX_SEQUENCES, 64),
     ],
 )
 def test_cache_of_completions_that_run_at_once(
-    batch: int, evaluation: dict[str, Any], running: int, groups: int
+    batch: int, data: int, evaluation: dict[str, Any], running: int, groups: int
 ) -> None:
-    own = recipe(evaluation=evaluation)
+    own = recipe(evaluation=evaluation, parallel={"data": data})
     phase = own.phase[0].model_copy(update={"batch_size": float(batch)})
     own = own.model_copy(update={"phase": [phase]})
     cache = PagedCache(CONFIG, num_pages=1, dtype=torch.bfloat16)
