@@ -141,13 +141,11 @@ def config_to_lowlat(config: ModelConfig) -> dict[str, Any]:
 
 def _attention_to_json(attention: AttentionConfig) -> dict[str, Any]:
     fields = _json(asdict(attention))
-    for name in ("attn_output_gate", "sum_groups"):
-        if not fields.get(name, True):
-            del fields[name]
+    for name in ("attn_output_gate", "sum_groups", "indexer"):
+        if not fields.get(name):
+            fields.pop(name, None)  # files of models without it have no such field
     indexer = fields.get("indexer")
-    if indexer is None:
-        fields.pop("indexer", None)  # files of dense models have no such field
-    elif indexer["index_rope_head_dim"] is None:
+    if indexer is not None and indexer["index_rope_head_dim"] is None:
         del indexer["index_rope_head_dim"]
     return fields
 
