@@ -11,7 +11,6 @@ from typing import Any, final
 
 from torch import Tensor
 
-from lowlat.checkpoint.base_model import with_language_head
 from lowlat.checkpoint.gguf.source import open_gguf
 from lowlat.checkpoint.language_part import language_part
 from lowlat.checkpoint.mapped_file import MappedFile
@@ -87,7 +86,7 @@ def _open_folder(folder: Path) -> TensorSource:
         for name, file in files.items()
     }
     source = language_part(TensorSource(folder, config, tensors))
-    return vendor_source(split_fp8_experts(with_language_head(source)))
+    return vendor_source(split_fp8_experts(source))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class PromptOptions:
     pass_threshold: Annotated[
         float, typer.Option(help="Least score with which a completion passes.")
     ] = 1.0
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a completion.")] = 512
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of a completion.")] = 512
     temperature: options.Temperature = 1.0
     top_k: options.TopK = 0
     top_p: options.TopP = 1.0

@@ -1,4 +1,4 @@
-"""Pooling of a prompt's final hidden states into an embedding: first token, mean, last token."""
+"""Embedding pooling: final hidden states of a prompt as one vector (cls, mean or last token)."""
 
 import torch
 from torch import Tensor

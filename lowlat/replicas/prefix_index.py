@@ -15,9 +15,9 @@ CAPACITY = 2**17
 class PrefixIndex:
     """Which replicas have computed which pages of prompts.
 
-    Several indexes, or one after a restart, agree on conversations that they do not know: the
-    replica with the largest hash of the conversation's opening and its own id gets them (rendezvous
-    hashing). If a replica ends, only its conversations move.
+    Several indexes, or one after a restart, agree on conversations that they do not know by
+    rendezvous hashing: the replica with the largest hash of the conversation's opening and its own
+    id gets them. If a replica ends, only its conversations move.
     """
 
     def __init__(self, capacity: int = CAPACITY) -> None:

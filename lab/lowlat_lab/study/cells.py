@@ -13,12 +13,16 @@ NOTHING = ""
 
 
 def table_of(report: Report, *, narrow: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Headings and one row per variant. narrow: only the columns that fit a terminal."""
-    columns = COLUMNS[report["study"]]
+    """Headings and one row per variant, without empty columns. narrow: only the columns that fit a
+    terminal."""
     left_out = PAGE_ONLY if narrow else TERMINAL_ONLY
-    columns = {name: cell for name, cell in columns.items() if name not in left_out}
-    rows = [[cell(report, variant) for cell in columns.values()] for variant in report["variants"]]
-    return list(columns), rows
+    columns = {
+        name: [cell(report, variant) for variant in report["variants"]]
+        for name, cell in COLUMNS[report["study"]].items()
+        if name not in left_out
+    }
+    filled = {name: cells for name, cells in columns.items() if any(cells)}
+    return list(filled), [list(row) for row in zip(*filled.values(), strict=True)]
 
 
 def comparison_table(

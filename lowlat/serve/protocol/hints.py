@@ -50,11 +50,6 @@ def ignored_fields(request: StrictModel) -> set[str]:
     return set(_ignored(request, ""))
 
 
-def hints_of(kind: type[StrictModel]) -> dict[str, Ignored]:
-    """The hints among the fields of `kind`, by their names in requests."""
-    return _fields(kind)[0]
-
-
 def _ignored(model: StrictModel, prefix: str) -> Iterator[str]:
     hints, nested = _fields(type(model))
     for name in hints.keys() & model.model_fields_set:

@@ -11,9 +11,8 @@ from lowlat.config.attention import distinct
 from lowlat.config.hf.families import LOWLAT
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.hf.rope import rope_from_hf
-from lowlat.config.model import ModelConfig, RopeConfig
+from lowlat.config.model import ModelConfig, RopeConfig, TPAConfig
 from lowlat.data.dataset import TokenizedDataset
-from lowlat.train.inputs.grpo_check import check_grpo
 from lowlat.train.inputs.model_files import teacher_config
 from lowlat.train.inputs.parallel_check import check_parallel
 from lowlat.train.recipe.schema import Phase, Recipe
@@ -133,8 +132,30 @@ def check_recipe(
         assert teacher is not None
         check_teacher(config, teacher, recipe, origin)
     check_parallel(config, recipe, origin)
-    check_grpo(config, recipe, origin)
+    _check_grpo(config, recipe, origin)
     return phase_configs(config, recipe, origin)
+
+
+def _check_grpo(config: ModelConfig, recipe: Recipe, origin: str) -> None:
+    """Raises UserError naming the key that a GRPO phase of `recipe` does not support."""
+    for phase in recipe.phase:
+        if phase.grpo is None:
+            continue
+        where = f"{origin}: phase {phase.name}: grpo"
+        if config.is_sparse or any(isinstance(a, TPAConfig) for a in distinct(config.attention)):
+            raise UserError(f"{where} does not support sparse attention (DSA) and TPA")
+        if recipe.precision != "bf16" or recipe.device != "cpu":
+            raise UserError(
+                f"{where} samples in bf16 on the CPU; set precision 'bf16', device 'cpu'"
+            )
+        if recipe.parallel.processes > recipe.parallel.data or recipe.parallel.expert > 1:
+            raise UserError(
+                f"{where} divides batches alone; of [parallel], leave all sizes but data at 1"
+            )
+        if recipe.distillation is not None:
+            raise UserError(f"{where} learns from rewards; remove distillation")
+        if phase.grpo.beta > 0 and recipe.base_model is None:
+            raise UserError(f"{where}: beta needs base_model, the reference; set it, or beta = 0")
 
 
 def check_teacher(config: ModelConfig, path: Path, recipe: Recipe, origin: str) -> None:

@@ -36,15 +36,15 @@ class GRPOConfig(Table):
     num_generations: Annotated[int, Field(ge=2, le=MAX_N)] = 8
     """Completions per prompt (the group)."""
     max_completion_length: Count = 512
-    """Most tokens of a completion."""
+    """Maximum number of tokens of a completion."""
     temperature: Annotated[float, Field(ge=1e-4, le=100, allow_inf_nan=False)] = 1.0
     """Sampling temperature."""
     top_p: Probability = 1.0
-    """Sampling from the fewest likeliest tokens with this total probability; 1 is off."""
+    """Sample from the smallest set of tokens with this total probability; 1 is off."""
     top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] = 0
-    """Sampling from the k likeliest tokens; 0 is off."""
+    """Sample from the k most likely tokens; 0 is off."""
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
-    """Sampling from tokens with at least this share of the likeliest one's probability."""
+    """Minimum probability of a token, relative to the most likely one."""
     loss_type: LossType = "dapo"
     """`grpo`: mean over the tokens of each completion; `dapo`: over the tokens of the batch;
     `dr_grpo`: over batch_size x max_completion_length.
@@ -56,13 +56,13 @@ class GRPOConfig(Table):
     epsilon: Amount = 0.2
     """Ratios of probabilities are clipped below 1 - epsilon."""
     epsilon_high: Amount | None = None
-    """And above 1 + epsilon_high, by default epsilon (DAPO: 0.28)."""
+    """Ratios are clipped above 1 + epsilon_high, by default epsilon (DAPO: 0.28)."""
     delta: Positive | None = None
     """Bound of the ratio where the advantage is negative, above 1 + epsilon_high."""
     beta: Amount = 0.0
     """Weight of the KL divergence from base_model."""
     use_bias_correction_kl: bool = True
-    """Weight the estimate of the divergence by the ratio, as DeepSeek-V3.2; false: k3."""
+    """Weight the estimate of the divergence by the ratio, as in DeepSeek-V3.2; false: k3."""
     mask_truncated_completions: bool = False
     """Leave completions that reached max_completion_length out of the loss."""
     soft_punish_cache: Count | None = None
@@ -70,7 +70,7 @@ class GRPOConfig(Table):
     dynamic_sampling: bool = False
     """Sample more prompts in place of groups with equal rewards (DAPO)."""
     max_num_gen_batches: Count = 10
-    """Most batches of prompts sampled for a step of dynamic_sampling."""
+    """Maximum number of batches of prompts per step of dynamic_sampling."""
 
     @model_validator(mode="after")
     def _bounds_fit(self) -> "GRPOConfig":

@@ -45,7 +45,7 @@ def _check_plain(table: dict[str, Any]) -> dict[str, Any]:
 ConfigTable = Annotated[dict[str, Any], AfterValidator(_check_plain)]
 MAX_RECIPE_BYTES = 2**24
 MOST_ROWS = 10**9
-"""Largest global batch in rows; the dry run checks memory."""
+"""Largest global batch in sequences; the dry run checks memory."""
 
 
 class Segment(Table):
@@ -67,12 +67,12 @@ Schedule = Annotated[
 
 
 class DataConfig(Table):
-    """Training data and how documents are packed into rows."""
+    """Training data and how documents are packed into sequences."""
 
     folder: str
     """Tokenized dataset written by `lowlat data build`, relative to the recipe."""
     document_masks: bool = False
-    """Mask attention between documents packed into one row (V3: false in pretraining)."""
+    """Mask attention between documents packed into one sequence (V3: false in pretraining)."""
     fim_rate: Share = 0.0
     """Share of documents in fill-in-the-middle order: prefix, suffix, middle (V3: 0.1)."""
 
@@ -85,13 +85,13 @@ class Phase(Table):
     steps: Annotated[int, Field(ge=1, le=10_000_000)]
     """Optimizer steps."""
     sequence_length: Count
-    """Tokens per row."""
+    """Tokens per sequence."""
     batch_size: Schedule
-    """Rows per global batch: a multiple of micro_batch_size x data x fsdp, to which ramps are
+    """Sequences per global batch: a multiple of micro_batch_size x data x fsdp, to which ramps are
     rounded.
     """
     micro_batch_size: Count
-    """Rows per forward and backward pass of one process."""
+    """Sequences per forward and backward pass of one process."""
     learning_rate: Schedule
     """Learning rate, constant or as segments."""
     mtp_weight: Schedule = 0.3
