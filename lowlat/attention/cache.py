@@ -8,6 +8,7 @@ Owns the memory; `engine.page_allocator` owns which sequence holds which page.
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
@@ -146,26 +147,29 @@ class PagedCache:
         for data in self.tensors:
             data[destination] = data[source]
 
+    @cached_property
+    def _page_rows(self) -> list[UInt8[Tensor, "pages bytes"]]:
+        """The bytes of all pages, tensor by tensor: views."""
+        return [data.flatten(1).view(torch.uint8) for data in self.tensors]
+
+    @cached_property
+    def _row_bytes(self) -> list[int]:
+        return [rows.shape[1] for rows in self._page_rows]
+
     @property
     def page_bytes(self) -> int:
         """Bytes of a page in all layers."""
-        return sum(data.shape[1] * data.shape[2] * data.itemsize for data in self.tensors)
+        return sum(self._row_bytes)
 
     def export_page(self, page: int, out: UInt8[Tensor, " page_bytes"]) -> None:
         """Copy the bytes of a page, tensor by tensor, to `out` in CPU memory."""
-        start = 0
-        for data in self.tensors:
-            part = data[page].flatten().view(torch.uint8)
-            out[start : start + len(part)] = part
-            start += len(part)
+        for rows, part in zip(self._page_rows, out.split(self._row_bytes), strict=True):
+            part.copy_(rows[page])
 
     def import_page(self, page: int, stored: UInt8[Tensor, " page_bytes"]) -> None:
         """Fill a page with bytes that `export_page` wrote."""
-        start = 0
-        for data in self.tensors:
-            part = data[page].flatten().view(torch.uint8)
-            part.copy_(stored[start : start + len(part)])
-            start += len(part)
+        for rows, part in zip(self._page_rows, stored.split(self._row_bytes), strict=True):
+            rows[page].copy_(part)
 
     def copy_from(self, smaller: "PagedCache") -> None:
         """Copy all pages of a smaller cache of the same model."""
