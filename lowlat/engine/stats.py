@@ -140,8 +140,6 @@ class EngineStats:
     pages_total: int = 0
     pages_used: int = 0
     pages_cached: int = 0
-    page_tokens: int = 0
-    """Tokens per KV cache page."""
     expert_loads: Mapping[int, SequenceOf[int]] = field(default_factory=dict)
     """Tokens of every routed expert by layer; empty without native kernels."""
     disk: DiskCacheStats = field(default_factory=DiskCacheStats)

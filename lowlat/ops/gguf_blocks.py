@@ -31,11 +31,6 @@ def type_name(kind: int) -> str:
     return GGMLQuantizationType(kind).name if own is None else own
 
 
-def block_columns(kind: int) -> int:
-    """Columns of a block of type number `kind`."""
-    return block_sizes(kind)[0]
-
-
 def row_bytes(kind: int, columns: int) -> int:
     """Bytes of a row of `columns` values, which must be whole blocks."""
     block, size = block_sizes(kind)

@@ -180,7 +180,6 @@ class AsyncEngine:
             pages_total=scheduler.limits.max_pages or pool.num_pages,
             pages_used=pool.num_used,
             pages_cached=pool.num_cached,
-            page_tokens=self._engine.runner.cache.page_size,
         )
 
     @property

@@ -191,7 +191,6 @@ class FakeEngine(AsyncEngine):
                 evicted_bytes=700,
                 dropped={"corrupt": 2},
             ),
-            page_tokens=16,
             expert_loads={3: (5, 0, 8)},
             finished={"stop": 4, "length": 1},
             queue_time=histogram,
