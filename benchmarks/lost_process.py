@@ -3,10 +3,11 @@
     sudo python benchmarks/lost_process.py [MODEL] [--rounds 3] [--faults NAME ...] [--out FOLDER]
 
 Two processes with one pipeline stage each serve MODEL (minnow). Once a response streams, one is
-killed (SIGKILL), stopped (SIGSTOP) or cut off: that one runs in a network namespace of its own, and
-its link goes down, for which the benchmark needs Linux and root. Times are in seconds since the
-fault: until the client has an error, until /health answers 503 or not at all, until all processes
-have ended. Exits with 1 if a client waits for more than 10 s.
+killed (SIGKILL), stopped (SIGSTOP), gets no more memory (RLIMIT_AS, or a control group, whose OOM
+killer ends it) for a long prompt, or is cut off: that one runs in a network namespace of its own,
+and its link goes down. The benchmark needs Linux and root. Times are in seconds since the fault
+(the OOM killer's signal): until the client has an error, until /health answers 503 or not at all,
+until all processes have ended. Exits with 1 if a client waits for more than 10 s.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import contextlib
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,10 +25,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import results_file
+from larger_than_memory import ControlGroup
 from serving.process import tree
 from serving.servers import Program, Server, free_port
 
@@ -44,17 +47,29 @@ class Fault:
     """What happens to process `rank`."""
 
     rank: int
-    number: signal.Signals | None
-    """None: its network is cut."""
+    number: signal.Signals | None = None
+    memory: Literal["refused", "killed"] | None = None
+    """An allocation fails, or the OOM killer ends the process. Without a signal, too: its network
+    is cut."""
+
+    @property
+    def is_cut(self) -> bool:
+        return self.number is None and self.memory is None
 
 
 FAULTS = {
     "killed": Fault(rank=1, number=signal.SIGKILL),
     "stopped": Fault(rank=1, number=signal.SIGSTOP),
-    "cut off": Fault(rank=1, number=None),
+    "cut off": Fault(rank=1),
+    "out of memory": Fault(rank=1, memory="refused"),
+    "OOM killer": Fault(rank=1, memory="killed"),
     "process 0 killed": Fault(rank=0, number=signal.SIGKILL),
     "process 0 stopped": Fault(rank=0, number=signal.SIGSTOP),
+    "process 0, OOM killer": Fault(rank=0, memory="killed"),
 }
+GROUP_BYTES = 2**20
+"""What a process may add in the control group; the long prompt takes more."""
+LONG_PROMPT = "The sea. " * 500
 
 
 def main() -> None:
@@ -79,14 +94,15 @@ def main() -> None:
 
 def measure(model: str, fault: Fault, scratch: Path) -> dict[str, Any]:
     """What the client of one server sees."""
-    with running(model, fault, scratch) as (server, processes):
+    with contextlib.ExitStack() as stack:
+        server, processes = stack.enter_context(running(model, fault, scratch))
         with httpx.stream(
             "POST", f"{server.url}/v1/completions", json=endless(), timeout=PATIENCE
         ) as response:
             lines = (line for line in response.iter_lines() if line)
             for _ in itertools.islice(lines, EVENTS_BEFORE):
                 pass
-            apply(fault, processes[fault.rank])
+            stack.enter_context(applied(fault, processes[fault.rank], server.url))
             started = time.monotonic()
             health = Watched(lambda: is_unhealthy(server.url), started)
             seen = last_event(lines)
@@ -109,11 +125,32 @@ def endless() -> dict[str, Any]:
     return {"model": "model", "prompt": "The sea", **options}
 
 
-def apply(fault: Fault, pid: int) -> None:
-    if fault.number is None:
+@contextlib.contextmanager
+def applied(fault: Fault, pid: int, url: str) -> Iterator[None]:
+    """The fault, until all processes have ended."""
+    if fault.is_cut:
         ip("link", "set", OUTER, "down")
-    else:
+    elif fault.number is not None:
         os.kill(pid, fault.number)
+    elif fault.memory == "refused":
+        resource.prlimit(pid, resource.RLIMIT_AS, (1, resource.RLIM_INFINITY))
+    group = ControlGroup(GROUP_BYTES) if fault.memory == "killed" else None
+    if group is not None:
+        group.processes.write_text(str(pid))
+    if fault.memory is not None:
+        body = {"model": "model", "prompt": LONG_PROMPT, "max_tokens": 1}
+        threading.Thread(target=request, args=(f"{url}/v1/completions", body), daemon=True).start()
+    while fault.memory == "killed" and is_alive(pid):
+        time.sleep(0.005)
+    yield
+    if group is not None:
+        group.remove()
+
+
+def request(url: str, body: dict[str, Any]) -> None:
+    """Send a request that fails."""
+    with contextlib.suppress(httpx.HTTPError):
+        httpx.post(url, json=body, timeout=PATIENCE)
 
 
 def last_event(lines: Iterator[str]) -> str:
@@ -156,7 +193,7 @@ def running(model: str, fault: Fault, scratch: Path) -> Iterator[tuple[Server, d
     serve += ["--served-model-name", "model"]
     launcher = [sys.executable, "-m", "torch.distributed.run"]
     with contextlib.ExitStack() as stack:
-        if fault.number is not None:
+        if not fault.is_cut:
             command = [*launcher, "--standalone", "--nproc-per-node=2", *serve]
             settings: dict[str, str] = {}
             others: Sequence[int] = ()

@@ -380,5 +380,7 @@ class ParallelRunner(ModelRunner):
             self._is_busy = False
             return result
         except Exception as error:
-            logger.exception("%s failed", self.group.label)
-            self.group.fail(f"{self.group.label} failed: {type(error).__name__}")
+            try:
+                logger.exception("%s failed", self.group.label)
+            finally:  # the log may need memory, too
+                self.group.fail(f"{self.group.label} failed: {type(error).__name__}")

@@ -101,6 +101,11 @@ class Model:
         self.session = GenerationSession(self.engine, tokenizer)
         self._compiler: GrammarCompiler | None = None
 
+    def lose(self, reason: str) -> None:
+        """End all processes of the group, because this one cannot continue."""
+        if self._run is not None:
+            self._run.group.heartbeat.lose(reason)
+
     def watch(self, on_lost: Callable[[str], None]) -> None:
         """Call `on_lost` with the reason, on another thread, before the group ends by an error."""
         if self._run is not None:
@@ -377,8 +382,7 @@ class Model:
         return self._compiler.compile(output, begins_text=begins_text)
 
     def close(self) -> None:
-        """Finish writing the prefix cache to disk; the end of the program does it, too. The model
-        cannot be used afterwards."""
+        """Finish writing the prefix cache to disk; the model cannot be used afterwards."""
         self.engine.close()
 
     def free(self) -> None:

@@ -272,6 +272,7 @@ class AsyncEngine:
         except BaseException as error:
             # No other code catches it, and every client would wait forever.
             self._failure = f"the engine ended by {type(error).__name__}"
+            self.model.lose(self._failure)
             logger.critical("the engine has ended; restart the server", exc_info=True)
         finally:
             self._end_all()

@@ -87,6 +87,13 @@ class Heartbeat:
         self._store_seen = time.monotonic()
 
     def _watch(self) -> None:
+        try:
+            self._watch_peers()
+        finally:
+            if not self._ended.is_set():  # out of memory, and without a watch others would wait
+                os._exit(EXIT_CODE)
+
+    def _watch_peers(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
             now = time.monotonic()
             if now - self._store_seen > PEER_SECONDS:

@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def test_answers_are_those_of_one_process(layout: list[str]) -> None:
 )
 def test_a_lost_process_ends_requests_and_server(layout: list[str], number: signal.Signals) -> None:
     with serving(layout=layout) as server:
-        rest = remaining_events(server, server.pid(1), number)
+        rest = remaining_events(server, lambda: os.kill(server.pid(1), number))
         assert "error" in json.loads(rest[-1].removeprefix("data: ")), rest[-3:]
         # 503 for GRACE_SECONDS, unless this test is too slow to ask
         assert health(server) in (503, None)
@@ -123,9 +124,32 @@ def test_without_process_0_connections_end(number: signal.Signals) -> None:
     """Others of its machine kill a stopped process 0, which cannot answer."""
     with serving() as server:
         with pytest.raises(httpx.TransportError):
-            remaining_events(server, server.pid(0), number)
+            remaining_events(server, lambda: os.kill(server.pid(0), number))
         assert health(server) is None
         assert server.launcher.wait(PATIENCE) == 1
+
+
+@pytest.mark.slow
+def test_a_process_out_of_memory_ends_requests_and_server() -> None:
+    """Allocations fail from some moment on, and a long prompt needs memory."""
+
+    def run_out() -> None:
+        limit = (1, resource.RLIM_INFINITY)
+        resource.prlimit(server.pid(1), resource.RLIMIT_AS, limit)
+        body = {"model": MODEL, "prompt": "The sea. " * 500, "max_tokens": 1}
+        url = f"{server.url}/v1/completions"
+        threading.Thread(target=post, args=(url, body), daemon=True).start()
+
+    def post(url: str, body: dict[str, object]) -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.post(url, json=body, timeout=PATIENCE)
+
+    with serving() as server:
+        rest = remaining_events(server, run_out)
+        assert "error" in json.loads(rest[-1].removeprefix("data: ")), rest[-3:]
+        assert health(server) in (503, None)
+        assert server.launcher.wait(PATIENCE) == 1
+    assert any("process 1 of 2 failed: " in line for line in server.lines)
 
 
 @pytest.mark.slow
@@ -151,14 +175,14 @@ def test_a_restarted_run_has_its_prefix_cache(tmp_path: Path) -> None:
     assert cached > 0
 
 
-def remaining_events(server: Served, pid: int, number: signal.Signals) -> list[str]:
-    """Events of a request after a signal has been sent to process `pid`. Prints the seconds until
-    its end. Raises TransportError if the connection ends before the response."""
+def remaining_events(server: Served, strike: Callable[[], None]) -> list[str]:
+    """Events of a request after `strike`, a fault. Prints the seconds until its end. Raises
+    TransportError if the connection ends before the response."""
     endless = httpx.stream("POST", f"{server.url}/v1/completions", json=ENDLESS, timeout=PATIENCE)
     with endless as response:
         events = response.iter_lines()
         next(events)
-        os.kill(pid, number)
+        strike()
         started = time.monotonic()
         try:
             return [line for line in events if line]

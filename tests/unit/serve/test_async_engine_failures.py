@@ -17,6 +17,7 @@ from lowlat.engine.request_table import RequestTable
 from lowlat.engine.runner import ModelRunner
 from lowlat.generate.completion import CompletionBuilder, CompletionDelta
 from lowlat.generate.grammar import CompiledGrammar, GrammarCompiler, GrammarState
+from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
 from lowlat.generate.session import GenerationSession, TextRequest
 from lowlat.generate.structured import Choice
@@ -300,6 +301,8 @@ def test_deltas_before_the_engine_ended_are_delivered(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Engine, "add", picky)
     monkeypatch.setattr(GenerationSession, "_advance", broken)
+    lost: list[str] = []
+    monkeypatch.setattr(Model, "lose", lambda self, reason: lost.append(reason))
 
     async def use(engine: AsyncEngine) -> None:
         with engine._wake:  # so that one turn takes in all three
@@ -309,6 +312,8 @@ def test_deltas_before_the_engine_ended_are_delivered(monkeypatch: pytest.Monkey
         assert "not this one" in ((await last_of(refused)).error or "")
         assert (await last_of(done)).finish_reason == "length"
         assert "the engine ended" in ((await last_of(last)).error or "")
+        # other processes of its group would wait for the next step
+        assert lost == ["the engine ended by AssertionError"]
 
     with_engine(use, model)
 
