@@ -102,7 +102,7 @@ def evaluate_prompts(
     if own.reward is None:
         raise UserError("--prompts needs --reward NAME, a built-in reward function or a FILE.py")
     table = own.table()
-    check_reward_funcs([own.reward])
+    check_reward_funcs([own.reward], "--reward")
     if is_follower():  # process 0 has the input
         load_model(name, parallel=parallel, **asdict(machine))
     path = api.prepare(name, progress=make_progress())
@@ -115,7 +115,7 @@ def evaluate_prompts(
         max_completion_length=own.max_tokens,
         are_chats=not isinstance(prompts[0].prompt, str),
     )
-    with RewardWorkers([own.reward], context=context) as rewards:
+    with RewardWorkers([own.reward], context=context, key="--reward") as rewards:
         model = load_model(name, parallel=parallel, tokenizer=tokenizer, **asdict(machine))
         began = time.perf_counter()
         groups = _sample(model, prompts, params)

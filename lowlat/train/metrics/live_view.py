@@ -16,7 +16,13 @@ from rich.text import Text
 
 from lowlat.train.metrics.formatting import bars, clock, count, memory, rate, utilisation
 from lowlat.train.metrics.metrics_log import MetricsLog, SilentMetricsLog
-from lowlat.train.metrics.progress_view import PlainView, ProgressTracker, evaluation_text, heading
+from lowlat.train.metrics.progress_view import (
+    PlainView,
+    ProgressTracker,
+    evaluation_text,
+    figure_text,
+    heading,
+)
 from lowlat.train.metrics.record import EvalRecord, ExpertRecord, StartRecord, StepRecord
 
 _REFRESHES_PER_SECOND = 2
@@ -116,7 +122,7 @@ def _losses(pace: ProgressTracker, last: StepRecord) -> Text:
     mtp = "".join(f"  mtp {loss:.3f}" for loss in last.mtp_losses)
     text = Text(no_wrap=True, overflow="ellipsis")
     for name, value in pace.figures.items():
-        text.append(f"{name} ").append(f"{value:.4f}  ", "bold")
+        text.append(f"{name} ").append(f"{figure_text(name, value)}  ", "bold")
     text.rstrip()
     text.append(mtp)
     if pace.evaluation is not None:

@@ -135,6 +135,11 @@ class PlainView(MetricsLog):
         self.note(line(pace))
 
 
+def figure_text(label: str, value: float) -> str:
+    """One of `ProgressTracker.figures`, with its decimal places."""
+    return f"{value:.{1 if label == FIGURES['rollouts.length'] else 4}f}"
+
+
 def heading(record: StartRecord) -> str:
     """Name, steps, tokens and facts of a run in one line."""
     begun = f"from step {record.step:,}, " if record.step else ""
@@ -149,7 +154,7 @@ def line(pace: ProgressTracker) -> str:
     assert last is not None
     parts = [
         f"step {last.step:,}/{pace.start.total_steps:,}",
-        *(f"{name} {value:.4f}" for name, value in pace.figures.items()),
+        *(f"{name} {figure_text(name, value)}" for name, value in pace.figures.items()),
         *(f"mtp {loss:.4f}" for loss in last.mtp_losses),
         f"lr {last.learning_rate:.2e}",
         f"grad {last.grad_norm:.2f}",

@@ -238,6 +238,7 @@ def main() -> None:
     except UserError as error:
         channel.send_bytes(json.dumps(str(error)).encode())
         return
+    seed_random()  # loads numpy.random here, not in every fork
     gc.collect()
     gc.freeze()  # a fork's collections then copy fewer pages
     channel.send_bytes(json.dumps(None).encode())

@@ -32,12 +32,14 @@ Task = tuple[int, int]
 """Indices of a sample and of a reward function."""
 
 
-def check_reward_funcs(names: Sequence[str]) -> None:
-    """Raises UserError for a name that is neither a built-in reward nor a Python file."""
+def check_reward_funcs(names: Sequence[str], key: str = "reward_funcs") -> None:
+    """Raises UserError, starting with `key`, for a name that is neither a built-in reward nor a
+    Python file.
+    """
     for name in names:
         if not is_file(name) and name not in REWARDS:
             known = ", ".join(REWARDS)
-            raise UserError(f"reward_funcs: {name!r} is none of {known}, or a file NAME.py")
+            raise UserError(f"{key}: {name!r} is none of {known}, or a file NAME.py")
 
 
 @final
@@ -56,15 +58,17 @@ class RewardWorkers:
         processes: int = 2,
         seconds: float = 30.0,
         memory_bytes: int = 1 << 30,
+        key: str = "reward_funcs",
     ) -> None:
         """Start the process, which loads the functions.
 
         reward_funcs: names of REWARDS or paths of Python files. processes: forks at a time.
-        seconds, memory_bytes: limits per call of a function; memory on Linux only.
+        seconds, memory_bytes: limits per call of a function; memory on Linux only. key: in errors,
+        what names the functions.
 
         Raises UserError for an unknown name, a missing package or an unusable file.
         """
-        check_reward_funcs(reward_funcs)
+        check_reward_funcs(reward_funcs, key)
         self._names = tuple(reward_funcs)
         self._processes = processes
         self._setup = {
@@ -73,7 +77,8 @@ class RewardWorkers:
             "seconds": seconds,
             "memory_bytes": memory_bytes,
         }
-        self._server = _Server(self._setup)
+        self._key = key
+        self._server = _Server(self._setup, key)
 
     def __enter__(self) -> "RewardWorkers":
         return self
@@ -91,7 +96,17 @@ class RewardWorkers:
         self._server.close()
 
     def score(self, samples: Sequence[Sample]) -> list[list[Score]]:
-        """The score of each reward function, in the order of reward_funcs, for each sample."""
+        """The score of each reward function, in the order of reward_funcs, for each sample. Equal
+        samples are scored once.
+        """
+        keys = [_key(sample) for sample in samples]
+        first = {key: place for place, key in reversed(list(enumerate(keys)))}
+        places = sorted(first.values())
+        scores = dict(zip(places, self._score([samples[p] for p in places]), strict=True))
+        return [scores[first[key]] for key in keys]
+
+    def _score(self, samples: Sequence[Sample]) -> list[list[Score]]:
+        """As `score`, of samples that differ."""
         tasks = [(s, f) for s in range(len(samples)) for f in range(len(self._names))]
         scores: dict[Task, Score] = {}
         while rest := [task for task in tasks if task not in scores]:
@@ -123,7 +138,7 @@ class RewardWorkers:
                 scores[task] = self._scored(task, kind, result)
         except (EOFError, OSError):
             self._server.close()
-            self._server = _Server(self._setup)
+            self._server = _Server(self._setup, self._key)
         return list(running.values())
 
     def _scored(self, task: Task, kind: FailureKind | None, result: Any) -> Score:
@@ -131,10 +146,15 @@ class RewardWorkers:
         return float(result) if kind is None else RewardFailure(name, kind, result)
 
 
+def _key(sample: Sample) -> str:
+    """Equal for equal samples."""
+    return json.dumps([sample.prompt, sample.completion, sample.record, sample.num_tokens])
+
+
 class _Server:
     """The running process of `rewards.worker`."""
 
-    def __init__(self, setup: Mapping[str, Any]) -> None:
+    def __init__(self, setup: Mapping[str, Any], key: str) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -148,25 +168,25 @@ class _Server:
             )
         self._channel = Connection(ours.detach())
         try:
-            self._start(setup)
+            self._start(setup, key)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, setup: Mapping[str, Any]) -> None:
+    def _start(self, setup: Mapping[str, Any], key: str) -> None:
         names = ", ".join(setup["reward_funcs"])
         try:
             self._channel.send_bytes(json.dumps(setup).encode())
             if not self._channel.poll(START_SECONDS):
                 limit = f"more than {START_SECONDS:g} s"
-                raise UserError(f"reward_funcs: loading {names} takes {limit}; shorten the imports")
+                raise UserError(f"{key}: loading {names} takes {limit}; shorten the imports")
             error = json.loads(self._channel.recv_bytes())
         except (EOFError, OSError) as error:
             raise UserError(
-                f"reward_funcs: loading {names} ended its process; correct the file"
+                f"{key}: loading {names} ended its process; correct the file"
             ) from error
         if error is not None:
-            raise UserError(f"reward_funcs: {error}")
+            raise UserError(f"{key}: {error}")
 
     def send(self, number: int, task: Task, sample: Sample) -> None:
         fields = [sample.prompt, sample.completion, sample.record, sample.num_tokens]

@@ -10,7 +10,7 @@ from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.policy.build import new_grpo_phase
 from lowlat.train.policy.evaluation import HeldOutEvaluation
 from lowlat.train.policy.phase import GRPOPhase
-from lowlat.train.recipe.schema import Recipe
+from lowlat.train.recipe.schema import Phase, Recipe
 from lowlat.train.run.build import load_base_model
 
 
@@ -44,6 +44,25 @@ def grpo_phase(
         run=run,
         mesh=mesh,
     )
+
+
+def begins_with_evaluation(recipe: Recipe, index: int) -> bool:
+    """Whether phase `index` evaluates held-out prompts before its first step: of GRPO, and not
+    after a phase that ended with the same evaluation.
+    """
+    phase = recipe.phase[index]
+    if phase.grpo is None:
+        return False
+    before = recipe.phase[index - 1] if index else None
+    return before is None or before.grpo is None or _sampling(before) != _sampling(phase)
+
+
+def _sampling(phase: Phase) -> tuple[object, ...]:
+    """What an evaluation depends on besides the weights."""
+    grpo = phase.grpo
+    assert grpo is not None
+    filters = grpo.temperature, grpo.top_p, grpo.top_k, grpo.min_p
+    return (phase.sequence_length, grpo.max_completion_length, grpo.reward_funcs[0], *filters)
 
 
 def pass_at_k_record(

@@ -31,7 +31,7 @@ from lowlat.train.recipe.schema import Recipe
 from lowlat.train.run.build import DTYPES, new_model, new_passes, new_teacher
 from lowlat.train.run.export import TOKENIZER, export, keep_tokenizer, refuse_older_model
 from lowlat.train.run.failed_step import batch_file, keep_batch
-from lowlat.train.run.grpo import grpo_phase, pass_at_k_record
+from lowlat.train.run.grpo import begins_with_evaluation, grpo_phase, pass_at_k_record
 from lowlat.train.run.signals import StopSignals
 from lowlat.train.run.state import (
     MODEL,
@@ -156,7 +156,7 @@ class Trainer:
             while self.position.step < self.schedule.steps and not self._mesh.any(stop.asked):
                 plan = self._plan()
                 self._enter_phase(plan)
-                if self._grpo is not None and plan.begins_phase:
+                if plan.begins_phase and begins_with_evaluation(self.recipe, plan.phase_index):
                     self._evaluate(plan)
                 losses = self._step(plan).losses
                 if plan.ends_phase or self.position.step % self.recipe.evaluation.every_steps == 0:
@@ -233,9 +233,9 @@ class Trainer:
         )
         self._indexers = IndexerLosses(self.model, mesh=self._mesh)
         run = self.run_folder.path
-        self._grpo = grpo_phase(self.model, self.recipe, self._phase, self._inputs, run, self._mesh)
-        if self._grpo is not None:
-            self._grpo.load(rollouts)
+        self.grpo = grpo_phase(self.model, self.recipe, self._phase, self._inputs, run, self._mesh)
+        if self.grpo is not None:
+            self.grpo.load(rollouts)
 
     def _enter_phase(self, plan: StepPlan) -> None:
         if plan.phase_index == self._phase:
@@ -245,7 +245,7 @@ class Trainer:
         tensors = {name: tensor.cpu() for name, tensor in state}
         # Free the old model and optimizer before the new ones are built.
         del state, self.model, self._passes, self.sharded, self.optimizer
-        del self._balancer, self._indexers, self._grpo
+        del self._balancer, self._indexers, self.grpo
         gc.collect()  # gates and their hooks refer to each other
         self._build(tensors)
         self._meter = self._new_meter()
@@ -253,8 +253,8 @@ class Trainer:
 
     def _step(self, plan: StepPlan) -> StepResult:
         began = time.monotonic()
-        if self._grpo is not None:
-            result, rollouts = self._grpo.step(plan, self.optimizer, self._balancer, self.log.note)
+        if self.grpo is not None:
+            result, rollouts = self.grpo.step(plan, self.optimizer, self._balancer, self.log.note)
             return self._record(plan, result, time.monotonic() - began, rollouts)
         first, rows = self._mesh.batch_shard(plan.first_row, plan.rows)
         assert self._present is not None
@@ -300,7 +300,7 @@ class Trainer:
         self._saves.wait()
         if not self._mesh.broadcast(int(plan.step in self._saves.steps())):
             self._save()
-        kept = "saved by rank 0" if self._grpo is None else "the last file of samples"
+        kept = "saved by rank 0" if self.grpo is None else "the last file of samples"
         if self._mesh.is_main_process and self._present is not None:
             path = batch_file(self.run_folder.path, plan.step)
             kept = keep_batch(path, plan.step, self._present.train.batch(plan.first_row, plan.rows))
@@ -308,7 +308,7 @@ class Trainer:
         self._mesh.barrier()
         losses = (*result.losses, result.matched or 0.0)
         what = "gradient" if all(map(math.isfinite, losses)) else "loss"
-        if self._grpo is not None:
+        if self.grpo is not None:
             what = "loss or gradient"
         raise UserError(
             f"step {plan.step + 1}: the {what} is not finite; its batch is {kept}, the checkpoint "
@@ -318,7 +318,7 @@ class Trainer:
         )
 
     def _evaluate(self, plan: StepPlan) -> None:
-        data, prompts = self._present, None if self._grpo is None else self._grpo.evaluation
+        data, prompts = self._present, None if self.grpo is None else self.grpo.evaluation
         began = time.monotonic()
         self.log.status("evaluating")
         at = self.position.step, self.schedule.tokens_before(self.position.step)
@@ -353,7 +353,7 @@ class Trainer:
         tensors = snapshot(
             self.sharded,
             self.optimizer,
-            rollouts=self._grpo.state() if self._grpo is not None and continues else (),
+            rollouts=self.grpo.state() if self.grpo is not None and continues else (),
             keep=self._mesh.is_main_process,
         )
         if self._mesh.is_main_process:

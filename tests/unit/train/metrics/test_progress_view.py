@@ -101,7 +101,7 @@ def test_live_area_of_grpo(monkeypatch: pytest.MonkeyPatch) -> None:
     view.close()
     assert figures.split("  ") == [
         "reward 0.0300",
-        "length 97.0000",
+        "length 97.0",
         "entropy 1.5000",
         "KL 0.0312",
         "clipped 0.0625",

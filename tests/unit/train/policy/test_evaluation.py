@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,30 @@ def test_a_run_and_lowlat_eval_of_its_model_agree(folder: Path) -> None:
 
 @needs_native
 @pytest.mark.parametrize(
+    ("changes", "steps"), [({}, [0, 1, 2]), ({"temperature": 0.5}, [0, 1, 1, 2])], ids=str
+)
+def test_a_phase_repeats_no_evaluation(
+    folder: Path, changes: dict[str, Any], steps: list[int]
+) -> None:
+    """The end of a phase is evaluated again if the next one samples in another way."""
+    raw = short_recipe(evaluation=HELD_OUT)
+    first = raw["phase"][0]
+    raw["phase"].append(first | {"grpo": first["grpo"] | changes})
+    run = train(folder, raw, f"phases-{len(changes)}")
+    assert [record["step"] for record in run.records("evaluation")] == steps
+
+
+@needs_native
+def test_an_unusable_reward_file_is_named_by_its_option(folder: Path) -> None:
+    (folder / "none.py").write_text("")
+    options = f"--prompts {folder / 'prompts.jsonl'} --reward {folder / 'none.py'} --max-tokens 9"
+    result = CliRunner().invoke(app, ["eval", str(folder / "base"), *options.split()])
+    assert isinstance(result.exception, UserError)
+    assert re.match(r"--reward: .*none\.py: has no function reward", str(result.exception))
+
+
+@needs_native
+@pytest.mark.parametrize(
     ("table", "said"),
     [
         ({"pass_at": [4]}, "pass_at: 4 exceeds num_generations 3"),
@@ -164,7 +189,7 @@ def test_held_out_prompts_need_a_grpo_phase() -> None:
         ("--text a --samples 3", "leave out the options of pass@k"),
         ("--prompts a --window 3", "--window and --expert-loads need --text"),
         ("--prompts a", "--prompts needs --reward NAME"),
-        ("--prompts a --reward f", "'f' is none of accuracy_reward"),
+        ("--prompts a --reward f", "--reward: 'f' is none of accuracy_reward"),
         ("--prompts a --reward accuracy_reward --pass-at 1,9", "from 1 to the 8 samples"),
         ("--prompts a --reward accuracy_reward --pass-at 0", "from 1 to the 8 samples"),
         ("--prompts a --reward accuracy_reward --pass-at x", "write whole numbers"),

@@ -121,9 +121,26 @@ def test_a_killed_server_is_replaced(behaviours: str) -> None:
         assert workers.score([sample("ok", 1.0)]) == [[1.0]]
 
 
+def test_equal_samples_are_scored_once(tmp_path: Path) -> None:
+    (tmp_path / "r.py").write_text(
+        "def reward(prompt, completion, record):\n"
+        "    with open(record['calls'], 'a') as file:\n"
+        "        file.write(completion)\n"
+        "    return len(completion)\n"
+    )
+    record = {"calls": str(tmp_path / "calls")}
+    samples = [Sample("q", text, record) for text in ("aa", "b", "aa", "b", "ccc", "aa")]
+    samples.append(Sample("other", "b", record))
+    with RewardWorkers([str(tmp_path / "r.py")], processes=1) as workers:
+        found = workers.score(samples)
+    assert found == [[2.0], [1.0], [2.0], [1.0], [3.0], [2.0], [1.0]]
+    assert (tmp_path / "calls").read_text() == "aabcccb"
+
+
 def test_scores_do_not_depend_on_order_or_processes(behaviours: str) -> None:
     """Global state and random generators start the same in every call."""
-    samples = [sample(action, 0.1) for action in ("count", "random", "ok", "random", "count")]
+    actions = ("count", "random", "ok", "random", "count")
+    samples = [sample(action, float(place)) for place, action in enumerate(actions)]
     with RewardWorkers([behaviours], processes=1) as workers:
         one = workers.score(samples)
     with RewardWorkers([behaviours], processes=4) as workers:
