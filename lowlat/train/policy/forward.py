@@ -7,6 +7,7 @@ one call on the decode path.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import BFloat16, Bool, Float, Int
@@ -53,6 +54,22 @@ class PolicyPass:
     """Which rows the engine computed on the decode path."""
 
 
+class TrainerForward(Protocol):
+    """A forward pass of the policy, at whose activations the backward pass runs."""
+
+    def refresh(self) -> None:
+        """Take over changed weights."""
+        ...
+
+    def run(self, sequences: Sequence[PolicySequence], *, keeps: bool = True) -> PolicyPass:
+        """Compute `sequences`; keeps: also what a backward pass needs."""
+        ...
+
+    def logits(self, run: PolicyPass, part: slice) -> Float[Tensor, "rows vocab"]:
+        """The logits, fp32, of a part of `run.rows`."""
+        ...
+
+
 class PolicyForward:
     """Forward passes of `model`, whose weights may change in place between them."""
 
@@ -96,7 +113,7 @@ class PolicyForward:
             hidden[index], _ = self._native.step(ids[index], batch, cache, [], kept=own)
             if kept is not None and own is not None:
                 kept.put(index, own)
-        rows, targets, is_decode = self._predicting(sequences, firsts)
+        rows, targets = predicting(sequences)
         return PolicyPass(
             ids=ids,
             lengths=lengths,
@@ -104,7 +121,7 @@ class PolicyForward:
             hidden=hidden,
             rows=rows,
             targets=targets,
-            is_decode=is_decode,
+            is_decode=self._is_decode(sequences),
         )
 
     @torch.no_grad()
@@ -162,19 +179,26 @@ class PolicyForward:
         if call:
             yield call
 
-    def _predicting(
-        self, sequences: Sequence[PolicySequence], firsts: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that predict tokens of completions, these tokens, and which rows the engine computes
-        on the decode path.
-        """
-        rows: list[int] = []
-        targets: list[int] = []
-        is_decode: list[bool] = []
-        for own, first in zip(sequences, firsts, strict=True):
-            last = len(own.prompt) - 1
-            rows += range(first + last, first + last + len(own.completion))
-            targets += own.completion
-            is_decode.append(self._planner.path(last, len(own.prompt)) == "decode")
-            is_decode += [True] * (len(own.completion) - 1)
-        return torch.tensor(rows), torch.tensor(targets), torch.tensor(is_decode)
+    def _is_decode(self, sequences: Sequence[PolicySequence]) -> Bool[Tensor, "targets"]:
+        """`PolicyPass.is_decode` of `sequences`."""
+        found: list[bool] = []
+        for own in sequences:
+            size = len(own.prompt)
+            found.append(self._planner.path(size - 1, size) == "decode")
+            found += [True] * (len(own.completion) - 1)
+        return torch.tensor(found)
+
+
+def predicting(
+    sequences: Sequence[PolicySequence],
+) -> tuple[Int[Tensor, "targets"], Int[Tensor, "targets"]]:
+    """Rows of the packed inputs that predict tokens of completions, and these tokens."""
+    rows: list[int] = []
+    targets: list[int] = []
+    first = 0
+    for own in sequences:
+        last = first + len(own.prompt) - 1
+        rows += range(last, last + len(own.completion))
+        targets += own.completion
+        first += len(own.prompt) + len(own.completion) - 1
+    return torch.tensor(rows), torch.tensor(targets)

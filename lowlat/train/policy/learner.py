@@ -17,7 +17,12 @@ from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.policy.backward import PolicyBackward
 from lowlat.train.policy.balance import SequenceBalance
 from lowlat.train.policy.distribution import Masks, SamplingDistribution, entropy
-from lowlat.train.policy.forward import PolicyForward, PolicyPass, PolicySequence
+from lowlat.train.policy.forward import (
+    PolicyForward,
+    PolicyPass,
+    PolicySequence,
+    TrainerForward,
+)
 from lowlat.train.policy.loss import LossOptions, sequence_weights, token_losses
 from lowlat.train.policy.mtp import MTPTraining, num_targets
 from lowlat.train.policy.weights import PolicyWeights
@@ -117,21 +122,23 @@ class PolicyLearner:
         self._sequence_weight = sequence_weight
         self._balance = SequenceBalance()
         self._mesh = mesh or ProcessMesh()
-        self._weights = PolicyWeights(trained, lora)
-        self.model = self._weights.new_model()
-        self._forward = PolicyForward(self.model)
-        self._backward = PolicyBackward(self._weights, self._balance)
-        self._mtp = MTPTraining(self._weights, self._backward.model)
+        self.weights = PolicyWeights(trained, lora)
+        """What engine and passes share."""
+        self.model = self.weights.new_model()
+        self.forward: TrainerForward = PolicyForward(self.model)
+        """Computes what is trained; studies replace it by a pass with other bits."""
+        self._backward = PolicyBackward(self.weights, self._balance)
+        self._mtp = MTPTraining(self.weights, self._backward.model)
         self._reference = None if reference is None else PolicyForward(reference)
         self._distribution = distribution
-        self._options = options
+        self.options = options
         tied = trained.lm_head is None
         self._head_name = "embed_tokens.weight" if tied else "lm_head.weight"
 
     def refresh(self) -> None:
         """Round the updated master weights. The engine must take them over, too."""
-        self._weights.refresh()
-        self._forward.refresh()
+        self.weights.refresh()
+        self.forward.refresh()
 
     def accumulate(
         self, batch: PolicyBatch, micro_batch_size: int, mtp_weight: float = 0.0
@@ -142,7 +149,14 @@ class PolicyLearner:
 
         mtp_weight: that of the MTP loss, averaged over modules (lambda); 0 freezes them.
         """
-        weights = sequence_weights(batch.lengths, self._options)
+        if self.options.importance_sampling_clip_max is not None and (
+            not batch.logprobs or self._distribution != SamplingDistribution()
+        ):
+            raise ValueError(
+                "importance sampling needs the sampler's log-probabilities, at temperature 1 and "
+                "without filters"
+            )
+        weights = sequence_weights(batch.lengths, self.options)
         self._balance.weight = self._sequence_weight / len(batch.sequences)
         targets = self._mtp_targets(batch) if mtp_weight else []
         factors = [mtp_weight / (len(targets) * count) for count in targets]
@@ -177,7 +191,7 @@ class PolicyLearner:
         mtp_factors: of a target of each MTP module, none if they are frozen.
         """
         sequences = [batch.sequences[number] for number in part]
-        run = self._forward.run(sequences)
+        run = self.forward.run(sequences)
         figures = PolicyFigures(num_inputs=len(run.ids))
         self._balance.lengths, self._balance.loss = run.lengths, 0.0
         reference = None
@@ -186,7 +200,7 @@ class PolicyLearner:
         tokens = _tokens(batch, part, weights)
         grad = torch.zeros_like(run.hidden)
         for rows in self._chunks(run):
-            logits = self._forward.logits(run, rows)
+            logits = self.forward.logits(run, rows)
             if batch.updates == 0:
                 tokens.masks += self._distribution.masks(logits) or []
             masks = tokens.masks[rows] if tokens.masks else None
@@ -229,8 +243,8 @@ class PolicyLearner:
         factors = self._loss_gradient(_of_targets(logps, targets), tokens, rows, figures)
         figures.entropy += float(entropy(logps)[tokens.weights[rows] > 0].sum())
         by_logits = self._distribution.gradient(logps, targets, factors).to(torch.bfloat16)
-        grad[run.rows[rows]] = by_logits @ self._weights.tensors[self._head_name]
-        master = self._weights.master(self._head_name)
+        grad[run.rows[rows]] = by_logits @ self.weights.tensors[self._head_name]
+        master = self.weights.master(self._head_name)
         if master is not None:
             own = (by_logits.T @ hidden).to(master.dtype)
             master.grad = own if master.grad is None else master.grad.add_(own)
@@ -243,9 +257,13 @@ class PolicyLearner:
         old, ref = torch.cat(tokens.old_logps)[rows], None
         if tokens.ref_logps:
             ref = torch.cat(tokens.ref_logps)[rows]
+        sampled = None
+        if self.options.importance_sampling_clip_max is not None:
+            sampled = torch.tensor(tokens.logprobs[rows], dtype=torch.float64)
         with torch.enable_grad():
             leaf = logps.detach().requires_grad_()
-            found = token_losses(leaf, old, ref, tokens.advantages[rows], self._options)
+            advantages = tokens.advantages[rows]
+            found = token_losses(leaf, old, ref, advantages, self.options, sampled)
             loss = (found.losses * weights).sum()
             (gradient,) = torch.autograd.grad(loss, leaf)
         counted = weights > 0

@@ -29,6 +29,10 @@ class LossOptions:
     use_bias_correction_kl: bool = True
     """Multiply the estimate of the divergence by the ratio (DeepSeek-V3.2's unbiased estimate)."""
     max_completion_length: int = 512
+    importance_sampling_clip_max: float | None = None
+    """Truncated importance sampling: weight the loss of the reward by the ratio of the trainer's
+    probability to the sampler's, at most this. For sampler and trainer with different bits.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,14 +53,20 @@ def token_losses(
     ref_logps: Float64[Tensor, "tokens"] | None,
     advantages: Float64[Tensor, "tokens"],
     options: LossOptions,
+    sampled_logps: Float64[Tensor, "tokens"] | None = None,
 ) -> TokenLosses:
     """Losses of sampled tokens. logps, old_logps, ref_logps: log-probabilities under the trained
-    policy, the one that sampled, and the reference.
+    policy, the one before the updates over the batch, and the reference; sampled_logps: those of
+    the sampler, which truncated importance sampling needs.
     """
     ratio = (logps - old_logps).exp()
     clipped = ratio.clamp(1 - options.epsilon, 1 + options.epsilon_high)
     bounded = ratio if options.delta is None else ratio.clamp(max=options.delta)
     losses = -torch.min(bounded * advantages, clipped * advantages)
+    if options.importance_sampling_clip_max is not None:
+        assert sampled_logps is not None
+        importance = (old_logps - sampled_logps).exp()
+        losses = losses * importance.clamp(max=options.importance_sampling_clip_max)
     kl = None
     if ref_logps is not None:
         # k3 (http://joschu.net/blog/kl-approx.html)

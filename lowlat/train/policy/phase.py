@@ -46,7 +46,8 @@ class GRPOPhase:
         self._mesh = mesh or ProcessMesh()
         self.evaluation = evaluation
         """pass@k on held-out prompts; None without them."""
-        self._learner = learner
+        self.learner = learner
+        """The passes of updates."""
         self._engine = engine
         self._generator = generator
         self._iterations = iterations
@@ -77,7 +78,7 @@ class GRPOPhase:
         batch, generated = self._batch, self._figures
         assert generated is not None
         began = time.monotonic()
-        figures = self._learner.accumulate(batch, plan.phase.micro_batch_size, plan.mtp_weight)
+        figures = self.learner.accumulate(batch, plan.phase.micro_batch_size, plan.mtp_weight)
         if figures.mismatch:
             report(
                 f"step {plan.step + 1}: log-probabilities of sampling and training differ by up to "
@@ -106,7 +107,7 @@ class GRPOPhase:
             batch.updates += 1
             if has_targets:
                 balancer.update_biases(plan.bias_update_speed)
-            self._learner.refresh()
+            self.learner.refresh()
             self._engine.refresh()
         seconds = time.monotonic() - began
         record = _record(generated, figures, rate, seconds)

@@ -138,7 +138,7 @@ def test_gradients_are_as_near_to_fp64_as_those_of_pytorch(name: str) -> None:
     ours = {n: p.grad for n, p in trained.named_parameters() if p.grad is not None}
     kept = PolicyForward(policy.model).run(SEQUENCES).kept
     assert kept is not None
-    weights = policy._weights.tensors
+    weights = policy.weights.tensors
     exact = pytorch_gradients(config, weights, kept.experts, torch.float64)
     plain = pytorch_gradients(config, weights, kept.experts, torch.bfloat16)
     assert figures.tokens == sum(batch().lengths)

@@ -25,6 +25,7 @@ def numbers() -> dict[str, Tensor]:
         "logps": logps,
         "old": logps + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64),
         "ref": logps + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64),
+        "sampled": logps + 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64),
         "mask": (torch.arange(MAX_LENGTH) < torch.tensor(LENGTHS)[:, None]).long(),
     }
 
@@ -45,7 +46,8 @@ def trl_loss(options: LossOptions, counted: list[bool]) -> tuple[float, Tensor]:
         epsilon_low=options.epsilon,
         epsilon_high=options.epsilon_high,
         max_completion_length=options.max_completion_length,
-        use_vllm=False,
+        use_vllm=options.importance_sampling_clip_max is not None,
+        vllm_importance_sampling_correction=True,
         aux_loss_enabled=False,
         _entropy_bonus_enabled=False,
         current_gradient_accumulation_steps=1,
@@ -69,11 +71,17 @@ def trl_loss(options: LossOptions, counted: list[bool]) -> tuple[float, Tensor]:
         "old_per_token_logps": given["old"],
         "ref_per_token_logps": given["ref"],
         "num_items_in_batch": mask.sum(),
+        "importance_sampling_ratio": _truncated_ratio(given, options),
     }
     loss = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
     loss.backward()
     assert leaf.grad is not None
     return loss.item(), leaf.grad
+
+
+def _truncated_ratio(given: dict[str, Tensor], options: LossOptions) -> Tensor:
+    ratio = (given["old"] - given["sampled"]).exp()
+    return ratio.clamp(max=options.importance_sampling_clip_max or math.inf)
 
 
 class _Lists(dict[str, list[Any]]):
@@ -94,7 +102,8 @@ def our_loss(options: LossOptions, counted: list[bool]) -> tuple[float, Tensor]:
     ]
     spread = torch.tensor(weights, dtype=torch.float64).repeat_interleave(repeats)
     ref = given["ref"][mask] if options.beta else None
-    found = token_losses(leaf, given["old"][mask], ref, advantages, options)
+    sampled = given["sampled"][mask]
+    found = token_losses(leaf, given["old"][mask], ref, advantages, options, sampled)
     loss = (found.losses * spread).sum()
     loss.backward()
     assert leaf.grad is not None
@@ -112,6 +121,7 @@ def our_loss(options: LossOptions, counted: list[bool]) -> tuple[float, Tensor]:
         {"delta": 1.4},
         {"beta": 0.1},
         {"beta": 0.1, "use_bias_correction_kl": False},
+        {"beta": 0.1, "importance_sampling_clip_max": 1.2},
     ],
     ids=str,
 )

@@ -35,7 +35,7 @@ def test_modules_have_the_gradients_of_fp64() -> None:
     policy = learner(trained)
     figures = policy.accumulate(batch(), 2, WEIGHT)
     exact = masters(CONFIG).double()
-    exact.load_state_dict({n: t.double() for n, t in policy._weights.tensors.items()})
+    exact.load_state_dict({n: t.double() for n, t in policy.weights.tensors.items()})
     sums, counts = [torch.zeros((), dtype=torch.float64) for _ in range(2)], [0, 0]
     for own, counts_in in zip(SEQUENCES, COUNTED, strict=True):
         tokens = torch.tensor([*own.prompt, *own.completion])
