@@ -17,13 +17,16 @@ Page = Annotated[
 
 
 @app.command("study")
-def study(
+def of_study(
     report: Annotated[Path, typer.Argument(metavar="REPORT", help="Report of a study.")],
 ) -> None:
     """Write the page and plot of a study next to its report."""
-    from lowlat_lab.study.page import write_page
+    from lowlat_lab.rewards import page as rewards
+    from lowlat_lab.study import page as study
 
-    write_page(json.loads(report.read_text(encoding="utf-8")), report.with_suffix(".md"))
+    found = json.loads(report.read_text(encoding="utf-8"))
+    write = rewards.write_page if found["study"] == "rewards" else study.write_page
+    write(found, report.with_suffix(".md"))
 
 
 @app.command("conversion")

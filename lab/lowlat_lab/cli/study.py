@@ -1,7 +1,6 @@
 """`lowlat-lab study`: ablation studies of small models, with confidence intervals over seeds."""
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,8 @@ import typer
 from lowlat.cli import options
 from lowlat.cli.main import wait_passively
 from lowlat.utils.errors import UserError
+from lowlat_lab.cli.processors import use_processors
+from lowlat_lab.cli.rewards import rewards
 
 if TYPE_CHECKING:
     from lowlat.data.dataset import TokenizedDataset
@@ -147,6 +148,9 @@ def attention(
     _study(own.study, plan, folder, out, output)
 
 
+app.command("rewards")(rewards)
+
+
 @app.command("tasks")
 def tasks(
     data: Annotated[Path, typer.Argument(metavar="TOKENS", help="Tokenized dataset of text.")],
@@ -228,24 +232,8 @@ def _plan(
         limit=runs.at_most,
         measures_speed=runs.at_most is None and not runs.idle,
     )
-    _use_processors(runs)
+    use_processors(runs.threads, idle=runs.idle)
     return plan, folder
-
-
-def _use_processors(runs: RunOptions) -> None:
-    """Set threads and priority of this process."""
-    from lowlat.ops.native import use_threads
-
-    if runs.threads is not None:
-        use_threads(runs.threads)
-    if runs.idle:
-        os.nice(19)
-    if runs.idle and sys.platform == "linux":
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        # the scheduler first shares the processor between sessions; this is its own under setsid
-        group = Path("/proc/self/autogroup")
-        if os.getsid(0) == os.getpid() and group.exists():
-            group.write_text("19")
 
 
 def _study(

@@ -22,7 +22,8 @@ from lowlat.utils.strict_json import parse_object
 from lowlat_lab.study.decode import as_json, decode_times
 from lowlat_lab.study.plan import StudyPlan, Variant, config_of, model_table
 from lowlat_lab.study.report import Report, make_report
-from lowlat_lab.study.run import RunResult, model_folder, run_all
+from lowlat_lab.study.resumable import RunResult
+from lowlat_lab.study.run import model_folder, run_all
 from lowlat_lab.study.sizes import StudySize
 from lowlat_lab.study.statistics import interval
 from lowlat_lab.study.tasks import accuracies, has_tasks

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lowlat_lab.study.measure import standard_error
-from lowlat_lab.study.run import RunResult
+from lowlat_lab.study.resumable import RunResult
 from lowlat_lab.study.statistics import Interval, paired, pooled_half
 
 Verdict = Literal["lower", "higher", "undecided"]

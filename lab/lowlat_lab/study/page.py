@@ -4,6 +4,7 @@ The generated part is between two marks. Hand-written text around it is preserve
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from lowlat.train.metrics.formatting import count
@@ -41,9 +42,21 @@ def check_page(page: Path, option: str) -> None:
 
 
 def write_page(report: Report, page: Path) -> list[Path]:
+    """Write `page` (.md), its plot (.svg) and its report (.json), as `update_page`."""
+    return update_page(report, page, TITLES[report["study"]], draw, generated_text)
+
+
+def update_page(
+    report: Report,
+    page: Path,
+    title: str,
+    draw: Callable[[Report, Path], None],
+    generated_text: Callable[[Report, str, str], str],
+) -> list[Path]:
     """Write `page` (.md), its plot (.svg) and its report (.json) next to each other.
 
-    Only the generated part of an existing page changes. Returns the written files. Raises UserError
+    generated_text: its part between the marks, with them, of the report and the names of plot and
+    report. Only this part of an existing page changes. Returns the written files. Raises UserError
     if they cannot be written.
     """
     _, picture, figures = (page.with_suffix(suffix) for suffix in SUFFIXES)
@@ -57,7 +70,7 @@ def write_page(report: Report, page: Path) -> list[Path]:
         if begin:
             text = f"{before}{generated}{rest.partition(END)[2]}"
         else:
-            text = f"# {TITLES[report['study']]}\n\n{generated}\n"
+            text = f"# {title}\n\n{generated}\n"
         page.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{page}: cannot be written ({error.strerror})") from error
@@ -69,7 +82,7 @@ def generated_text(report: Report, picture: str, figures: str) -> str:
     parts = [
         BEGIN,
         f"![{TITLES[report['study']]}]({picture})",
-        _markdown(*table_of(report)),
+        markdown(*table_of(report)),
         _legend(report),
         _comparisons(report),
         *_setting(report),
@@ -174,10 +187,11 @@ def _comparisons(report: Report) -> str:
     if not rows:
         return ""
     text = "Further differences of held-out loss, left minus right (a lower loss is better):"
-    return f"{text}\n\n{_markdown(headings, rows)}"
+    return f"{text}\n\n{markdown(headings, rows)}"
 
 
-def _markdown(headings: list[str], rows: list[list[str]]) -> str:
+def markdown(headings: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
     cells = [[cell.replace("*", "\\*") for cell in line] for line in [headings, *rows]]
     lines = ["| " + " | ".join(line) + " |" for line in cells]
     return "\n".join([lines[0], "|" + "---|" * len(headings), *lines[1:]])

@@ -14,7 +14,8 @@ from lowlat_lab.study.comparison import by_variant
 from lowlat_lab.study.experts import expert_table
 from lowlat_lab.study.plan import StudyPlan, Variant
 from lowlat_lab.study.report import Report, make_report
-from lowlat_lab.study.run import RunResult, run_all
+from lowlat_lab.study.resumable import RunResult
+from lowlat_lab.study.run import run_all
 from lowlat_lab.study.sizes import StudySize
 from lowlat_lab.study.statistics import Interval, interval
 

@@ -13,7 +13,7 @@ from lowlat.data.dataset import TokenizedDataset
 from lowlat_lab.study.comparison import compare
 from lowlat_lab.study.machine import describe
 from lowlat_lab.study.plan import StudyPlan
-from lowlat_lab.study.run import Result, RunResult
+from lowlat_lab.study.resumable import Result, RunResult
 from lowlat_lab.study.statistics import interval
 
 Report = dict[str, Any]

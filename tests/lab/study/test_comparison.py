@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from lowlat_lab.study.comparison import compare
 from lowlat_lab.study.report import find_comparison
-from lowlat_lab.study.run import RunResult
+from lowlat_lab.study.resumable import RunResult
 
 
 def ran(

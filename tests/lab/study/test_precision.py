@@ -3,7 +3,7 @@
 import pytest
 from lowlat_lab.study.cells import percent
 from lowlat_lab.study.precision import relative
-from lowlat_lab.study.run import RunResult
+from lowlat_lab.study.resumable import RunResult
 
 
 def ran(variant: str, losses: dict[int, float]) -> list[RunResult]:
