@@ -2,12 +2,17 @@
 
 jaxtyping's own decorator binds the arguments of every call, checks them twice and builds the
 check of a dataclass anew for each instance. Here each function and each dataclass is compiled
-once, and only functions with shapes get a scope for their axis names.
+once, when it is first called, and only functions with shapes get a scope for their axis names.
+
+In each test a function's first calls are checked, then every call whose number is a power of two:
+a test calls few functions thousands of times, and those checks took a third of the suite's time.
+LOWLAT_CHECK_EVERY_CALL=1 checks every call.
 """
 
 import dataclasses
 import functools
 import inspect
+import os
 import types
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +22,12 @@ from beartype import BeartypeConf, beartype
 
 _typed = beartype(conf=BeartypeConf(violation_type=TypeError))
 _scope = functools.partial(jaxtyping.jaxtyped, "context")
+FIRST = 2**62 if os.environ.get("LOWLAT_CHECK_EVERY_CALL") else 4
+"""Calls of each function in each test that are all checked."""
+_inner: dict[tuple[str, str, int], list[int]] = {}
+"""Number of calls in this test of functions inside others: one for all instances."""
+_called: list[list[int]] = []
+"""All counts that are not 0."""
 
 
 def install() -> None:
@@ -33,11 +44,43 @@ def checked(target: Any) -> Any:
     return _checked_function(target)
 
 
+def new_test() -> None:
+    """Check the first calls of every function again."""
+    for count in _called:
+        count[0] = 0
+    _called.clear()
+
+
 def _checked_function(function: Callable[..., Any]) -> Callable[..., Any]:
     hints = function.__annotations__
     # A function inside another would be compiled at every call of that one.
     if not hints or ("<locals>" in function.__qualname__ and not _has_shapes(function)):
         return function
+    code = function.__code__
+    if code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
+        return _compiled(function)
+    count, typed = [0], None
+    if "<locals>" in function.__qualname__:
+        place = (code.co_filename, function.__qualname__, code.co_firstlineno)
+        count = _inner.setdefault(place, count)
+
+    @functools.wraps(function)
+    def sometimes(*args: Any, **kwargs: Any) -> Any:
+        nonlocal typed
+        count[0] = number = count[0] + 1
+        if number > FIRST and number & (number - 1):
+            return function(*args, **kwargs)
+        if number == 1:
+            _called.append(count)
+        if typed is None:
+            typed = _compiled(function)
+        return typed(*args, **kwargs)
+
+    return sometimes
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the check of every call."""
     typed = _typed(_without_forward_references(function))
     if not _has_shapes(function):
         return typed

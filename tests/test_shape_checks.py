@@ -53,3 +53,22 @@ def test_fields_with_shapes_agree() -> None:
     Pair(one=torch.ones(2), other=torch.ones(2))
     with pytest.raises(TypeError):
         Pair(one=torch.ones(2), other=torch.ones(3))
+
+
+def test_first_calls_of_a_test_and_some_later_ones_are_checked() -> None:
+    @shape_checks.checked
+    def head(a: Float[Tensor, "rows in"]) -> Float[Tensor, " in"]:
+        return a[0] if len(a) > 1 else a
+
+    def is_checked() -> bool:
+        try:
+            head(torch.ones(1, 3))
+        except TypeError:
+            return True
+        return False
+
+    for _ in range(2):
+        shape_checks.new_test()
+        found = [number for number in range(1, 40) if is_checked()]
+        assert set(found) >= {1, 2, 3, 4, 8, 16, 32}
+        assert len(found) == (7 if shape_checks.FIRST == 4 else 39)
