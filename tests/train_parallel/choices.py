@@ -4,6 +4,8 @@ expert chosen otherwise is another training.
 Owns the weights that make a model's gates so decided, and the measure of how decided they are.
 """
 
+import functools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -81,8 +83,7 @@ def decide(model: Transformer) -> None:
     config, moe = model.config, model.config.moe
     assert moe is not None
     wished = moe.n_routed_experts
-    bias = BIAS * torch.linspace(-1, 1, wished)[torch.arange(wished) * 3 % wished]
-    logits = _wishes(config.vocab_size, bias, moe)
+    bias, logits = _wishes(config.vocab_size, moe)
     unit = logits.square().mean().sqrt()
     model.embed_tokens.weight[:, :wished] = SIZE / unit * logits
     # Of channels of one unit, where all others are next to nothing.
@@ -104,18 +105,22 @@ def decide(model: Transformer) -> None:
             norm.weight.div_(2 * SIZE)
 
 
+@functools.cache
 def _wishes(
-    count: int, bias: Float[Tensor, "experts"], moe: MoEConfig
-) -> Float[Tensor, "tokens experts"]:
-    """Logits of gates that are far from another choice, even where norms make them a third smaller
-    or larger; for half of the tokens it is another one than without biases.
+    count: int, moe: MoEConfig
+) -> tuple[Float[Tensor, "experts"], Float[Tensor, "tokens experts"]]:
+    """Routing biases, and logits of gates that are far from another choice, even where norms make
+    them a third smaller or larger; for half of the tokens it is another one than without biases.
     """
+    wished = moe.n_routed_experts
+    bias = BIAS * torch.linspace(-1, 1, wished)[torch.arange(wished) * 3 % wished]
     generator = torch.Generator().manual_seed(3)
-    drawn = LOGIT * (2 * torch.rand(200_000, len(bias), generator=generator) - 1)
+    drawn = LOGIT * (2 * torch.rand(200_000, wished, generator=generator) - 1)
     scaled = [margins((scale * drawn).sigmoid(), bias, moe) for scale in (0.7, 1.0, 1.3)]
     drawn = drawn[torch.stack(scaled).amin(dim=0) > WISHED_MARGIN]
-    eye = torch.eye(len(bias))
-    chosen, unbiased = (route(drawn, eye, some, moe).experts.sort().values for some in (bias, None))
+    chosen, unbiased = (
+        route(drawn, torch.eye(wished), some, moe).experts.sort().values for some in (bias, None)
+    )
     is_moved = (chosen != unbiased).any(dim=-1)
     half = count // 2
-    return torch.cat([drawn[is_moved][:half], drawn[~is_moved][: count - half]])
+    return bias, torch.cat([drawn[is_moved][:half], drawn[~is_moved][: count - half]])

@@ -185,7 +185,7 @@ def test_thousands_of_disconnects_leave_nothing_behind(has_grammar: bool) -> Non
         generation.cancel()
 
     async def use(engine: AsyncEngine) -> None:
-        num_left = 1000 if has_grammar else 9000
+        num_left = 1000 if has_grammar else 3000
 
         async def clients() -> None:
             nonlocal num_left

@@ -71,9 +71,9 @@ def test_what_comes_before_the_engine_counts(
     assert late.status_code == 408 and engine.asked == []
     error = late.json()["error"]
     assert (error["param"], error["code"]) == ("deadline_seconds", "deadline_exceeded")
-    assert client.post(path, json={**body, "deadline_seconds": 60}).status_code == 200
+    assert client.post(path, json={**body, "deadline_seconds": 600}).status_code == 200
     assert engine.asked[0].deadline is not None
-    assert 50.0 < engine.asked[0].deadline <= 60.0 - SECONDS
+    assert 300.0 < engine.asked[0].deadline <= 600.0 - SECONDS
 
 
 def test_the_servers_own_limit_counts_in_the_same_way(
