@@ -7,7 +7,7 @@ PyTorch to one thread.
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -22,7 +22,7 @@ from lowlat.checkpoint.fetch.model_names import ModelPreset, resolve
 from lowlat.checkpoint.fetch.pypi import fetch_pypi
 from lowlat.checkpoint.files_digest import files_digest
 from lowlat.checkpoint.hf_folder import open_checkpoint
-from lowlat.checkpoint.load import LoadedModel, load_model, read_config
+from lowlat.checkpoint.load import load_model, read_config
 from lowlat.checkpoint.read_experts import read_experts
 from lowlat.checkpoint.tensor_source import TensorSource
 from lowlat.config.hf.sentence_transformers import read_pooling
@@ -186,15 +186,14 @@ class CheckedModel(NamedTuple):
         path, run = self.source.path, self.run
         tokenizer, pooling = tokenizer or read_tokenizer(path), read_pooling(path)
         divide = None if run is None else partial(run.share, dtype=self.dtype)
-        load_weights = partial(
-            load_model,
+        loaded = load_model(
             self.source,
             dtype=self.dtype,
             device=self.device,
             keeps_blocks=True,
             divide=divide,
+            progress=self.progress,
         )
-        loaded = load_weights(progress=self.progress)
         if supports_native(loaded.model):
             native.keep_torch_single_threaded()
         return Model(
@@ -203,7 +202,7 @@ class CheckedModel(NamedTuple):
             name=self.name,
             pooling=pooling,
             adapters=load_adapters(loaded.model, self.adapters),
-            run=run and run.serving(loaded.config, load_weights, self),
+            run=run and run.serving(loaded.config, self),
             **settings,
         )
 
@@ -234,16 +233,14 @@ class ParallelRun(NamedTuple):
 
         return share_of(config, self.layout(config, dtype), self.group.rank, eplb=self.eplb)
 
-    def serving(
-        self, config: ModelConfig, load_weights: Callable[..., LoadedModel], model: CheckedModel
-    ) -> ServingGroup:
-        """How they serve a model, which `load_weights` reads."""
+    def serving(self, config: ModelConfig, model: CheckedModel) -> ServingGroup:
+        """How they serve a model."""
         balancing = None
         if self.eplb is not None:
             updates = [adapter.updates for adapter in model.adapters.values()]
             balancing = ExpertBalancing(
                 step_interval=self.eplb.step_interval,
-                load=partial(read_experts, load_weights, updates),
+                load=partial(read_experts, model.source, updates, dtype=model.dtype),
             )
         return ServingGroup(self.group, self.layout(config, model.dtype).prefill, balancing)
 

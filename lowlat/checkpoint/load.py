@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowlat.checkpoint.dequantized_source import dequantized_source
 from lowlat.checkpoint.fill_parameters import fill_parameters
@@ -60,7 +60,6 @@ def load_model(
     device: str = "cpu",
     keeps_blocks: bool = False,
     divide: Callable[[ModelConfig], ModelShare] | None = None,
-    only: Callable[[str], bool] | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the model of `checkpoint`: a Hugging Face folder or a .gguf file, or one opened before.
@@ -72,8 +71,7 @@ def load_model(
     packed for auto, bf16 and their own dtype; for others they are dequantized. With `keeps_blocks`
     so do matrices of these two kinds for auto and bf16, where native kernels run; other tensors of
     their file then become bf16. `divide` chooses this process's share of the model, by default all
-    of it; only its weights are read. `only` chooses among their names; other parameters stay meta
-    tensors.
+    of it; only its weights are read.
 
     Nothing is allocated before all names and shapes match. On the CPU a tensor that needs no change
     stays a copy-on-write view of the memory-mapped file: it takes no memory until it is used, and
@@ -85,8 +83,11 @@ def load_model(
     creates do not fit into memory.
     """
     place = parse_device(device)
-    opened = _open(checkpoint, dtype)
-    model, source, config = opened.model, opened.source, opened.config
+    opened = open_weights(checkpoint, dtype)
+    source, config = opened.source, opened.config
+    model = _empty_model(config, source)
+    if opened.packing is not None:
+        model.add_head()
     parameters = model.state_dict()
     plan = operations(config, parameters, stored=opened.file, source=source)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -94,23 +95,29 @@ def load_model(
     part = 1.0
     if divide is not None:
         model.keep_share(divide(config))
-        parameters = {
-            name: each for name, each in _unfilled(model).items() if not only or only(name)
-        }
+        parameters = _unfilled(model)
         plan = [step for step in plan if parameters.keys() & set(step.parameters())]
         part = sum(map(Tensor.numel, parameters.values())) / sum(map(math.prod, shapes.values()))
-    can_keep = keeps_blocks and dtype in ("auto", "bf16") and place.type == "cpu"
-    can_keep = can_keep and native.available()
-    readers = store_blocks(model, plan, source, part=part) if can_keep else {}
+    readers: Readers = {}
+    if keeps_blocks and place.type == "cpu" and opened.can_keep_blocks:
+        has_head = model.lm_head is not None
+        readers = store_blocks(model, plan, source, part=part, has_head=has_head)
     if place.type == "cpu":
         _check_memory(opened, plan, shapes, readers, part)
-    _fill(opened, plan, shapes, readers, place, progress or SilentProgress(), only=only)
+    progress = progress or SilentProgress()
+    filled = read_parameters(
+        opened, model, plan, shapes, readers, place, progress, rows_of=model.rows_of
+    )
+    if len(embedding := model.embed_tokens.weight) == 0:
+        kind = opened.wanted(readers) or source.dtype(file_name(config, EMBEDDING))
+        filled[EMBEDDING] = torch.empty(embedding.shape, dtype=kind, device=place)
+    model.load_state_dict(filled, strict=True, assign=True)
     return LoadedModel(model=model, config=config, path=opened.stored.path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Opened:
-    """A checkpoint and its unfilled model."""
+class OpenedWeights:
+    """A checkpoint to be loaded as `dtype`."""
 
     dtype: str
     stored: TensorSource
@@ -120,12 +127,16 @@ class _Opened:
     """The config of `stored`."""
     config: ModelConfig
     """The config of `source`."""
-    model: Transformer
 
     @property
     def packing(self) -> Packing | None:
         """The quantized storage that loading creates."""
         return _packing_of(self.dtype) if self.config.packing is None else None
+
+    @property
+    def can_keep_blocks(self) -> bool:
+        """Whether the native kernels compute on quantized weights as stored."""
+        return self.dtype in ("auto", "bf16") and native.available()
 
     def wanted(self, readers: Readers) -> torch.dtype | None:
         """The dtype of plain weights; None: as stored."""
@@ -135,8 +146,8 @@ class _Opened:
         return None if self.dtype == "auto" else parse_dtype("bf16" if is_packed else self.dtype)
 
 
-def _open(checkpoint: Path | TensorSource, dtype: str) -> _Opened:
-    """Open a checkpoint and build its model on the meta device, to be loaded as `dtype`."""
+def open_weights(checkpoint: Path | TensorSource, dtype: str) -> OpenedWeights:
+    """Open a checkpoint, to be loaded as `dtype`."""
     form = _packing_of(dtype)
     wanted = None if dtype == "auto" else parse_dtype("bf16" if form else dtype)
     stored = checkpoint if isinstance(checkpoint, TensorSource) else open_checkpoint(checkpoint)
@@ -147,44 +158,40 @@ def _open(checkpoint: Path | TensorSource, dtype: str) -> _Opened:
         # quantization rounds once, from the exact values
         multiplied = torch.float32 if form or wanted is None else wanted
         source, config = dequantized_source(source, config, multiplied)
-    model = _empty_model(config, source)
-    if form and config.packing is None:
-        model.add_head()
-    return _Opened(dtype=dtype, stored=stored, source=source, file=file, config=config, model=model)
+    return OpenedWeights(dtype=dtype, stored=stored, source=source, file=file, config=config)
 
 
-def _fill(
-    opened: _Opened,
+def read_parameters(
+    opened: OpenedWeights,
+    model: nn.Module,
     plan: list[Operation],
     shapes: Shapes,
     readers: Readers,
     place: torch.device,
     progress: Progress,
     *,
-    only: Callable[[str], bool] | None,
-) -> None:
-    """Fill the model: the parameters of `readers` by them, the others by `plan`."""
-    model, source, form = opened.model, opened.source, opened.packing
-    wanted = opened.wanted(readers)
+    rows_of: Callable[[str, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The unfilled parameters of `model`, a Transformer or parts of one: those of `readers` by
+    them, the others by `plan`. rows_of: the rows of a parameter that this process has."""
+    form = opened.packing
     parameters = _unfilled(model)
     packed = store_packed(model, form) if form else {}
 
-    def rows_of(name: str, tensor: Tensor) -> Tensor:
+    def own_rows(name: str, tensor: Tensor) -> Tensor:
         # quantize on load takes rows that are not in tiles yet
-        return tensor[packed[name].part] if name in packed else model.rows_of(name, tensor)
+        return tensor[packed[name].part] if name in packed else rows_of(name, tensor)
 
     plan = [step for step in plan if not readers.keys() & set(step.parameters())]
     filled = fill_parameters(
-        *(source, plan, parameters, wanted, place, progress, packed), shapes=shapes, rows_of=rows_of
+        *(opened.source, plan, parameters, opened.wanted(readers), place, progress, packed),
+        shapes=shapes,
+        rows_of=own_rows,
     )
-    filled |= read_blocks(readers, parameters, progress)
-    if only is None and len(embedding := model.embed_tokens.weight) == 0:
-        kind = wanted or source.dtype(file_name(opened.config, EMBEDDING))
-        filled[EMBEDDING] = torch.empty(embedding.shape, dtype=kind, device=place)
-    model.load_state_dict(filled, strict=only is None, assign=True)
+    return filled | read_blocks(readers, parameters, progress)
 
 
-def _unfilled(model: Transformer) -> dict[str, Tensor]:
+def _unfilled(model: nn.Module) -> dict[str, Tensor]:
     """The parameters to read from the checkpoint: all but an embedding without rows."""
     return {name: tensor for name, tensor in model.state_dict().items() if len(tensor) > 0}
 
@@ -205,7 +212,7 @@ def config_file(source: TensorSource) -> Path:
 
 
 def _check_memory(
-    opened: _Opened, plan: list[Operation], shapes: Shapes, readers: Readers, part: float
+    opened: OpenedWeights, plan: list[Operation], shapes: Shapes, readers: Readers, part: float
 ) -> None:
     """Raise UserError if the weights that loading creates in memory do not fit: unlike views of a
     file they cannot be dropped and read again. part: share of all weights that is loaded.

@@ -11,14 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowlat.checkpoint.mapping_operations import Operation, Rename
 from lowlat.checkpoint.tensor_source import Blocks, ScaledRows, StoredTensor, TensorSource
 from lowlat.config.model import MLAConfig
 from lowlat.model.linear import Embedding, Linear
 from lowlat.model.mla import MLA
-from lowlat.model.transformer import Transformer
 from lowlat.ops.gguf_blocks import can_interleave, interleave, row_bytes
 from lowlat.ops.quantized import Empty
 from lowlat.utils.errors import UserError
@@ -33,11 +32,17 @@ _WEIGHT = ".weight"
 
 
 def store_blocks(
-    model: Transformer, plan: Sequence[Operation], source: TensorSource, *, part: float = 1.0
+    model: nn.Module,
+    plan: Sequence[Operation],
+    source: TensorSource,
+    *,
+    part: float = 1.0,
+    has_head: bool = True,
 ) -> Readers:
     """Give every unfilled projection and embedding of `model` that `source` has quantized this
     storage. Returns how its parameters are read. Raises UserError if they must be copied and do not
-    fit into memory. part: share of all weights that `plan` reads.
+    fit into memory. part: share of all weights that `plan` reads. has_head: whether the embedding
+    is not the head, too.
     """
     size = int(stored_bytes(source) * part)
     in_memory = not is_larger_than_memory(size)
@@ -58,7 +63,7 @@ def store_blocks(
                 if not (whole.in_file or in_memory):
                     raise _too_large(source, size)
                 # MLA's up-projections are read by heads, untied embeddings by tokens.
-                is_product = isinstance(module, Linear) or model.lm_head is None
+                is_product = isinstance(module, Linear) or not has_head
                 is_product = is_product and not path.endswith("kv_b_proj")
                 interleaved = in_memory and is_product and can_interleave(whole.kind)
                 module.store_gguf(whole.kind, interleaved=interleaved)

@@ -386,7 +386,8 @@ class Engine:
         return self._requests.fail(sequence, NOT_FINITE)
 
     def _observe(self, chunks: list[ScheduledChunk], seconds: float) -> None:
-        if self.recorder.stepped() % LOADS_INTERVAL == 0:
+        steps = self.recorder.stepped()
+        if self.runner.balances_experts and steps % LOADS_INTERVAL == 0:
             self.expert_loads = self.runner.expert_loads()
         if self.speculator is not None and all(chunk.path == "decode" for chunk in chunks):
             self.speculator.stepped(sum(chunk.length for chunk in chunks), seconds)

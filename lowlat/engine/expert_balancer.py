@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from lowlat.model.block import DecoderLayer
 from lowlat.model.moe import Experts, MoE
 from lowlat.model.native import NativeModel
-from lowlat.model.share import ModelShare, RemoteModule, place_experts
+from lowlat.model.share import RemoteModule, place_experts
 from lowlat.model.transformer import Transformer
 from lowlat.ops.expert_placement import imbalance
 
 logger = logging.getLogger(__name__)
 
-ExpertLoader = Callable[[ModelShare, Mapping[int, set[int]]], Mapping[int, Mapping[int, nn.Module]]]
-"""Reads experts from the checkpoint: the share of a process, and numbers by layer -> the modules by
-layer and number."""
+ExpertLoader = Callable[[Mapping[int, set[int]]], Mapping[int, Mapping[int, nn.Module]]]
+"""Reads experts from the checkpoint: numbers by layer -> the modules by layer and number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +81,7 @@ class ExpertBalancer:
             for layer, experts in held.items()
         }
         self.num_moved += sum(map(len, missing.values()))
-        found = self._balancing.load(self._model.share, missing)
+        found = self._balancing.load(missing)
         for layer, mlp in layers.items():
             experts = held[layer]
             for number, module in found.get(layer, {}).items():

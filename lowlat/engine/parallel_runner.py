@@ -120,6 +120,10 @@ class ParallelRunner(ModelRunner):
         return ServingLayout(tensor=share.tensor, pipeline=stages, expert=share.experts)
 
     @property
+    def balances_experts(self) -> bool:
+        return self.balancer is not None
+
+    @property
     def page_bytes(self) -> int:
         return sum(self._page_parts.values())
 

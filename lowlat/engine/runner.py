@@ -74,6 +74,11 @@ class ModelRunner:
         of PyTorch's matrix products depends on their shape."""
         return self._native is not None
 
+    @property
+    def balances_experts(self) -> bool:
+        """Whether EPLB places the experts by their loads."""
+        return False
+
     def refresh_weights(self) -> None:
         """Take over weights that were changed in place: the kernels have copies of norms and
         biases. KV cache entries are those of the weights before."""

@@ -141,7 +141,7 @@ class EngineStats:
     pages_used: int = 0
     pages_cached: int = 0
     expert_loads: Mapping[int, SequenceOf[int]] = field(default_factory=dict)
-    """Tokens of every routed expert by layer; empty without native kernels."""
+    """Tokens of every routed expert by layer; empty without EPLB."""
     disk: DiskCacheStats = field(default_factory=DiskCacheStats)
     """The prefix cache on disk; zeros without one."""
     transfer: KVTransferStats = field(default_factory=KVTransferStats)

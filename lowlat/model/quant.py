@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lowlat.config.model import Packing, QuantConfig
+from lowlat.config.model import ModelConfig, Packing, QuantConfig
 from lowlat.model.linear import Embedding, Linear, Storage
 from lowlat.ops.gguf_blocks import type_name
 
@@ -27,6 +27,14 @@ def store_quantized(model: nn.Module, quant: QuantConfig, *, num_hidden_layers: 
     for name, module in model.named_modules():
         if isinstance(module, Linear) and not _is_plain(name, quant, num_hidden_layers):
             module.store_fp8(quant)
+
+
+def store_configured(model: nn.Module, config: ModelConfig) -> None:
+    """Give the projections of a new model, or of parts of it, the storage of its config."""
+    if config.quantization is not None:
+        store_quantized(model, config.quantization, num_hidden_layers=config.num_hidden_layers)
+    if config.packing is not None:
+        store_packed(model, config.packing)
 
 
 def store_packed(model: nn.Module, packing: Packing) -> dict[str, Linear]:

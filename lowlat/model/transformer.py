@@ -13,7 +13,7 @@ from lowlat.model.linear import Embedding, Linear, RMSNorm
 from lowlat.model.mla import MLA
 from lowlat.model.moe import Experts
 from lowlat.model.mtp import MTPModule
-from lowlat.model.quant import store_packed, store_quantized
+from lowlat.model.quant import store_configured
 from lowlat.model.rotary import RotaryEmbeddings
 from lowlat.model.share import ModelShare, RemoteModule
 
@@ -49,11 +49,9 @@ class Transformer(nn.Module):
             MTPModule(config, depth, dtype=dtype)
             for depth in range(config.num_nextn_predict_layers)
         )
-        if config.quantization is not None:
-            store_quantized(self, config.quantization, num_hidden_layers=config.num_hidden_layers)
         if config.packing is not None:
             self.add_head()
-            store_packed(self, config.packing)
+        store_configured(self, config)
 
     def set_context(self, context: int) -> None:
         """Serve sequences of up to `context` tokens: longrope's factors follow from it, and sparse

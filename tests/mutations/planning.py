@@ -39,8 +39,8 @@ PLANNING = [
     Mutant(
         "EPLB while serving: moved experts without LoRA adapters",
         "checkpoint/read_experts.py",
-        "if is_wanted(path)} for each in adapters",
-        "if not is_wanted(path)} for each in adapters",
+        "add_adapters(model, adapters)",
+        "add_adapters(model, [])",
         BALANCER + "test_experts_are_placed_by_their_new_loads_and_read_with_adapters",
     ),
     Mutant(

@@ -71,11 +71,11 @@ def test_experts_are_placed_by_their_new_loads_and_read_with_adapters(tmp_path: 
     adapter = drawn_updates(whole, rank=2, seed=1)
     save_model(whole, CONFIG, tmp_path / "model", source=None)
     add_adapters(whole, [adapter])
-    load = partial(load_model, tmp_path / "model", dtype="bf16")
-    model = load(divide=lambda config: SHARE).model
+    model = load_model(tmp_path / "model", dtype="bf16", divide=lambda config: SHARE).model
     add_adapters(model, [adapter])
     counts = Counts()
-    balancing = ExpertBalancing(step_interval=2, load=partial(read_experts, load, [adapter]))
+    load = partial(read_experts, tmp_path / "model", [adapter], dtype="bf16")
+    balancing = ExpertBalancing(step_interval=2, load=load)
     balancer = ExpertBalancer(model, counts, balancing)
     assert [balancer.is_due() for _ in range(4)] == [False, True, False, True]
     for loads in (
