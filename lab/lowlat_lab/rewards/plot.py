@@ -9,9 +9,9 @@ from lowlat_lab.rewards.report import Report, curve, reward_curve
 from lowlat_lab.study.statistics import Interval, confidence
 
 COLOURS = (BLUE, ORANGE, PINK, GREEN, RED, GREY)
-WINDOW = 5
+WINDOW = 4
 """Steps whose rewards are averaged."""
-LABEL_SPACE = 0.62
+LABEL_SPACE = 0.8
 """Width of the labels relative to that of the lines."""
 LABEL_GAP = 0.055
 """Least distance of two labels, relative to the height of the panel."""
