@@ -63,9 +63,9 @@ constexpr const GgufTypeInfo* find_gguf_type(std::int64_t number) {
   return nullptr;
 }
 
-// The order of a block's elements: bytes, numbers of 2 bytes, words of 4 bytes.
+// The order of a block's elements: bytes, numbers of 2 bytes, words of 4 bytes, numbers of 2 bytes.
 struct GgufElements {
-  int bytes, halves, words;
+  int bytes, halves, words, last_halves = 0;
 };
 
 // Elements of the types that are faster interleaved (matrix.h); none for the others.
@@ -78,7 +78,11 @@ constexpr GgufElements gguf_elements(GgufType type) {
     case GgufType::Q5_0: return {0, 1, 5};
     case GgufType::Q5_1: return {0, 2, 5};
     case GgufType::Q8_0: return {0, 1, 8};
+    case GgufType::Q2_K: return {0, 0, 20, 2};
+    case GgufType::Q3_K: return {0, 0, 27, 1};
     case GgufType::Q4_K: return {0, 2, 35};
+    case GgufType::Q5_K: return {0, 2, 43};
+    case GgufType::Q6_K: return {0, 0, 52, 1};
     case GgufType::IQ4_XS: return {0, 2, 33};
     case GgufType::MXFP4: return {1, 0, 4};
     case GgufType::INT4_32: return {0, 0, 5};
@@ -97,6 +101,7 @@ inline void each_gguf_element(GgufType type, Body&& body) {
   for (int i = 0; i < elements.bytes; ++i, ++offset) body(offset, 1);
   for (int i = 0; i < elements.halves; ++i, offset += 2) body(offset, 2);
   for (int i = 0; i < elements.words; ++i, offset += 4) body(offset, 4);
+  for (int i = 0; i < elements.last_halves; ++i, offset += 2) body(offset, 2);
 }
 
 // Calls body.operator()<type>() for the run-time value of `type`.

@@ -131,7 +131,7 @@ inline thread_local RowPanels row_panels;
 inline void discard_packed_rows() {
   row_panels.values = nullptr;
   split_store.forget();
-  gguf::activation_store.forget();
+  gguf::forget_activations();
 }
 
 // Packs a block of up to 16 rows as the other operand: `width` words of 4 bytes per pair of columns, one per row.

@@ -14,16 +14,22 @@
 namespace lowlat::LOWLAT_ISA::gguf {
 
 constexpr std::int64_t kMostTokens = 8;  // activation rows per pass over a tile
-constexpr std::int64_t kSpansAhead = 8;  // distance of prefetches
+constexpr std::int64_t kPrefetchBytes = 4096;  // distance of prefetches
 
 #if defined(LOWLAT_AVX512)
 
 template <GgufType type>
-using Weights = Codes;
+using Weights = std::conditional_t<kByEntries<type>, EntryCodes, Codes>;
+template <GgufType type>
+using SpanOf = std::conditional_t<kByEntries<type>, EntryActivations, SpanActivations>;
 
 template <GgufType type>
-inline Codes load_weights(const std::uint8_t* at, std::int64_t columns) {
-  return Loader<type>::load(at, columns);
+inline Weights<type> load_weights(const std::uint8_t* at, std::int64_t columns) {
+  if constexpr (kByEntries<type>) {
+    return EntryLoader<type>::load(at);
+  } else {
+    return Loader<type>::load(at, columns);
+  }
 }
 
 // The sums of the lanes of four vectors, four at a time: lane 4 j + k is that of quarter j of vector k.
@@ -54,7 +60,30 @@ inline F add_products(F sum, const Codes& w, const SpanActivations& x) {
   return {_mm512_fnmadd_ps(w.minimum.v, load(x.sum).v, sum.v)};
 }
 
+// codes [first, last) . x from `start`: 128 above + low
+inline F entry_products(const EntryCodes& w, const EntryActivations& x, int first, int last, __m512i start) {
+  LOWLAT_UNROLL
+  for (int e = first; e < last; ++e) start = _mm512_dpbusd_epi32(start, w.code[e], pairs(x.high + 64 * e).v);
+  start = _mm512_slli_epi32(start, 7);
+  LOWLAT_UNROLL
+  for (int e = first; e < last; ++e) start = _mm512_dpbusd_epi32(start, w.code[e], pairs(x.low + 64 * e).v);
+  return mul({_mm512_cvtepi32_ps(start)}, load(x.scale));
+}
+
+template <GgufType type>
+inline F add_products(F sum, const EntryCodes& w, const EntryActivations& x) {
+  const __m512i starts[2] = {pairs(x.start[0]).v, pairs(x.start[1]).v};
+  if constexpr (EntryLoader<type>::kIsWide) {
+    return fma(entry_products(w, x, 0, 4, _mm512_add_epi32(starts[0], starts[1])), w.scale[0], sum);
+  }
+  sum = fma(entry_products(w, x, 0, 2, starts[0]), w.scale[0], sum);
+  return fma(entry_products(w, x, 2, 4, starts[1]), w.scale[1], sum);
+}
+
 #else
+
+template <GgufType type>
+using SpanOf = SpanActivations;
 
 template <GgufType type>
 struct Weights {
@@ -84,7 +113,7 @@ inline F add_products(F sum, const Weights<type>& w, const SpanActivations& x) {
 // lanes[t][r] += rows of a tile times `tokens` rows of x, `apart` spans from each other; for a single row the sums stay
 // in a register.
 template <GgufType type, bool is_one>
-inline void multiply_tile(const Matrix& w, std::int64_t tile, const SpanActivations* x, std::int64_t apart,
+inline void multiply_tile(const Matrix& w, std::int64_t tile, const SpanOf<type>* x, std::int64_t apart,
                           std::int64_t tokens, Lanes* lanes) {
   const std::int64_t first = tile * kTile, rows = least(kTile, w.rows - first), spans = num_spans(w.columns);
   SpanBytes<type> bytes;
@@ -94,7 +123,7 @@ inline void multiply_tile(const Matrix& w, std::int64_t tile, const SpanActivati
       const std::uint8_t* at = bytes.of(w, first + r, s);
       // May point beyond the matrix: prefetching unmapped memory does nothing.
       for (std::int64_t line = 0; line < span_bytes<type>(); line += 64) {
-        prefetch_far(at + kSpansAhead * span_bytes<type>() + line);
+        prefetch_far(at + kPrefetchBytes + line);
       }
       const auto weights = load_weights<type>(at, least(kSpan, w.columns - s * kSpan));
       if constexpr (is_one) {
@@ -113,21 +142,21 @@ inline void multiply_tile(const Matrix& w, std::int64_t tile, const SpanActivati
 // Tiles [first, last) of y = x W^T.
 inline void gemv(const Matrix& w, std::int64_t first, std::int64_t last, const Activations& x, float* out,
                  std::int64_t out_stride) {
-  const SpanActivations* all = activation_store.find(x, w.columns);
   const std::int64_t apart = num_spans(w.columns), step = even_block(x.rows, kMostTokens);
   alignas(64) Lanes lanes[kMostTokens] = {};
   for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
 #if defined(LOWLAT_AVX512)
     if (w.is_interleaved) {
-      multiply_interleaved_rows(w, tile, all, x.rows, out, out_stride);
+      multiply_interleaved_rows(w, tile, find_activations<SpanActivations>(x, w.columns), x.rows, out, out_stride);
       continue;
     }
 #endif
     for (std::int64_t row = 0; row < x.rows; row += step) {
       const std::int64_t tokens = least(step, x.rows - row);
       with_gguf_type(w.type, [&]<GgufType type>() {
-        if (tokens == 1) return multiply_tile<type, true>(w, tile, all + row * apart, apart, 1, lanes);
-        multiply_tile<type, false>(w, tile, all + row * apart, apart, tokens, lanes);
+        const SpanOf<type>* spans = find_activations<SpanOf<type>>(x, w.columns) + row * apart;
+        if (tokens == 1) return multiply_tile<type, true>(w, tile, spans, apart, 1, lanes);
+        multiply_tile<type, false>(w, tile, spans, apart, tokens, lanes);
       });
       for (std::int64_t t = 0; t < tokens; ++t) store(out + (row + t) * out_stride, sums_of_lanes(lanes[t]));
     }

@@ -42,20 +42,27 @@ template <GgufType type>
 class SpanBytes {
  public:
   const std::uint8_t* of(const Matrix& w, std::int64_t row, std::int64_t span) {
-    const auto* data = static_cast<const std::uint8_t*>(w.data);
-    if (!w.is_interleaved) return data + row * w.stride + span * span_bytes<type>();
+    if (w.is_interleaved) return gather(w, row, span);
+    return static_cast<const std::uint8_t*>(w.data) + row * w.stride + span * span_bytes<type>();
+  }
+
+ private:
+  static constexpr std::int64_t kBlock = find_gguf_type(static_cast<std::int64_t>(type))->bytes;
+
+  // Not inline: it would slow down loops over rows in file order.
+  [[gnu::noinline]] const std::uint8_t* gather(const Matrix& w, std::int64_t row, std::int64_t span) {
     const std::int64_t bytes = least(span_bytes<type>(), w.stride - span * span_bytes<type>());
-    const std::uint8_t* tile = data + row / kTile * kTile * w.stride + kTile * span * span_bytes<type>();
-    for (std::int64_t block = 0; block < bytes; block += kBlock, tile += kTile * kBlock) {
+    const std::uint8_t* tile = static_cast<const std::uint8_t*>(w.data) + row / kTile * kTile * w.stride +
+                               kTile * span * span_bytes<type>();
+    std::uint8_t* to = gathered_;
+    for (const std::uint8_t* end = to + bytes; to < end; to += kBlock, tile += kTile * kBlock) {
       each_gguf_element(type, [&](std::int64_t offset, std::int64_t size) {
-        std::memcpy(gathered_ + block + offset, tile + kTile * offset + row % kTile * size, size);
+        std::memcpy(to + offset, tile + kTile * offset + row % kTile * size, size);
       });
     }
     return gathered_;
   }
 
- private:
-  static constexpr std::int64_t kBlock = find_gguf_type(static_cast<std::int64_t>(type))->bytes;
   alignas(64) std::uint8_t gathered_[span_bytes<type>() + 64];
 };
 

@@ -5,8 +5,9 @@
 
 namespace lowlat::LOWLAT_ISA::gguf {
 
-// Decodes a block of 16 rows, group by group. weight = scale * (code - kZero) - minimum; word(i) holds the codes of four
-// columns of the group.
+// Decodes a block of 16 rows. weight = scale(g) * (code - kZero) - minimum(g) for the columns of group g; word(g, i) holds
+// the codes of four of them. Group and word are constants after unrolling; blocks of kParts parts have a member `part`.
+// Groups kApart from each other share bytes.
 template <GgufType type>
 struct TileDecoder;
 
@@ -16,29 +17,47 @@ inline Words word_of(const std::uint8_t* block, int offset) { return pairs(block
 inline F halves_of(const std::uint8_t* block, int offset) {
   return load_fp16(reinterpret_cast<const fp16*>(block + 16 * offset));
 }
-inline Words shifted(Words words, int bits) { return _mm512_srlv_epi16(words, _mm512_set1_epi16(static_cast<short>(bits))); }
-inline Words nibbles(Words words, int shift) { return _mm512_and_si512(shifted(words, shift), all_bytes(15)); }
-// Byte `number` of every lane.
-inline F byte_of(Words words, int number) {
-  const Words lowest = _mm512_srlv_epi32(words, _mm512_set1_epi32(8 * number));
-  return {_mm512_cvtepi32_ps(_mm512_and_si512(lowest, _mm512_set1_epi32(255)))};
+// Bits `from` of 16-bit lanes moved to bits `to`; constants after unrolling.
+LOWLAT_INLINE inline Words moved(Words words, int from, int to) {
+  if (from == to) return words;
+  const Words by = _mm512_set1_epi16(static_cast<short>(from > to ? from - to : to - from));
+  return from > to ? _mm512_srlv_epi16(words, by) : _mm512_sllv_epi16(words, by);
 }
+// Bits of every byte from bit `from`, as numbers.
+LOWLAT_INLINE inline Words bits_of(Words words, int from, int mask) {
+  return _mm512_and_si512(moved(words, from, 0), all_bytes(mask));
+}
+LOWLAT_INLINE inline Words nibbles(Words words, int shift) { return bits_of(words, shift, 15); }
+// Bits from `from` of `high`, moved to bits `to` and added to numbers below them.
+LOWLAT_INLINE inline Words with_high(Words low, Words high, int from, int to, int mask) {
+  return with_bits(low, moved(high, from, to), all_bytes(mask << to));
+}
+
+// 2^24 times byte `number`, signed, of every lane: the byte becomes the highest.
+LOWLAT_INLINE inline F byte_of(Words words, int number) {
+  const auto top = static_cast<int>(0x00808080u | static_cast<unsigned>(number) << 24);
+  const auto from = [&](int lane) { return top + (4 * lane << 24); };
+  const Words all = _mm512_broadcast_i32x4(_mm_setr_epi32(from(0), from(1), from(2), from(3)));
+  return {_mm512_cvtepi32_ps(_mm512_shuffle_epi8(words, all))};
+}
+// What byte_of() is multiplied with.
+inline F scale_of_bytes(const std::uint8_t* block, int offset) { return mul(halves_of(block, offset), set1(0x1p-24f)); }
+
 // --- blocks of 32 columns ---------------------------------------------------------------------------------------------
 
 // Four bits per column from `data`, fifth bits from `fifth` (0: none).
 template <int data, int fifth, bool has_minimum>
 struct NibbleTile {
-  static constexpr int kGroup = 32, kGroups = 1;
+  static constexpr int kGroup = 32, kGroups = 1, kParts = 1, kApart = 1;
   static constexpr bool kHasMinimum = has_minimum;
 
   const std::uint8_t* block;
-  F scale, minimum = zero();
+  F factor;
 
-  explicit NibbleTile(const std::uint8_t* at) : block(at), scale(halves_of(at, 0)) {
-    if constexpr (has_minimum) minimum = sub(zero(), halves_of(at, 2));
-  }
-  void start(int) {}
-  Words word(int i) const {
+  explicit NibbleTile(const std::uint8_t* at) : block(at), factor(halves_of(at, 0)) {}
+  LOWLAT_INLINE F scale(int) const { return factor; }
+  LOWLAT_INLINE F minimum(int) const { return sub(zero(), halves_of(block, 2)); }
+  LOWLAT_INLINE Words word(int, int i) const {
     Words code = nibbles(word_of(block, data + 4 * (i % 4)), i < 4 ? 0 : 4);
     if constexpr (fifth > 0) {
       // Four bits of byte i / 2 of every lane, one for each byte of the word.
@@ -76,29 +95,31 @@ template <>
 struct TileDecoder<GgufType::IQ4_NL> : NibbleTile<2, 0, false> {
   static constexpr int kZero = 127;
   using NibbleTile::NibbleTile;
-  Words word(int i) const { return _mm512_shuffle_epi8(level_codes(kIq4Levels, kZero), NibbleTile::word(i)); }
+  LOWLAT_INLINE Words word(int g, int i) const {
+    return _mm512_shuffle_epi8(level_codes(kIq4Levels, kZero), NibbleTile::word(g, i));
+  }
 };
 
 template <>
 struct TileDecoder<GgufType::Q8_0> {
-  static constexpr int kGroup = 32, kGroups = 1, kZero = 128;
+  static constexpr int kGroup = 32, kGroups = 1, kParts = 1, kApart = 1, kZero = 128;
   static constexpr bool kHasMinimum = false;
   const std::uint8_t* block;
-  F scale, minimum = zero();
-  explicit TileDecoder(const std::uint8_t* at) : block(at), scale(halves_of(at, 0)) {}
-  void start(int) {}
-  Words word(int i) const { return plus_128({word_of(block, 2 + 4 * i)}).v; }
+  F factor;
+  explicit TileDecoder(const std::uint8_t* at) : block(at), factor(halves_of(at, 0)) {}
+  LOWLAT_INLINE F scale(int) const { return factor; }
+  LOWLAT_INLINE Words word(int, int i) const { return plus_128({word_of(block, 2 + 4 * i)}).v; }
 };
 
 template <>
 struct TileDecoder<GgufType::MXFP4> {
-  static constexpr int kGroup = 32, kGroups = 1, kZero = 12;
+  static constexpr int kGroup = 32, kGroups = 1, kParts = 1, kApart = 1, kZero = 12;
   static constexpr bool kHasMinimum = false;
   const std::uint8_t* block;
-  F scale, minimum = zero();
-  explicit TileDecoder(const std::uint8_t* at) : block(at), scale(halves_of_e8m0(at)) {}
-  void start(int) {}
-  Words word(int i) const {
+  F factor;
+  explicit TileDecoder(const std::uint8_t* at) : block(at), factor(halves_of_e8m0(at)) {}
+  LOWLAT_INLINE F scale(int) const { return factor; }
+  LOWLAT_INLINE Words word(int, int i) const {
     const Words code = nibbles(word_of(block, 1 + 4 * (i % 4)), i < 4 ? 0 : 4);
     return _mm512_shuffle_epi8(level_codes(kFp4Levels, kZero), code);
   }
@@ -118,24 +139,24 @@ struct TileDecoder<GgufType::MXFP4> {
 template <>
 struct TileDecoder<GgufType::INT4_BF16> : NibbleTile<2, 0, false> {
   static constexpr int kZero = 8;
-  explicit TileDecoder(const std::uint8_t* at) : NibbleTile(at) { scale = load_bf16(reinterpret_cast<const bf16*>(at)); }
+  explicit TileDecoder(const std::uint8_t* at) : NibbleTile(at) { factor = load_bf16(reinterpret_cast<const bf16*>(at)); }
 };
 
 // The minimum is the scale times the integer that stands for zero, exact in fp32.
 template <int groups>
 struct ZeroPointTile {
-  static constexpr int kGroup = 32, kGroups = groups, kZero = 0;
+  static constexpr int kGroup = 32, kGroups = groups, kParts = 1, kApart = 1, kZero = 0;
   static constexpr bool kHasMinimum = true;
   const std::uint8_t* block;
-  F scale, minimum;
-  int group = 0;
+  F factor, least;
   explicit ZeroPointTile(const std::uint8_t* at) : block(at) {
     const Words words = word_of(at, 0);
-    scale = {_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(~255)))};
-    minimum = mul(byte_of(words, 0), scale);
+    factor = {_mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(~255)))};
+    least = mul(mul(byte_of(words, 0), set1(0x1p-24f)), factor);
   }
-  void start(int g) { group = g; }
-  Words word(int i) const { return nibbles(word_of(block, 4 + 16 * group + 4 * (i % 4)), i < 4 ? 0 : 4); }
+  LOWLAT_INLINE F scale(int) const { return factor; }
+  LOWLAT_INLINE F minimum(int) const { return least; }
+  LOWLAT_INLINE Words word(int g, int i) const { return nibbles(word_of(block, 4 + 16 * g + 4 * (i % 4)), i < 4 ? 0 : 4); }
 };
 template <>
 struct TileDecoder<GgufType::INT4_32> : ZeroPointTile<1> {
@@ -148,58 +169,137 @@ struct TileDecoder<GgufType::INT4_128> : ZeroPointTile<4> {
 
 // --- K types ------------------------------------------------------------------------------------------------------------
 
-// Scales and minima of Q4_K.
+// Scales and minima of Q4_K and Q5_K.
 struct KScales {
-  Words scales[2], minima[2];
+  static constexpr int kGroup = 32, kGroups = 8, kParts = 1, kApart = 1, kZero = 0;
+  static constexpr bool kHasMinimum = true;
+  const std::uint8_t* block;
   F d, least;
+  Words scales[2], minima[2];
 
-  explicit KScales(const std::uint8_t* at) : d(halves_of(at, 0)), least(halves_of(at, 2)) {
+  explicit KScales(const std::uint8_t* at) : block(at), d(scale_of_bytes(at, 0)), least(scale_of_bytes(at, 2)) {
     const Words x = word_of(at, 4), y = word_of(at, 8), z = word_of(at, 12);
-    const Words six = all_bytes(63), low = all_bytes(15), high = all_bytes(48);
-    scales[0] = _mm512_and_si512(x, six);
-    minima[0] = _mm512_and_si512(y, six);
-    scales[1] = with_bits(_mm512_and_si512(z, low), _mm512_srli_epi16(x, 2), high);
-    minima[1] = with_bits(_mm512_and_si512(_mm512_srli_epi16(z, 4), low), _mm512_srli_epi16(y, 2), high);
+    scales[0] = bits_of(x, 0, 63);
+    minima[0] = bits_of(y, 0, 63);
+    scales[1] = with_high(nibbles(z, 0), x, 6, 4, 3);
+    minima[1] = with_high(nibbles(z, 4), y, 6, 4, 3);
+  }
+  LOWLAT_INLINE F scale(int g) const { return mul(byte_of(scales[g / 4], g % 4), d); }
+  LOWLAT_INLINE F minimum(int g) const { return mul(byte_of(minima[g / 4], g % 4), least); }
+  // Four bits per column.
+  LOWLAT_INLINE Words low(int data, int g, int i) const {
+    return nibbles(word_of(block, data + 32 * (g / 2) + 4 * i), g % 2 * 4);
   }
 };
 
 template <>
-struct TileDecoder<GgufType::Q4_K> {
-  static constexpr int kGroup = 32, kGroups = 8, kZero = 0;
-  static constexpr bool kHasMinimum = true;
-  const std::uint8_t* block;
-  KScales scales;
-  F scale, minimum;
-  int group = 0;
-  explicit TileDecoder(const std::uint8_t* at) : block(at), scales(at) {}
-  void start(int g) {
-    group = g;
-    scale = mul(byte_of(scales.scales[g / 4], g % 4), scales.d);
-    minimum = mul(byte_of(scales.minima[g / 4], g % 4), scales.least);
+struct TileDecoder<GgufType::Q4_K> : KScales {
+  using KScales::KScales;
+  LOWLAT_INLINE Words word(int g, int i) const { return low(16, g, i); }
+};
+
+template <>
+struct TileDecoder<GgufType::Q5_K> : KScales {
+  using KScales::KScales;
+  LOWLAT_INLINE Words word(int g, int i) const {
+    return with_high(low(48, g, i), word_of(block, 16 + 4 * i), g, 4, 1);
   }
-  Words word(int i) const { return nibbles(word_of(block, 16 + 32 * (group / 2) + 4 * i), group % 2 * 4); }
+};
+
+// Types with a signed scale for 16 columns each, in two parts of 128 columns. Bits of a column: those of 32 consecutive
+// columns are at one place of 32 bytes, those of the next 32 follow them in the same bytes.
+template <int middle>
+struct SixteensTile {
+  static constexpr int kGroup = 16, kGroups = 8, kParts = 2, kApart = 4, kZero = middle;
+  static constexpr bool kHasMinimum = false;
+  const std::uint8_t* block;
+  F d;
+  Words scales[4];
+  int part = 0;
+
+  SixteensTile(const std::uint8_t* at, int offset) : block(at), d(scale_of_bytes(at, offset)) {}
+  LOWLAT_INLINE F scale(int g) const { return mul(byte_of(scales[2 * part + g / 4], g % 4), d); }
+  // Of a run of 32 columns; `data` has `bytes` per part.
+  LOWLAT_INLINE Words word_in_run(int data, int bytes, int g, int i) const {
+    return word_of(block + 16 * bytes * part, data + 16 * (g % 2) + 4 * i);
+  }
+  // Two bits per column: four runs share 32 bytes.
+  LOWLAT_INLINE Words two_bits(int data, int g, int i) const { return bits_of(word_in_run(data, 32, g, i), g / 2 * 2, 3); }
+};
+
+template <>
+struct TileDecoder<GgufType::Q2_K> : SixteensTile<0> {
+  static constexpr bool kHasMinimum = true;
+  F least;
+  Words minima[4];
+
+  explicit TileDecoder(const std::uint8_t* at) : SixteensTile(at, 80), least(scale_of_bytes(at, 82)) {
+    LOWLAT_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      const Words both = word_of(at, 4 * k);
+      scales[k] = nibbles(both, 0);
+      minima[k] = nibbles(both, 4);
+    }
+  }
+  LOWLAT_INLINE F minimum(int g) const { return mul(byte_of(minima[2 * part + g / 4], g % 4), least); }
+  LOWLAT_INLINE Words word(int g, int i) const { return two_bits(16, g, i); }
+};
+
+template <>
+struct TileDecoder<GgufType::Q3_K> : SixteensTile<4> {
+  explicit TileDecoder(const std::uint8_t* at) : SixteensTile(at, 108) {
+    const Words low[2] = {word_of(at, 96), word_of(at, 100)}, high = word_of(at, 104);
+    LOWLAT_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      const Words six = with_high(nibbles(low[k % 2], k / 2 * 4), high, 2 * k, 4, 3);
+      scales[k] = _mm512_sub_epi8(six, all_bytes(32));
+    }
+  }
+  // Third bits: bits 4 * part to 4 * part + 3 of the same 32 bytes.
+  LOWLAT_INLINE Words word(int g, int i) const {
+    const Words high = _mm512_srlv_epi16(word_in_run(0, 0, g, i), _mm512_set1_epi16(static_cast<short>(4 * part)));
+    return with_high(two_bits(32, g, i), high, g / 2, 2, 1);
+  }
+};
+
+template <>
+struct TileDecoder<GgufType::Q6_K> : SixteensTile<32> {
+  explicit TileDecoder(const std::uint8_t* at) : SixteensTile(at, 208) {
+    LOWLAT_UNROLL
+    for (int k = 0; k < 4; ++k) scales[k] = word_of(at, 192 + 4 * k);
+  }
+  LOWLAT_INLINE Words word(int g, int i) const {
+    const int run = g / 2;
+    const Words low = nibbles(word_in_run(32 * (run % 2), 64, g, i), run / 2 * 4);
+    return with_high(low, word_in_run(128, 32, g, i), 2 * run, 4, 3);
+  }
 };
 
 template <>
 struct TileDecoder<GgufType::IQ4_XS> {
-  static constexpr int kGroup = 32, kGroups = 8, kZero = 127;
+  static constexpr int kGroup = 32, kGroups = 8, kParts = 1, kApart = 1, kZero = 127;
   static constexpr bool kHasMinimum = false;
   const std::uint8_t* block;
-  F d, scale, minimum = zero();
-  int group = 0;
-  explicit TileDecoder(const std::uint8_t* at) : block(at), d(halves_of(at, 0)) {}
-  void start(int g) {
-    group = g;
-    const Words two = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 16 * 2)));
-    const auto bits = [](Words from, int shift, int mask) {
-      return _mm512_and_si512(_mm512_srlv_epi32(from, _mm512_set1_epi32(shift)), _mm512_set1_epi32(mask));
-    };
-    const Words six = _mm512_or_si512(bits(word_of(block, 4), 4 * g, 15), _mm512_slli_epi32(bits(two, 2 * g, 3), 4));
-    scale = mul({_mm512_cvtepi32_ps(_mm512_sub_epi32(six, _mm512_set1_epi32(32)))}, d);
+  F d;
+  Words scales[2];  // of even and of odd groups
+
+  explicit TileDecoder(const std::uint8_t* at) : block(at), d(scale_of_bytes(at, 0)) {
+    const Words low = word_of(at, 4), high = spread(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 16 * 2)));
+    scales[0] = _mm512_sub_epi8(with_high(nibbles(low, 0), high, 0, 4, 3), all_bytes(32));
+    scales[1] = _mm512_sub_epi8(with_high(nibbles(low, 4), high, 2, 4, 3), all_bytes(32));
   }
-  Words word(int i) const {
-    const Words code = nibbles(word_of(block, 8 + 16 * group + 4 * (i % 4)), i < 4 ? 0 : 4);
+  LOWLAT_INLINE F scale(int g) const { return mul(byte_of(scales[g % 2], g / 2), d); }
+  LOWLAT_INLINE Words word(int g, int i) const {
+    const Words code = nibbles(word_of(block, 8 + 16 * g + 4 * (i % 4)), i < 4 ? 0 : 4);
     return _mm512_shuffle_epi8(level_codes(kIq4Levels, kZero), code);
+  }
+
+ private:
+  // Four bits in each byte of a word from 16 bits.
+  static Words spread(__m256i sixteens) {
+    const Words all = _mm512_cvtepu16_epi32(sixteens);
+    const Words twos = _mm512_and_si512(_mm512_or_si512(all, _mm512_slli_epi32(all, 8)), _mm512_set1_epi32(0x00ff00ff));
+    return _mm512_or_si512(twos, _mm512_slli_epi32(twos, 4));
   }
 };
 

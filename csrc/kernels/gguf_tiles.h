@@ -8,6 +8,87 @@ namespace lowlat::LOWLAT_ISA::gguf {
 
 constexpr int kTileTokens = 4;
 
+// Where the sums of a block's groups start, so that code 0 stands for -kZero.
+template <class Decoder>
+inline void store_starts(const SpanActivations& x, int in_span, std::int32_t* starts) {
+  const std::int32_t* totals = (Decoder::kGroup == 16 ? x.total : x.wide_total) + in_span / Decoder::kGroup;
+  for (int g = 0; g < Decoder::kParts * Decoder::kGroups; ++g) starts[g] = -Decoder::kZero * totals[g];
+}
+
+// Two groups at once, or the even and odd words of one: twice as many chains of sums.
+template <class Decoder>
+constexpr int kGroupsAtOnce = Decoder::kGroups > 1 ? 2 : 1;
+
+// sums[k][t] of group g + k * kApart, or of words k of every two, and row t of x.
+template <class Decoder, int T>
+LOWLAT_INLINE inline void add_groups(const Decoder& decoder, int g, int in_span, const SpanActivations* x,
+                                     std::int64_t apart, SplitSums (&sums)[2][T]) {
+  constexpr int kAtOnce = kGroupsAtOnce<Decoder>;
+  LOWLAT_UNROLL
+  for (int i = 0; i < kAtOnce * Decoder::kGroup / 4; ++i) {
+    const int group = g + i % kAtOnce * Decoder::kApart, word = i / kAtOnce;
+    const int at = in_span + group * Decoder::kGroup + 4 * word;
+    const P code = {decoder.word(group, word)};
+    LOWLAT_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const SpanActivations& own = x[t * apart];
+      SplitSums& to = sums[i % 2][t];
+      to.high = dot_bytes(to.high, code, set1_pair(word_at(own.high + at)));
+      to.low = dot_bytes(to.low, code, set1_pair(word_at(own.low + at)));
+    }
+  }
+}
+
+// Bytes that a part of a block prefetches, some with every two groups: at once, they would fill all line buffers.
+struct PrefetchedBytes {
+  const std::uint8_t* at;
+  std::int64_t bytes;
+
+  LOWLAT_INLINE void prefetch_share(int share, int shares) const {
+    const std::int64_t first = bytes * share / shares / 64, last = bytes * (share + 1) / shares / 64;
+    for (std::int64_t line = first; line < last; ++line) prefetch_far(at + 64 * line);
+  }
+};
+
+// total[t] += the groups of a part of a block times row t of x; starts of another row are kScales further on.
+template <int T, class Decoder>
+LOWLAT_INLINE inline void add_part(const Decoder& decoder, int in_span, const SpanActivations* x, std::int64_t apart,
+                                   const std::int32_t* starts, PrefetchedBytes ahead, F (&total)[T]) {
+  constexpr int kAtOnce = kGroupsAtOnce<Decoder>, kSteps = Decoder::kGroups / kAtOnce;
+  const int first_place = place_of_group(in_span / 16), first_wide = in_span / 32;
+  LOWLAT_UNROLL
+  for (int two = 0; two < kSteps; ++two) {
+    ahead.prefetch_share(two, kSteps);
+    const int g = two / Decoder::kApart * 2 * Decoder::kApart + two % Decoder::kApart;
+    SplitSums sums[2][T];
+    if constexpr (Decoder::kZero != 0) {
+      LOWLAT_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        LOWLAT_UNROLL
+        for (int t = 0; t < T; ++t) sums[k][t].low = set1_pair(word_at(starts + t * kScales + g + k * Decoder::kApart));
+      }
+    }
+    add_groups<Decoder, T>(decoder, g, in_span, x, apart, sums);
+    LOWLAT_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int group = g + k * Decoder::kApart, place = first_place + place_of_group(group * Decoder::kGroup / 16);
+      const F scale = decoder.scale(group);
+      LOWLAT_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const SpanActivations& own = x[t * apart];
+        P integers = sums[k][t].total();
+        if constexpr (kAtOnce == 1) integers = {_mm512_add_epi32(integers.v, sums[1][t].total().v)};
+        // In this order: scales of MXFP4 reach 2^127.
+        total[t] = fma(mul(integers_to_float(integers), set1(own.scale[place])), scale, total[t]);
+        if constexpr (Decoder::kHasMinimum) {
+          const float along = Decoder::kGroup == 32 ? own.wide_sum[first_wide + group] : own.sum[place];
+          total[t] = {_mm512_fnmadd_ps(decoder.minimum(group).v, _mm512_set1_ps(along), total[t].v)};
+        }
+      }
+    }
+  }
+}
+
 // One tile and T rows of x, `apart` spans from each other.
 template <GgufType type, int T>
 inline void multiply_interleaved(const Matrix& w, std::int64_t tile, const SpanActivations* x, std::int64_t apart,
@@ -21,40 +102,19 @@ inline void multiply_interleaved(const Matrix& w, std::int64_t tile, const SpanA
   for (int t = 0; t < T; ++t) total[t] = zero();
   for (std::int64_t column = 0; column < w.columns; column += info.columns, at += kBytes) {
     // May point beyond the matrix: prefetching unmapped memory does nothing.
-    for (std::int64_t line = 0; line < kBytes; line += 64) prefetch_far(at + most(kBytes, 8192) + line);
+    const PrefetchedBytes ahead = {at + most(kBytes, 8192), kBytes / Decoder::kParts};
     Decoder decoder(at);
-    for (int g = 0; g < Decoder::kGroups; ++g) {
-      decoder.start(g);
-      const std::int64_t first = column + g * Decoder::kGroup;
-      const auto in_span = static_cast<int>(first % kSpan);
-      const SpanActivations* span = x + first / kSpan;
-      SplitSums sums[T];
-      LOWLAT_UNROLL
-      for (int i = 0; i < Decoder::kGroup / 4; ++i) {
-        const P code = {decoder.word(i)};
-        LOWLAT_UNROLL
-        for (int t = 0; t < T; ++t) {
-          const SpanActivations& own = span[t * apart];
-          sums[t].high = dot_bytes(sums[t].high, code, set1_pair(word_at(own.high + in_span + 4 * i)));
-          sums[t].low = dot_bytes(sums[t].low, code, set1_pair(word_at(own.low + in_span + 4 * i)));
-        }
-      }
-      const F offset = Decoder::kHasMinimum ? decoder.minimum : mul(decoder.scale, set1(Decoder::kZero));
-      LOWLAT_UNROLL
-      for (int t = 0; t < T; ++t) {
-        const SpanActivations& own = span[t * apart];
-        const int place = place_of_group(in_span / 16);
-        float along = own.sum[place];
-        if constexpr (Decoder::kGroup == 32) along += own.sum[place_of_group(in_span / 16 + 1)];
-        const F integers = integers_to_float(sums[t].total());
-        if constexpr (kMinimumInSteps<type>) {
-          const F products = mul(integers, set1(own.scale[place]));
-          const F zero_point = set1(Decoder::kZero);
-          total[t] = fma({_mm512_fnmadd_ps(zero_point.v, _mm512_set1_ps(along), products.v)}, decoder.scale, total[t]);
-        } else {
-          total[t] = fma(integers, mul(decoder.scale, set1(own.scale[place])), total[t]);
-          total[t] = {_mm512_fnmadd_ps(offset.v, _mm512_set1_ps(along), total[t].v)};
-        }
+    const auto in_span = info.columns == kSpan ? 0 : static_cast<int>(column % kSpan);
+    const SpanActivations* span = x + column / kSpan;
+    alignas(64) std::int32_t starts[T][kScales];
+    for (int t = 0; t < T; ++t) store_starts<Decoder>(span[t * apart], in_span, starts[t]);
+    if constexpr (Decoder::kParts == 1) {
+      add_part<T>(decoder, in_span, span, apart, starts[0], ahead, total);
+    } else {
+      for (decoder.part = 0; decoder.part < Decoder::kParts; ++decoder.part) {
+        const int first = decoder.part * Decoder::kGroups;
+        const PrefetchedBytes own = {ahead.at + decoder.part * ahead.bytes, ahead.bytes};
+        add_part<T>(decoder, first * Decoder::kGroup, span, apart, starts[0] + first, own, total);
       }
     }
   }

@@ -64,7 +64,7 @@ inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last
 
 // Discards a thread's packed activations of the last strips: the activations may have changed.
 inline void discard_packed_rows() {
-  gguf::activation_store.forget();
+  gguf::forget_activations();
 #if defined(LOWLAT_AVX512)
   split_store.forget();
 #endif

@@ -199,6 +199,28 @@ inline void load_gguf_panels(const Matrix& w, std::int64_t tile, Panel* panels) 
 
 #if defined(LOWLAT_AVX512)
 
+// The columns from `column` of a part of an interleaved GGUF block.
+template <class Decoder>
+LOWLAT_INLINE inline void load_part_panels(const Decoder& decoder, std::int64_t column, Panel* panels) {
+  LOWLAT_UNROLL
+  for (int g = 0; g < Decoder::kGroups; ++g) {
+    const std::int64_t first = column + g * Decoder::kGroup;
+    P* panel = panels[first / kColumns] + first % kColumns / 2;
+    const F scale = decoder.scale(g);
+    const auto weights = [&](F code) LOWLAT_INLINE {
+      const F product = mul(sub(code, set1(Decoder::kZero)), scale);
+      if constexpr (Decoder::kHasMinimum) return sub(product, decoder.minimum(g));
+      return product;
+    };
+    LOWLAT_UNROLL
+    for (int i = 0; i < Decoder::kGroup / 4; ++i) {
+      const P code = {decoder.word(g, i)};
+      panel[2 * i] = pairs_of(weights(field<0, 255>(code)), weights(field<8, 255>(code)));
+      panel[2 * i + 1] = pairs_of(weights(field<16, 255>(code)), weights(field<24, 255>(code)));
+    }
+  }
+}
+
 // All panels of a tile of interleaved GGUF blocks.
 template <GgufType type>
 inline void load_interleaved_panels(const Matrix& w, std::int64_t tile, Panel* panels) {
@@ -207,19 +229,11 @@ inline void load_interleaved_panels(const Matrix& w, std::int64_t tile, Panel* p
   const std::uint8_t* at = static_cast<const std::uint8_t*>(w.data) + tile * kTile * w.stride;
   for (std::int64_t column = 0; column < w.columns; column += info.columns, at += kTile * info.bytes) {
     Decoder decoder(at);
-    for (int g = 0; g < Decoder::kGroups; ++g) {
-      decoder.start(g);
-      const std::int64_t first = column + g * Decoder::kGroup;
-      P* panel = panels[first / kColumns] + first % kColumns / 2;
-      const auto weights = [&](F code) {
-        const F product = mul(sub(code, set1(Decoder::kZero)), decoder.scale);
-        return Decoder::kHasMinimum ? sub(product, decoder.minimum) : product;
-      };
-      LOWLAT_UNROLL
-      for (int i = 0; i < Decoder::kGroup / 4; ++i) {
-        const P code = {decoder.word(i)};
-        panel[2 * i] = pairs_of(weights(field<0, 255>(code)), weights(field<8, 255>(code)));
-        panel[2 * i + 1] = pairs_of(weights(field<16, 255>(code)), weights(field<24, 255>(code)));
+    if constexpr (Decoder::kParts == 1) {
+      load_part_panels(decoder, column, panels);
+    } else {
+      for (decoder.part = 0; decoder.part < Decoder::kParts; ++decoder.part) {
+        load_part_panels(decoder, column + decoder.part * Decoder::kGroups * Decoder::kGroup, panels);
       }
     }
   }
