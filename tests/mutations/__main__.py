@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from .mutants import MUTANTS
-from .runner import Outcome, check_baseline, prepare, run_mutant
+from .runner import Outcome, prepare, run_mutants
 
 
 def main(arguments: list[str]) -> int:
@@ -26,11 +26,10 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="lowlat-mutations-") as folder:
         workspace = Path(folder)
         prepare(workspace)
-        check_baseline(workspace, chosen)
         outcomes = []
-        for mutant in chosen:
-            outcomes.append(run_mutant(workspace, mutant))
-            print(row(outcomes[-1]), flush=True)
+        for outcome in run_mutants(workspace, chosen):
+            outcomes.append(outcome)
+            print(row(outcome), flush=True)
     killed = sum(outcome.killed for outcome in outcomes)
     print(f"{killed} of {len(outcomes)} killed")
     return 0 if killed == len(outcomes) else 1
