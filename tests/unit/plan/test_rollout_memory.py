@@ -70,7 +70,7 @@ def test_activations_are_those_of_the_kernels() -> None:
 def test_activations_of_mtp_modules_are_what_autograd_keeps() -> None:
     config = replace(CONFIG, num_nextn_predict_layers=2)
     policy = learner(masters(config))
-    tensors = policy._weights.tensors.values()
+    tensors = policy.weights.tensors.values()
     weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     kept: dict[int, Tensor] = {}
 
