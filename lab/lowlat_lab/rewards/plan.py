@@ -123,6 +123,7 @@ class Experiment:
         """The recipe of the model that all runs start from, relative to the experiment's folder."""
         own = self.fine_tuning
         assert own is not None
+        rise = {"to": own.learning_rate, "steps": min(5, own.steps - 1)}
         fall = {"to": own.learning_rate / 20, "shape": "cosine"}
         return {
             "name": f"rewards-{self.name}-sft",
@@ -138,7 +139,7 @@ class Experiment:
                     "sequence_length": own.sequence_length,
                     "batch_size": own.batch_size,
                     "micro_batch_size": own.batch_size,
-                    "learning_rate": [{"to": own.learning_rate, "steps": 5}, fall],
+                    "learning_rate": [rise, fall],
                     "mtp_weight": 0.0,
                     "bias_update_speed": 0.0,
                 }

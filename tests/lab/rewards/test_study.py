@@ -153,6 +153,7 @@ def test_a_study_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         variants=VARIANTS[::2],
         steps=2,
         batch_size=8,
+        micro_batch_size=4,
         held_out=3,
         evaluate_every=1,
     )
