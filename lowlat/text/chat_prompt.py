@@ -37,12 +37,13 @@ def encode_chat(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     continues: bool = False,
+    check_text: Callable[[str], None] | None = None,
     **template_vars: Any,
 ) -> list[int]:
     """Token ids of the prompt for the next assistant message after `messages`.
 
     continues: the prompt ends with the content of the last message, which the output continues
-    (assistant prefill).
+    (assistant prefill). check_text: gets the prompt's text before it is tokenized, and may raise.
 
     No text in `messages` or `tools` becomes an added token (except one of blanks only): there
     "<|im_end|>" is ordinary text, also if only template and text together spell it. Without such
@@ -61,6 +62,8 @@ def encode_chat(
         return _until(tokenizer.apply_chat_template(**sent, **template_vars), end)
 
     text = render(sent)
+    if check_text is not None:
+        check_text(text)
     ids = tokenizer.encode(text, add_special_tokens=False)
     control = {id: text for id, text in tokenizer.added_tokens.items() if not text.isspace()}
     marks = _Marks(sent, list(control.values()), tokenizer.template_for(tools) or "")

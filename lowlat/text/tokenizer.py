@@ -21,6 +21,9 @@ from lowlat.text.template import ChatTemplate
 from lowlat.text.token_bytes import TokenBytes
 from lowlat.utils.errors import UserError
 
+LONG_TEXT = 8192
+"""Characters whose encoding takes about 10 ms."""
+
 
 class Tokenizer:
     """A tokenizer with its special tokens and chat template; safe to use from several threads.
@@ -115,7 +118,7 @@ class Tokenizer:
             what = f"character {error.start} is half of a surrogate pair"
             raise UserError(f"text cannot be encoded: {what}; send valid Unicode") from error
         backend = self._backend if parse_special else self._plain_backend
-        return backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return _encode(backend, text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each of many texts, equal to `encode(..., add_special_tokens=False,
@@ -128,7 +131,7 @@ class Tokenizer:
     def encode_spans(self, text: str) -> list[tuple[int, int, int]]:
         """(id, start, end) of every token of `text`, in characters; bos and eos are not added."""
         self.require()
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = _encode(self._backend, text, add_special_tokens=False, with_offsets=True)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         return [(index, start, end) for index, (start, end) in spans]
 
@@ -201,3 +204,20 @@ class Tokenizer:
         """Write the files that from_folder, and transformers' AutoTokenizer, read back."""
         self.require()
         write_folder(self._parts, Path(folder))
+
+
+def _encode(
+    backend: tokenizers.Tokenizer,
+    text: str,
+    *,
+    add_special_tokens: bool,
+    with_offsets: bool = False,
+) -> tokenizers.Encoding:
+    """Encode one text. Only batches release the interpreter's lock, which a server's other requests
+    need; short texts avoid their threads.
+    """
+    if len(text) < LONG_TEXT:
+        return backend.encode(text, add_special_tokens=add_special_tokens)
+    encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
+    (encoding,) = encode([text], add_special_tokens=add_special_tokens)
+    return encoding

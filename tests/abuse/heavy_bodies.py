@@ -6,7 +6,7 @@ from typing import Any
 
 from lowlat.serve.protocol import limits
 
-from .cases import CHAT, COMPLETIONS, DETOKENIZE, RESPONSES, TOKENIZE
+from .cases import CHAT, COMPLETIONS, DETOKENIZE, MESSAGES, OLLAMA_CHAT, RESPONSES, TOKENIZE
 
 NAME = "counting"
 MOST = limits.MAX_BODY_BYTES - 200
@@ -37,6 +37,20 @@ def user(content: object) -> dict[str, object]:
 
 def schema_tool(schema: object) -> dict[str, object]:
     return {"type": "function", "function": {"name": "f", "parameters": schema}}
+
+
+def long_tools(path: str, characters: int) -> bytes:
+    """A chat with 60 tools, whose descriptions have so many characters together."""
+    shown = {"description": "word " * (characters // 60 // 5)}
+    tools: list[dict[str, object]] = []
+    for number in range(60):
+        function = {"name": f"f{number}", **shown}
+        if path == MESSAGES:
+            tools.append({**function, "input_schema": {"type": "object"}})
+        else:
+            tools.append({"type": "function", "function": function})
+    limit = {} if path == OLLAMA_CHAT else {"max_tokens": 1}
+    return packed({"model": NAME, "messages": [user("x")], "tools": tools, **limit})
 
 
 PART = {"type": "text", "text": "x"}

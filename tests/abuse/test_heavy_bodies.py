@@ -14,7 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from .heavy_bodies import HEAVY
+from lowlat.generate.model import Model
+from tests.fakes import ScriptedModel, gqa_config
+from tests.unit.serve.templates import tokenizer_of
+
+from .cases import CHAT, MESSAGES, OLLAMA_CHAT
+from .heavy_bodies import HEAVY, NAME, long_tools
 from .local import Local, counting_model, listening, until
 from .wire import exchange, post
 
@@ -84,6 +89,27 @@ def test_no_body_holds_up_the_event_loop(server: Local, name: str) -> None:
         if holds.longest < HOLD_SECONDS:
             return
     pytest.fail(f"held for {min(found):.3f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("context", "characters"), [(512, 3_600_000), (400_000, 400_000)])
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, OLLAMA_CHAT])
+def test_no_text_holds_up_the_event_loop(path: str, context: int, characters: int) -> None:
+    """Regression: descriptions of tools whose tokenization stalled /health for ten seconds."""
+    data = post(path, long_tools(path, characters))
+    config = gqa_config(max_position_embeddings=context)
+    model = Model(ScriptedModel(config, lambda token: token), tokenizer_of("hermes"), name=NAME)
+    with listening(model) as server:
+        gc.collect()
+        gc.freeze()
+        found = []
+        for _ in range(REPEATS):
+            with watched(server) as holds:
+                reply = exchange(server.port, data)
+            assert reply.status == 400, reply
+            found.append(holds.longest)
+        gc.unfreeze()
+    assert min(found) < HOLD_SECONDS, found
 
 
 def peak_bytes() -> int:

@@ -132,6 +132,7 @@ def _encode(
             messages,
             tools=described,
             continues=request.continue_final_message is True,
+            check_text=lambda text: check_text_size(model, [text], "messages"),
             add_generation_prompt=request.add_generation_prompt is not False,
             **variables,
         )
