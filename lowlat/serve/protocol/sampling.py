@@ -116,6 +116,7 @@ class SamplingRequest(GenerationRequest):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    guided_decoding_backend: Hint[HintText | None] = None
     return_token_ids: bool | None = None
     """Whether to return the token ids of prompt and output."""
     stream_options: StreamOptions | None = None

@@ -37,6 +37,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
      "messages.content.cache_control"),
     (CHAT, {"messages": [EARLIER, {"role": "user", "content": "x"}]}, "messages.tool_calls"),
     (CHAT, STREAMED, "stream_options.include_obfuscation"),
+    (CHAT, {"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend"),
     (COMPLETIONS, {"user": "u", **STREAMED}, "stream_options.include_obfuscation, user"),
     (RESPONSES, {"reasoning": {"summary": "auto"}, "text": {"verbosity": "high"}},
      "reasoning.summary, text.verbosity"),
