@@ -5,7 +5,7 @@ Rejects fields that the model's chat template does not support. Errors raised by
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,7 +124,6 @@ def _encode(
     variables: dict[str, Any],
 ) -> list[int]:
     messages = template_messages(features, request.messages)
-    check_text_size(model, (str(message.get("content") or "") for message in messages), "messages")
     described = [_described(tool.function) for tool in tools] or None
     with about("messages"):
         return encode_chat(
@@ -132,7 +131,7 @@ def _encode(
             messages,
             tools=described,
             continues=request.continue_final_message is True,
-            check_text=lambda text: check_text_size(model, [text], "messages"),
+            check_text=lambda text: check_text_size(model, text, "messages"),
             add_generation_prompt=request.add_generation_prompt is not False,
             **variables,
         )
@@ -241,13 +240,13 @@ def _tool_call_constraint(
     )
 
 
-def check_text_size(model: Model, texts: Iterable[str], param: str) -> None:
-    """Reject texts that cannot fit the context before tokenizing them.
+def check_text_size(model: Model, text: str, param: str) -> None:
+    """Reject a text that cannot fit the context before tokenizing it.
 
     A token covers at most `max_token_bytes` bytes, which bounds the text. Raises RequestError about
     the field `param`.
     """
-    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    size = len(text.encode("utf-8", "surrogatepass"))
     most = model.context * model.tokenizer.max_token_bytes
     if size > most:
         raise context_error(

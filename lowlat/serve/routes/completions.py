@@ -162,7 +162,7 @@ def _encode(
         )
     for prompt in prompts:
         if isinstance(prompt, str):
-            check_text_size(model, [prompt], "prompt")
+            check_text_size(model, prompt, "prompt")
     encoded = [
         _ids(model, prompt, request.suffix) if isinstance(prompt, str) else prompt
         for prompt in prompts
@@ -189,7 +189,7 @@ def _ids(model: Model, prompt: str, suffix: str | None) -> list[int]:
             " out",
             param="suffix",
         )
-    check_text_size(model, [suffix], "suffix")
+    check_text_size(model, suffix, "suffix")
     before, after = (
         model.tokenizer.encode(text, add_special_tokens=False, parse_special=False)
         for text in (prompt, suffix)

@@ -209,7 +209,7 @@ def _encode(
     model = engine.model
     for text in inputs:
         if isinstance(text, str):
-            check_text_size(model, [text], "input")
+            check_text_size(model, text, "input")
     prompts = [model.tokenizer.encode(x) if isinstance(x, str) else x for x in inputs]
     for prompt in prompts:
         engine.check(prompt, params)

@@ -77,7 +77,7 @@ def _tokenize(model: Model, request: TokenizeRequest) -> Response:
         chat = ChatRequest(model=request.model, messages=request.messages, tools=request.tools)
         ids = list(prepare_chat(model, chat).ids)
     else:
-        check_text_size(model, [request.prompt or ""], "prompt")
+        check_text_size(model, request.prompt or "", "prompt")
         ids = model.tokenizer.encode(
             request.prompt or "", add_special_tokens=request.add_special_tokens is not False
         )

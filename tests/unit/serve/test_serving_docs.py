@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,26 @@ def test_every_hint_is_in_the_row_of_hints(column: int, kind: type[StrictModel])
         if isinstance(mark, Ignored) and mark.when is None
     }
     assert words(row[column]) == always
+
+
+def all_kinds(kind: type[StrictModel]) -> Iterator[type[StrictModel]]:
+    for each in kind.__subclasses__():
+        if each.__module__.startswith("lowlat."):
+            yield each
+        yield from all_kinds(each)
+
+
+def test_hints_of_all_objects_are_described() -> None:
+    hints = {
+        mark.label or name
+        for kind in all_kinds(StrictModel)
+        for name, field in kind.model_fields.items()
+        for mark in field.metadata
+        if isinstance(mark, Ignored)
+    }
+    assert len(hints) > 40
+    missing = {name for name in hints if not re.search(rf"[`.]{name}`", PAGE)}
+    assert not missing
 
 
 def test_the_sampling_row_names_all_options() -> None:
