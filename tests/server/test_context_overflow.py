@@ -39,6 +39,8 @@ def chat(text: str) -> dict[str, Any]:
         ("/v1/responses", {"input": LONG}, "input"),
         ("/v1/responses", {"input": "x", "max_output_tokens": CONTEXT}, "max_output_tokens"),
         ("/v1/messages", {**chat(LONG), "max_tokens": 1}, "messages"),
+        ("/api/chat", chat(LONG), "messages"),
+        ("/api/generate", {"prompt": LONG}, "prompt"),
         ("/tokenize", {"prompt": LONG * 2000}, "prompt"),
         ("/detokenize", {"tokens": [1] * (CONTEXT + 1)}, "tokens"),
     ],
@@ -49,6 +51,8 @@ def test_every_route(server: Server, path: str, body: dict[str, Any], param: str
         f"{server.url}{path}", json={"model": NAME, **body}, headers=headers, timeout=60.0
     )
     error = response.json()["error"]
+    if isinstance(error, str):  # Ollama's format
+        error = {**response.json(), "message": error}
     assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
     assert error["message"].startswith(WORDS) and "\n" not in error["message"]
     assert error["param"] == param
