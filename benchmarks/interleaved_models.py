@@ -1,6 +1,6 @@
-"""Decode and prefill of several models in turn: a changing machine distorts their ratios least.
+"""Interleaved decode and prefill of several models: a changing machine distorts their ratios least.
 
-    python benchmarks/models_in_turn.py /tmp/mini /tmp/mini-dsa --decode 32768,131072 \\
+    python benchmarks/interleaved_models.py /tmp/mini /tmp/mini-dsa --decode 32768,131072 \\
         --prefill 32768,131072 --out FOLDER
 
 All models stay loaded, each in a process of its own. A turn times a few decode steps of one model,
