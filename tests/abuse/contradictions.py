@@ -88,8 +88,8 @@ def unsupported() -> Iterator[Case]:
     """Fields of OpenAI's API and of other servers that are not here: named, never ignored."""
     chat = (
         "audio best_of chat_template documents echo suffix function_call functions"
-        " guided_decoding_backend include_reasoning length_penalty lora_request mirostat"
-        " mm_processor_kwargs model_path num_beams prompt prompt_embeds"
+        " include_reasoning length_penalty lora_request mirostat mm_processor_kwargs model_path"
+        " num_beams prompt prompt_embeds"
         " repeat_penalty skip_special_tokens spaces_between_special_tokens"
         " truncate_prompt_tokens typical_p use_beam_search web_search_options"
         " kv_transfer_params cache_salt request_id logits_processors"
