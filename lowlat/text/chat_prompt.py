@@ -13,6 +13,7 @@ them is encoded as ordinary text.
 import json
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lowlat.text.tokenizer import Tokenizer
@@ -37,13 +38,13 @@ def encode_chat(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     continues: bool = False,
-    check_text: Callable[[str], None] | None = None,
+    encode: Callable[..., list[int]] | None = None,
     **template_vars: Any,
 ) -> list[int]:
     """Token ids of the prompt for the next assistant message after `messages`.
 
     continues: the prompt ends with the content of the last message, which the output continues
-    (assistant prefill). check_text: gets the prompt's text before it is tokenized, and may raise.
+    (assistant prefill). encode: encodes texts instead of `tokenizer.encode`, and may refuse them.
 
     No text in `messages` or `tools` becomes an added token (except one of blanks only): there
     "<|im_end|>" is ordinary text, also if only template and text together spell it. Without such
@@ -62,18 +63,17 @@ def encode_chat(
         return _until(tokenizer.apply_chat_template(**sent, **template_vars), end)
 
     text = render(sent)
-    if check_text is not None:
-        check_text(text)
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    encode = encode or partial(tokenizer.encode, add_special_tokens=False)
+    ids = encode(text)
     control = {id: text for id, text in tokenizer.added_tokens.items() if not text.isspace()}
     marks = _Marks(sent, list(control.values()), tokenizer.template_for(tools) or "")
     if not marks.any:
         return ids
     marked = render(marks.apply(sent))
-    spans = [span for span in tokenizer.encode_spans(marked) if span[0] in control]
+    spans = [span for span in tokenizer.control_spans(marked) if span[0] in control]
     if [id for id in ids if id in control] == [id for id, _, _ in spans]:
         return ids
-    return _encode_between(tokenizer, marked, spans, marks.restore)
+    return _encode_between(encode, marked, spans, marks.restore)
 
 
 def _until(text: str, end: str) -> str:
@@ -86,7 +86,10 @@ def _until(text: str, end: str) -> str:
 
 
 def _encode_between(
-    tokenizer: Tokenizer, marked: str, spans: Sequence[tuple[int, int, int]], restore: Convert
+    encode: Callable[..., list[int]],
+    marked: str,
+    spans: Sequence[tuple[int, int, int]],
+    restore: Convert,
 ) -> list[int]:
     """Ids of the control tokens at `spans` of `marked`, and of the rest as ordinary text."""
     ids: list[int] = []
@@ -94,7 +97,7 @@ def _encode_between(
     for control_id, start, end in [*spans, (None, len(marked), len(marked))]:
         between = restore(marked[done:start])
         if between:
-            ids += tokenizer.encode(between, add_special_tokens=False, parse_special=False)
+            ids += encode(between, parse_special=False)
         if control_id is not None:
             ids.append(control_id)
         done = end

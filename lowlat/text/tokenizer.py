@@ -41,6 +41,11 @@ class Tokenizer:
         added = parts.backend.get_added_tokens_decoder()
         self.added_tokens = {index: token.content for index, token in added.items()}
         """Id -> text of the added tokens, which are matched before BPE."""
+        self.has_blanks_in_added_tokens = any(
+            token.lstrip or token.rstrip or len(token.content.split()) > 1
+            for token in added.values()
+        )
+        """Whether an added token has white space inside, or takes that around it."""
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         """Ids of the special tokens, which decoded text leaves out."""
         self.strips_leading_space = self._bytes.strips_leading_space
@@ -128,12 +133,26 @@ class Tokenizer:
         encodings = self._plain_backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def encode_spans(self, text: str) -> list[tuple[int, int, int]]:
-        """(id, start, end) of every token of `text`, in characters; bos and eos are not added."""
+    def control_spans(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, start, end) of every added token in `text`, in characters."""
         self.require()
-        encoding = _encode(self._backend, text, add_special_tokens=False, with_offsets=True)
+        backend = self._added_backend
+        long = len(text) >= LONG_TEXT
+        encoding = backend.encode_batch([text])[0] if long else backend.encode(text)
         spans = zip(encoding.ids, encoding.offsets, strict=True)
-        return [(index, start, end) for index, (start, end) in spans]
+        return [(id, start, end) for id, (start, end) in spans if id in self.added_tokens]
+
+    @cached_property
+    def _added_backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer with its added tokens alone: all text between two of them is one token."""
+        vocab = {text: id for id, text in self.added_tokens.items()}
+        other = next(text for text in ("other", "any other") if text not in vocab)
+        vocab[other] = self.vocab_size
+        backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=other))
+        if self._backend.normalizer is not None:
+            backend.normalizer = self._backend.normalizer
+        backend.add_tokens(list(self._backend.get_added_tokens_decoder().values()))
+        return backend
 
     @cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:
@@ -207,17 +226,12 @@ class Tokenizer:
 
 
 def _encode(
-    backend: tokenizers.Tokenizer,
-    text: str,
-    *,
-    add_special_tokens: bool,
-    with_offsets: bool = False,
+    backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool
 ) -> tokenizers.Encoding:
     """Encode one text. Only batches release the interpreter's lock, which a server's other requests
     need; short texts avoid their threads.
     """
     if len(text) < LONG_TEXT:
         return backend.encode(text, add_special_tokens=add_special_tokens)
-    encode = backend.encode_batch if with_offsets else backend.encode_batch_fast
-    (encoding,) = encode([text], add_special_tokens=add_special_tokens)
+    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
     return encoding

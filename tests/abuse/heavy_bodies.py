@@ -6,7 +6,19 @@ from typing import Any
 
 from lowlat.serve.protocol import limits
 
-from .cases import CHAT, COMPLETIONS, DETOKENIZE, MESSAGES, OLLAMA_CHAT, RESPONSES, TOKENIZE
+from .cases import (
+    CHAT,
+    COMPLETIONS,
+    COUNT_TOKENS,
+    DETOKENIZE,
+    EMBEDDINGS,
+    MESSAGES,
+    OLLAMA_CHAT,
+    OLLAMA_EMBED,
+    OLLAMA_GENERATE,
+    RESPONSES,
+    TOKENIZE,
+)
 
 NAME = "counting"
 MOST = limits.MAX_BODY_BYTES - 200
@@ -53,11 +65,30 @@ def long_tools(path: str, characters: int) -> bytes:
     return packed({"model": NAME, "messages": [user("x")], "tools": tools, **limit})
 
 
+def long_text(path: str, text: str) -> bytes:
+    """A body for `path` with this text, which needs no more than the text."""
+    if path in (EMBEDDINGS, OLLAMA_EMBED):
+        return packed({"model": NAME, "input": text})
+    if path == RESPONSES:
+        return packed({"model": NAME, "input": text, "max_output_tokens": 1})
+    if path in (COMPLETIONS, OLLAMA_GENERATE, TOKENIZE):
+        return packed({"model": NAME, "prompt": text})
+    limit = {"max_tokens": 1} if path in (CHAT, MESSAGES) else {}
+    return packed({"model": NAME, "messages": [user(text)], **limit})
+
+
 PART = {"type": "text", "text": "x"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 UNKNOWN = {f"k{number}": 1 for number in range(300_000)}
+FEW_UNKNOWN = dict(list(UNKNOWN.items())[:40])
 ITEM = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}]}
 LONG_CALL = {**CALL, "function": {"name": "f", "arguments": '{"a":[' + "1.5," * 9000 + "1]}"}}
+
+USE = {"type": "tool_use", "id": "c", "name": "f", "input": {"a": [1.5, "x"]}}
+RESULT = {"type": "tool_result", "tool_use_id": "c", "content": [PART]}
+OLLAMA_CALL = {"function": {"name": "f", "arguments": {"a": "x"}}}
+ITEM_CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+ITEM_OUTPUT = {"type": "function_call_output", "call_id": "c", "output": "x"}
 
 HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
     "parts with unknown fields": (
@@ -76,7 +107,7 @@ HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
     "2,000 unknown fields": (CHAT, lambda: packed(dict(list(UNKNOWN.items())[:2000]))),
     "unknown fields of messages": (
         CHAT,
-        lambda: chat([{**user("x"), **dict(list(UNKNOWN.items())[:40])}] * 1000),
+        lambda: chat([{**user("x"), **FEW_UNKNOWN}] * 1000),
     ),
     "biases": (COMPLETIONS, lambda: prompt(b'"x"')[:-1] + b',"logit_bias":%s}' % packed(UNKNOWN)),
     "2,000 bad biases": (
@@ -135,6 +166,67 @@ HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
                 ],
             }
         ),
+    ),
+    "calls and outputs as input items": (
+        RESPONSES,
+        lambda: packed({"model": NAME, "input": [ITEM_CALL, ITEM_OUTPUT] * 1024}),
+    ),
+    "unknown fields of input items": (
+        RESPONSES,
+        lambda: packed({"model": NAME, "input": [{**ITEM, **FEW_UNKNOWN}] * 1000}),
+    ),
+    "Anthropic's blocks": (
+        MESSAGES,
+        lambda: chat([user([PART] * 8), {"role": "assistant", "content": [USE]}] * 1024),
+    ),
+    "Anthropic's tool results": (MESSAGES, lambda: chat([user([RESULT] * 4)] * 2048)),
+    "unknown fields of Anthropic's blocks": (
+        MESSAGES,
+        lambda: chat([user([{**PART, **FEW_UNKNOWN}] * 5)] * 400),
+    ),
+    "Anthropic's system blocks": (
+        MESSAGES,
+        lambda: chat([user("x")], system=[{**PART, "text": "x" * 16_000}] * 250),
+    ),
+    "Ollama's tool calls": (
+        OLLAMA_CHAT,
+        lambda: packed(
+            {
+                "model": NAME,
+                "messages": [{"role": "assistant", "tool_calls": [OLLAMA_CALL] * 8}] * 900,
+            }
+        ),
+    ),
+    "unknown options": (
+        OLLAMA_CHAT,
+        lambda: packed({"model": NAME, "messages": [user("x")], "options": UNKNOWN}),
+    ),
+    "images": (
+        OLLAMA_GENERATE,
+        lambda: packed({"model": NAME, "prompt": "x", "images": ["x"] * 90_000}),
+    ),
+    "a context of ids": (
+        OLLAMA_GENERATE,
+        lambda: packed({"model": NAME, "prompt": "x", "context": [1] * 2_000_000}),
+    ),
+    "a format": (
+        OLLAMA_GENERATE,
+        lambda: packed({"model": NAME, "prompt": "x", "format": {"enum": ["x"] * 90_000}}),
+    ),
+    "texts to embed": (EMBEDDINGS, lambda: prompt(filled(b"[", b'"ab",', b"]"), b"input")),
+    "long texts to embed": (EMBEDDINGS, lambda: prompt(packed(["ab " * 660] * 2048), b"input")),
+    "ids to embed": (EMBEDDINGS, lambda: prompt(packed([[97] * 680] * 2048), b"input")),
+    "texts for Ollama to embed": (
+        OLLAMA_EMBED,
+        lambda: packed({"model": NAME, "input": ["ab"] * 90_000}),
+    ),
+    "messages to tokenize": (
+        TOKENIZE,
+        lambda: packed({"model": NAME, "messages": [user([PART] * 8)] * 2048}),
+    ),
+    "messages to count": (
+        COUNT_TOKENS,
+        lambda: packed({"model": NAME, "messages": [user([PART] * 8)] * 2048}),
     ),
     "a million ids": (COMPLETIONS, lambda: prompt(packed([97] * (1 << 20)))),
     "two million ids": (COMPLETIONS, lambda: prompt(filled(b"[", b"1,", b"]"))),

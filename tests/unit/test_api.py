@@ -1,5 +1,6 @@
 """The offline batch API."""
 
+import json
 import os
 import shutil
 import sys
@@ -185,3 +186,29 @@ def test_a_path_that_is_not_utf8(tmp_path: Path) -> None:
     model = lowlat.load(folder)
     assert model.name == f"{tmp_path}/m\ufffd"
     assert model.logits([1, 2]).shape == (2, model.config.vocab_size)
+
+
+CACHED = """
+import json, sys
+import lowlat
+kind, folder = sys.argv[1:]
+prompt = [(7 * place) % 251 for place in range(300)]
+if kind == "LLM":
+    llm = lowlat.LLM("minnow", prefix_cache_dir=folder)
+    model, (found,) = llm.model, llm.generate([prompt], max_tokens=8, ignore_eos=True)
+else:
+    model = lowlat.load("minnow", prefix_cache_dir=folder)
+    found = model.generate(prompt, max_tokens=8, ignore_eos=True)
+print(json.dumps([found.token_ids, found.usage.cached_tokens]))
+"""
+
+
+def test_a_prefix_cache_on_disk_outlives_the_process(tmp_path: Path) -> None:
+    """Of LLM and of Model, which share the pages."""
+    found: list[Any] = []
+    for kind in ("LLM", "LLM", "Model"):
+        command = [sys.executable, "-c", CACHED, kind, str(tmp_path)]
+        told = forked.run(command, capture_output=True, text=True, check=True).stdout
+        found.append(json.loads(told))
+    assert [tokens for tokens, _ in found] == [found[0][0]] * 3
+    assert [cached for _, cached in found] == [0, 256, 256]

@@ -7,6 +7,7 @@ Rejects fields that the model's chat template does not support. Errors raised by
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lowlat.generate import structured
@@ -17,11 +18,13 @@ from lowlat.serve.chat.constraints import ToolCallConstraint, constrained_output
 from lowlat.serve.chat.messages import template_messages
 from lowlat.serve.chat.output_parser import OutputParser, ReasoningMode
 from lowlat.serve.chat.template_features import TemplateFeatures
+from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.chat import ChatRequest
 from lowlat.serve.protocol.errors import RequestError, about, context_error
 from lowlat.serve.protocol.messages import Function, NamedTool, Tool
 from lowlat.serve.tool_parsers.base import ToolFunction
 from lowlat.text.chat_prompt import encode_chat
+from lowlat.text.pieces import TooManyTokens, encode_prompt_text
 
 TextConstraints = Mapping[str, structured.Regex | structured.Grammar]
 NO_ARGUMENTS: dict[str, object] = {"type": "object", "properties": {}}
@@ -101,7 +104,8 @@ def encode_prompt(model: Model, request: ChatRequest) -> list[int]:
         **features.effort_variables(request.reasoning_effort),
         **_given_variables(features, request),
     }
-    return _encode(model, features, request, _offered_tools(features, request), variables)
+    tools = _offered_tools(features, request)
+    return _encode(model, features, request, tools, variables, limits.MAX_PROMPT_TOKENS)
 
 
 def _offered_tools(features: TemplateFeatures, request: ChatRequest) -> list[Tool]:
@@ -122,6 +126,7 @@ def _encode(
     request: ChatRequest,
     tools: list[Tool],
     variables: dict[str, Any],
+    most: int | None = None,
 ) -> list[int]:
     messages = template_messages(features, request.messages)
     described = [_described(tool.function) for tool in tools] or None
@@ -131,7 +136,9 @@ def _encode(
             messages,
             tools=described,
             continues=request.continue_final_message is True,
-            check_text=lambda text: check_text_size(model, text, "messages"),
+            encode=partial(
+                encode_text, model, param="messages", most=most, add_special_tokens=False
+            ),
             add_generation_prompt=request.add_generation_prompt is not False,
             **variables,
         )
@@ -240,15 +247,32 @@ def _tool_call_constraint(
     )
 
 
-def check_text_size(model: Model, text: str, param: str) -> None:
-    """Reject a text that cannot fit the context before tokenizing it.
+def encode_text(
+    model: Model,
+    text: str,
+    param: str,
+    *,
+    most: int | None = None,
+    add_special_tokens: bool = True,
+    parse_special: bool = True,
+) -> list[int]:
+    """Token ids of a text. Raises RequestError about the field `param` for one of more than `most`
+    tokens (by default the context), mostly before it is tokenized.
 
-    A token covers at most `max_token_bytes` bytes, which bounds the text. Raises RequestError about
-    the field `param`.
+    A token covers at most `max_token_bytes` bytes, which bounds the text.
     """
     size = len(text.encode("utf-8", "surrogatepass"))
-    most = model.context * model.tokenizer.max_token_bytes
-    if size > most:
+    if size > model.context * model.tokenizer.max_token_bytes:
         raise context_error(
             model.context, f"The text of {param} has {size} bytes; shorten it", param=param
         )
+    try:
+        return encode_prompt_text(
+            model.tokenizer,
+            text,
+            most or model.context,
+            add_special_tokens=add_special_tokens,
+            parse_special=parse_special,
+        )
+    except TooManyTokens as error:
+        raise context_error(model.context, f"{param}: {error}", param=param) from error

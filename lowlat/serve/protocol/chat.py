@@ -37,9 +37,12 @@ TemplateVariable = bool | int | Annotated[str, Field(max_length=limits.MAX_ID)]
 class ChatRequest(SamplingRequest):
     """A chat to complete."""
 
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
-        {"audio", "function_call", "functions", "web_search_options"}
-    )
+    UNSUPPORTED: ClassVar[frozenset[str]] = SamplingRequest.UNSUPPORTED | {
+        "audio",
+        "function_call",
+        "functions",
+        "web_search_options",
+    }
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]
     max_completion_tokens: UnlimitedTokens | None = None

@@ -4,7 +4,7 @@ Applies OpenAI's defaults where they differ from the engine's. Ranges are in `en
 and `generate.params`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -70,6 +70,8 @@ class StreamOptions(StrictModel):
 
 class SamplingRequest(GenerationRequest):
     """Fields that chat and completions requests share. Null means the default."""
+
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset({"guided_whitespace_pattern"})
 
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     """Divides the logits; 0 means greedy decoding. Default 1."""

@@ -17,7 +17,7 @@ from lowlat.generate.grammar import CompiledGrammar
 from lowlat.generate.model import Model
 from lowlat.generate.params import SamplingParams
 from lowlat.serve.async_engine import AsyncEngine
-from lowlat.serve.chat.prompt import check_text_size
+from lowlat.serve.chat.prompt import encode_text
 from lowlat.serve.http.sse import DONE, error_event, event
 from lowlat.serve.protocol.base import WireModel, is_none
 from lowlat.serve.protocol.completions import CompletionRequest
@@ -160,9 +160,6 @@ def _encode(
             " send fewer per request",
             param="prompt",
         )
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            check_text_size(model, prompt, "prompt")
     encoded = [
         _ids(model, prompt, request.suffix) if isinstance(prompt, str) else prompt
         for prompt in prompts
@@ -181,7 +178,7 @@ def _encode(
 def _ids(model: Model, prompt: str, suffix: str | None) -> list[int]:
     """A prompt's token ids; with `suffix` for fill-in-the-middle: prefix, suffix, middle."""
     if suffix is None:
-        return model.tokenizer.encode(prompt)
+        return encode_text(model, prompt, "prompt")
     marks = fim_tokens(model.tokenizer)
     if marks is None:
         raise RequestError(
@@ -189,10 +186,9 @@ def _ids(model: Model, prompt: str, suffix: str | None) -> list[int]:
             " out",
             param="suffix",
         )
-    check_text_size(model, suffix, "suffix")
     before, after = (
-        model.tokenizer.encode(text, add_special_tokens=False, parse_special=False)
-        for text in (prompt, suffix)
+        encode_text(model, text, param, add_special_tokens=False, parse_special=False)
+        for text, param in ((prompt, "prompt"), (suffix, "suffix"))
     )
     begin = model.tokenizer.encode("")
     return [*begin, marks.prefix, *before, marks.suffix, *after, marks.middle]

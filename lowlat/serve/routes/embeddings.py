@@ -14,7 +14,7 @@ from starlette.responses import Response
 from lowlat.config.hf.sentence_transformers import Pooling
 from lowlat.generate.params import SamplingParams
 from lowlat.serve.async_engine import AsyncEngine
-from lowlat.serve.chat.prompt import check_text_size
+from lowlat.serve.chat.prompt import encode_text
 from lowlat.serve.http.errors import API_HEADERS, renamed_fields
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import ApiRequest, TokenIds, WireModel
@@ -207,12 +207,11 @@ def _encode(
 ) -> list[list[int]]:
     """Token ids of all inputs. Raises RequestError and UserError for one the engine refuses."""
     model = engine.model
-    for text in inputs:
-        if isinstance(text, str):
-            check_text_size(model, text, "input")
-    prompts = [model.tokenizer.encode(x) if isinstance(x, str) else x for x in inputs]
-    for prompt in prompts:
-        engine.check(prompt, params)
+    prompts: list[list[int]] = []
+    for given in inputs:
+        ids = encode_text(model, given, "input") if isinstance(given, str) else given
+        engine.check(ids, params)
+        prompts.append(ids)
     return prompts
 
 

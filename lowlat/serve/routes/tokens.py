@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from lowlat.generate.model import Model
-from lowlat.serve.chat.prompt import check_text_size, prepare_chat
+from lowlat.serve.chat.prompt import encode_text, prepare_chat
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import ApiRequest, TokenIds, WireModel
 from lowlat.serve.protocol.chat import ChatRequest
@@ -77,13 +77,17 @@ def _tokenize(model: Model, request: TokenizeRequest) -> Response:
         chat = ChatRequest(model=request.model, messages=request.messages, tools=request.tools)
         ids = list(prepare_chat(model, chat).ids)
     else:
-        check_text_size(model, request.prompt or "", "prompt")
-        ids = model.tokenizer.encode(
-            request.prompt or "", add_special_tokens=request.add_special_tokens is not False
+        ids = encode_text(
+            model,
+            request.prompt or "",
+            "prompt",
+            most=limits.MAX_PROMPT_TOKENS,
+            add_special_tokens=request.add_special_tokens is not False,
         )
     texts = None
     if request.return_token_strs:
-        texts = [model.tokenizer.id_to_bytes(id).decode("utf-8", "replace") for id in ids]
+        shown = {id: model.tokenizer.id_to_bytes(id).decode("utf-8", "replace") for id in set(ids)}
+        texts = [shown[id] for id in ids]
     return json_response(
         TokenizeResponse(tokens=ids, token_strs=texts, count=len(ids), max_model_len=model.context)
     )

@@ -116,7 +116,7 @@ def test_a_call_that_is_cut_off_keeps_what_is_complete(
 
 
 def test_max_tokens_is_reduced_to_the_context(client: TestClient, engine: FakeEngine) -> None:
-    """Claude Code always asks for 32,000."""
+    """Claude Code asks for 32,000 by default."""
     response = client.post(PATH, json={**BODY, "max_tokens": 32000})
     assert response.status_code == 200
     asked = engine.asked[0]

@@ -7,12 +7,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers, processors
+from tokenizers import AddedToken, pre_tokenizers, processors
 
 from lowlat.text import pieces
-from lowlat.text.pieces import encode_long, encode_plain, text_pieces
+from lowlat.text.pieces import (
+    TooManyTokens,
+    encode_long,
+    encode_plain,
+    encode_prompt_text,
+    text_pieces,
+)
 from lowlat.text.pretokenizers import splitting
-from tests.fakes import BOS, EOS, byte_tokenizer
+from tests.fakes import BOS, EOS, byte_backend, byte_tokenizer, wrapped
 
 PIECE = 23
 
@@ -21,6 +27,7 @@ PIECE = 23
 def small_pieces() -> object:
     patch = pytest.MonkeyPatch()
     patch.setattr(pieces, "PIECE", PIECE)
+    patch.setattr(pieces, "PROMPT_PIECE", PIECE)
     yield
     patch.undo()
 
@@ -83,6 +90,49 @@ def test_long_texts_are_encoded_as_short_ones(text: str, around: str) -> None:
     tokenizer._backend.post_processor = template  # pyright: ignore[reportPrivateUsage]
     assert encode_long(tokenizer, text).tolist() == tokenizer.encode(text)
     assert encode_plain(tokenizer, text).tolist() == tokenizer.encode_batch([text])[0]
+    whole = tokenizer.encode(text)
+    assert encode_prompt_text(tokenizer, text, len(whole)) == whole
+    options = {"add_special_tokens": False, "parse_special": False}
+    assert encode_prompt_text(tokenizer, text, 10_000, **options) == tokenizer.encode(
+        text, **options
+    )
+    if text == LONG:
+        with pytest.raises(TooManyTokens, match=f"more than {len(whole) - 1} tokens"):
+            encode_prompt_text(tokenizer, text, len(whole) - 1)
+
+
+def test_a_long_prompt_is_refused_before_all_of_it_is_encoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer, seen = byte_tokenizer(), list[int]()
+    encode = tokenizer.encode
+
+    def counted(text: str, **options: bool) -> list[int]:
+        seen.append(len(text))
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", counted)
+    for text in ("x" * 100_000, "word " * 20_000):
+        seen.clear()
+        with pytest.raises(TooManyTokens):
+            encode_prompt_text(tokenizer, text, 200)
+        assert 200 < sum(seen) < 300 and max(seen) <= 2 * PIECE
+
+
+@pytest.mark.parametrize(
+    "token", [AddedToken("[x y]"), AddedToken("<m>", rstrip=True), AddedToken("<m>", lstrip=True)]
+)
+def test_texts_whose_added_tokens_take_blanks_stay_whole(token: AddedToken) -> None:
+    """Regression: a cut inside of a token, or between one and the blank that it takes."""
+    backend = byte_backend(["<s>", "</s>"])
+    backend.add_tokens([token])
+    tokenizer = wrapped(backend)
+    text = f"{token.content} a {token.content}b " * 40
+    assert encode_long(tokenizer, text).tolist() == tokenizer.encode(text)
+    whole = tokenizer.encode(text)
+    assert encode_prompt_text(tokenizer, text, 2 * len(whole)) == whole
+    with pytest.raises(TooManyTokens):
+        encode_prompt_text(tokenizer, text, len(whole) // 2)
 
 
 def test_texts_that_a_tokenizer_begins_in_a_way_of_its_own_stay_whole() -> None:
@@ -92,6 +142,7 @@ def test_texts_that_a_tokenizer_begins_in_a_way_of_its_own_stay_whole() -> None:
     assert len(list(text_pieces([LONG]))) > 5
     assert encode_long(tokenizer, LONG).tolist() == tokenizer.encode(LONG)
     assert encode_plain(tokenizer, LONG).tolist() == tokenizer.encode_batch([LONG])[0]
+    assert encode_prompt_text(tokenizer, LONG, 2 * len(LONG)) == tokenizer.encode(LONG)
 
 
 def test_cutting_takes_time_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
