@@ -1,14 +1,13 @@
-"""examples/calculator.py: a tool with bounds, and rollouts of several turns."""
+"""examples/calculator.py: a tool with bounds on what it computes."""
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lowlat.train.rewards.sample import RewardFailure, Sample
-from lowlat.train.rewards.workers import RewardWorkers
+from lowlat.train.rewards.sample import Sample
+from lowlat.train.rewards.workers import ToolWorkers
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "calculator.py"
 
@@ -63,44 +62,20 @@ def test_refused_expressions(expression: str) -> None:
         calculator.calculate(expression)
 
 
-@dataclass
-class Text:
-    text: str
-
-
-class ScriptedModel:
-    """Answers each chat by its number of messages."""
-
-    def generate_many(self, chats: list[list[dict[str, str]]], **options: Any) -> list[list[Text]]:
-        assert options == {"stop": "</calculator>", "temperature": 0.5}
-        return [[Text(self.next(chat))] for chat in chats]
-
-    def next(self, chat: list[dict[str, str]]) -> str:
-        question, last = chat[0]["content"], chat[-1]["content"]
-        if question == "loop":
-            return "again <calculator>1/0"
-        if question == "plain":
-            return "It is <answer>4</answer>."
-        steps = {1: "First <calculator>(16-3-4)", 3: f"{last}. <calculator>9*2"}
-        return steps.get(len(chat), f"So <answer>{last.removeprefix('Result: ')}</answer>")
-
-
-def test_several_turns() -> None:
-    prompts = [[{"role": "user", "content": name}] for name in ("eggs", "plain", "loop")]
-    with RewardWorkers([str(SCRIPT)]) as tool:
-        found = calculator.rollouts(ScriptedModel(), prompts, tool, turns=3, temperature=0.5)
-        assert tool.score([Sample("", "1/0", {})]) == [
-            [RewardFailure(str(SCRIPT), "raised", "ZeroDivisionError: division by zero")]
-        ]
-    contents = [[message["content"] for message in chat] for chat in found]
-    assert contents[0] == [
-        "eggs",
-        "First <calculator>(16-3-4)</calculator>",
-        "Result: 9",
-        "Result: 9. <calculator>9*2</calculator>",
-        "Result: 18",
-        "So <answer>18</answer>",
-    ]
-    assert contents[1] == ["plain", "It is <answer>4</answer>."]
-    assert contents[2][2::2] == ["Result: error: ZeroDivisionError: division by zero"] * 3
-    assert [message["role"] for message in found[0]] == ["user", "assistant"] * 3
+def test_turns_that_end_with_a_call_get_its_value() -> None:
+    turns = {
+        "First <calculator>(16-3-4)*2</calculator>": "18",
+        "<calculator>1</calculator> or <calculator>7 / 2</calculator>\n": "3.5",
+        "<calculator>1/0</calculator>": "error: division by zero",
+        "<calculator>9 ** 9 ** 9</calculator>": "error: the power is too large",
+        "<calculator>1 +</calculator>": "error: invalid syntax (<unknown>, line 1)",
+        "It is <answer>4</answer>.": None,
+        "<calculator>1+1</calculator> is <answer>2</answer>": None,
+        "<calculator>1+1": None,
+    }
+    workers = ToolWorkers(str(SCRIPT))
+    try:
+        found = workers.score([Sample([], turn, {}) for turn in turns])
+    finally:
+        workers.close()
+    assert [answer for (answer,) in found] == list(turns.values())

@@ -162,7 +162,7 @@ def _params(own: PromptOptions, num_prompts: int) -> list[SamplingParams]:
             top_k=own.top_k,
             top_p=own.top_p,
             min_p=own.min_p,
-            seed=draw_seed(own.seed, number, EVALUATION),
+            seed=draw_seed(own.seed, number, purpose=EVALUATION),
             n=own.samples,
         )
         for number in range(num_prompts)

@@ -76,6 +76,21 @@ REINFORCING = [
         SHARES + "test_batches_are_those_of_one_process",
     ),
     Mutant(
+        "rollouts: tool messages are trained",
+        "train/policy/rollouts.py",
+        "first, used = gap.stop, used",
+        "first, used = gap.start, used",
+        POLICY + "test_tools.py::test_tool_messages_are_the_templates_and_are_masked",
+    ),
+    Mutant(
+        "loss: every turn counts as a completion",
+        "train/policy/learner.py",
+        "numbers = self.completions or range(len(self.sequences))",
+        "numbers = range(len(self.sequences))",
+        POLICY + "test_tools.py::"
+        "test_gradients_are_those_of_whole_completions_without_tool_messages",
+    ),
+    Mutant(
         "rollouts: sampled with the weights before the update",
         "train/policy/phase.py",
         "            self._engine.refresh()\n",
@@ -99,8 +114,8 @@ REINFORCING = [
     Mutant(
         "evaluation: held-out prompts have the random numbers of training",
         "train/policy/rollouts.py",
-        "first_draw + place, purpose)",
-        "first_draw + place)",
+        "partial(draw_seed, self._seed, purpose=purpose)",
+        "partial(draw_seed, self._seed)",
         EVALUATED + "test_a_run_and_lowlat_eval_of_its_model_agree",
     ),
 ]

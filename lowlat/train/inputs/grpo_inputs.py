@@ -7,11 +7,12 @@ from pathlib import Path
 
 from lowlat.text.tokenizer import Tokenizer
 from lowlat.train.policy.prompts import PromptRecord, read_prompts
+from lowlat.train.policy.tools import check_tool_messages
 from lowlat.train.recipe.grpo import GRPOConfig
 from lowlat.train.recipe.schema import Recipe
 from lowlat.train.rewards.context import reward_context
 from lowlat.train.rewards.reward_file import is_file
-from lowlat.train.rewards.workers import RewardWorkers
+from lowlat.train.rewards.workers import RewardWorkers, ToolWorkers
 from lowlat.utils.errors import UserError
 
 
@@ -24,6 +25,13 @@ class GRPOInputs:
     """Of evaluations; None without them."""
     tokenizer: Tokenizer
     rewards: RewardWorkers
+    tool: ToolWorkers | None = None
+
+    def close(self) -> None:
+        """End the processes of reward functions and tool."""
+        self.rewards.close()
+        if self.tool is not None:
+            self.tool.close()
 
     def notes(self, phase: str) -> Iterator[str]:
         """A line about the evaluations of `phase` if there are none, or with trained prompts."""
@@ -66,11 +74,14 @@ def open_grpo_inputs(
             held_out = read_file(base / recipe.evaluation.prompts, key="evaluation.prompts")
             _check_kind(held_out, prompts, f"{origin}: evaluation.prompts")
         try:
+            tool = _tool(table, base, tokenizer, prompts)
             rewards = _workers(table, base, tokenizer, prompts)
         except UserError as error:
             raise UserError(f"{origin}: phase {phase.name}: grpo.{error}") from error
         found.append(
-            GRPOInputs(prompts=prompts, held_out=held_out, tokenizer=tokenizer, rewards=rewards)
+            GRPOInputs(
+                prompts=prompts, held_out=held_out, tokenizer=tokenizer, rewards=rewards, tool=tool
+            )
         )
     return found
 
@@ -80,6 +91,19 @@ def _check_kind(held_out: list[PromptRecord], prompts: list[PromptRecord], where
     kinds = ["texts" if isinstance(own[0].prompt, str) else "chats" for own in (held_out, prompts)]
     if kinds[0] != kinds[1]:
         raise UserError(f"{where} has {kinds[0]}, grpo.prompts has {kinds[1]}; write one kind")
+
+
+def _tool(
+    table: GRPOConfig, base: Path, tokenizer: Tokenizer, prompts: list[PromptRecord]
+) -> ToolWorkers | None:
+    if table.tool is None:
+        return None
+    check_tool_messages(tokenizer, prompts)
+    return ToolWorkers(
+        str((base / table.tool).absolute()),
+        seconds=table.reward_seconds,
+        memory_bytes=int(table.reward_memory_gb * 2**30),
+    )
 
 
 def _workers(

@@ -74,10 +74,10 @@ class RunInputs:
                 yield from own.notes(phase.name)
 
     def close(self) -> None:
-        """End the processes of reward functions."""
+        """End the processes of reward functions and tools."""
         for own in self.grpo:
             if own is not None:
-                own.rewards.close()
+                own.close()
 
     def verify(self, progress: Progress) -> None:
         """Raise UserError unless every file of the datasets matches its checksum."""
@@ -124,10 +124,12 @@ def _fingerprint(phase: Phase, data: PhaseData | None, base: Path) -> str:
         return data.dataset.fingerprint
     assert phase.grpo is not None
     files = [name for name in phase.grpo.reward_funcs if is_file(name)]
+    if phase.grpo.tool is not None:
+        files.append(phase.grpo.tool)
     return " ".join(
         [
             file_fingerprint(base / phase.grpo.prompts, "a JSON Lines file as grpo.prompts"),
-            *(file_fingerprint(base / name, "a file in grpo.reward_funcs") for name in files),
+            *(file_fingerprint(base / name, "a Python file in grpo") for name in files),
         ]
     )
 

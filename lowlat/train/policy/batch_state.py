@@ -26,9 +26,10 @@ def tensors_of(batch: PolicyBatch) -> Iterator[tuple[str, Tensor]]:
     yield "updates", torch.tensor(batch.updates)
     yield "advantages", torch.tensor(batch.advantages, dtype=torch.float64)
     yield "is_counted", torch.tensor(batch.is_counted)
+    yield "completions", torch.tensor(batch.completions, dtype=torch.int64)
     for name, parts in (
         ("prompts", [torch.tensor(own.prompt) for own in batch.sequences]),
-        ("completions", [torch.tensor(own.completion) for own in batch.sequences]),
+        ("sampled", [torch.tensor(own.completion) for own in batch.sequences]),
         ("old_logps", [own for _, own in sorted(batch.old_logps.items())]),
         ("ref_logps", [own for _, own in sorted(batch.ref_logps.items())]),
         ("masks", [mask for _, own in sorted(batch.masks.items()) for mask in own]),
@@ -46,15 +47,16 @@ def batch_of(tensors: Mapping[str, Tensor]) -> PolicyBatch:
             return []
         return list(tensors[name].clone().split(tensors[f"{name}.lengths"].tolist()))
 
-    prompts, completions, masks = parts("prompts"), parts("completions"), parts("masks")
-    lengths = [len(completion) for completion in completions]
+    prompts, sampled, masks = parts("prompts"), parts("sampled"), parts("masks")
+    lengths = [len(completion) for completion in sampled]
     return PolicyBatch(
         sequences=[
             PolicySequence(prompt=prompt.tolist(), completion=completion.tolist())
-            for prompt, completion in zip(prompts, completions, strict=True)
+            for prompt, completion in zip(prompts, sampled, strict=True)
         ],
         advantages=tensors["advantages"].tolist(),
         is_counted=tensors["is_counted"].tolist(),
+        completions=tensors["completions"].tolist(),
         updates=int(tensors["updates"]),
         old_logps=dict(enumerate(parts("old_logps"))),
         ref_logps=dict(enumerate(parts("ref_logps"))),

@@ -14,10 +14,11 @@ from lowlat.train.policy.loss import LossOptions
 from lowlat.train.policy.phase import GRPOPhase
 from lowlat.train.policy.prompts import PromptRecord
 from lowlat.train.policy.rollouts import RolloutEngine
+from lowlat.train.policy.tools import RolloutTool
 from lowlat.train.policy.weights import PolicyWeights
 from lowlat.train.recipe.grpo import GRPOConfig
 from lowlat.train.recipe.schema import Phase, Recipe
-from lowlat.train.rewards.workers import RewardWorkers
+from lowlat.train.rewards.workers import RewardWorkers, ToolWorkers
 from lowlat.utils.errors import UserError
 
 SAMPLES = "samples"
@@ -36,12 +37,13 @@ def new_grpo_phase(
     rewards: RewardWorkers,
     run: Path,
     mesh: ProcessMesh,
+    tool: ToolWorkers | None = None,
 ) -> GRPOPhase:
     """The GRPO `phase` that trains `model`, fp32 master weights.
 
     reference: base_model in bf16 with stacked experts, if the recipe's beta is above 0; held_out:
-    prompts of evaluations, if any; run: the run folder; mesh: divides batches along `data`. Raises
-    UserError if the native kernels are missing.
+    prompts of evaluations, if any; run: the run folder; mesh: divides batches along `data`; tool:
+    answers turns. Raises UserError if the native kernels are missing.
     """
     table = phase.grpo
     assert table is not None
@@ -51,6 +53,7 @@ def new_grpo_phase(
         context=phase.sequence_length,
         eos_ids=frozenset(tokenizer.eos_ids) | frozenset(model.config.eos_token_ids),
         seed=recipe.seed,
+        tool=None if tool is None else _rollout_tool(tool, tokenizer, table),
     )
     generator = Generator(
         engine,
@@ -83,6 +86,11 @@ def new_grpo_phase(
         evaluation=evaluation,
         mesh=mesh,
     )
+
+
+def _rollout_tool(workers: ToolWorkers, tokenizer: Tokenizer, table: GRPOConfig) -> RolloutTool:
+    most = table.max_tool_calling_iterations
+    return RolloutTool(workers=workers, tokenizer=tokenizer, max_iterations=most)
 
 
 def _new_learner(

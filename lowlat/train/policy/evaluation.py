@@ -53,7 +53,8 @@ def evaluate_completions(
     found = [own.to_sample(tokenizer) for own in rollouts]
     share = mesh.share(len(found))
     own_scores = [own[0] for own in rewards.score(found[share.start : share.stop])]
-    scores: list[Score] = list(chain.from_iterable(mesh.gather(own_scores, "data")))
+    given: list[Score] = list(chain.from_iterable(mesh.gather(own_scores, "data")))
+    scores = [own.failure or score for own, score in zip(rollouts, given, strict=True)]
     passes = [isinstance(own, float) and own >= table.pass_threshold for own in scores]
     n = table.num_generations
     counts = [sum(passes[first : first + n]) for first in range(0, len(passes), n)]
@@ -65,20 +66,20 @@ def evaluate_completions(
         pass_at={str(k): statistics.fmean(own) for k, own in by_k.items()},
         stderr={str(k): _standard_error(own) for k, own in by_k.items()},
         score=statistics.fmean(known) if known else math.nan,
-        length=statistics.fmean(len(own.completion) for own in rollouts),
+        length=statistics.fmean(own.num_sampled for own in rollouts),
         truncated=statistics.fmean(own.is_truncated for own in rollouts),
         failed=len(scores) - len(known),
     )
     samples = [
         {
-            "prompt": sample.prompt,
-            "completion": sample.completion,
-            "tokens": sample.num_tokens,
+            "prompt": own.prompt.prompt,
+            "completion": own.text(tokenizer),
+            "tokens": own.num_sampled,
             "is_truncated": own.is_truncated,
             "score": score if isinstance(score, float) else str(score),
             "passes": own_passes,
         }
-        for own, sample, score, own_passes in zip(rollouts, found, scores, passes, strict=True)
+        for own, score, own_passes in zip(rollouts, scores, passes, strict=True)
     ]
     failure = next((own for own in scores if isinstance(own, RewardFailure)), None)
     return EvaluatedPrompts(record, samples, failure)

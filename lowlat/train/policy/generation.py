@@ -21,7 +21,6 @@ from lowlat.train.checkpoints.errors import using
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.policy.advantages import group_advantages, has_signal, soft_overlong_punishment
 from lowlat.train.policy.distribution import SamplingDistribution
-from lowlat.train.policy.forward import PolicySequence
 from lowlat.train.policy.learner import PolicyBatch
 from lowlat.train.policy.prompts import PromptRecord
 from lowlat.train.policy.rollouts import Rollout, RolloutEngine, drawn
@@ -52,7 +51,7 @@ class GenerationFigures:
         return GenerationFigures(
             reward=known.mean().item() if len(known) else math.nan,
             reward_std=known.std().item() if len(known) > 1 else 0.0,
-            length=sum(len(own.completion) for own in rollouts) / len(rollouts),
+            length=sum(own.num_sampled for own in rollouts) / len(rollouts),
             truncated=sum(own.is_truncated for own in rollouts) / len(rollouts),
             no_signal=1 - has_signal(rewards).double().mean().item(),
             failed=int(rewards.isnan().sum()),
@@ -130,20 +129,23 @@ class Generator:
         used = [own for group in groups for own in group]
         if self._mesh.is_main_process:
             self._write(step, used, advantages)
+        return self._batch_of(used, advantages), figures
+
+    def _batch_of(
+        self, scored: Sequence[ScoredRollout], advantages: Sequence[float]
+    ) -> PolicyBatch:
+        """The turns of all completions, each with the advantage of its completion."""
         masks = self._table.mask_truncated_completions
-        batch = PolicyBatch(
-            sequences=[
-                PolicySequence(prompt=own.rollout.prompt.ids, completion=own.rollout.completion)
-                for own in used
-            ],
-            advantages=advantages,
-            is_counted=[
-                not math.isnan(own.reward) and not (masks and own.rollout.is_truncated)
-                for own in used
-            ],
-            logprobs=[own.rollout.logprobs for own in used],
-        )
-        return batch, figures
+        batch = PolicyBatch(sequences=[], advantages=[], is_counted=[])
+        for number, (own, advantage) in enumerate(zip(scored, advantages, strict=True)):
+            is_counted = not math.isnan(own.reward) and not (masks and own.rollout.is_truncated)
+            for sequence, logprobs in own.rollout.turns():
+                batch.sequences.append(sequence)
+                batch.advantages.append(advantage)
+                batch.is_counted.append(is_counted)
+                batch.logprobs.append(logprobs)
+                batch.completions.append(number)
+        return batch
 
     def _sampled(self, wanted: int) -> list[list[ScoredRollout]]:
         """At least `wanted` groups; with dynamic sampling more, until enough have a signal."""
@@ -160,7 +162,7 @@ class Generator:
             is_last = rounds == self._table.max_num_gen_batches
             if is_enough or is_last or not self._table.dynamic_sampling:
                 break
-        count = sum(len(own.rollout.completion) for group in groups for own in group)
+        count = sum(own.rollout.num_sampled for group in groups for own in group)
         self.tokens_per_second = count / seconds
         return groups
 
@@ -188,6 +190,8 @@ class Generator:
 
     def _rewarded(self, rollout: Rollout, scores: list[Score]) -> ScoredRollout:
         table = self._table
+        if rollout.failure is not None:
+            scores = [rollout.failure] * len(scores)
         reward = _total(scores, table.reward_weights or (1.0,) * len(scores))
         if table.soft_punish_cache is not None:
             reward += soft_overlong_punishment(
@@ -205,8 +209,8 @@ class Generator:
             sample = {
                 "step": step,
                 "prompt": rollout.prompt.prompt,
-                "completion": rollout.to_sample(self._tokenizer).completion,
-                "tokens": len(rollout.completion),
+                "completion": rollout.text(self._tokenizer),
+                "tokens": rollout.num_sampled,
                 "is_truncated": rollout.is_truncated,
                 "rewards": {n: s if isinstance(s, float) else str(s) for n, s in named},
                 "reward": None if math.isnan(reward) else reward,

@@ -31,7 +31,9 @@ from lowlat.train.recipe.schema import LoraConfig
 
 @dataclass(kw_only=True, slots=True)
 class PolicyBatch:
-    """Completions of one optimizer step, or of several over the same ones."""
+    """Completions of one optimizer step, or of several over the same ones; with a tool, each turn
+    is a sequence, so that tool messages are in prompts alone and have no loss.
+    """
 
     sequences: list[PolicySequence]
     advantages: list[float]
@@ -41,6 +43,8 @@ class PolicyBatch:
     """What the engine sampled the tokens of each completion from (`Rollout.logprobs`); empty:
     unknown.
     """
+    completions: list[int] = field(default_factory=list)
+    """Number of the completion that each sequence is a turn of; empty: each is one."""
     updates: int = 0
     """Optimizer steps over the batch so far."""
     old_logps: dict[int, Float64[Tensor, " _"]] = field(default_factory=dict)
@@ -56,6 +60,15 @@ class PolicyBatch:
         """Tokens of each completion that count."""
         counted = zip(self.sequences, self.is_counted, strict=True)
         return [len(own.completion) if counts else 0 for own, counts in counted]
+
+    def token_weights(self, options: LossOptions) -> list[float]:
+        """Weight of each token of each sequence: that of its completion, all turns together."""
+        numbers = self.completions or range(len(self.sequences))
+        lengths = [0] * (1 + max(numbers))
+        for number, length in zip(numbers, self.lengths, strict=True):
+            lengths[number] += length
+        weights = sequence_weights(lengths, options)
+        return [weights[number] for number in numbers]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -156,7 +169,7 @@ class PolicyLearner:
                 "importance sampling needs the sampler's log-probabilities, at temperature 1 and "
                 "without filters"
             )
-        weights = sequence_weights(batch.lengths, self.options)
+        weights = batch.token_weights(self.options)
         self._balance.weight = self._sequence_weight / len(batch.sequences)
         targets = self._mtp_targets(batch) if mtp_weight else []
         factors = [mtp_weight / (len(targets) * count) for count in targets]

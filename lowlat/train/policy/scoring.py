@@ -1,24 +1,35 @@
 """Scoring of completions in a thread of its own, while the engine samples others."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from threading import Lock
-from typing import final
+from typing import Generic, Protocol, TypeVar, final, runtime_checkable
 
-from lowlat.train.rewards.sample import Sample, Score
-from lowlat.train.rewards.workers import RewardWorkers
+from lowlat.train.rewards.sample import Sample
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+@runtime_checkable
+class Scorer(Protocol[T_co]):
+    """`RewardWorkers` or `ToolWorkers`."""
+
+    def score(self, samples: Sequence[Sample]) -> list[list[T_co]]:
+        """What each function returns for each sample."""
+        ...
 
 
 @final
-class BackgroundScoring:
+class BackgroundScoring(Generic[T]):
     """Scores groups of samples, which are added in any order."""
 
-    def __init__(self, rewards: RewardWorkers) -> None:
+    def __init__(self, rewards: Scorer[T]) -> None:
         self._rewards = rewards
         self._thread = ThreadPoolExecutor(1)
         self._lock = Lock()
         self._waiting: dict[int, Sequence[Sample]] = {}
-        self._scores: dict[int, list[list[Score]]] = {}
+        self._scores: dict[int, list[list[T]]] = {}
         self._calls: list[Future[None]] = []
 
     def close(self) -> None:
@@ -31,11 +42,28 @@ class BackgroundScoring:
             self._waiting[number] = samples
         self._calls.append(self._thread.submit(self._score_waiting))
 
-    def scores(self) -> dict[int, list[list[Score]]]:
-        """The scores of all added groups by number. Raises the errors of `RewardWorkers.score`."""
+    def scores(self) -> dict[int, list[list[T]]]:
+        """The scores of all added groups by number, except those taken by `finished`. Raises the
+        errors of `Scorer.score`.
+        """
         for call in self._calls:
             call.result()
         return self._scores
+
+    def finished(self, *, waits: bool) -> dict[int, list[list[T]]]:
+        """Take the scores of groups that are complete; waits: for one, if any group was added.
+        Raises the errors of `Scorer.score`.
+        """
+        while True:
+            ended = [call for call in self._calls if call.done()]
+            for call in ended:
+                call.result()
+            self._calls = [call for call in self._calls if call not in ended]
+            with self._lock:
+                found, self._scores = self._scores, {}
+            if found or not waits or not self._calls:
+                return found
+            wait(self._calls, return_when=FIRST_COMPLETED)
 
     def _score_waiting(self) -> None:
         """Score all groups that wait in one call, so that workers run samples of several groups."""
@@ -43,5 +71,6 @@ class BackgroundScoring:
             groups, self._waiting = self._waiting, {}
         samples = [sample for own in groups.values() for sample in own]
         scores = iter(self._rewards.score(samples) if samples else [])
-        for number, own in groups.items():
-            self._scores[number] = [next(scores) for _ in own]
+        with self._lock:
+            for number, own in groups.items():
+                self._scores[number] = [next(scores) for _ in own]

@@ -33,10 +33,17 @@ class GRPOConfig(Table):
     """Time limit of one call of a reward function."""
     reward_memory_gb: Positive = 1.0
     """Memory limit of one call of a reward function."""
+    tool: str | None = None
+    """Python file, relative to the recipe, with a function `tool(prompt, completion, record)`: a
+    text that it returns is a tool message, after which the model goes on; None ends the completion.
+    Limits are those of rewards.
+    """
+    max_tool_calling_iterations: Count = 8
+    """Maximum number of tool messages in a completion."""
     num_generations: Annotated[int, Field(ge=2, le=MAX_N)] = 8
     """Completions per prompt (the group)."""
     max_completion_length: Count = 512
-    """Maximum number of tokens of a completion."""
+    """Maximum number of tokens of a completion, tool messages included."""
     temperature: Annotated[float, Field(ge=1e-4, le=100, allow_inf_nan=False)] = 1.0
     """Sampling temperature."""
     top_p: Probability = 1.0

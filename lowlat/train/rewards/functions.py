@@ -23,6 +23,8 @@ class Reward:
     """Called in a fork for each sample; what it raises or returns is checked there."""
     prepare: Callable[[Sample], object] | None = None
     """Called before in the process that forks, to fill caches. Its errors are those of `score`."""
+    is_tool: bool = False
+    """Whether it returns the text of a tool message, or None, in place of a number."""
 
 
 INSTALL = "pip install 'lowlat[rewards]'"

@@ -1,4 +1,6 @@
-"""A user's reward function: `reward(prompt, completion, record) -> float` in a Python file."""
+"""A user's functions in Python files: `reward(prompt, completion, record) -> float`, and
+`tool(prompt, completion, record) -> str | None`.
+"""
 
 import importlib.util
 import inspect
@@ -7,10 +9,8 @@ import traceback
 from pathlib import Path
 
 from lowlat.train.rewards.functions import Reward
+from lowlat.train.rewards.sample import FunctionName
 from lowlat.utils.errors import UserError
-
-FUNCTION = "reward"
-SIGNATURE = f"{FUNCTION}(prompt, completion, record)"
 
 
 def is_file(name: str) -> bool:
@@ -18,8 +18,8 @@ def is_file(name: str) -> bool:
     return name.endswith(".py")
 
 
-def load_reward_file(path: Path) -> Reward:
-    """Run the file, with its folder on the module path, and return its function.
+def load_reward_file(path: Path, name: FunctionName = "reward") -> Reward:
+    """Run the file, with its folder on the module path, and return its function `name`.
 
     Raises UserError naming the file if it cannot be run, or lacks a function with this signature.
     """
@@ -32,15 +32,18 @@ def load_reward_file(path: Path) -> Reward:
         spec.loader.exec_module(module)
     except BaseException as error:  # a file can raise anything, SystemExit included
         raise UserError(f"{path}: {_place(error, path)}; correct the file") from error
-    function = vars(module).get(FUNCTION)
+    function, signature = vars(module).get(name), f"{name}(prompt, completion, record)"
     if not callable(function):
-        raise UserError(f"{path}: has no function {SIGNATURE}; define it")
+        raise UserError(f"{path}: has no function {signature}; define it")
     try:
         inspect.signature(function).bind("", "", {})
     except TypeError as error:
-        found = f"{FUNCTION}{inspect.signature(function)}"
-        raise UserError(f"{path}: {found} must take three arguments: {SIGNATURE}") from error
-    return Reward(lambda sample: function(sample.prompt, sample.completion, sample.record))
+        found = f"{name}{inspect.signature(function)}"
+        raise UserError(f"{path}: {found} must take three arguments: {signature}") from error
+    return Reward(
+        lambda sample: function(sample.prompt, sample.completion, sample.record),
+        is_tool=name == "tool",
+    )
 
 
 def _place(error: BaseException, path: Path) -> str:

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 FailureKind = Literal[
-    "raised", "timed out", "out of memory", "not finite", "not a number", "crashed"
+    "raised", "timed out", "out of memory", "not finite", "not a number", "not a text", "crashed"
 ]
+FunctionName = Literal["reward", "tool"]
+"""Functions of users' Python files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,21 +16,21 @@ class Sample:
     """A completion to score. All fields are JSON values."""
 
     prompt: str | Sequence[Mapping[str, Any]]
-    """The text, or the chat messages."""
+    """The text, or the chat messages, earlier turns and tool messages included."""
     completion: str
-    """Text of the completion, reasoning tags included, without its end token."""
+    """Text of the last turn, reasoning tags included, without its end token."""
     record: Mapping[str, Any]
     """The prompt's record: answer, schema and other fields that rewards read."""
     num_tokens: int = 0
-    """Tokens of the completion."""
+    """Sampled tokens of all turns."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardFailure:
-    """Why a reward function gave no score for a sample."""
+    """Why a reward function gave no score for a sample, or a tool no answer."""
 
     reward: str
-    """Name of the reward function."""
+    """Name of the reward function, or the tool's file."""
     kind: FailureKind
     detail: str
     """The exception, value, limit or signal, in one line."""
@@ -38,6 +40,10 @@ class RewardFailure:
 
 
 Score = float | RewardFailure
+ToolAnswer = str | None | RewardFailure
+"""Text of a tool message; None: the turn was the last one."""
+Result = float | str | None | RewardFailure
+"""Of a reward function or a tool."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

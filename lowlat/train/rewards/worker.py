@@ -24,16 +24,18 @@ from typing import Any, NoReturn, SupportsFloat
 
 from lowlat.train.rewards.functions import REWARDS, Reward
 from lowlat.train.rewards.reward_file import is_file, load_reward_file
-from lowlat.train.rewards.sample import RewardContext, Sample
+from lowlat.train.rewards.sample import FunctionName, RewardContext, Sample
 from lowlat.utils.errors import UserError
 
 PR_SET_PDEATHSIG = 1
 LONGEST_DETAIL = 300
 """Characters of an error's text, so that an answer fits a pipe's atomic write."""
 SHOWN_VALUE = 60
+LONGEST_TEXT = 1 << 16
+"""Characters of a tool message."""
 
-Answer = tuple[str | None, float | str]
-"""(None, score), or (kind of the failure, detail)."""
+Answer = tuple[str | None, float | str | None]
+"""(None, score or text of a tool), or (kind of the failure, detail)."""
 
 
 @dataclass(slots=True)
@@ -146,7 +148,8 @@ def _score(reward: Reward, sample: Sample, writing: int, memory_bytes: int) -> N
     message = json.dumps(exhausted).encode()
     _limit_memory(memory_bytes)
     try:
-        message = json.dumps(_checked(reward.score(sample))).encode()
+        checked = _checked_text if reward.is_tool else _checked
+        message = json.dumps(checked(reward.score(sample))).encode()
     except MemoryError:
         pass
     except BaseException as error:  # user code can raise anything, SystemExit included
@@ -162,6 +165,20 @@ def _checked(value: object) -> Answer:
         return "not a number", f"{type(value).__name__} {value!r}"[:SHOWN_VALUE]
     score = float(value)
     return (None, score) if math.isfinite(score) else ("not finite", str(score))
+
+
+def _checked_text(value: object) -> Answer:
+    """The text of a tool, or why `value` is none. Raises UnicodeEncodeError for half a surrogate
+    pair, which has no tokens.
+    """
+    if value is None:
+        return None, None
+    if not isinstance(value, str):
+        return "not a text", f"{type(value).__name__} {value!r}"[:SHOWN_VALUE]
+    if len(value) > LONGEST_TEXT:
+        return "not a text", f"more than {LONGEST_TEXT:,} characters"
+    value.encode()
+    return None, value
 
 
 def one_line(error: BaseException) -> str:
@@ -211,10 +228,15 @@ def _limit_memory(extra: int) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def load_rewards(names: Sequence[str], context: RewardContext) -> list[Reward]:
-    """The functions of built-in rewards and files. Raises UserError."""
+def load_rewards(
+    names: Sequence[str], context: RewardContext, function: FunctionName
+) -> list[Reward]:
+    """The functions of built-in rewards and files, in which they are called `function`. Raises
+    UserError.
+    """
     return [
-        load_reward_file(Path(name)) if is_file(name) else REWARDS[name](context) for name in names
+        load_reward_file(Path(name), function) if is_file(name) else REWARDS[name](context)
+        for name in names
     ]
 
 
@@ -234,7 +256,8 @@ def main() -> None:
     setup: dict[str, Any] = json.loads(channel.recv_bytes())
     seed_random()
     try:
-        rewards = load_rewards(setup["reward_funcs"], RewardContext(**setup["context"]))
+        context = RewardContext(**setup["context"])
+        rewards = load_rewards(setup["reward_funcs"], context, setup["function"])
     except UserError as error:
         channel.send_bytes(json.dumps(str(error)).encode())
         return

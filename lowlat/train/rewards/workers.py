@@ -1,4 +1,5 @@
-"""RewardWorkers: scores samples in worker processes; a failing function fails its sample by name.
+"""RewardWorkers and ToolWorkers: call users' functions on samples in worker processes; a failing
+function fails its sample by name.
 
 Owns the process of `rewards.worker` from this side: start, requests, restart and end.
 """
@@ -10,17 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any, final
+from typing import Any, cast, final
 
 from lowlat.train.rewards.functions import REWARDS
 from lowlat.train.rewards.interpreter import command, environment
 from lowlat.train.rewards.reward_file import is_file
 from lowlat.train.rewards.sample import (
     FailureKind,
+    FunctionName,
+    Result,
     RewardContext,
     RewardFailure,
     Sample,
     Score,
+    ToolAnswer,
 )
 from lowlat.utils.errors import UserError
 
@@ -59,12 +63,13 @@ class RewardWorkers:
         seconds: float = 30.0,
         memory_bytes: int = 1 << 30,
         key: str = "reward_funcs",
+        function: FunctionName = "reward",
     ) -> None:
         """Start the process, which loads the functions.
 
         reward_funcs: names of REWARDS or paths of Python files. processes: forks at a time.
         seconds, memory_bytes: limits per call of a function; memory on Linux only. key: in errors,
-        what names the functions.
+        what names the functions. function: its name in files.
 
         Raises UserError for an unknown name, a missing package or an unusable file.
         """
@@ -76,6 +81,7 @@ class RewardWorkers:
             "context": asdict(context or RewardContext()),
             "seconds": seconds,
             "memory_bytes": memory_bytes,
+            "function": function,
         }
         self._key = key
         self._server = _Server(self._setup, key)
@@ -96,19 +102,21 @@ class RewardWorkers:
         self._server.close()
 
     def score(self, samples: Sequence[Sample]) -> list[list[Score]]:
-        """The score of each reward function, in the order of reward_funcs, for each sample. Equal
-        samples are scored once.
-        """
+        """The score of each reward function, in the order of reward_funcs, for each sample."""
+        return cast("list[list[Score]]", self.call(samples))
+
+    def call(self, samples: Sequence[Sample]) -> list[list[Result]]:
+        """The result of each function for each sample. Equal samples are one call."""
         keys = [_key(sample) for sample in samples]
         first = {key: place for place, key in reversed(list(enumerate(keys)))}
         places = sorted(first.values())
-        scores = dict(zip(places, self._score([samples[p] for p in places]), strict=True))
+        scores = dict(zip(places, self._call([samples[p] for p in places]), strict=True))
         return [scores[first[key]] for key in keys]
 
-    def _score(self, samples: Sequence[Sample]) -> list[list[Score]]:
-        """As `score`, of samples that differ."""
+    def _call(self, samples: Sequence[Sample]) -> list[list[Result]]:
+        """As `call`, of samples that differ."""
         tasks = [(s, f) for s in range(len(samples)) for f in range(len(self._names))]
-        scores: dict[Task, Score] = {}
+        scores: dict[Task, Result] = {}
         while rest := [task for task in tasks if task not in scores]:
             # If the process dies, one of these tasks has ended it; alone, each has its own score.
             for task in self._run(rest, samples, scores, at_a_time=self._processes):
@@ -121,7 +129,7 @@ class RewardWorkers:
         self,
         tasks: Sequence[Task],
         samples: Sequence[Sample],
-        scores: dict[Task, Score],
+        scores: dict[Task, Result],
         *,
         at_a_time: int,
     ) -> list[Task]:
@@ -141,9 +149,32 @@ class RewardWorkers:
             self._server = _Server(self._setup, self._key)
         return list(running.values())
 
-    def _scored(self, task: Task, kind: FailureKind | None, result: Any) -> Score:
+    def _scored(self, task: Task, kind: FailureKind | None, result: Any) -> Result:
         name = self._names[task[1]]
-        return float(result) if kind is None else RewardFailure(name, kind, result)
+        return result if kind is None else RewardFailure(name, kind, result)
+
+
+@final
+class ToolWorkers:
+    """The tool of a Python file, in processes as those of rewards."""
+
+    def __init__(
+        self, path: str, *, seconds: float = 30.0, memory_bytes: int = 1 << 30, key: str = "tool"
+    ) -> None:
+        """As of RewardWorkers. Raises UserError for an unusable file."""
+        if not is_file(path):
+            raise UserError(f"{key}: {path!r} is no Python file NAME.py")
+        self._workers = RewardWorkers(
+            [path], seconds=seconds, memory_bytes=memory_bytes, key=key, function="tool"
+        )
+
+    def close(self) -> None:
+        """End the processes."""
+        self._workers.close()
+
+    def score(self, samples: Sequence[Sample]) -> list[list[ToolAnswer]]:
+        """The answer to each of `samples`, turns of a rollout, as a list of one."""
+        return cast("list[list[ToolAnswer]]", self._workers.call(samples))
 
 
 def _key(sample: Sample) -> str:

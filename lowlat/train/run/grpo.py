@@ -43,6 +43,7 @@ def grpo_phase(
         rewards=own.rewards,
         run=run,
         mesh=mesh,
+        tool=own.tool,
     )
 
 

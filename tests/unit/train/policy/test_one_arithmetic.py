@@ -25,6 +25,7 @@ from lowlat.ops import native
 from lowlat.ops.sampling import kept_weights
 from lowlat.train.policy.distribution import SamplingDistribution
 from lowlat.train.policy.forward import PolicyForward, PolicySequence
+from tests.lowlat_configs import EVERY
 from tests.parameters import slow_except
 from tests.unit.train.policy.models import CONFIGS, learner, masters
 
@@ -140,10 +141,12 @@ def sequences_of(requests: list[Request]) -> list[tuple[tuple[int, int], PolicyS
     ]
 
 
-def assert_one_arithmetic(model: Transformer, rollouts: Rollouts, sampling: dict[str, Any]) -> None:
+def assert_one_arithmetic(
+    model: Transformer, rollouts: Rollouts, sampling: dict[str, Any], chunk: int = CHUNK
+) -> None:
     distribution = SamplingDistribution(**sampling)
     keyed = sequences_of(rollouts.requests)
-    run = PolicyForward(model, prefill_chunk=CHUNK)
+    run = PolicyForward(model, prefill_chunk=chunk)
     # not the engine's batches: in another order, and by three
     for first in range(0, len(keyed), 3):
         part = keyed[first : first + 3][::-1]
@@ -192,3 +195,12 @@ def test_the_trainer_has_the_logits_and_experts_that_were_sampled_from(
     # without MTP modules, drafts are what followed the same tokens before, if any
     assert rollouts.drafted or model.config.num_nextn_predict_layers == 0
     assert_one_arithmetic(model, rollouts, sampling)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in EVERY if "tpa" not in name])
+def test_so_it_has_with_every_attention(name: str) -> None:
+    """GLA, MLRA, GTA, gated MLA, sliding windows, layers that differ."""
+    model = learner(masters(EVERY[name])).model
+    sampling = SAMPLINGS["truncated"]
+    assert_one_arithmetic(model, sampled(model, sampling), sampling)
