@@ -1,5 +1,5 @@
 """A calculator as the tool of GRPO rollouts: a turn that ends with a call gets the value as a tool
-message, and the model goes on.
+message, and the model continues.
 
     [phase.grpo]
     tool = "examples/calculator.py"

@@ -93,13 +93,41 @@ def plan(
 ) -> None:
     """Estimate memory, traffic, pipeline bubble and time of a training run.
 
-    With --devices, search for the fastest parallel layouts.
+    With --devices, search for the fastest parallel layouts. Recipes with GRPO are estimated on this
+    machine, as by lowlat train --dry-run.
     """
     if top is not None and devices is None:
         raise UserError("--top needs --devices, which searches layouts; add it or remove --top")
+    given = {"devices": devices, "machine": machine, "memory": memory, "network": network}
+    if _plan_grpo(name, changes or [], given, as_json):
+        return
     subject = _subject(name, changes or [])
     subject = replace(subject, machine=_machine(subject.machine, machine, memory, network))
     _report(subject, devices, top or TOP, as_json)
+
+
+def _plan_grpo(name: str, changes: list[str], given: dict[str, Any], as_json: bool) -> bool:
+    """Print the dry run of the recipe `name` if it has a GRPO phase, which runs on the CPU of this
+    machine; returns whether it has. given: options of clusters.
+    """
+    if not name.endswith(".toml"):
+        return False
+    from lowlat.cli.inputs import recipe_checkpoint
+    from lowlat.train.recipe.schema import read_recipe
+    from lowlat.utils.progress import make_progress
+
+    path = Path(name)
+    recipe = read_recipe(path, changes)
+    if all(phase.grpo is None for phase in recipe.phase):
+        return False
+    for option, value in given.items():
+        if value is not None:
+            raise UserError(f"{path}: grpo runs on the CPU of this machine; leave out --{option}")
+    from lowlat.cli.train_dry_run import print_dry_run
+
+    base_model = recipe_checkpoint(path, "base_model", recipe.base_model, make_progress())
+    print_dry_run(recipe, path, base_model, as_json=as_json)
+    return True
 
 
 def _report(subject: Subject, devices: int | None, top: int, as_json: bool) -> None:
@@ -241,7 +269,6 @@ def _check_whole(recipe: "Recipe", path: Path) -> None:
         ("lora", recipe.lora is not None),
         ("trainable", recipe.trainable != "all"),
         ("distillation", recipe.distillation is not None),
-        ("grpo", any(phase.grpo is not None for phase in recipe.phase)),
     ):
         if is_there:
             raise UserError(

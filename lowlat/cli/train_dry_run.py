@@ -1,12 +1,20 @@
 """`lowlat train RECIPE --dry-run`: print memory, FLOPs and time of a recipe on this machine."""
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from lowlat.cli.plan_view import show_dry_run
 from lowlat.config.model import ModelConfig
 from lowlat.plan.rate import measure_gemm_rate
-from lowlat.train.cost.dry_run import dry_run, require_fit, usable_memory
+from lowlat.train.cost.dry_run import (
+    DryRun,
+    dry_run,
+    needed_bytes,
+    require_fit,
+    usable_memory,
+)
 from lowlat.train.inputs.configs import check_recipe, recipe_config
 from lowlat.train.inputs.model_files import teacher_config
 from lowlat.train.inputs.run_inputs import open_phases
@@ -17,7 +25,12 @@ from lowlat.utils.device import parse_device
 
 
 def print_dry_run(
-    recipe: Recipe, path: Path, base_model: Path | None, teacher: Path | None = None
+    recipe: Recipe,
+    path: Path,
+    base_model: Path | None,
+    teacher: Path | None = None,
+    *,
+    as_json: bool = False,
 ) -> None:
     """Measure the GEMM rate and print the estimates of `recipe`, which was read from `path`.
 
@@ -30,8 +43,30 @@ def print_dry_run(
     rate = measure_gemm_rate(DTYPES[recipe.precision], device)
     memory = usable_memory(device, recipe.parallel.processes)
     found = dry_run(config, recipe, rate=rate, memory_bytes=memory, teacher=taught)
-    show_dry_run(recipe.name, found)
+    if as_json:
+        print(json.dumps({"name": recipe.name} | dry_run_object(found), indent=2))
+    else:
+        show_dry_run(recipe.name, found)
     require_fit(config, recipe, memory_bytes=memory, teacher=taught, origin=str(path))
+
+
+def dry_run_object(found: DryRun) -> dict[str, Any]:
+    """The object of --json, in bytes, seconds and FLOPs."""
+    least, most = found.seconds
+    return {
+        "parameters": found.parameters,
+        "steps": found.steps,
+        "tokens": found.tokens,
+        "flops": found.total_flops,
+        "flops_per_second": found.rate,
+        "seconds": {"least": least, "most": most},
+        "memory": {
+            "total": needed_bytes(found.memory),
+            "by_purpose": found.memory.parts,
+            "largest": found.memory.largest,
+            "available": found.memory_bytes,
+        },
+    }
 
 
 def _config(

@@ -47,8 +47,8 @@ INPUT_OF_ROUTER = "router input"
 def training_flops(
     config: ModelConfig, recipe: Recipe, phase: Phase, teacher: ModelConfig | None
 ) -> float:
-    """FLOPs per token of training in `phase`, with the teacher's forward pass and without
-    recomputation.
+    """FLOPs per token of training in `phase`, with the teacher's forward pass, the sampling of GRPO
+    and without recomputation.
 
     Frozen weights have no weight gradient: 2x instead of 3x the forward FLOPs. MTP modules count as
     frozen; LoRA updates count as zero.
@@ -60,6 +60,7 @@ def training_flops(
     own = sum(
         flops * (3.0 if part in moved else 2.0) for part, flops in parts.items() if part in passed
     )
+    own += 0.0 if phase.grpo is None else sum(parts.values())
     return own + (0.0 if teacher is None else _teacher_flops(teacher, phase))
 
 

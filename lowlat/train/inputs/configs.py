@@ -143,7 +143,10 @@ def _check_grpo(config: ModelConfig, recipe: Recipe, origin: str) -> None:
             continue
         where = f"{origin}: phase {phase.name}: grpo"
         if config.is_sparse or any(isinstance(a, TPAConfig) for a in distinct(config.attention)):
-            raise UserError(f"{where} does not support sparse attention (DSA) and TPA")
+            kind = "sparse attention (DSA)" if config.is_sparse else "TPA"
+            raise UserError(
+                f"{where} does not support the {kind} of this model; choose another base_model"
+            )
         if recipe.precision != "bf16" or recipe.device != "cpu":
             raise UserError(
                 f"{where} samples in bf16 on the CPU; set precision 'bf16', device 'cpu'"

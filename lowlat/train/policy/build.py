@@ -41,9 +41,8 @@ def new_grpo_phase(
 ) -> GRPOPhase:
     """The GRPO `phase` that trains `model`, fp32 master weights.
 
-    reference: base_model in bf16 with stacked experts, if the recipe's beta is above 0; held_out:
-    prompts of evaluations, if any; run: the run folder; mesh: divides batches along `data`; tool:
-    answers turns. Raises UserError if the native kernels are missing.
+    reference: base_model in bf16 with stacked experts, if beta is above 0; held_out: prompts of
+    evaluations; mesh: divides batches along `data`. Raises UserError if native kernels are missing.
     """
     table = phase.grpo
     assert table is not None
@@ -53,7 +52,7 @@ def new_grpo_phase(
         context=phase.sequence_length,
         eos_ids=frozenset(tokenizer.eos_ids) | frozenset(model.config.eos_token_ids),
         seed=recipe.seed,
-        tool=None if tool is None else _rollout_tool(tool, tokenizer, table),
+        tool=_rollout_tool(tool, tokenizer, table),
     )
     generator = Generator(
         engine,
@@ -88,7 +87,11 @@ def new_grpo_phase(
     )
 
 
-def _rollout_tool(workers: ToolWorkers, tokenizer: Tokenizer, table: GRPOConfig) -> RolloutTool:
+def _rollout_tool(
+    workers: ToolWorkers | None, tokenizer: Tokenizer, table: GRPOConfig
+) -> RolloutTool | None:
+    if workers is None:
+        return None
     most = table.max_tool_calling_iterations
     return RolloutTool(workers=workers, tokenizer=tokenizer, max_iterations=most)
 

@@ -35,7 +35,7 @@ class GRPOConfig(Table):
     """Memory limit of one call of a reward function."""
     tool: str | None = None
     """Python file, relative to the recipe, with a function `tool(prompt, completion, record)`: a
-    text that it returns is a tool message, after which the model goes on; None ends the completion.
+    text that it returns is a tool message, and the model continues; None ends the completion.
     Limits are those of rewards.
     """
     max_tool_calling_iterations: Count = 8

@@ -1,5 +1,6 @@
-"""Memory of GRPO phases, compared with the tensors that a run makes."""
+"""Memory and time of GRPO phases; memory is compared with the tensors that a run makes."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,25 +8,30 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from lowlat.attention.cache import PAGE_SIZE, PagedCache
-from lowlat.cli.plan import _check_whole
+from lowlat.cli.main import app
 from lowlat.config.model import ModelConfig
 from lowlat.config.parameter_count import count_parameters
 from lowlat.engine.scheduler import MAX_SEQUENCES
 from lowlat.model.native import KeptActivations
 from lowlat.ops import native
+from lowlat.plan.flops import token_flops
 from lowlat.plan.memory import MemoryEstimate
 from lowlat.train.cost.dry_run import require_fit
+from lowlat.train.cost.frozen_weights import training_flops
 from lowlat.train.cost.rollout_memory import REFERENCE, ROLLOUT_CACHE, ROLLOUT_WEIGHTS
 from lowlat.train.policy.forward import PolicySequence
 from lowlat.train.policy.learner import PolicyBatch
 from lowlat.train.policy.mtp import MTPFigures, MTPTraining
 from lowlat.train.policy.weights import PolicyWeights
 from lowlat.train.recipe.schema import Recipe, parse_recipe
+from lowlat.train.recipe.toml import to_toml
 from lowlat.train.step.lora import add_lora
 from lowlat.utils.errors import UserError
 from tests.lowlat_configs import random_model
+from tests.unit.train import tuning
 from tests.unit.train.policy.models import CONFIGS, learner, masters
 
 CONFIG = replace(CONFIGS["mla-moe-mtp"], num_nextn_predict_layers=0)
@@ -153,6 +159,28 @@ def test_a_run_that_cannot_fit_is_refused() -> None:
         require_fit(CONFIG, recipe(phase=[phase]), memory_bytes=2**29)
 
 
-def test_plan_train_refers_to_the_dry_run() -> None:
-    with pytest.raises(UserError, match=r"r\.toml: grpo: .*--dry-run"):
-        _check_whole(recipe(), Path("r.toml"))
+def test_sampling_is_a_forward_pass_more() -> None:
+    own = recipe()
+    text = own.phase[0].model_copy(update={"grpo": None})
+    forward = token_flops(CONFIG, LENGTH).forward
+    found, without = (training_flops(CONFIG, own, each, None) for each in (own.phase[0], text))
+    assert found - without == pytest.approx(forward)
+
+
+def test_plan_train_prints_the_dry_run(tmp_path: Path) -> None:
+    tuning.checkpoint(tmp_path / "base", tuning.config(), torch.bfloat16)
+    raw = recipe().model_dump(exclude_none=True, exclude_defaults=True) | {"base_model": "base"}
+    path = tmp_path / "r.toml"
+    path.write_text(to_toml(raw))
+    done = CliRunner().invoke(app, ["plan", "train", str(path), "--json"], catch_exceptions=False)
+    found = json.loads(done.stdout)
+    assert found["steps"] == 3 and 0 < found["seconds"]["least"] < found["seconds"]["most"]
+    parts = found["memory"]["by_purpose"]
+    assert parts[ROLLOUT_CACHE] > 0 and parts[ROLLOUT_WEIGHTS] > 0
+    assert found["memory"]["total"] > sum(parts.values())
+    table = CliRunner().invoke(app, ["plan", "train", str(path)], catch_exceptions=False)
+    assert ROLLOUT_CACHE in table.stdout
+    refused = CliRunner().invoke(app, ["plan", "train", str(path), "--devices", "4"])
+    assert str(refused.exception) == (
+        f"{path}: grpo runs on the CPU of this machine; leave out --devices"
+    )

@@ -2,17 +2,23 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lowlat.config.model import ModelAttention
 from lowlat.ops import native
+from lowlat.train.inputs.configs import check_recipe
 from lowlat.train.inputs.run_inputs import _fingerprint
 from lowlat.train.recipe.schema import parse_recipe
 from lowlat.utils.errors import UserError
+from tests import configs
+from tests.lowlat_configs import TPA, lowlat_config
 from tests.unit.train import tuning
+from tests.unit.train.test_sparse_runs import INDEXER
 
 if not native.available():
     pytest.skip(native.reason(), allow_module_level=True)
@@ -207,7 +213,8 @@ def test_lora_trains_its_updates_only(folder: Path) -> None:
         ({"reward_weights": [math.inf]}, {}, "reward_weights.0: must be a finite number"),
         ({"delta": 1.1}, {}, "delta 1.1 must be above 1 . epsilon_high, 1.2"),
         ({}, {"base_model": None, "model": {}}, "base_model is missing; phases of grpo"),
-        ({}, {"precision": "fp32"}, "samples in bf16 on the CPU"),
+        ({}, {"precision": "fp32"}, "samples in bf16 on the CPU; set precision 'bf16'"),
+        ({}, {"precision": "fp8"}, "samples in bf16 on the CPU; set precision 'bf16'"),
         ({}, {"parallel": {"fsdp": 2}}, "leave all sizes but data at 1"),
         ({}, {"parallel": {"data": 2, "expert": 2}}, "leave all sizes but data at 1"),
     ],
@@ -219,6 +226,25 @@ def test_bad_input_is_refused_in_one_line(
     with pytest.raises(UserError, match=said) as found:
         train(folder, raw_recipe(grpo, **changes), tmp_path.name)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("attention", "kind"),
+    [
+        (replace(configs.MLA, indexer=INDEXER), "DSA"),
+        (TPA, "TPA"),
+    ],
+    ids=["dsa", "tpa"],
+)
+def test_attentions_without_a_backward_pass_are_refused(
+    attention: ModelAttention, kind: str
+) -> None:
+    config = lowlat_config(attention, max_position_embeddings=97)
+    recipe = parse_recipe(raw_recipe(), origin="r.toml")
+    with pytest.raises(UserError) as found:
+        check_recipe(config, recipe, "r.toml")
+    assert str(found.value).startswith("r.toml: phase rl: grpo does not support")
+    assert f"{kind}" in str(found.value) and "choose another base_model" in str(found.value)
 
 
 def test_a_recipe_without_data_needs_a_base_model() -> None:
