@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -60,10 +61,13 @@ inline BoundAttention make_mla(std::int64_t heads, std::int64_t nope_dim, std::i
   a.latent_dim = a.kv_b.columns;
   require(a.latent_dim > 0 && rope_dim % 2 == 0, "kv_b has no columns, or rope_dim is odd");
   require(!a.kv_b.is_tiled(), "kv_b is not row-major");
+  const std::int64_t head_rows = k_b ? value_dim : std::gcd(nope_dim, value_dim);
+  require(!a.kv_b.is_interleaved || head_rows % kTile == 0, "heads of interleaved kv_b are no whole tiles");
   require_shape(a.kv_b, heads * (k_b ? value_dim : nope_dim + value_dim), a.latent_dim, "kv_b");
   a.kv_b_updates = keep_updates(bound, kv_b_updates, heads * (nope_dim + value_dim), a.latent_dim);
   if (a.k_b) {
     require(!a.k_b->is_tiled() && !a.k_b->has_row_scales(), "k_b has an unsupported storage");
+    require(!a.k_b->is_interleaved || a.latent_dim % kTile == 0, "heads of interleaved k_b are no whole tiles");
     require_shape(*a.k_b, heads * a.latent_dim, nope_dim, "k_b");
     // Packed activations are found by address, so heads must not share padded ones.
     require(nope_dim % kGroup == 0, "k_b has columns that are no multiple of 32");

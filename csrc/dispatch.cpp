@@ -34,11 +34,12 @@ struct Level {
   bool (*runs_here)();
 };
 
-#ifdef LOWLAT_HAS_AVX512
+#if defined(LOWLAT_HAS_AVX512) || defined(LOWLAT_HAS_AMX)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512vbmi") &&
          __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 #endif

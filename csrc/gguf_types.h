@@ -84,6 +84,7 @@ constexpr GgufElements gguf_elements(GgufType type) {
     case GgufType::Q5_K: return {0, 2, 43};
     case GgufType::Q6_K: return {0, 0, 52, 1};
     case GgufType::IQ4_XS: return {0, 2, 33};
+    case GgufType::IQ2_XXS: return {0, 1, 16};
     case GgufType::MXFP4: return {1, 0, 4};
     case GgufType::INT4_32: return {0, 0, 5};
     case GgufType::INT4_128: return {0, 0, 17};

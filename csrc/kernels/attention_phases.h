@@ -116,13 +116,14 @@ inline void absorb_query(const Pass& pass, const Attention& a, const Matrix& w, 
 }
 
 // The same for rows of W_UK that are latent channels.
-inline void absorb_transposed(const Pass& pass, const Attention& a, const Matrix& w, std::int64_t head, std::int64_t strip) {
+inline void absorb_transposed(const Pass& pass, const Attention& a, const Matrix& w, std::int64_t head, std::int64_t strip,
+                              NextTile next) {
   const Workspace& work = pass.work;
   each_absorbed(pass, [&](std::int64_t first, std::int64_t tokens) {
     Activations q = rows_of_head(pass, a, head, first, tokens, w.columns, 3);
     q.is_decode = pass.step.is_decode;
     float* out = pass.strip_out(tokens);
-    multiply_strip(w, strip, q, pass.panels(w), out);
+    multiply_strip(w, strip, q, pass.panels(w), out, next);
     add_query_updates(pass, a, head, strip * kStrip, first, tokens, out);
     each_half(strip, a.latent_dim, [&](std::int64_t channel, int lane, std::int64_t width) {
       bf16* to = work.absorbed_q + (first * a.heads + head) * work.absorbed_stride + channel;
@@ -171,12 +172,16 @@ inline void make_mla_queries(const Pass& pass, const Attention& a) {
   // GGUF blocks are decoded once per head.
   const bool by_heads = is_one || a.k_b || a.kv_b.storage == Storage::gguf;
   const std::int64_t blocks = 1 + (by_heads && absorbs ? 1 : absorbs ? strips : 0);
-  pass.each(a.heads * blocks, [&](std::int64_t item) {
+  pass.each_in_turn(a.heads * blocks, [&](std::int64_t item, bool continues) {
     const std::int64_t head = item / blocks, block = item % blocks;
     if (block == 0) return finish_rotary_query(pass, a, head);
     Matrix w = key_projection(a, head);
     if (a.k_b) {
-      for (std::int64_t strip = 0; strip < strips; ++strip) absorb_transposed(pass, a, w, head, strip);
+      const Matrix follows = continues ? key_projection(a, head + 1) : w;
+      for (std::int64_t strip = 0; strip < strips; ++strip) {
+        const NextTile next = strip + 1 < strips ? next_strip(w, strip, true) : next_strip(follows, -1, continues);
+        absorb_transposed(pass, a, w, head, strip, next);
+      }
       return;
     }
     if (w.storage == Storage::gguf) w = dense_copy(pass, w);

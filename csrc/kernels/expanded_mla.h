@@ -16,7 +16,16 @@ inline Matrix dense_copy(const Pass& pass, const Matrix& w) {
   dense.columns = w.columns;
   dense.stride = round_up(w.columns, kColumns);
   auto* rows = pass.scratch.get<bf16>(12, w.rows * dense.stride);
-  for (std::int64_t r = 0; r < w.rows; ++r) gguf::dequantize_row(w, r, rows + r * dense.stride);
+  if (w.is_interleaved) {
+    const std::int64_t count = num_panels(w.columns);
+    auto* panels = pass.scratch.get<Panel>(14, count);
+    for (std::int64_t tile = 0; tile < w.tiles(); ++tile) {
+      load_panels(w, tile, panels);
+      store_panels(panels, count, least(kTile, w.rows - tile * kTile), rows + tile * kTile * dense.stride, dense.stride);
+    }
+  } else {
+    for (std::int64_t r = 0; r < w.rows; ++r) gguf::dequantize_row(w, r, rows + r * dense.stride);
+  }
   dense.data = rows;
   return dense;
 }

@@ -144,6 +144,25 @@ inline const SpanActivations* find_activations(const Activations& x, std::int64_
 
 #if defined(LOWLAT_AVX512)
 
+// Spans whose 32 columns of a group are ordered 0, 8, 16, 24, 1, 9, ...: a word has a column of each codebook entry.
+inline thread_local ActivationStore<SpanActivations> eights_store;
+
+inline const SpanActivations* find_eights(const Activations& x, std::int64_t columns) {
+  return eights_store.find(x, columns, [&](SpanActivations* spans) {
+    alignas(64) std::uint8_t from[64];
+    for (int i = 0; i < 64; ++i) from[i] = static_cast<std::uint8_t>(i / 32 * 32 + i % 4 * 8 + i % 32 / 4);
+    const __m512i order = _mm512_load_si512(from);
+    const SpanActivations* all = find_activations<SpanActivations>(x, columns);
+    for (std::int64_t i = 0; i < x.rows * num_spans(columns); ++i) {
+      spans[i] = all[i];
+      for (int at = 0; at < kSpan; at += 64) {
+        store_pairs(spans[i].high + at, {_mm512_permutexvar_epi8(order, pairs(all[i].high + at).v)});
+        store_pairs(spans[i].low + at, {_mm512_permutexvar_epi8(order, pairs(all[i].low + at).v)});
+      }
+    }
+  });
+}
+
 // 256 activations in the order of codebook entries (gguf_codes_iq.h): 64 bits e of 32 columns g are quarter-group
 // 8 e + g. Lanes 2 g and 2 g + 1 belong to 32 columns: their scale, and the negative sums of the integers of the first
 // and of the last 16 of them, each lane's own.
@@ -191,6 +210,7 @@ inline void forget_activations() {
   activation_store.forget();
 #if defined(LOWLAT_AVX512)
   entry_store.forget();
+  eights_store.forget();
 #endif
 }
 

@@ -14,7 +14,6 @@
 namespace lowlat::LOWLAT_ISA::gguf {
 
 constexpr std::int64_t kMostTokens = 8;  // activation rows per pass over a tile
-constexpr std::int64_t kPrefetchBytes = 4096;  // distance of prefetches
 
 #if defined(LOWLAT_AVX512)
 
@@ -111,20 +110,18 @@ inline F add_products(F sum, const Weights<type>& w, const SpanActivations& x) {
 #endif
 
 // lanes[t][r] += rows of a tile times `tokens` rows of x, `apart` spans from each other; for a single row the sums stay
-// in a register.
+// in a register. Prefetches the same place of tile `next`.
 template <GgufType type, bool is_one>
-inline void multiply_tile(const Matrix& w, std::int64_t tile, const SpanOf<type>* x, std::int64_t apart,
+inline void multiply_tile(const Matrix& w, std::int64_t tile, NextTile next, const SpanOf<type>* x, std::int64_t apart,
                           std::int64_t tokens, Lanes* lanes) {
   const std::int64_t first = tile * kTile, rows = least(kTile, w.rows - first), spans = num_spans(w.columns);
+  const std::int64_t ahead = bytes_ahead(w, tile, next);
   SpanBytes<type> bytes;
   for (std::int64_t r = 0; r < rows; ++r) {
     F sum = zero();
     for (std::int64_t s = 0; s < spans; ++s) {
       const std::uint8_t* at = bytes.of(w, first + r, s);
-      // May point beyond the matrix: prefetching unmapped memory does nothing.
-      for (std::int64_t line = 0; line < span_bytes<type>(); line += 64) {
-        prefetch_far(at + kPrefetchBytes + line);
-      }
+      for (std::int64_t line = 0; ahead != 0 && line < span_bytes<type>(); line += 64) prefetch_far(at + ahead + line);
       const auto weights = load_weights<type>(at, least(kSpan, w.columns - s * kSpan));
       if constexpr (is_one) {
         sum = add_products<type>(sum, weights, x[s]);
@@ -140,14 +137,17 @@ inline void multiply_tile(const Matrix& w, std::int64_t tile, const SpanOf<type>
 }
 
 // Tiles [first, last) of y = x W^T.
-inline void gemv(const Matrix& w, std::int64_t first, std::int64_t last, const Activations& x, float* out,
+inline void gemv(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x, float* out,
                  std::int64_t out_stride) {
   const std::int64_t apart = num_spans(w.columns), step = even_block(x.rows, kMostTokens);
   alignas(64) Lanes lanes[kMostTokens] = {};
   for (std::int64_t tile = first; tile < last; ++tile, out += kTile) {
+    // By strips: the next tile would be too near in matrices of few columns.
+    NextTile then = {next.w, next.tile + tile - first};
+    if (next.w == nullptr && tile + 1 < last) then = {&w, tile + 1};
 #if defined(LOWLAT_AVX512)
     if (w.is_interleaved) {
-      multiply_interleaved_rows(w, tile, find_activations<SpanActivations>(x, w.columns), x.rows, out, out_stride);
+      multiply_interleaved_rows(w, tile, then, x, out, out_stride);
       continue;
     }
 #endif
@@ -155,8 +155,8 @@ inline void gemv(const Matrix& w, std::int64_t first, std::int64_t last, const A
       const std::int64_t tokens = least(step, x.rows - row);
       with_gguf_type(w.type, [&]<GgufType type>() {
         const SpanOf<type>* spans = find_activations<SpanOf<type>>(x, w.columns) + row * apart;
-        if (tokens == 1) return multiply_tile<type, true>(w, tile, spans, apart, 1, lanes);
-        multiply_tile<type, false>(w, tile, spans, apart, tokens, lanes);
+        if (tokens == 1) return multiply_tile<type, true>(w, tile, row == 0 ? then : NextTile{}, spans, apart, 1, lanes);
+        multiply_tile<type, false>(w, tile, row == 0 ? then : NextTile{}, spans, apart, tokens, lanes);
       });
       for (std::int64_t t = 0; t < tokens; ++t) store(out + (row + t) * out_stride, sums_of_lanes(lanes[t]));
     }

@@ -11,6 +11,15 @@ namespace lowlat::LOWLAT_ISA::gguf {
 template <GgufType type>
 struct TileDecoder;
 
+// Whether word(g, i) holds columns i, 8 + i, 16 + i and 24 + i of a group instead of four consecutive ones, after
+// load_group(g).
+template <class Decoder>
+constexpr bool kHasWordsOfEights = requires(Decoder& decoder) { decoder.load_group(0); };
+
+// Whether raw_word(g, i) holds codes times a power of two, which raw_scale(g) divides by: they take no shifts.
+template <class Decoder>
+constexpr bool kHasRawWords = requires(const Decoder& decoder) { decoder.raw_word(0, 0); };
+
 using Words = __m512i;
 
 inline Words word_of(const std::uint8_t* block, int offset) { return pairs(block + 16 * offset).v; }
@@ -196,6 +205,12 @@ template <>
 struct TileDecoder<GgufType::Q4_K> : KScales {
   using KScales::KScales;
   LOWLAT_INLINE Words word(int g, int i) const { return low(16, g, i); }
+  LOWLAT_INLINE Words raw_word(int g, int i) const {
+    return _mm512_and_si512(word_of(block, 16 + 32 * (g / 2) + 4 * i), all_bytes(g % 2 == 0 ? 15 : 240));
+  }
+  LOWLAT_INLINE F raw_scale(int g) const {
+    return mul(byte_of(scales[g / 4], g % 4), g % 2 == 0 ? d : mul(d, set1(1.0f / 16)));
+  }
 };
 
 template <>
@@ -230,10 +245,12 @@ struct SixteensTile {
 template <>
 struct TileDecoder<GgufType::Q2_K> : SixteensTile<0> {
   static constexpr bool kHasMinimum = true;
-  F least;
+  F least, run_scale[4];
   Words minima[4];
 
   explicit TileDecoder(const std::uint8_t* at) : SixteensTile(at, 80), least(scale_of_bytes(at, 82)) {
+    LOWLAT_UNROLL
+    for (int run = 0; run < 4; ++run) run_scale[run] = mul(d, set1(1.0f / (1 << 2 * run)));
     LOWLAT_UNROLL
     for (int k = 0; k < 4; ++k) {
       const Words both = word_of(at, 4 * k);
@@ -243,6 +260,10 @@ struct TileDecoder<GgufType::Q2_K> : SixteensTile<0> {
   }
   LOWLAT_INLINE F minimum(int g) const { return mul(byte_of(minima[2 * part + g / 4], g % 4), least); }
   LOWLAT_INLINE Words word(int g, int i) const { return two_bits(16, g, i); }
+  LOWLAT_INLINE Words raw_word(int g, int i) const {
+    return _mm512_and_si512(word_in_run(16, 32, g, i), all_bytes(3 << g / 2 * 2));
+  }
+  LOWLAT_INLINE F raw_scale(int g) const { return mul(byte_of(scales[2 * part + g / 4], g % 4), run_scale[g / 2]); }
 };
 
 template <>

@@ -21,14 +21,23 @@ constexpr int kGroupsAtOnce = Decoder::kGroups > 1 ? 2 : 1;
 
 // sums[k][t] of group g + k * kApart, or of words k of every two, and row t of x.
 template <class Decoder, int T>
-LOWLAT_INLINE inline void add_groups(const Decoder& decoder, int g, int in_span, const SpanActivations* x,
+LOWLAT_INLINE inline void add_groups(Decoder& decoder, int g, int in_span, const SpanActivations* x,
                                      std::int64_t apart, SplitSums (&sums)[2][T]) {
   constexpr int kAtOnce = kGroupsAtOnce<Decoder>;
+  if constexpr (requires { decoder.load_group(g); }) {
+    LOWLAT_UNROLL
+    for (int k = 0; k < kAtOnce; ++k) decoder.load_group(g + k * Decoder::kApart);
+  }
   LOWLAT_UNROLL
   for (int i = 0; i < kAtOnce * Decoder::kGroup / 4; ++i) {
     const int group = g + i % kAtOnce * Decoder::kApart, word = i / kAtOnce;
     const int at = in_span + group * Decoder::kGroup + 4 * word;
-    const P code = {decoder.word(group, word)};
+    P code;
+    if constexpr (kHasRawWords<Decoder>) {
+      code = {decoder.raw_word(group, word)};
+    } else {
+      code = {decoder.word(group, word)};
+    }
     LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) {
       const SpanActivations& own = x[t * apart];
@@ -52,7 +61,7 @@ struct PrefetchedBytes {
 
 // total[t] += the groups of a part of a block times row t of x; starts of another row are kScales further on.
 template <int T, class Decoder>
-LOWLAT_INLINE inline void add_part(const Decoder& decoder, int in_span, const SpanActivations* x, std::int64_t apart,
+LOWLAT_INLINE inline void add_part(Decoder& decoder, int in_span, const SpanActivations* x, std::int64_t apart,
                                    const std::int32_t* starts, PrefetchedBytes ahead, F (&total)[T]) {
   constexpr int kAtOnce = kGroupsAtOnce<Decoder>, kSteps = Decoder::kGroups / kAtOnce;
   const int first_place = place_of_group(in_span / 16), first_wide = in_span / 32;
@@ -72,7 +81,12 @@ LOWLAT_INLINE inline void add_part(const Decoder& decoder, int in_span, const Sp
     LOWLAT_UNROLL
     for (int k = 0; k < kAtOnce; ++k) {
       const int group = g + k * Decoder::kApart, place = first_place + place_of_group(group * Decoder::kGroup / 16);
-      const F scale = decoder.scale(group);
+      F scale;
+      if constexpr (kHasRawWords<Decoder>) {
+        scale = decoder.raw_scale(group);
+      } else {
+        scale = decoder.scale(group);
+      }
       LOWLAT_UNROLL
       for (int t = 0; t < T; ++t) {
         const SpanActivations& own = x[t * apart];
@@ -89,20 +103,20 @@ LOWLAT_INLINE inline void add_part(const Decoder& decoder, int in_span, const Sp
   }
 }
 
-// One tile and T rows of x, `apart` spans from each other.
+// One tile and T rows of x, `apart` spans from each other. Prefetches the same place of tile `next`.
 template <GgufType type, int T>
-inline void multiply_interleaved(const Matrix& w, std::int64_t tile, const SpanActivations* x, std::int64_t apart,
-                                 float* out, std::int64_t out_stride) {
+inline void multiply_interleaved(const Matrix& w, std::int64_t tile, NextTile next, const SpanActivations* x,
+                                 std::int64_t apart, float* out, std::int64_t out_stride) {
   using Decoder = TileDecoder<type>;
   constexpr const GgufTypeInfo& info = *find_gguf_type(static_cast<std::int64_t>(type));
   constexpr std::int64_t kBytes = kTile * info.bytes;
   const std::uint8_t* at = static_cast<const std::uint8_t*>(w.data) + tile * kTile * w.stride;
+  const std::int64_t distance = bytes_ahead(w, tile, next), bytes = distance == 0 ? 0 : kBytes / Decoder::kParts;
   F total[T];
   LOWLAT_UNROLL
   for (int t = 0; t < T; ++t) total[t] = zero();
   for (std::int64_t column = 0; column < w.columns; column += info.columns, at += kBytes) {
-    // May point beyond the matrix: prefetching unmapped memory does nothing.
-    const PrefetchedBytes ahead = {at + most(kBytes, 8192), kBytes / Decoder::kParts};
+    const PrefetchedBytes ahead = {at + distance, bytes};
     Decoder decoder(at);
     const auto in_span = info.columns == kSpan ? 0 : static_cast<int>(column % kSpan);
     const SpanActivations* span = x + column / kSpan;
@@ -123,14 +137,17 @@ inline void multiply_interleaved(const Matrix& w, std::int64_t tile, const SpanA
 }
 
 // All rows of x.
-inline void multiply_interleaved_rows(const Matrix& w, std::int64_t tile, const SpanActivations* x, std::int64_t rows,
-                                      float* out, std::int64_t out_stride) {
-  const std::int64_t apart = num_spans(w.columns), step = even_block(rows, kTileTokens);
+inline void multiply_interleaved_rows(const Matrix& w, std::int64_t tile, NextTile next, const Activations& all, float* out,
+                                      std::int64_t out_stride) {
+  const std::int64_t rows = all.rows, apart = num_spans(w.columns), step = even_block(rows, kTileTokens);
   with_gguf_type(w.type, [&]<GgufType type>() {
     if constexpr (can_interleave(type)) {
+      const SpanActivations* x = kHasWordsOfEights<TileDecoder<type>> ? find_eights(all, w.columns)
+                                                                      : find_activations<SpanActivations>(all, w.columns);
       for (std::int64_t row = 0; row < rows; row += step) {
         with_tokens<kTileTokens>(least(step, rows - row), [&]<int T>() {
-          multiply_interleaved<type, T>(w, tile, x + row * apart, apart, out + row * out_stride, out_stride);
+          multiply_interleaved<type, T>(w, tile, row == 0 ? next : NextTile{}, x + row * apart, apart,
+                                        out + row * out_stride, out_stride);
         });
       }
     }

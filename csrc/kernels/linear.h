@@ -25,7 +25,7 @@ inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_
 
 inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                           Panel* panels, float* out, std::int64_t out_stride) {
-  if (x.is_decode && w.storage == Storage::gguf) return gguf::gemv(w, first, last, x, out, out_stride);
+  if (x.is_decode && w.storage == Storage::gguf) return gguf::gemv(w, first, last, next, x, out, out_stride);
   if (x.is_decode && w.is_tiled()) return gemv_tiles(w, first, last, next, x, panels, out, out_stride);
   if (x.is_decode && lies_in_tiles(w, first) && lies_in_tiles(w, last - 1)) {
     return gemv_by_tiles(w, first, last, next, x, panels, out, out_stride);
@@ -48,7 +48,7 @@ inline void multiply(const Panel* panels, std::int64_t tiles, std::int64_t tile_
 inline void multiply_rows(const Matrix& w, std::int64_t first, std::int64_t last, NextTile next, const Activations& x,
                           Panel* panels, float* out, std::int64_t out_stride) {
   if (x.is_decode) {
-    if (w.storage == Storage::gguf) return gguf::gemv(w, first, last, x, out, out_stride);
+    if (w.storage == Storage::gguf) return gguf::gemv(w, first, last, next, x, out, out_stride);
     if (w.is_tiled()) return gemv_tiles(w, first, last, next, x, panels, out, out_stride);
     return gemv_rows(w, first, last, next, x, out, out_stride);
   }

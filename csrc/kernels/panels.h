@@ -6,7 +6,7 @@
 #include "../matrix.h"
 #include "common.h"
 #if defined(LOWLAT_AVX512)
-#include "gguf_tile_decode.h"
+#include "gguf_tile_codebooks.h"
 #else
 #include "gguf_span.h"
 #endif
@@ -130,6 +130,16 @@ inline void prefetch_panel(const Matrix& w, std::int64_t tile, std::int64_t i, b
   for (int r = 0; r < kTile; ++r) far ? prefetch_far(at + r * row_bytes) : prefetch(at + r * row_bytes);
 }
 
+// Bytes from a tile of a matrix in GGUF blocks to the tile that follows it; 0 if none does.
+inline std::int64_t bytes_ahead(const Matrix& w, std::int64_t tile, NextTile next) {
+  if (next.w == nullptr || next.tile >= next.w->tiles()) return 0;
+  const auto start = [](const Matrix& m, std::int64_t number) {
+    if (m.is_tiled()) return m.tile_data(number);
+    return static_cast<const std::uint8_t*>(m.data) + number * kTile * m.stride * m.element_bytes();
+  };
+  return start(*next.w, next.tile) - start(w, tile);
+}
+
 // Prefetches a row-major matrix a few cache lines at a time while something else is computed: many at once would
 // stall that computation's loads.
 class Prefetcher {
@@ -201,7 +211,7 @@ inline void load_gguf_panels(const Matrix& w, std::int64_t tile, Panel* panels) 
 
 // The columns from `column` of a part of an interleaved GGUF block.
 template <class Decoder>
-LOWLAT_INLINE inline void load_part_panels(const Decoder& decoder, std::int64_t column, Panel* panels) {
+LOWLAT_INLINE inline void load_part_panels(Decoder& decoder, std::int64_t column, Panel* panels) {
   LOWLAT_UNROLL
   for (int g = 0; g < Decoder::kGroups; ++g) {
     const std::int64_t first = column + g * Decoder::kGroup;
@@ -212,6 +222,18 @@ LOWLAT_INLINE inline void load_part_panels(const Decoder& decoder, std::int64_t 
       if constexpr (Decoder::kHasMinimum) return sub(product, decoder.minimum(g));
       return product;
     };
+    if constexpr (gguf::kHasWordsOfEights<Decoder>) {
+      decoder.load_group(g);
+      LOWLAT_UNROLL
+      for (int i = 0; i < 8; i += 2) {
+        const P even = {decoder.word(g, i)}, odd = {decoder.word(g, i + 1)};
+        panel[i / 2] = pairs_of(weights(field<0, 255>(even)), weights(field<0, 255>(odd)));
+        panel[4 + i / 2] = pairs_of(weights(field<8, 255>(even)), weights(field<8, 255>(odd)));
+        panel[8 + i / 2] = pairs_of(weights(field<16, 255>(even)), weights(field<16, 255>(odd)));
+        panel[12 + i / 2] = pairs_of(weights(field<24, 255>(even)), weights(field<24, 255>(odd)));
+      }
+      continue;
+    }
     LOWLAT_UNROLL
     for (int i = 0; i < Decoder::kGroup / 4; ++i) {
       const P code = {decoder.word(g, i)};
@@ -260,6 +282,14 @@ inline void load_panels(const Matrix& w, std::int64_t tile, Panel* panels, const
   for (std::int64_t i = 0; i < num_panels(w.columns); ++i) {
     load_panel(w, tile, i, panels[i]);
     if (ahead != nullptr) prefetch_panel(*ahead, tile, i, true);
+  }
+}
+
+// The rows of a tile from its panels, which are transposed in place.
+inline void store_panels(Panel* panels, std::int64_t count, std::int64_t rows, bf16* to, std::int64_t stride) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    transpose(panels[i], panels[i]);
+    for (std::int64_t r = 0; r < rows; ++r) store_pairs(to + r * stride + i * kColumns, panels[i][r]);
   }
 }
 

@@ -1,4 +1,4 @@
-// SIMD types for AVX-512 with BF16 and VNNI: 16 lanes of fp32 or int32 in one register.
+// SIMD types for AVX-512 with BF16, VNNI and VBMI: 16 lanes of fp32 or int32 in one register.
 #pragma once
 
 #include <immintrin.h>

@@ -19,7 +19,7 @@ from lowlat.config.model import MLAConfig
 from lowlat.model.linear import Embedding, Linear
 from lowlat.model.mla import MLA
 from lowlat.ops.gguf_blocks import can_interleave, interleave, row_bytes
-from lowlat.ops.quantized import Empty
+from lowlat.ops.quantized import TILE, Empty
 from lowlat.utils.errors import UserError
 from lowlat.utils.huge_pages import HugePageAllocator
 from lowlat.utils.memory import is_larger_than_memory, memory_limit
@@ -62,17 +62,19 @@ def store_blocks(
             case (whole,) if isinstance(module, Linear | Embedding):
                 if not (whole.in_file or in_memory):
                     raise _too_large(source, size)
-                # MLA's up-projections are read by heads, untied embeddings by tokens.
+                # untied embeddings are read by tokens
                 is_product = isinstance(module, Linear) or not has_head
-                is_product = is_product and not path.endswith("kv_b_proj")
                 interleaved = in_memory and is_product and can_interleave(whole.kind)
+                if interleaved and path.endswith("kv_b_proj"):
+                    dims = _mla_of(model, path).dims
+                    interleaved = _has_tiles(dims.qk_nope_head_dim) and _has_tiles(dims.v_head_dim)
                 module.store_gguf(whole.kind, interleaved=interleaved)
                 own = module.part if isinstance(module, Linear) else slice(None)
                 readers[step.parameter] = partial(_rows, whole, stored, own, interleaved, empty)
             case (keys, values) if isinstance(module, Linear):
-                attention = model.get_submodule(path.rpartition(".")[0])
-                assert isinstance(attention, MLA)
-                readers |= _store_halves(module, path, attention.dims, keys, values)
+                dims = _mla_of(model, path).dims
+                halves = keys, values
+                readers |= _store_halves(module, path, dims, stored, halves, in_memory, empty)
     return readers
 
 
@@ -129,18 +131,40 @@ def _too_large(source: TensorSource, size: int) -> UserError:
     )
 
 
+def _mla_of(model: nn.Module, path: str) -> MLA:
+    """The attention of a projection."""
+    attention = model.get_submodule(path.rpartition(".")[0])
+    assert isinstance(attention, MLA)
+    return attention
+
+
+def _has_tiles(rows: int) -> bool:
+    """Whether a head with `rows` is whole tiles: only such heads are parts of interleaved rows."""
+    return rows % TILE == 0
+
+
 def _store_halves(
-    module: Linear, path: str, dims: MLAConfig, keys: Blocks, values: Blocks
+    module: Linear,
+    path: str,
+    dims: MLAConfig,
+    stored: StoredTensor,
+    halves: tuple[Blocks, Blocks],
+    in_memory: bool,
+    empty: Empty,
 ) -> Readers:
     heads, nope_dim = dims.num_attention_heads, dims.qk_nope_head_dim
-    module.store_gguf_heads(keys.kind, values.kind, heads, nope_dim)
-    width = nope_dim + dims.v_head_dim
-    first = (module.part.start or 0) // width
-
-    def own(blocks: Blocks, size: int) -> Tensor:
-        return blocks.rows()[first * size : (first + heads) * size]
-
+    sizes = module.in_features, dims.v_head_dim  # rows of a head
+    keys, values = halves
+    both = (
+        in_memory and _has_tiles(sizes[0]) and can_interleave(keys.kind),
+        in_memory and _has_tiles(sizes[1]) and can_interleave(values.kind),
+    )
+    module.store_gguf_heads(keys.kind, values.kind, heads, nope_dim, interleaved=both)
+    first = (module.part.start or 0) // (nope_dim + dims.v_head_dim)
+    names = f"{path}{_WEIGHT}_keys", f"{path}{_WEIGHT}"
     return {
-        f"{path}{_WEIGHT}": partial(own, values, dims.v_head_dim),
-        f"{path}{_WEIGHT}_keys": partial(own, keys, module.in_features),
+        name: partial(
+            _rows, half, stored, slice(first * size, (first + heads) * size), interleaved, empty
+        )
+        for name, half, size, interleaved in zip(names, halves, sizes, both, strict=True)
     }

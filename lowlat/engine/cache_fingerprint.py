@@ -70,7 +70,8 @@ def weights_digest(model: Transformer) -> str:
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             kinds = f"{module.storage} {module.block} {module.gguf_type} {module.keys_type}"
-            whole.update(f"{name} {kinds} {module.is_interleaved}".encode())
+            interleaved = f"{module.is_interleaved} {module.keys_interleaved}"
+            whole.update(f"{name} {kinds} {interleaved}".encode())
     return whole.hexdigest()
 
 

@@ -112,7 +112,7 @@ class Linear(nn.Module):
                `ops.int4_blocks`, or `is_interleaved` in tiles of 16 rows
                (`ops.gguf_blocks.interleave`); an MLA up-projection may be split instead: the
                values' rows of all heads in weight, the keys' rows, each head transposed, in
-               weight_keys [heads * in, row_bytes] of type `keys_type`
+               weight_keys [heads * in, row_bytes] of type `keys_type`, or `keys_interleaved`
     """
 
     def __init__(
@@ -131,6 +131,7 @@ class Linear(nn.Module):
         self.gguf_type: int | None = None
         self.is_interleaved = False
         self.keys_type: int | None = None
+        self.keys_interleaved = False
         self.parts, self.part = 1, slice(None)
         """Processes that divide the rows, and the rows of this one in the checkpoint's matrix."""
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
@@ -203,12 +204,15 @@ class Linear(nn.Module):
         shape = gguf_blocks.stored_shape(kind, self.out_features, self.in_features, interleaved)
         self.weight = self._unfilled(shape, torch.uint8)
 
-    def store_gguf_heads(self, keys: int, values: int, heads: int, nope_dim: int) -> None:
+    def store_gguf_heads(
+        self, keys: int, values: int, heads: int, nope_dim: int, *, interleaved: tuple[bool, bool]
+    ) -> None:
         """Replace the (still unfilled) weight of MLA's kv_b_proj by its two halves in GGUF blocks:
         transposed keys [heads * in, nope_dim] of type `keys`, values [heads * v_dim, in] of type
-        `values`.
+        `values`. A half may be `interleaved` if a head has whole tiles of its rows.
         """
         self.storage, self.keys_type, self.gguf_type = "gguf", keys, values
+        self.keys_interleaved, self.is_interleaved = interleaved
         size = gguf_blocks.row_bytes(keys, nope_dim)
         self.weight_keys = self._unfilled((heads * self.in_features, size), torch.uint8)
         rows = self.out_features - heads * nope_dim
@@ -238,7 +242,8 @@ class Linear(nn.Module):
                 return unpack_rows(parts, self.storage, rows, self.in_features, dtype)
             case "gguf":
                 assert self.gguf_type is not None
-                rows = self.out_features if self.is_interleaved else None
+                rows = self.out_features if self.weight_keys is None else len(self.weight)
+                rows = rows if self.is_interleaved else None
                 own = gguf_blocks.dequantize_blocks(
                     self.weight, self.gguf_type, dtype, interleaved_rows=rows
                 )
@@ -252,7 +257,10 @@ class Linear(nn.Module):
         """The matrix from its values' rows and the keys' half."""
         assert self.weight_keys is not None and self.keys_type is not None
         latent, heads = self.in_features, len(self.weight_keys) // self.in_features
-        keys = gguf_blocks.dequantize_blocks(self.weight_keys, self.keys_type, dtype)
+        rows = len(self.weight_keys) if self.keys_interleaved else None
+        keys = gguf_blocks.dequantize_blocks(
+            self.weight_keys, self.keys_type, dtype, interleaved_rows=rows
+        )
         keys, values = keys.unflatten(0, (heads, latent)), values.unflatten(0, (heads, -1))
         return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
 

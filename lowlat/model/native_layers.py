@@ -77,7 +77,8 @@ def _mla(attention: MLA):
     kv_b, k_b = weight_of(linear), None
     if linear.weight_keys is not None:
         keys = linear.weight_keys.detach()
-        k_b = native.module().Matrix.gguf(keys, type=linear.keys_type)
+        rows = len(keys) if linear.keys_interleaved else None
+        k_b = native.module().Matrix.gguf(keys, type=linear.keys_type, interleaved_rows=rows)
     q = attention.q_proj if dims.q_lora_rank is None else attention.q_b_proj
     projections = projection_of(q, sparse=not dims.kv_a_layernorm), projection_of(attention.o_proj)
     return _latent(attention, norms, kv_b, k_b, projections)
@@ -289,7 +290,8 @@ def weight_of(linear: Linear, *, sparse: bool = False):
         case "int8_rows":
             return matrix.int8_rows(weight, linear.weight_scale, occupied=occupied)
         case "gguf":
-            rows = linear.out_features if linear.is_interleaved else None
+            rows = linear.out_features if linear.weight_keys is None else len(weight)
+            rows = rows if linear.is_interleaved else None
             return matrix.gguf(
                 weight, type=linear.gguf_type, interleaved_rows=rows, occupied=occupied
             )

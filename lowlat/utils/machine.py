@@ -14,6 +14,7 @@ KERNEL_FLAGS = (
     "amx_bf16",
     "avx512_bf16",
     "avx512_vnni",
+    "avx512vbmi",
     "avx512f",
     "avx2",
     "fma",

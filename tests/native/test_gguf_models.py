@@ -164,6 +164,30 @@ def test_logits(tmp_path: Path, level: str, family: str, kind: Kind, split: bool
         assert_same_bits(*found)
 
 
+@pytest.mark.parametrize("value_dim", [24, 32])
+@pytest.mark.parametrize("split", [False, True], ids=["joined", "split"])
+@torch.inference_mode()
+def test_heads_are_interleaved_by_whole_tiles(tmp_path: Path, split: bool, value_dim: int) -> None:
+    """Each head is a part of its matrix; 24 rows of a head would begin inside a tile of 16."""
+    base = CONFIGS["mla"]
+    assert isinstance(base.attention, MLAConfig)
+    dims = replace(base.attention, num_attention_heads=4, v_head_dim=value_dim)
+    config = replace(base, attention=dims)
+    drawn = random_model(config, 3).state_dict()
+    path = write_gguf(tmp_path / "m.gguf", config, drawn, kind=Kind.Q4_0, split_kv_b=split)
+    kept = load_model(path, dtype="bf16", keeps_blocks=True).model
+    fits = gguf_blocks.can_interleave(int(Kind.Q4_0))
+    for name, part in kept.named_modules():
+        if isinstance(part, Linear) and name.endswith("kv_b_proj"):
+            assert part.is_interleaved == (fits and value_dim == 32)
+            assert part.keys_interleaved == (fits and split)
+    dense = load_model(path, dtype="bf16").model
+    for path_of_chunk in ("expanded", "absorbed"):
+        step = [(0, 0, 80)]
+        found = [one_step(NativeModel(model), step, path_of_chunk) for model in (kept, dense)]
+        assert_same_bits(*found)
+
+
 def one_step(model: NativeModel, step: list[tuple[int, int, int]], form: str) -> torch.Tensor:
     cache = PagedCache(model.config, num_pages=48, page_size=PAGE_SIZE, dtype=torch.bfloat16)
     slices = [

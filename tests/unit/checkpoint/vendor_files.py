@@ -1,7 +1,7 @@
 """Folders with weights as other programs quantize them, and the exact weights that they hold.
 
-compressed-tensors writes and dequantizes its own formats; AWQ's, GPTQ's and gpt-oss's are written
-out here.
+compressed-tensors writes its own formats, and dequantizes them and AWQ's; GPTQ's and gpt-oss's are
+written and dequantized here.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 from compressed_tensors.compressors.mxfp4 import MXFP4PackedCompressor
 from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -99,7 +100,9 @@ def _scales(weight: Tensor, scheme: QuantizationScheme, dtype: torch.dtype) -> P
     elif args.strategy == "block":
         return {"weight_scale": _block_scales(weight, args.block_structure, dtype)}
     else:
-        groups = weight.unflatten(1, (-1, args.group_size if args.strategy == "group" else columns))
+        size = args.group_size if args.strategy == "group" else columns
+        assert size is not None
+        groups = weight.unflatten(1, (-1, size))
     most = groups.abs().amax(dim=2)
     if args.type == "float" and args.num_bits == 4:
         return {"weight_scale": torch.exp2(torch.floor(torch.log2(most)) - 2).to(dtype)}
@@ -178,7 +181,11 @@ def awq(group: int = 128) -> Format:
             "qzeros": pack(zero.t(), AWQ_COLUMNS),
             "scales": scale.t().contiguous(),
         }
-        return parts, dequantized(codes, zero, scale, torch.arange(weight.shape[1]) // group)
+        exact = awq_oracle(parts, group)
+        assert torch.equal(
+            exact, dequantized(codes, zero, scale, torch.arange(weight.shape[1]) // group)
+        )
+        return parts, exact
 
     config = {
         "quant_method": "awq",
@@ -189,6 +196,18 @@ def awq(group: int = 128) -> Format:
         "modules_to_not_convert": None,
     }
     return Format(config, write)
+
+
+def awq_oracle(parts: Parts, group: int) -> Tensor:
+    """The weight as compressed-tensors reads AWQ's: converted to its own format, dequantized."""
+    converter = AutoAWQConverter(group_size=group)
+    moved = converter.process({f"m.{name}": part.clone() for name, part in parts.items()})
+    state = {name.removeprefix("m."): part for name, part in moved.items()}
+    state["weight_scale"] = state["weight_scale"].float()
+    fields = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group"}
+    weights = {"dynamic": False, "group_size": group, **fields}
+    scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": weights})
+    return PackedQuantizationCompressor.decompress(state, scheme)["weight"].float()
 
 
 def gptq(group: int = 128, *, version: int = 1, act_order: bool = False) -> Format:
