@@ -111,7 +111,13 @@ class BoundModel {
     team->run([&](Team& member) { table.step(member, model_, step, own.work); });
   }
 
-  // Rows of every expert in all steps so far, [layers, experts].
+  // Counts the rows of every expert from the next step on.
+  void count_expert_loads() {
+    const std::unique_lock one_step = lock(step_state_.get(model_));
+    model_.counts_loads = true;
+  }
+
+  // Rows of every expert in all steps that counted them, [layers, experts]; empty if none did.
   std::vector<std::vector<std::int64_t>> expert_loads() {
     StepState& own = step_state_.get(model_);
     const std::unique_lock one_step = lock(own);
@@ -310,6 +316,7 @@ void bind_model(nb::module_& module) {
            "sequences"_a, "cache"_a, "hidden"_a, "wanted"_a, "logits"_a.none(), "is_decode"_a,
            "query_scale"_a.none() = nb::none(), "exchange"_a.none() = nb::none(),
            "residuals"_a.none() = nb::none(), "experts"_a.none() = nb::none(), "gates"_a.none() = nb::none())
+      .def("count_expert_loads", &BoundModel::count_expert_loads)
       .def("expert_loads", &BoundModel::expert_loads)
       .def("place_experts", &BoundModel::place_experts, "layer"_a, "moe"_a);
 }

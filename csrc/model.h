@@ -150,6 +150,7 @@ struct Model {
   std::int64_t first_layer = 0;  // the index of layers[0] among the cache's layers
   std::optional<Norm> norm;        // none: a stage before the last, whose output is the residual stream
   std::optional<Projection> head;  // [vocab, hidden], or this process's part of the rows; comes with norm
+  bool counts_loads = false;           // of experts (EPLB)
   bool is_larger_than_memory = false;  // weights exceed memory and are read from their files repeatedly
 };
 

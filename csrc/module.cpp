@@ -353,6 +353,8 @@ NB_MODULE(_native, module) {
   module.def("set_level", set_level, "level"_a);
   module.def("set_threads", set_threads, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
   module.def("threads", get_threads);
+  module.def("time_phases", time_phases, "threads"_a, "phases"_a, "items"_a, "shrinking"_a,
+             nb::call_guard<nb::gil_scoped_release>());
   module.def("gguf_types", gguf_types);
   bind_matrix(module);
   bind_cache(module);

@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <chrono>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -25,22 +26,14 @@ inline void pause_cpu() {
 // Spins before a waiting thread yields, about ten microseconds: the thread it waits for may need this processor.
 constexpr int kSpins = 256;
 
-template <class Done>
-void spin_until(Done done) {
-  for (int i = 0; !done(); ++i) {
-    if (i < kSpins) {
-      pause_cpu();
-    } else {
-      sched_yield();
-    }
-  }
-}
-
 // Thrown to end a thread's part of a job in which another thread has failed.
 struct Abandoned {};
 
 // Spins of an idle worker before it sleeps: decoding leaves gaps of tens of microseconds between jobs.
 constexpr int kIdleSpins = 20000;
+
+// Sleeping threads that each one wakes: all of them in logarithmic time.
+constexpr int kWoken = 2;
 
 // Never destroyed: waiting threads end with the process.
 struct State {
@@ -76,29 +69,56 @@ int usable_processors() {
 
 }  // namespace
 
-void Team::barrier() {
-  if (threads_ == 1) {
-    ++phase_;
-    pool_.counters_[phase_ % 4].next.store(0, std::memory_order_relaxed);
-    return;
-  }
-  const std::uint32_t sense = pool_.sense_.load(std::memory_order_relaxed);
-  ++phase_;
-  if (pool_.arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-    pool_.arrived_.store(0, std::memory_order_relaxed);
-    // Every thread has left the counter of the phase that begins, so the last one to arrive resets it.
-    pool_.counters_[phase_ % 4].next.store(0, std::memory_order_relaxed);
-    pool_.sense_.store(sense + 1, std::memory_order_release);
-  } else {
-    const auto has_come = [&] { return pool_.sense_.load(std::memory_order_acquire) != sense; };
-    spin_until([&] { return has_come() || pool_.failed_.load(std::memory_order_relaxed); });
-    if (!has_come()) throw Abandoned{};
-  }
+ArrivalTree::ArrivalTree(int threads) {
+  int first = 0, count = threads;
+  do {
+    levels_.push_back({first, count});
+    count = (count + kFanOut - 1) / kFanOut;
+    first += count;
+  } while (count > 1);
+  nodes_ = std::vector<Node>(first);
 }
 
-std::atomic<std::int64_t>& Team::counter() { return pool_.counters_[phase_ % 4].next; }
+bool ArrivalTree::arrive(int thread) {
+  int index = thread;
+  for (const Level& level : levels_) {
+    const int node = index / kFanOut, expected = std::min(kFanOut, level.count - node * kFanOut);
+    std::atomic<int>& arrived = nodes_[level.first + node].arrived;
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) != expected - 1) return false;
+    arrived.store(0, std::memory_order_relaxed);
+    index = node;
+  }
+  return true;
+}
 
-Pool::Pool(int threads) {
+void ArrivalTree::reset() {
+  for (Node& node : nodes_) node.arrived.store(0);
+}
+
+Team::Team(Pool& pool, int thread)
+    : pool_(pool), thread_(thread), threads_(pool.threads()), phase_(pool.phase_.load(std::memory_order_relaxed)) {}
+
+void Team::barrier() {
+  const std::uint32_t phase = phase_++;
+  // The phase that begins uses the counters of the last but one, which every thread has left.
+  if (thread_ % kFanOut == 0) counter(thread_ / kFanOut).store(0, std::memory_order_relaxed);
+  if (threads_ == 1) return pool_.phase_.store(phase + 1, std::memory_order_relaxed);
+  if (pool_.barrier_.arrive(thread_)) return pool_.phase_.store(phase + 1, std::memory_order_release);
+  const auto has_come = [&] { return pool_.phase_.load(std::memory_order_acquire) != phase; };
+  pool_.spin_until([&] { return has_come() || pool_.failed_.load(std::memory_order_relaxed); });
+  if (!has_come()) throw Abandoned{};
+}
+
+std::atomic<std::int64_t>& Team::counter(int group) {
+  return pool_.counters_[group * Pool::kPhases + phase_ % Pool::kPhases].next;
+}
+
+// With more threads than processors, another thread needs this processor at once.
+Pool::Pool(int threads)
+    : spins_(threads > usable_processors() ? 0 : kSpins),
+      barrier_(threads),
+      end_(threads),
+      counters_((threads + kFanOut - 1) / kFanOut * kPhases) {
   try {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
   } catch (const std::system_error& error) {
@@ -116,35 +136,44 @@ Pool::~Pool() { stop(); }
 
 void Pool::stop() {
   stopping_.store(true);
-  {
-    const std::lock_guard lock(sleep_);
-    generation_.fetch_add(1);
-  }
-  wake_.notify_all();
+  generation_.fetch_add(1);
+  generation_.notify_all();
   for (std::thread& worker : workers_) worker.join();
+}
+
+template <class Done>
+void Pool::spin_until(Done done) const {
+  for (int i = 0; !done(); ++i) {
+    if (i < spins_) {
+      pause_cpu();
+    } else {
+      sched_yield();
+    }
+  }
 }
 
 void Pool::run(const std::function<void(Team&)>& job) {
   const std::lock_guard one_caller(callers_);
-  for (Counter& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
   job_ = &job;
-  busy_.store(threads() - 1, std::memory_order_relaxed);
-  {
-    const std::lock_guard lock(sleep_);
-    generation_.fetch_add(1, std::memory_order_release);
-  }
-  wake_.notify_all();
+  const std::uint32_t own = generation_.fetch_add(1) + 1;
+  for (int i = 0; i < kWoken; ++i) generation_.notify_one();
   take_part(0);
-  spin_until([&] { return busy_.load(std::memory_order_acquire) == 0; });
+  leave(0);
+  spin_until([&] { return finished_.load(std::memory_order_acquire) == own; });
   if (!failed_.load()) return;
-  // Threads that waited for the failed one have not passed the barrier: reset it.
-  arrived_.store(0);
+  // Threads that waited for the failed one have not passed the barrier.
+  barrier_.reset();
+  for (Counter& counter : counters_) counter.next.store(0);
   failed_.store(false);
   std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
+void Pool::leave(int thread) {
+  if (end_.arrive(thread)) finished_.store(generation_.load(std::memory_order_relaxed), std::memory_order_release);
+}
+
 void Pool::take_part(int thread) {
-  Team team(*this, thread, threads());
+  Team team(*this, thread);
   try {
     (*job_)(team);
   } catch (const Abandoned&) {
@@ -153,24 +182,40 @@ void Pool::take_part(int thread) {
   }
 }
 
-void Pool::wait_for_job(std::uint64_t seen) {
-  for (int i = 0; i < kIdleSpins; ++i) {
+void Pool::wait_for_job(std::uint32_t seen) {
+  for (int i = 0; spins_ > 0 && i < kIdleSpins; ++i) {
     if (generation_.load(std::memory_order_acquire) != seen) return;
     pause_cpu();
   }
-  std::unique_lock lock(sleep_);
-  wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+  generation_.wait(seen, std::memory_order_acquire);
+  for (int i = 0; i < kWoken; ++i) generation_.notify_one();
 }
 
 void Pool::work(int thread) {
-  std::uint64_t seen = 0;
+  std::uint32_t seen = 0;
   for (;;) {
     wait_for_job(seen);
     seen = generation_.load(std::memory_order_acquire);
     if (stopping_.load()) return;
     take_part(thread);
-    busy_.fetch_sub(1, std::memory_order_release);
+    leave(thread);
   }
+}
+
+double time_phases(int threads, int phases, std::int64_t items, bool shrinking) {
+  Pool own(threads);
+  const auto run = [&] {
+    const auto nothing = [](std::int64_t, std::int64_t) {};
+    const auto begin = std::chrono::steady_clock::now();
+    own.run([&](Team& team) {
+      for (int i = 0; i < phases; ++i) {
+        shrinking ? team.for_shrinking_chunks(items, nothing) : team.for_chunks(items, 1, nothing);
+      }
+    });
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count() / phases;
+  };
+  run();  // starts the threads
+  return run();
 }
 
 std::shared_ptr<Pool> pool() {

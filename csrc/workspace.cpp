@@ -125,7 +125,7 @@ void Workspace::prepare(const Model& model, const Step& step, int threads) {
   row_weight.resize(routed);
   next_row.resize(sizes.experts);
   row_places.resize(routed);
-  loads.resize(model.layers.size() * sizes.experts);
+  if (model.counts_loads) loads.resize(model.layers.size() * sizes.experts);
   shrunk_stride = step.adapters.empty() ? 0 : sizes.rank;
   index_k = take<bf16>(19, n * sizes.index_key);
   const std::int64_t most = std::max({std::int64_t{4}, a.heads, 2 * (sizes.chosen + 1)});
@@ -216,14 +216,17 @@ void Workspace::plan_attention(const Attention& a, const Step& step, int threads
   // threads busy: their partial results take memory.
   const bool splits = groups.size() < 4 * static_cast<std::size_t>(threads);
   std::int64_t rows = 0;
+  split_rows = 0;
   for (std::size_t g = 0; g < groups.size(); ++g) {
     const auto number = static_cast<std::int32_t>(g);
+    groups[g].split_row = split_rows;
     if (!splits || groups[g].splits == 1) {
       groups[g].splits = 1;
       tasks.push_back({number, -1});
       continue;
     }
     groups[g].partial = rows;
+    split_rows += groups[g].tokens * heads;
     rows += groups[g].splits * groups[g].tokens * heads;
     for (std::int64_t split = 0; split < groups[g].splits; ++split) tasks.push_back({number, split});
   }

@@ -73,6 +73,7 @@ struct QueryGroup {
   std::int64_t splits;
   std::int64_t partial;
   std::int64_t choice = -1;  // -1: dense
+  std::int64_t split_row = 0;  // query rows of the split groups before this one
 };
 
 // Consecutive tokens of the step.
@@ -151,6 +152,7 @@ struct Workspace {
   // Attention
   std::vector<QueryGroup> groups;
   std::vector<AttentionTask> tasks;
+  std::int64_t split_rows = 0;            // query rows of the groups with several splits
   std::vector<ExpandedQueries> expanded;  // on the expanded path
   std::vector<TokenRun> absorbed;         // all other tokens
   float* top = nullptr;                // partial softmax states: row maximum, [rows]
@@ -177,7 +179,7 @@ struct Workspace {
   std::int64_t routed = 0;                       // rows of all experts
   std::vector<RowPlace> row_places;              // per routed row
   std::vector<std::int64_t> replicas, replica;   // per expert: its places, and those that have their rows
-  std::vector<std::int64_t> loads;               // [layers, experts]: rows of every expert in all steps so far
+  std::vector<std::int64_t> loads;               // [layers, experts]: rows of every expert in all steps since it is counted
 
   // x A^T of the updates of LoRA adapters, shrunk_stride apart: by product and token, by token and head, or by row of
   // the experts.

@@ -20,6 +20,10 @@ def set_threads(threads: int) -> None:
     """Size of the process-wide thread pool; a pool of another size ends when its jobs are done."""
 
 def threads() -> int: ...
+def time_phases(threads: int, phases: int, items: int, shrinking: bool) -> float:
+    """Seconds of a phase of `items` empty items, in equal or shrinking chunks, in a pool of its
+    own: barrier and distribution of work."""
+
 def gguf_types() -> list[tuple[int, str, int, int, bool]]:
     """Number, name, columns and bytes of a block of every GGUF type that a Matrix can have, and
     whether it can be interleaved."""
@@ -289,6 +293,9 @@ class Model:
         exchange: of a divided model: group (0 tensor, 1 expert), address and bytes to send, address
         of what all processes of the group send.
         """
+
+    def count_expert_loads(self) -> None:
+        """Count the rows of every expert from the next step on."""
 
     def expert_loads(self) -> list[list[int]]:
         """[layers, experts]: tokens that every expert has had in all steps; 0 in layers without

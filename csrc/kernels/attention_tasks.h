@@ -2,6 +2,8 @@
 // over the tokens that sparse attention chose.
 #pragma once
 
+#include <algorithm>
+
 #include "attention_splits.h"
 #include "phases.h"
 
@@ -122,18 +124,19 @@ inline void run_attention_task(const Pass& pass, const Attention& a, const Cache
 // Merges the splits of every group that has several.
 inline void fold_splits(const Pass& pass, const Attention& a) {
   const Workspace& work = pass.work;
+  if (work.split_rows == 0) return;
   const std::int64_t value_dim = row_view(a, 0).value_dim;
-  for (const QueryGroup& group : work.groups) {
-    if (group.splits == 1) continue;
-    const std::int64_t rows = group_rows_of(a, group);
-    pass.each(rows, [&](std::int64_t row) {
-      const SoftmaxState state = partial_state(work, group.partial + row);
-      for (std::int64_t split = 1; split < group.splits; ++split) {
-        fold(partial_state(work, group.partial + split * rows + row), state, 1);
-      }
-      finish(state, 0, value_dim, attended_row(pass, a, group, row));
-    });
-  }
+  pass.each(work.split_rows, [&](std::int64_t item) {
+    const auto follows = std::upper_bound(work.groups.begin(), work.groups.end(), item,
+                                          [](std::int64_t row, const QueryGroup& group) { return row < group.split_row; });
+    const QueryGroup& group = *std::prev(follows);
+    const std::int64_t row = item - group.split_row, rows = group_rows_of(a, group);
+    const SoftmaxState state = partial_state(work, group.partial + row);
+    for (std::int64_t split = 1; split < group.splits; ++split) {
+      fold(partial_state(work, group.partial + split * rows + row), state, 1);
+    }
+    finish(state, 0, value_dim, attended_row(pass, a, group, row));
+  });
 }
 
 }  // namespace lowlat::LOWLAT_ISA

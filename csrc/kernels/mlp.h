@@ -19,6 +19,14 @@ inline Activations inputs_of(const Pass& pass, const ExpertRows& e) {
 inline void place_rows(const Pass& pass, const Moe& moe) {
   Workspace& work = pass.work;
   const std::int64_t experts = moe.router.experts, own = static_cast<std::int64_t>(moe.experts.size());
+  const bool has_replicas = static_cast<std::int64_t>(moe.places.size()) > experts;
+  if (pass.model.division.is_whole() && !has_replicas) {
+    for (std::int64_t e = 0; e < experts; ++e) {
+      const std::int64_t first = work.next_row[e], end = e + 1 < experts ? work.next_row[e + 1] : work.routed;
+      if (end > first) work.expert_rows.push_back({&moe.experts[e], first, end - first, true});
+    }
+    return;
+  }
   work.replicas.assign(experts, 0);
   work.replica.assign(experts, 0);
   for (const std::int32_t e : moe.places) ++work.replicas[e];
@@ -40,6 +48,16 @@ inline void place_rows(const Pass& pass, const Moe& moe) {
   }
 }
 
+// Adds the rows of every expert to its load.
+inline void count_loads(const Pass& pass, const Layer& layer) {
+  Workspace& work = pass.work;
+  std::int64_t* loads = work.loads.data() + (&layer - pass.model.layers.data()) * work.experts();
+  const std::int64_t experts = layer.moe->router.experts;
+  for (std::int64_t e = 0; e < experts; ++e) {
+    loads[e] += (e + 1 < experts ? work.next_row[e + 1] : work.routed) - work.next_row[e];
+  }
+}
+
 // The work list of a layer: routed experts by number, an expert's rows by token.
 inline void group_rows(const Pass& pass, const Layer& layer) {
   Workspace& work = pass.work;
@@ -49,15 +67,14 @@ inline void group_rows(const Pass& pass, const Layer& layer) {
   std::int64_t routed = 0;
   if (layer.moe) {
     const Router& router = layer.moe->router;
-    std::int64_t* loads = work.loads.data() + (&layer - pass.model.layers.data()) * work.experts();
     for (std::int64_t e = 0; e < router.experts; ++e) work.next_row[e] = 0;
     for (std::int64_t i = 0; i < tokens * router.chosen; ++i) ++work.next_row[work.chosen[i]];
     for (std::int64_t e = 0; e < router.experts; ++e) {
-      loads[e] += work.next_row[e];
       routed += work.next_row[e];
       work.next_row[e] = routed - work.next_row[e];
     }
     work.routed = routed;
+    if (!work.loads.empty()) count_loads(pass, layer);
     place_rows(pass, *layer.moe);
     for (std::int64_t i = 0; i < tokens * router.chosen; ++i) {
       const std::int64_t row = work.next_row[work.chosen[i]]++;
@@ -71,8 +88,9 @@ inline void group_rows(const Pass& pass, const Layer& layer) {
 inline void gather_rows(const Pass& pass) {
   const Workspace& work = pass.work;
   const Activations &from = work.hidden, &to = work.gathered;
+  const Division& division = pass.model.division;
   pass.each(work.routed, [&](std::int64_t row) {
-    if (work.row_places[row].rank != pass.model.division.expert_rank) return;
+    if (division.experts > 1 && work.row_places[row].rank != division.expert_rank) return;
     const std::int64_t token = work.row_token[row];
     std::memcpy(to.values + row * to.stride, from.values + token * from.stride, from.stride * sizeof(bf16));
   });

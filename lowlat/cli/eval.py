@@ -109,11 +109,12 @@ def counted_loads(model: "Model", file: Path | None) -> Iterator[None]:
         return
     if model.config.moe is None:
         raise UserError(f"--expert-loads {file}: {model.name} has no routed experts")
+    model.runner.count_expert_loads()
     with count_expert_loads(model.transformer) as loads:
         yield
     layers = {str(layer): counts.tolist() for layer, counts in loads.items()}
     if model.runner.is_batch_invariant:
-        # counted by the kernels, since the model was loaded
+        # counted by the kernels
         layers = {str(layer): list(counts) for layer, counts in model.runner.expert_loads().items()}
     text = json.dumps({"model": model.name, "loads": layers}) + "\n"
     try:

@@ -41,6 +41,7 @@ class ExpertBalancer:
 
     def __init__(self, model: Transformer, native: NativeModel, balancing: ExpertBalancing) -> None:
         self._model, self._native, self._balancing = model, native, balancing
+        native.count_expert_loads()
         self._before: dict[int, Tensor] = {}
         """Counts at the last placement."""
         self._steps = 0

@@ -85,9 +85,13 @@ class ModelRunner:
         if self._native is not None:
             self._native = NativeModel(self.model)
 
+    def count_expert_loads(self) -> None:
+        """Count the tokens of every routed expert in native kernels from the next step on."""
+        if self._native is not None:
+            self._native.count_expert_loads()
+
     def expert_loads(self) -> dict[int, Sequence[int]]:
-        """Tokens that every routed expert has had in all steps, by decoder layer; native kernels
-        count them."""
+        """Tokens that every routed expert has had in all counted steps, by decoder layer."""
         return {} if self._native is None else self._native.expert_loads()
 
     def reserve(self, pages: list[int], num_tokens: int) -> None:

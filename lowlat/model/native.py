@@ -182,9 +182,13 @@ class NativeModel:
         self._cache: PagedCache | None = None
         self._entries = None
 
+    def count_expert_loads(self) -> None:
+        """Count the tokens of every routed expert from the next step on."""
+        self._model.count_expert_loads()
+
     def expert_loads(self) -> dict[int, Sequence[int]]:
-        """Tokens that every routed expert has had in all steps, by decoder layer. Divided layers
-        count those of all processes."""
+        """Tokens that every routed expert has had in all counted steps, by decoder layer. Divided
+        layers count those of all processes."""
         counts = self._model.expert_loads()
         experts = 0 if self.config.moe is None else self.config.moe.n_routed_experts
         first = self.share.layers.start

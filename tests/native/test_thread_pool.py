@@ -1,6 +1,7 @@
 """Threads of the native kernels: shared, forked, and refused memory or threads by the system."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -52,6 +53,34 @@ def test_the_pool_may_be_replaced_and_shared() -> None:
         for caller in callers:
             caller.join()
     assert not failures
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [8, 9, 20, 65])
+def test_groups_of_threads_compute_the_same(threads: int) -> None:
+    """Of 8 threads, which steal work from each other; barriers of one to three levels."""
+    w, x = draw((300, 200), "normal", 1), draw((7, 200), "normal", 2)
+    matrix = native.module().Matrix.bf16(w)
+    expected = kernels.linear(x, matrix)
+    with thread_count(threads):
+        for _ in range(10):
+            assert torch.equal(kernels.linear(x, matrix), expected)
+    for items in (0, 1, 1000):
+        for shrinking in (False, True):
+            assert native.module().time_phases(threads, 3, items, shrinking) > 0
+
+
+@needs_native
+def test_sleeping_threads_wake_up() -> None:
+    """Each one wakes others; with more threads than processors all sleep between jobs."""
+    threads = native.processors() + 20
+    w, x = draw((300, 200), "normal", 1), draw((7, 200), "normal", 2)
+    matrix = native.module().Matrix.bf16(w)
+    expected = kernels.linear(x, matrix)
+    with thread_count(threads):
+        for _ in range(20):
+            time.sleep(0.002)
+            assert torch.equal(kernels.linear(x, matrix), expected)
 
 
 @needs_native

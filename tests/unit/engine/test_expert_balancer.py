@@ -49,8 +49,13 @@ class Counts(NativeModel):
     def __init__(self) -> None:
         self.placements = 0
         self.layers: list[int] = []
+        self.counts = False
+
+    def count_expert_loads(self) -> None:
+        self.counts = True
 
     def expert_loads(self) -> dict[int, Sequence[int]]:
+        assert self.counts
         self.placements += 1
         return {layer: counts[self.placements - 1] for layer, counts in LOADS.items()}
 
@@ -115,6 +120,9 @@ def test_replicas_change_no_bit(places: list[int]) -> None:
     ids = [(7 * place) % 251 for place in range(50)]
     before = _results(model, ids)
     kernels = cast(NativeModel, model.runner._native)
+    assert kernels.expert_loads() == {}
+    kernels.count_expert_loads()
+    _results(model, ids)
     loads = kernels.expert_loads()
     for layer in (1, 2):
         mlp = _moe(transformer, layer)
