@@ -15,7 +15,7 @@ from pathlib import Path
 
 import results_file
 
-from lowlat.bench import here
+from lowlat.bench import here, sample_model
 from lowlat.bench.lowlat_worker import Lowlat
 from lowlat.checkpoint.hf_folder import open_checkpoint
 from lowlat.checkpoint.load import read_config
@@ -33,13 +33,13 @@ CONTEXTS = (128, 8192)
 
 def steps(sample: Lowlat, narrow: Lowlat, model: Lowlat) -> dict[str, Callable[[], object]]:
     """The four steps of the sample, the small model's, and those of the whole model."""
-    ids = random_token_ids(PROMPT, here.VOCABULARY)
-    start = here.LONG - here.CHUNK
+    ids = random_token_ids(PROMPT, sample.vocab_size)
+    start = here.LONG - PROMPT
     return {
         "decode": lambda: sample.decode_step(ids[0], here.SHORT),
         "long_decode": lambda: sample.decode_step(ids[1], here.LONG),
-        "prefill": lambda: sample.prefill_after(ids[: here.CHUNK], 0),
-        "later_prefill": lambda: sample.prefill_after(ids[: here.CHUNK], start),
+        "prefill": lambda: sample.prefill_after(ids, 0),
+        "later_prefill": lambda: sample.prefill_after(ids, start),
         "layer": lambda: narrow.decode_step(1, here.SHORT),
         **{f"{n}": lambda n=n: model.decode_step(ids[2], n) for n in CONTEXTS},
         "prompt": lambda: model.prefill_after(ids, 0),
@@ -64,8 +64,13 @@ def medians(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, 
 
 
 def measure(path: Path, config: ModelConfig, dtype: str, seconds: float) -> list[dict[str, float]]:
-    sample_config, narrow_config = here.sample_config(config, dtype), here.narrow_config(config)
-    sample, narrow = (here.new_worker(c, dtype, "bf16") for c in (sample_config, narrow_config))
+    sample_config, narrow_config = (
+        sample_model.sample_config(config, dtype),
+        sample_model.narrow_config(config),
+    )
+    sample, narrow = (
+        sample_model.new_worker(c, dtype, "bf16") for c in (sample_config, narrow_config)
+    )
     model = Lowlat()
     threads, most = native.processors(), max(CONTEXTS)
     model.load(model=str(path), precision=dtype, cache="bf16", threads=threads, context=most)
@@ -104,7 +109,7 @@ def measure(path: Path, config: ModelConfig, dtype: str, seconds: float) -> list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "int8", "int4"))
     parser.add_argument("--seconds", type=float, default=30.0)

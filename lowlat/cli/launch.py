@@ -14,10 +14,12 @@ STOP_SECONDS = 30
 """Time for processes to end after a signal, beyond that for draining."""
 
 
-def one_process_per_node(parallel: str | None, *, drain_seconds: float = 0.0) -> str | None:
+def one_process_per_node(
+    parallel: str | None, *, drain_seconds: float = 0.0, option: str = "--parallel auto"
+) -> str | None:
     """Start this command in one process per NUMA node if `parallel` is AUTO, and exit with its
     code. Returns `parallel` in processes of torchrun, and None for AUTO in a single process.
-    drain_seconds: how long the command may run after SIGTERM.
+    drain_seconds: how long the command may run after SIGTERM. option: what asks for it.
     """
     if parallel != AUTO:
         return parallel
@@ -26,9 +28,9 @@ def one_process_per_node(parallel: str | None, *, drain_seconds: float = 0.0) ->
     topology = machine_topology()
     count = len(topology.nodes)
     if count == 1:
-        print(f"lowlat: --parallel auto: {topology}, so one process", file=sys.stderr)
+        print(f"lowlat: {option}: {topology}, so one process", file=sys.stderr)
         return None
-    print(f"lowlat: --parallel auto: {topology}, so {count} processes", file=sys.stderr)
+    print(f"lowlat: {option}: {topology}, so {count} processes", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="lowlat-") as folder:
         stop_seconds = math.ceil(drain_seconds) + STOP_SECONDS
         sys.exit(_launch(count, sys.argv[1:], folder, stop_seconds))

@@ -11,9 +11,16 @@ import typer
 
 from lowlat.cli import options
 from lowlat.cli.served_model import DTYPES, ServedModel, served_model
-from lowlat.config.serving_layout import ServingLayout
+from lowlat.config.serving_layout import AUTO, ServingLayout
 from lowlat.plan.serving.layout import check_layout
-from lowlat.plan.serving.machines import HERE, MACHINES, Cluster, parse_cluster, split_count
+from lowlat.plan.serving.machines import (
+    HERE,
+    MACHINES,
+    Cluster,
+    ServingMachine,
+    parse_cluster,
+    split_count,
+)
 from lowlat.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -282,15 +289,43 @@ def _cluster(
         machines = parse_cluster(cluster.machine)
         _check_devices(layout, machines.devices, str(machines))
         return machines
+    from lowlat.utils.process_group import is_launched, started_processes
     from lowlat.utils.topology import machine_topology
 
     # before the measurement, which takes seconds
-    _check_devices(layout, count * len(machine_topology().nodes), f"{count} x {HERE}")
-    from lowlat.bench.here import measure_here
-    from lowlat.utils.progress import make_progress
+    devices = started_processes() if is_launched() else len(machine_topology().nodes)
+    _check_devices(layout, count * devices, f"{count} x {HERE}")
+    return parse_cluster(cluster.machine, _measure_here(served, load, devices))
 
-    here = measure_here(served.config, served.measured, load.cache, make_progress())
-    return parse_cluster(cluster.machine, here)
+
+def _measure_here(served: ServedModel, load: LoadOptions, devices: int) -> ServingMachine:
+    """This machine, measured by a process per device. Returns in process 0; the others exit."""
+    from lowlat.bench.here import measure_here
+    from lowlat.cli.inputs import process_threads
+    from lowlat.cli.launch import one_process_per_node
+    from lowlat.ops import native
+    from lowlat.utils.process_group import join_group
+    from lowlat.utils.progress import SilentProgress, make_progress
+
+    option = f"--machine {HERE}"
+    prompt = load.context if load.prompt is None else load.prompt
+    job = (served.config, served.measured, load.cache, prompt)
+    if devices == 1:
+        return measure_here(*job, make_progress())
+    if not native.available():
+        raise UserError(f"{option}: {native.reason()}; the {devices} processes need the kernels")
+    one_process_per_node(AUTO, option=option)
+    threads = process_threads(AUTO, None)
+    assert threads is not None
+    native.use_threads(threads)
+    group = join_group(devices, option)
+    progress = make_progress() if group.is_leader else SilentProgress()
+    with group.reporting_once():
+        here = measure_here(*job, progress, group)
+    group.leave()
+    if not group.is_leader:
+        raise SystemExit(0)
+    return here
 
 
 def _check_devices(layout: ServingLayout | None, devices: int, name: str) -> None:

@@ -32,7 +32,7 @@ if sys.platform != "linux":
     pytest.skip("reads /proc", allow_module_level=True)
 
 MODEL = "minnow"
-RANKED = str(Path(__file__).with_name("ranked.py"))
+RANKED, MEASURED = (str(Path(__file__).with_name(f"{name}.py")) for name in ("ranked", "measured"))
 PROMPT = "The sea"
 ENDLESS = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True, "stream": True}
 LAYOUT = ["--parallel", "pipeline=2", "--threads", "1"]
@@ -260,6 +260,20 @@ def test_auto_is_one_process_on_one_node(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0 and ended.stdout
     assert "lowlat: --parallel auto: 1 NUMA node, 2 cores, so one process\n" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_plan_measures_its_processes_and_their_messages() -> None:
+    """`--machine here` under torchrun: a device per process, and one answer."""
+    arguments = ["plan", "serve", MODEL, "--machine", "here", "--context", "64", "--json"]
+    code, output, errors = finish(torchrun(2, MEASURED, *arguments, "--parallel", "tensor=2"))
+    assert code == 0, errors
+    found = json.loads(output)
+    assert found["machine"] == {"name": "here", "devices": 2}
+    (layout,) = found["layouts"]
+    seconds = layout["decode_step_seconds"]["messages"]
+    # of 33 messages of the small model, and of 4 in each of minnow's layers
+    assert seconds / layout["messages_per_step"] * 2 * 33 > 0.03
 
 
 @pytest.mark.slow

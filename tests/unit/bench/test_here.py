@@ -4,7 +4,7 @@ from dataclasses import astuple, replace
 
 import pytest
 
-from lowlat.bench import here
+from lowlat.bench import here, sample_model
 from lowlat.config.presets import load_preset
 from lowlat.plan.serving.machines import MACHINES, ServingMachine
 from lowlat.plan.serving.step_cost import KernelRates, Step, step_cost, step_seconds
@@ -20,17 +20,17 @@ TINY = random_checkpoint().config_of("tiny")
 @pytest.mark.parametrize("dtype", ["bf16", "int4"])
 def test_samples_have_the_shapes_of_the_model(name: str, dtype: str):
     config = load_preset(name)
-    sample = here.sample_config(config, dtype)
+    sample = sample_model.sample_config(config, dtype)
     assert sample.hidden_size == config.hidden_size and not sample.is_sparse
     assert sample.num_attention_heads == config.num_attention_heads
-    assert dtype_weights(sample, dtype).total(sample) < 4 * here.SAMPLE_BYTES
+    assert dtype_weights(sample, dtype).total(sample) < 4 * sample_model.SAMPLE_BYTES
     if config.moe is not None:
         kinds = {sample.is_moe_layer(layer) for layer in range(sample.num_hidden_layers)}
         assert kinds == {False, True}
 
 
 def test_small_models_keep_their_experts():
-    sample = here.sample_config(TINY, "bf16")
+    sample = sample_model.sample_config(TINY, "bf16")
     assert sample.moe is not None and TINY.moe is not None
     assert sample.moe.n_routed_experts == TINY.moe.n_routed_experts
     assert sample.num_hidden_layers == TINY.num_hidden_layers
@@ -38,7 +38,7 @@ def test_small_models_keep_their_experts():
 
 def test_rates_that_explain_the_times_are_found():
     """Times of the step model at known rates give these rates back."""
-    sample = here.sample_config(load_preset("deepseek-v2-lite"), "bf16")
+    sample = sample_model.sample_config(load_preset("deepseek-v2-lite"), "bf16")
     weights, layer = dtype_weights(sample, "bf16"), 1e-4
     decode = KernelRates(bandwidth=5e10, products=2e12, scores=3e11, int8_scores=3e11)
     prefill = replace(decode, scores=6e11)
@@ -51,17 +51,17 @@ def test_rates_that_explain_the_times_are_found():
     times = here.SampleTimes(
         decode=seconds(decode, context=here.SHORT),
         long_decode=seconds(decode, context=here.LONG),
-        prefill=seconds(prefill, queries=here.CHUNK),
-        later_prefill=seconds(prefill, queries=here.CHUNK, context=here.LONG - here.CHUNK),
+        chunk=1024,
+        prefill=seconds(prefill, queries=1024),
+        later_prefill=seconds(prefill, queries=1024, context=here.LONG - 1024),
         layer=layer,
     )
     machine = here.solve(sample, weights, "bf16", times)
     found = machine.rates("bf16", decodes=True)
-    parts = machine.devices
-    assert found.bandwidth * parts == pytest.approx(5e10)
-    assert found.products * parts == pytest.approx(2e12)
-    assert found.scores * parts == pytest.approx(3e11)
-    assert machine.rates("bf16", decodes=False).scores * parts == pytest.approx(6e11)
+    assert found.bandwidth == pytest.approx(5e10)
+    assert found.products == pytest.approx(2e12)
+    assert found.scores == pytest.approx(3e11)
+    assert machine.rates("bf16", decodes=False).scores == pytest.approx(6e11)
     assert machine.layer_seconds == layer
 
 
@@ -75,7 +75,7 @@ def test_rates_that_explain_the_times_are_found():
     ],
 )
 def test_times_that_no_rates_explain_are_refused(times: tuple[float, ...], what: str):
-    sample = here.sample_config(load_preset("deepseek-v2-lite"), "bf16")
+    sample = sample_model.sample_config(load_preset("deepseek-v2-lite"), "bf16")
     names = ("decode", "long_decode", "prefill", "later_prefill", "layer")
     taken = here.SampleTimes(**dict(zip(names, times, strict=True)))
     with pytest.raises(UserError, match=f"^--machine here: the machine is too busy.*{what}; stop"):
@@ -86,7 +86,7 @@ def test_more_steps_than_drawn_tokens(monkeypatch: pytest.MonkeyPatch):
     """Regression: a StopIteration where 4,096 steps of a small model took less than SECONDS."""
     monkeypatch.setattr(here, "SECONDS", 0.0)
     monkeypatch.setattr(here, "random_token_ids", lambda *_: [1])
-    worker = here.new_worker(here.narrow_config(TINY), "bf16", "bf16")
+    worker = sample_model.new_worker(sample_model.narrow_config(TINY), "bf16", "bf16")
     assert here._decode_seconds(worker, 8) > 0
 
 
@@ -105,5 +105,5 @@ def test_any_dtype_is_measured(dtype: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(here, "SECONDS", 0.01)
     monkeypatch.setattr(here, "LONG", 2048)
     monkeypatch.setattr(here, "solve", solve)
-    here.measure_here(TINY, dtype, "int8" if dtype == "int8" else "bf16", SilentProgress())
+    here.measure_here(TINY, dtype, "int8" if dtype == "int8" else "bf16", 512, SilentProgress())
     assert min(astuple(found[0])) > 0
