@@ -9,7 +9,7 @@
 include(CheckCXXCompilerFlag)
 
 set(LOWLAT_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vnni -mavx512vbmi -mfma -mf16c -mavx2)
-set(LOWLAT_FLAGS_amx ${LOWLAT_FLAGS_avx512} -mamx-tile -mamx-bf16)
+set(LOWLAT_FLAGS_amx ${LOWLAT_FLAGS_avx512} -mamx-tile -mamx-bf16 -mamx-int8)
 set(LOWLAT_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(LOWLAT_FLAGS_neon)
 set(LOWLAT_FLAGS_portable)

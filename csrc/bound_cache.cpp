@@ -10,16 +10,14 @@
 
 namespace lowlat {
 
-IndexCache index_cache_of(const Array& keys, std::int64_t dim, bool is_int8) {
+IndexCache index_cache_of(const Array& keys, std::int64_t dim) {
   require(dim > 0 && dim % 2 == 0, "an index key has no channels, or an odd number");
   IndexCache cache;
   cache.page_size = size(keys, 1);
-  cache.is_int8 = is_int8;
   require(cache.page_size > 0 && cache.page_size % kTile == 0, "pages of index keys are no multiple of 16 tokens");
-  const std::int64_t width = is_int8 ? (dim + 3) / 4 * 4 + (dim + 63) / 64 * 4 : dim;
-  cache.tile_bytes = kTile * width * (is_int8 ? 1 : 2);
-  const Type type = is_int8 ? Type::uint8 : Type::bf16;
-  cache.data = elements<std::uint8_t>(keys, "index keys", type, {size(keys, 0), cache.page_size, width});
+  const std::int64_t width = (dim + 3) / 4 * 4 + 4;
+  cache.tile_bytes = kTile * width;
+  cache.data = elements<std::uint8_t>(keys, "index keys", Type::uint8, {size(keys, 0), cache.page_size, width});
   require(reinterpret_cast<std::uintptr_t>(cache.data) % 64 == 0, "index keys are not aligned to 64 bytes");
   return cache;
 }
@@ -53,7 +51,7 @@ BoundCache make_cache(const std::vector<CacheArgs>& layers) {
     require(size(rows, 0) == bound.pages && cache.page_size == bound.page_size(), "layers of a cache differ in pages");
     require(index_keys.has_value() == (index_dim > 0), "index keys and their channels come together");
     bound.index_dims.push_back(index_dim);
-    bound.index_layers.push_back(index_keys ? index_cache_of(*index_keys, index_dim, quantized > 0) : IndexCache{});
+    bound.index_layers.push_back(index_keys ? index_cache_of(*index_keys, index_dim) : IndexCache{});
     if (!index_keys) continue;
     require(size(*index_keys, 0) == bound.pages && size(*index_keys, 1) == bound.page_size(), "index keys have other pages");
     bound.owners.push_back(*index_keys);

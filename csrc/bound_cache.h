@@ -21,8 +21,8 @@ struct BoundCache {
   std::int64_t page_size() const { return layers[0].page_size; }
 };
 
-// The index keys of a layer, [pages, page_size, bytes or bf16 elements of a key], for keys of `dim` channels.
-IndexCache index_cache_of(const Array& keys, std::int64_t dim, bool is_int8);
+// The index keys of a layer, [pages, page_size, bytes of a key], for keys of `dim` channels.
+IndexCache index_cache_of(const Array& keys, std::int64_t dim);
 
 // Adds class Cache to the module.
 void bind_cache(nb::module_& module);

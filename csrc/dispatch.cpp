@@ -45,12 +45,12 @@ bool has_avx512() {
 #endif
 
 #ifdef LOWLAT_HAS_AMX
-// AMX needs the processor (cpuid leaf 7: AMX-TILE is bit 24 of edx, AMX-BF16 bit 22) and Linux's permission for this
-// process to use the tile state, requested once as feature 18 (arch_prctl).
+// AMX needs the processor (cpuid leaf 7: AMX-BF16 is bit 22 of edx, AMX-TILE 24, AMX-INT8 25) and Linux's permission for
+// this process to use the tile state, requested once as feature 18 (arch_prctl).
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!has_avx512() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  constexpr unsigned kNeeded = (1u << 22) | (1u << 24);
+  constexpr unsigned kNeeded = (1u << 22) | (1u << 24) | (1u << 25);
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return (d & kNeeded) == kNeeded && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }

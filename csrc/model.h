@@ -164,14 +164,13 @@ struct Cache {
   std::int64_t quantized = 0;  // 0: bf16
 };
 
-// The index keys of a layer with an indexer, in the same pages, in tiles of 16 consecutive tokens, so that a tile is a
-// packed operand of the scores. A bf16 tile is a vector of 16 pairs of channels, one per token, for every pair. An
-// int8 tile is such a vector for every 4 channels, as values + 128, then one of fp32 scales for every 64 channels.
+// The index keys of a layer with an indexer, in the same pages, in int8 with one scale per key. Tiles of 16 consecutive
+// tokens are packed operands of the scores: a vector for every 4 channels, 4 bytes of value + 128 per token, then one of
+// fp32 scales.
 struct IndexCache {
   std::uint8_t* data = nullptr;  // null: the layer has no indexer
   std::int64_t tile_bytes = 0;
   std::int64_t page_size = 0;    // a multiple of 16
-  bool is_int8 = false;
 };
 
 struct Sequence {

@@ -232,18 +232,17 @@ void attention(const Array& q, const Array& cache, const Array& pages, std::int6
   run([&](Team& team) { table.attention(team, a); });
 }
 
-void store_index_keys(const Array& keys, const Array& cache, bool is_int8, const std::string& level) {
+void store_index_keys(const Array& keys, const Array& cache, const std::string& level) {
   const Ops& table = ops(level);
   const std::int64_t count = size(keys, 0), dim = size(keys, 1);
   const auto* values = elements<bf16>(keys, "keys", Type::bf16, {count, dim});
-  const IndexCache to = index_cache_of(cache, dim, is_int8);
+  const IndexCache to = index_cache_of(cache, dim);
   if (size(cache, 0) * to.page_size < count) throw std::invalid_argument("the cache is too small for the keys");
   run([&](Team& team) { table.store_index_keys(team, values, count, dim, to); });
 }
 
-void choose_tokens(const Array& q, const Array& weights, const Array& cache, const Array& pages, bool is_int8,
-                   std::int64_t start, std::int64_t topk, const Array& scores, const Array& chosen,
-                   const std::string& level) {
+void choose_tokens(const Array& q, const Array& weights, const Array& cache, const Array& pages, std::int64_t start,
+                   std::int64_t topk, const Array& scores, const Array& chosen, const std::string& level) {
   const Ops& table = ops(level);
   TokenChoice c;
   c.queries = size(q, 0);
@@ -253,7 +252,7 @@ void choose_tokens(const Array& q, const Array& weights, const Array& cache, con
   c.topk = topk;
   c.q = elements<bf16>(q, "q", Type::bf16, {c.queries, c.heads, c.dim});
   c.weights = elements<float>(weights, "weights", Type::fp32, {c.queries, c.heads});
-  c.cache = index_cache_of(cache, c.dim, is_int8);
+  c.cache = index_cache_of(cache, c.dim);
   c.pages = elements<std::int32_t>(pages, "pages", Type::int32, {kAnySize});
   const std::int64_t count = size(pages, 0), keys = start + c.queries;
   require(c.heads > 0 && topk > 0 && start >= topk, "queries see no more keys than they choose");
@@ -333,9 +332,9 @@ void bind_ops(nb::module_& module) {
   module.def("store_entries", store_entries, "rows"_a, "cache"_a, nb::kw_only(), "quantized"_a, "level"_a = "");
   module.def("attention", attention, "q"_a, "cache"_a, "pages"_a, nb::kw_only(), "entry_dim"_a, "quantized"_a, "start"_a,
              "scale"_a, "window"_a, "layout"_a, "out"_a, "level"_a = "");
-  module.def("store_index_keys", store_index_keys, "keys"_a, "cache"_a, nb::kw_only(), "is_int8"_a, "level"_a = "");
-  module.def("choose_tokens", choose_tokens, "q"_a, "weights"_a, "cache"_a, "pages"_a, nb::kw_only(), "is_int8"_a,
-             "start"_a, "topk"_a, "scores"_a, "chosen"_a, "level"_a = "");
+  module.def("store_index_keys", store_index_keys, "keys"_a, "cache"_a, nb::kw_only(), "level"_a = "");
+  module.def("choose_tokens", choose_tokens, "q"_a, "weights"_a, "cache"_a, "pages"_a, nb::kw_only(), "start"_a,
+             "topk"_a, "scores"_a, "chosen"_a, "level"_a = "");
 }
 
 }  // namespace

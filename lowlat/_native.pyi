@@ -232,7 +232,7 @@ class Cache:
     def make(layers: Sequence[tuple[Tensor, int, int, Tensor | None, int]]) -> Cache:
         """(entries, entry_dim, quantized, index_keys, index_dim) of each layer: bf16
         [pages, page_size, entry_dim], or uint8 [pages, page_size, entry bytes] of which
-        `quantized` channels are int8; likewise the index keys of layers with an indexer.
+        `quantized` channels are int8; index keys uint8 [pages, page_size, bytes of a key].
         """
 
 class Model:
@@ -437,9 +437,8 @@ def attention(
     out bf16 [queries, heads, value_dim]. window 0: all keys.
     """
 
-def store_index_keys(keys: Tensor, cache: Tensor, *, is_int8: bool, level: str = "") -> None:
-    """bf16 [tokens, dim] as the first keys of cache bf16 [pages, page_size, dim], or uint8 with the
-    bytes of a key."""
+def store_index_keys(keys: Tensor, cache: Tensor, *, level: str = "") -> None:
+    """bf16 [tokens, dim] as the first keys of cache uint8 [pages, page_size, bytes of a key]."""
 
 def choose_tokens(
     q: Tensor,
@@ -447,7 +446,6 @@ def choose_tokens(
     cache: Tensor,
     pages: Tensor,
     *,
-    is_int8: bool,
     start: int,
     topk: int,
     scores: Tensor,

@@ -38,7 +38,7 @@ class ChosenReader {
     std::memset(zeros_, 0, keys.entry_dim * sizeof(bf16));
     scores_ = scratch.get<float>(5, tiles_ * kSpan * kTile);
     weights_ = scratch.get<Panel>(6, tiles_ * kSteps);
-    gathered_ = scratch.get<bf16>(7, kTile * keys.view.key_dim);
+    gathered_ = scratch.get<bf16>(7, kChosenKeys * keys.view.key_dim);
     values_ = scratch.get<Panel>(2, 2 * kSteps * kOfStep);
   }
 
@@ -77,7 +77,7 @@ class ChosenReader {
     later_ = later;
     end_later_ = later + count_later;
     configure_tiles(kTileRows, kTileRows);
-    for (std::int64_t i = 0; i < steps_ * kChosenKeys; i += kTile) score(panels_of(token), i);
+    for (std::int64_t i = 0; i < steps_ * kChosenKeys; i += kChosenKeys) score(panels_of(token), i);
     for (std::int64_t tile = 0; tile < tiles_; ++tile) weigh(tile, state);
     for (std::int64_t step = 0; step < steps_; ++step) interleave_values(step, 0);
     for (std::int64_t channel = 0; channel < keys_.view.value_dim; channel += kChosenValues) {
@@ -113,10 +113,11 @@ class ChosenReader {
     }
   }
 
-  // Products of 16 entries with all query heads: scores_ [tile, entry, head].
+  // Products of 32 entries with all query heads: scores_ [tile, entry, head]. With sums in one tile register, every
+  // product would wait for the last one.
   void score(const Panel* queries, std::int64_t entry) {
     const std::int64_t key_dim = keys_.view.key_dim;
-    for (std::int64_t i = 0; i < kTile; ++i) {
+    for (std::int64_t i = 0; i < kChosenKeys; ++i) {
       const bf16* from = entries_[entry + i] + keys_.view.key;
       bf16* to = gathered_ + i * key_dim;
       for (std::int64_t c = 0; c < key_dim; c += kColumns) store_pairs(to + c, pairs(from + c));
@@ -125,13 +126,19 @@ class ChosenReader {
     const long pitch = static_cast<long>(key_dim * sizeof(bf16));
     for (std::int64_t tile = 0; tile < tiles_; ++tile) {
       const Panel* q = queries + tile * width_;
+      const bf16* others = gathered_ + kTile * key_dim;
+      float* out = scores_ + (tile * kSpan + entry) * kTile;
       _tile_zero(0);
+      _tile_zero(1);
       for (std::int64_t i = 0; i < width_; ++i) {
-        _tile_loadd(4, gathered_ + i * kColumns, pitch);
         _tile_loadd(6, q + i, 64);
+        _tile_loadd(4, gathered_ + i * kColumns, pitch);
         _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, others + i * kColumns, pitch);
+        _tile_dpbf16ps(1, 5, 6);
       }
-      _tile_stored(0, scores_ + (tile * kSpan + entry) * kTile, 64);
+      _tile_stored(0, out, 64);
+      _tile_stored(1, out + kTile * kTile, 64);
     }
   }
 
@@ -238,7 +245,7 @@ class ChosenReader {
   Panel* queries_;   // [tokens, tiles, width]
   float* scores_;    // [tiles, kSpan, 16]
   Panel* weights_;   // [tiles, kSteps]
-  bf16* gathered_;   // [16, key_dim]
+  bf16* gathered_;   // [32, key_dim]
   Panel* values_;    // [2, kSteps, 4]
 };
 

@@ -1,8 +1,12 @@
 // Index scores of sparse attention (DSA): I(t, s) = sum over heads h of w(t, h) relu(q(t, h) . k(s)), fp32.
 //
-// Query rows times tiles of 16 keys, as in a GEMM: all tokens of a group share a pass over the keys. The score of a
-// token and a key is one chain of operations, whatever else the group computes: bits depend on the two alone.
+// Query rows times tiles of 16 keys, as in a GEMM: all tokens of a group share a pass over the keys. On AVX-512 and AMX,
+// queries are rounded to int8 with a scale per head, and products are exact integers; other levels multiply the keys'
+// integers by bf16 queries. The score of a token and a key is one chain of operations, whatever else the group computes:
+// bits depend on the two alone.
 #pragma once
+
+#include <utility>
 
 #include "../workspace.h"
 #include "index_keys.h"
@@ -22,152 +26,200 @@ struct IndexQueries {
 
 #if defined(LOWLAT_AVX512)
 
-// Query rows in int8: [rows, 4 * quads] with a scale and the correction for the 128 in every key byte per 64 channels.
-struct IntegerIndexRows {
-  const std::uint32_t* words;
-  const float* scales;
-  const std::int32_t* starts;
-  std::int64_t quads, groups;
-};
+using IndexProduct = std::int32_t;
 
-inline IntegerIndexRows round_index_rows(const bf16* q, std::int64_t rows, std::int64_t dim, Scratch& scratch) {
-  const std::int64_t quads = index_quads(dim), groups = index_scales(dim);
-  auto* words = scratch.get<std::uint32_t>(11, rows * quads);
-  auto* scales = scratch.get<float>(12, rows * groups);
-  auto* starts = scratch.get<std::int32_t>(13, rows * groups);
-  for (std::int64_t r = 0; r < rows; ++r) {
-    for (std::int64_t g = 0; g < groups; ++g) {
-      const std::int64_t count = least(kIndexScaled, dim - g * kIndexScaled);
-      alignas(64) std::int8_t values[kIndexScaled] = {};
-      scales[r * groups + g] = round_to_int8(q + r * dim + g * kIndexScaled, count, values);
-      std::int32_t sum = 0;
-      for (std::int64_t i = 0; i < count; ++i) sum += values[i];
-      starts[r * groups + g] = -128 * sum;
-      std::memcpy(words + r * quads + g * kIndexScaled / 4, values, (count + 3) / 4 * 4);
-    }
-  }
-  return {words, scales, starts, quads, groups};
-}
-
-// Products of T rows from `row` with a tile of int8 keys.
-template <int T>
-inline void multiply_index_tile(const IntegerIndexRows& x, std::int64_t row, const std::uint8_t* tile, float* out,
-                                std::int64_t out_stride) {
-  const auto* key_scales = reinterpret_cast<const float*>(tile + 64 * x.quads);
-  F sums[T];
-  LOWLAT_UNROLL
-  for (int t = 0; t < T; ++t) sums[t] = zero();
-  for (std::int64_t g = 0; g < x.groups; ++g) {
-    P integers[T];
-    LOWLAT_UNROLL
-    for (int t = 0; t < T; ++t) {
-      integers[t] = set1_pair(static_cast<std::uint32_t>(x.starts[(row + t) * x.groups + g]));
-    }
-    const std::int64_t first = g * (kIndexScaled / 4), last = least(first + kIndexScaled / 4, x.quads);
-    for (std::int64_t j = first; j < last; ++j) {
-      const P keys = pairs(tile + 64 * j);
-      LOWLAT_UNROLL
-      for (int t = 0; t < T; ++t) integers[t] = dot_bytes(integers[t], keys, set1_pair(x.words[(row + t) * x.quads + j]));
-    }
-    const F scale = load(key_scales + g * kTile);
-    LOWLAT_UNROLL
-    for (int t = 0; t < T; ++t) {
-      const F both = mul(scale, set1(x.scales[(row + t) * x.groups + g]));
-      sums[t] = fma(integers_to_float(integers[t]), both, sums[t]);
-    }
-  }
-  LOWLAT_UNROLL
-  for (int t = 0; t < T; ++t) store(out + t * out_stride, sums[t]);
-}
-
-#endif
-
-// Products of query rows with up to 4 adjacent tiles of keys.
-class IndexProducts {
+// Query rows in int8.
+class IndexRows {
  public:
-  IndexProducts(const IndexCache& cache, const IndexQueries& queries, Scratch& scratch)
-      : cache_(cache), dim_(queries.dim), width_(num_panels(queries.dim)) {
+  IndexRows(const IndexQueries& queries, Scratch& scratch)
+      : quads_(index_quads(queries.dim)), is_whole_(queries.dim % kTileBytes == 0) {
     const std::int64_t rows = queries.tokens * queries.heads;
-#if defined(LOWLAT_AVX512)
-    if (cache.is_int8) {
-      integers_ = round_index_rows(queries.q, rows, dim_, scratch);
-      return;
+    words_ = scratch.get<std::uint32_t>(11, (rows + kTile - 1) * quads_);
+    weights_ = scratch.get<float>(12, rows);
+    starts_ = scratch.get<std::int32_t>(13, rows);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      auto* values = reinterpret_cast<std::int8_t*>(words_ + r * quads_);
+      words_[(r + 1) * quads_ - 1] = 0;
+      weights_[r] = queries.weights[r] * round_to_int8(queries.q + r * queries.dim, queries.dim, values);
+      std::int32_t sum = 0;
+      for (std::int64_t i = 0; i < 4 * quads_; ++i) sum += values[i];
+      starts_[r] = -128 * sum;
     }
-#endif
-    q_ = queries.q;
-    stride_ = width_ * kColumns;
-    if (stride_ != dim_) {
-      auto* padded = scratch.get<bf16>(11, rows * stride_);
-      copy_rows(q_, dim_, rows, dim_, padded);
-      q_ = padded;
-    }
-    if (cache.is_int8 || stride_ != dim_) panels_ = scratch.get<Panel>(2, 4 * width_);
   }
 
-  // The tiles that multiply_rows() takes next; those at `later`, if any, are prefetched meanwhile.
-  void set_tiles(const std::uint8_t* tiles, std::int64_t count, const std::uint8_t* later) {
+  // The head weight of a row, with the row's scale.
+  float weight(std::int64_t row) const { return weights_[row]; }
+
+  // Products of 16 keys with a row, which lack the correction for the 128 in every key byte.
+  F product(const IndexProduct* products, std::int64_t row) const {
+    return integers_to_float(add_integers(pairs(products), set1_pair(static_cast<std::uint32_t>(starts_[row]))));
+  }
+
+  // The keys of the next products: up to 4 adjacent tiles.
+  void set_keys(const std::uint8_t* tiles, std::int64_t tile_bytes, std::int64_t count) {
     tiles_ = tiles;
+    tile_bytes_ = tile_bytes;
     count_ = count;
-    ahead_ = {};
-    if (later != nullptr) {
-      Matrix bytes;
-      bytes.storage = Storage::int8_rows;
-      bytes.rows = 1;
-      bytes.columns = bytes.stride = count * cache_.tile_bytes;
-      bytes.data = later;
-      ahead_ = Prefetcher(bytes);
-    }
-    if (panels_ == nullptr) return;
-    for (std::int64_t i = 0; i < count; ++i) copy_index_tile(cache_, tiles + i * cache_.tile_bytes, dim_, panels_ + i * width_);
   }
 
-  // out [rows, kKeyBlock]: of the rows from `first`.
-  void multiply_rows(std::int64_t first, std::int64_t rows, float* out) {
-#if defined(LOWLAT_AVX512)
-    if (cache_.is_int8) {
-      for (std::int64_t i = 0; i < count_; ++i) {
-        const std::uint8_t* tile = tiles_ + i * cache_.tile_bytes;
-        ahead_.ask(static_cast<int>(cache_.tile_bytes / 64));
-        const std::int64_t step = even_block(rows);
-        for (std::int64_t row = 0; row < rows; row += step) {
-          with_tokens(least(step, rows - row), [&]<int T>() {
-            multiply_index_tile<T>(integers_, first + row, tile, out + row * kKeyBlock + i * kTile, kKeyBlock);
-          });
-        }
-      }
-      return;
-    }
+  // Products of rows with the keys: out [rows rounded up to a tile, kKeyBlock].
+  void multiply(std::int64_t first, std::int64_t rows, Prefetcher& ahead, IndexProduct* out) const {
+#if defined(LOWLAT_AMX)
+    if (is_whole_) return multiply_by_tiles(first, rows, ahead, out);
 #endif
-    const Panel* panels = panels_ != nullptr ? panels_ : reinterpret_cast<const Panel*>(tiles_);
-    multiply(panels, count_, width_, width_, q_ + first * stride_, stride_, rows, out, kKeyBlock, false, &ahead_);
-    ahead_.ask_for_all();
+    const std::int64_t step = even_block(rows);
+    for (std::int64_t i = 0; i < count_; ++i) {
+      ahead.ask(static_cast<int>(tile_bytes_ / 64));
+      for (std::int64_t row = 0; row < rows; row += step) {
+        with_tokens(least(step, rows - row), [&]<int T>() {
+          multiply_tile<T>(first + row, tiles_ + i * tile_bytes_, out + row * kKeyBlock + i * kTile);
+        });
+      }
+    }
   }
 
  private:
-  const IndexCache& cache_;
-  std::int64_t dim_, width_, stride_ = 0, count_ = 0;
-  const bf16* q_ = nullptr;
-  Panel* panels_ = nullptr;  // copies, for tiles that are no panels
-  const std::uint8_t* tiles_ = nullptr;
-  Prefetcher ahead_;
-#if defined(LOWLAT_AVX512)
-  IntegerIndexRows integers_{};
+  static constexpr std::int64_t kTileBytes = 64;  // channels of a tile register
+
+  template <int T>
+  void multiply_tile(std::int64_t row, const std::uint8_t* tile, IndexProduct* out) const {
+    const std::uint32_t* words = words_ + row * quads_;
+    P sums[T];
+    LOWLAT_UNROLL
+    for (int t = 0; t < T; ++t) sums[t] = zero_pairs();
+    for (std::int64_t j = 0; j < quads_; ++j) {
+      const P keys = pairs(tile + 64 * j);
+      LOWLAT_UNROLL
+      for (int t = 0; t < T; ++t) sums[t] = dot_bytes(sums[t], keys, set1_pair(words[t * quads_ + j]));
+    }
+    LOWLAT_UNROLL
+    for (int t = 0; t < T; ++t) store_pairs(out + t * kKeyBlock, sums[t]);
+  }
+
+#if defined(LOWLAT_AMX)
+  // A tile of keys is, byte for byte, a tile register for every 64 channels.
+  void multiply_by_tiles(std::int64_t first, std::int64_t rows, Prefetcher& ahead, IndexProduct* out) const {
+    const long pitch = static_cast<long>(4 * quads_), out_pitch = kKeyBlock * sizeof(IndexProduct);
+    configure_tiles(kTileRows, kTileRows);
+    for (std::int64_t row = 0; row < rows; row += 2 * kTile) {
+      const bool has_more = row + kTile < rows;
+      const std::uint32_t* top = words_ + (first + row) * quads_;
+      const std::uint32_t* bottom = top + kTile * quads_;
+      for (std::int64_t i = 0; i < count_; i += 2) {
+        const bool has_two = i + 1 < count_;
+        const std::uint8_t* left = tiles_ + i * tile_bytes_;
+        const std::uint8_t* right = left + tile_bytes_;
+        IndexProduct* to = out + row * kKeyBlock + i * kTile;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (std::int64_t j = 0; j < quads_; j += kTile) {
+          ahead.ask(kLinesOfTiles);
+          _tile_loadd(4, top + j, pitch);
+          _tile_loadd(6, left + 64 * j, 64);
+          _tile_dpbsud(0, 4, 6);
+          if (has_two) {
+            _tile_loadd(7, right + 64 * j, 64);
+            _tile_dpbsud(1, 4, 7);
+          }
+          if (has_more) {
+            _tile_loadd(5, bottom + j, pitch);
+            _tile_dpbsud(2, 5, 6);
+            if (has_two) _tile_dpbsud(3, 5, 7);
+          }
+        }
+        _tile_stored(0, to, out_pitch);
+        if (has_two) _tile_stored(1, to + kTile, out_pitch);
+        if (!has_more) continue;
+        _tile_stored(2, to + kTile * kKeyBlock, out_pitch);
+        if (has_two) _tile_stored(3, to + kTile * kKeyBlock + kTile, out_pitch);
+      }
+    }
+  }
 #endif
+
+  std::int64_t quads_;
+  bool is_whole_;         // rows fill tile registers
+  std::uint32_t* words_;  // [rows, quads]
+  float* weights_;        // [rows]
+  std::int32_t* starts_;  // [rows]: -128 times the sum of a row
+  const std::uint8_t* tiles_ = nullptr;
+  std::int64_t tile_bytes_ = 0, count_ = 0;
 };
 
-// Sums over the heads in order, a tile of keys per vector: products [heads, kKeyBlock] of one token. Scores are finite
-// or infinity, which a NaN becomes: it is chosen, and reaches the output.
-inline void sum_index_heads(const float* products, const float* weights, std::int64_t heads, std::int64_t tiles,
-                            float* scores) {
-  constexpr float kMost = 3.40282347e38f;
-  for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    F total = zero();
-    for (std::int64_t h = 0; h < heads; ++h) {
-      const F positive = max(zero(), load(products + h * kKeyBlock + tile * kTile));
-      total = fma(set1(weights[h]), positive, total);
+#else
+
+using IndexProduct = float;
+
+// Query rows in bf16.
+class IndexRows {
+ public:
+  IndexRows(const IndexQueries& queries, Scratch& scratch)
+      : q_(queries.q), weights_(queries.weights), dim_(queries.dim), width_(num_panels(queries.dim)) {
+    const std::int64_t rows = queries.tokens * queries.heads, stride = width_ * kColumns;
+    if (stride != dim_) {
+      auto* padded = scratch.get<bf16>(11, rows * stride);
+      copy_rows(q_, dim_, rows, dim_, padded);
+      q_ = padded;
     }
-    store(scores + tile * kTile, max(set1(-kMost), min(total, set1(-kNone))));
+    panels_ = scratch.get<Panel>(2, kKeyBlock / kTile * width_);
   }
+
+  float weight(std::int64_t row) const { return weights_[row]; }
+  F product(const IndexProduct* products, std::int64_t) const { return load(products); }
+
+  void set_keys(const std::uint8_t* tiles, std::int64_t tile_bytes, std::int64_t count) {
+    count_ = count;
+    for (std::int64_t i = 0; i < count; ++i) load_index_panels(tiles + i * tile_bytes, dim_, panels_ + i * width_);
+  }
+
+  void multiply(std::int64_t first, std::int64_t rows, Prefetcher& ahead, IndexProduct* out) const {
+    const std::int64_t stride = width_ * kColumns;
+    LOWLAT_ISA::multiply(panels_, count_, width_, width_, q_ + first * stride, stride, rows, out, kKeyBlock, false, &ahead);
+  }
+
+ private:
+  const bf16* q_;
+  const float* weights_;
+  std::int64_t dim_, width_, count_ = 0;
+  Panel* panels_;
+};
+
+#endif
+
+// Scores of a token, whose rows begin at `row`, with T tiles of keys: sums over the heads in order, a tile per vector.
+// Scores are finite or infinity, which a NaN becomes: it is chosen, and reaches the output.
+template <int T>
+inline void sum_index_heads(const IndexRows& rows, std::int64_t row, std::int64_t heads, const IndexProduct* products,
+                            const IndexCache& cache, const std::uint8_t* tiles, float* scores) {
+  constexpr float kMost = 3.40282347e38f;
+  F totals[T];
+  LOWLAT_UNROLL
+  for (int t = 0; t < T; ++t) totals[t] = zero();
+  for (std::int64_t h = 0; h < heads; ++h) {
+    const F weight = set1(rows.weight(row + h));
+    LOWLAT_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const F positive = max(zero(), rows.product(products + h * kKeyBlock + t * kTile, row + h));
+      totals[t] = fma(weight, positive, totals[t]);
+    }
+  }
+  LOWLAT_UNROLL
+  for (int t = 0; t < T; ++t) {
+    const F total = mul(totals[t], load(index_scales(cache, tiles + t * cache.tile_bytes)));
+    store(scores + t * kTile, max(set1(-kMost), min(total, set1(-kNone))));
+  }
+}
+
+// What is read next: `count` tiles.
+inline Prefetcher index_tiles_ahead(const IndexCache& cache, const std::uint8_t* tiles, std::int64_t count) {
+  Matrix bytes;
+  bytes.storage = Storage::int8_rows;
+  bytes.rows = 1;
+  bytes.columns = bytes.stride = count * cache.tile_bytes;
+  bytes.data = tiles;
+  return Prefetcher(bytes);
 }
 
 // Scores of all tokens with the keys [first, last), whole tiles: token t's at scores + t * stride + key. `first` is a
@@ -175,23 +227,39 @@ inline void sum_index_heads(const float* products, const float* weights, std::in
 inline void score_index_keys(const IndexQueries& queries, const IndexCache& cache, const std::int32_t* pages,
                              std::int64_t first, std::int64_t last, Scratch& scratch, float* scores,
                              std::int64_t stride) {
-  const std::int64_t at_once = queries.tokens_at_once();
-  auto* out = scratch.get<float>(5, at_once * queries.heads * kKeyBlock);
-  IndexProducts products(cache, queries, scratch);
+  const std::int64_t at_once = queries.tokens_at_once(), heads = queries.heads;
+  const std::int64_t products = round_up(at_once * heads, kTile) * kKeyBlock;
+  auto* out = scratch.get<IndexProduct>(5, 2 * products);
+  IndexRows rows(queries, scratch);
   std::int64_t count = 0;
   for (std::int64_t key = first; key < last; key += count) {
     count = least(kKeyBlock, least(cache.page_size - key % cache.page_size, round_up(last - key, kTile)));
-    const std::int64_t next = key + count;
-    products.set_tiles(index_tile(cache, pages, key), count / kTile,
-                       next < last ? index_tile(cache, pages, next) : nullptr);
-    for (std::int64_t t = 0; t < queries.tokens; t += at_once) {
-      const std::int64_t tokens = least(at_once, queries.tokens - t);
-      products.multiply_rows(t * queries.heads, tokens * queries.heads, out);
-      for (std::int64_t i = 0; i < tokens; ++i) {
-        sum_index_heads(out + i * queries.heads * kKeyBlock, queries.weights + (t + i) * queries.heads, queries.heads,
-                        count / kTile, scores + (t + i) * stride + key);
+    const std::int64_t next = key + count, tiles = count / kTile;
+    const std::uint8_t* at = index_tile(cache, pages, key);
+    Prefetcher ahead;
+    if (next < last) ahead = index_tiles_ahead(cache, index_tile(cache, pages, next), tiles);
+    rows.set_keys(at, cache.tile_bytes, tiles);
+    const auto sum = [&](std::int64_t t, const IndexProduct* from) {
+      for (std::int64_t stop = least(t + at_once, queries.tokens); t < stop; ++t, from += heads * kKeyBlock) {
+        float* to = scores + t * stride + key;
+        if (tiles == 4) {
+          sum_index_heads<4>(rows, t * heads, heads, from, cache, at, to);
+          continue;
+        }
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+          const std::uint8_t* keys = at + tile * cache.tile_bytes;
+          sum_index_heads<1>(rows, t * heads, heads, from + tile * kTile, cache, keys, to + tile * kTile);
+        }
       }
+    };
+    // Sums come after the next products, so that vector units and tile registers work at the same time.
+    IndexProduct *own = out, *before = out + products;
+    for (std::int64_t t = 0; t < queries.tokens; t += at_once, std::swap(own, before)) {
+      rows.multiply(t * heads, least(at_once, queries.tokens - t) * heads, ahead, own);
+      if (t > 0) sum(t - at_once, before);
     }
+    sum((queries.tokens - 1) / at_once * at_once, before);
+    ahead.ask_for_all();
   }
 }
 

@@ -70,18 +70,25 @@ inline float largest_magnitude(const bf16* x, std::int64_t count) {
   return bf16_to_float(top);
 }
 
-// Quantizes the channels of one scale group to int8 and returns the scale. If the scale is infinite or NaN the
-// channels are zeros, which dequantize to NaN.
-inline float round_to_int8(const bf16* x, std::int64_t count, std::int8_t* out) {
-  const float scale = largest_magnitude(x, count) / 127.0f;
+// The scale of channels in int8.
+inline float int8_scale(const bf16* x, std::int64_t count) { return largest_magnitude(x, count) / 127.0f; }
+
+// Quantizes channels to int8 by their scale. If it is infinite or NaN they are zeros, which dequantize to NaN.
+inline void round_to_int8(const bf16* x, std::int64_t count, float scale, std::int8_t* out) {
   if (!std::isfinite(scale)) {
     std::memset(out, 0, count);
-    return scale;
+    return;
   }
   const F divisor = set1(scale == 0.0f ? 1.0f : scale);
   for (std::int64_t i = 0; i < count; i += 16) {
     store_int8(out + i, round_even(div(load_bf16(x + i, count - i), divisor)), count - i);
   }
+}
+
+// Quantizes the channels of one scale group and returns the scale.
+inline float round_to_int8(const bf16* x, std::int64_t count, std::int8_t* out) {
+  const float scale = int8_scale(x, count);
+  round_to_int8(x, count, scale, out);
   return scale;
 }
 

@@ -14,12 +14,13 @@ import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
-from lowlat.attention.index_tiles import is_tiled, read_tiles, write_tiles
+from lowlat.attention.index_tiles import read_int8_keys, write_int8_keys
 from lowlat.attention.int8_entry import entry_bytes, pack_entries, unpack_entries
 from lowlat.config.attention import AttentionConfig, index_key_dim
-from lowlat.config.kv_cache_size import int8_entry_bytes
+from lowlat.config.kv_cache_size import index_key_bytes, int8_entry_bytes
 from lowlat.config.model import ModelConfig
 from lowlat.utils import huge_pages
+from lowlat.utils.device import dtype_name
 
 PAGE_SIZE = 64
 
@@ -39,9 +40,10 @@ class PagedCache:
 
     Layers are the decoder layers, then the MTP modules. A page number addresses the same page in
     every layer. Index keys, which sparse attention (DSA) reads of all tokens, are apart from the
-    rest of the entry, which it reads of few: index_keys[i] is [pages, page_size, index_dim], None
-    for layers without indexer (`attention.index_tiles`). attentions: what this process has of every
-    layer, by default all; None: nothing.
+    rest of the entry, which it reads of few: index_keys[i] is uint8 [pages, page_size, key_bytes]
+    (`attention.index_tiles`), in fp32 and fp64 [pages, page_size, index_dim], None for layers
+    without indexer. attentions: what this process has of every layer, by default all; None:
+    nothing.
     """
 
     def __init__(
@@ -85,7 +87,16 @@ class PagedCache:
             pages(elements, quantized)
             for elements, quantized in zip(self.entry_dims, self.quantized, strict=True)
         ]
-        self.index_keys = [pages(width, width) if width else None for width in self.index_dims]
+        self._packs_index_keys = dtype not in (torch.float32, torch.float64)
+
+        def index_pages(elements: int) -> Tensor | None:
+            if elements == 0:
+                return None
+            stored = torch.uint8 if self._packs_index_keys else dtype
+            width = index_key_bytes(elements, dtype_name(dtype)) // stored.itemsize
+            return _zeros((num_pages, page_size, width), stored, torch.device(device))
+
+        self.index_keys = [index_pages(elements) for elements in self.index_dims]
 
     def write(
         self, layer: int, slots: Int[Tensor, "tokens"], entries: Float[Tensor, "tokens entry_dim"]
@@ -97,10 +108,10 @@ class PagedCache:
         data = self.index_keys[layer]
         if data is None:
             return
-        if is_tiled(self.page_size, index, self.dtype):
-            write_tiles(data, slots, keys)
+        if self._packs_index_keys:
+            write_int8_keys(data, slots, keys)
         else:
-            _put(data, slots, self._stored(keys, index))
+            _put(data, slots, keys.to(self.dtype))
 
     def _stored(self, rows: Tensor, quantized: int) -> Tensor:
         return pack_entries(rows, quantized) if self.dtype == torch.int8 else rows.to(self.dtype)
@@ -123,12 +134,9 @@ class PagedCache:
         data, width = self.index_keys[layer], self.index_dims[layer]
         assert data is not None
         block = self._pages(data, pages, length)
-        if is_tiled(self.page_size, width, self.dtype):
-            return read_tiles(block, width, dtype)[:length]
-        stored = block.flatten(0, 1)[:length]
-        if self.dtype == torch.int8:
-            return unpack_entries(stored, width, width, dtype)
-        return stored.to(dtype)
+        if self._packs_index_keys:
+            return read_int8_keys(block, width, dtype)[:length]
+        return block.flatten(0, 1)[:length].to(dtype)
 
     def _pages(self, data: Tensor, pages: tuple[int, ...], length: int) -> Tensor:
         """The pages of the first `length` tokens: a view if they are contiguous, else a copy."""

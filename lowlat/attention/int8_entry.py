@@ -16,27 +16,24 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lowlat.config.attention import index_key_dim
-from lowlat.config.kv_cache_size import SCALE_CHANNELS, int8_entry_bytes
+from lowlat.config.kv_cache_size import SCALE_CHANNELS, EntrySize
 from lowlat.config.model import AttentionConfig
+from lowlat.utils.device import dtype_name
 
 INT8_MAX = 127
 
 
 def entry_bytes(attention: AttentionConfig, dtype: torch.dtype) -> int:
     """Bytes of an entry in a cache of `dtype`."""
-    if dtype == torch.int8:
-        index = index_key_dim(attention)
-        return int8_entry_bytes(attention.entry_dim, attention.quantized_dim, index)
-    return attention.entry_dim * dtype.itemsize
+    return EntrySize.of(attention).num_bytes(dtype_name(dtype))
 
 
 def pack_entries(
-    entries: Float[Tensor, "tokens entry_dim"], quantized: int
+    entries: Float[Tensor, "tokens entry_dim"], quantized: int, group: int = SCALE_CHANNELS
 ) -> UInt8[Tensor, "tokens entry_bytes"]:
-    """The bytes of `entries`, their first `quantized` channels in int8."""
+    """The bytes of `entries`, their first `quantized` channels in int8 with a scale per `group`."""
     wide = entries[:, :quantized].to(torch.float32)
-    groups = F.pad(wide, (0, -quantized % SCALE_CHANNELS)).unflatten(1, (-1, SCALE_CHANNELS))
+    groups = F.pad(wide, (0, -quantized % group)).unflatten(1, (-1, group))
     scale = groups.abs().amax(dim=-1) / INT8_MAX
     divisor = torch.where(scale == 0, 1.0, scale)[..., None]
     values = (groups / divisor).round().to(torch.int8).flatten(1)[:, :quantized]
@@ -46,13 +43,17 @@ def pack_entries(
 
 
 def unpack_entries(
-    packed: UInt8[Tensor, "tokens entry_bytes"], entry_dim: int, quantized: int, dtype: torch.dtype
+    packed: UInt8[Tensor, "tokens entry_bytes"],
+    entry_dim: int,
+    quantized: int,
+    dtype: torch.dtype,
+    group: int = SCALE_CHANNELS,
 ) -> Float[Tensor, "tokens entry_dim"]:
     """The inverse of `pack_entries`: multiplied in fp32, rounded once to `dtype`."""
-    scales_at, count = _padded(quantized), -(-quantized // SCALE_CHANNELS)
+    scales_at, count = _padded(quantized), -(-quantized // group)
     values = packed[:, :quantized].view(torch.int8).to(torch.float32)
     scale = packed[:, scales_at : scales_at + 4 * count].contiguous().view(torch.float32)
-    scale = scale.repeat_interleave(SCALE_CHANNELS, dim=1)[:, :quantized]
+    scale = scale.repeat_interleave(group, dim=1)[:, :quantized]
     plain = packed[:, scales_at + 4 * count :].contiguous().view(torch.bfloat16)
     assert plain.shape[1] == entry_dim - quantized
     return torch.cat([(values * scale).to(dtype), plain.to(dtype)], dim=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lowlat.config.attention import index_key_dim
-from lowlat.config.model import ModelConfig
+from lowlat.config.model import AttentionConfig, ModelConfig
 from lowlat.config.parameter_count import ELEMENT_BYTES, FP32_BYTES
 
 SCALE_CHANNELS = 64
@@ -23,6 +23,20 @@ class EntrySize(NamedTuple):
     """Elements that an int8 cache stores in int8; the others stay bf16."""
     index_key: int = 0
     """Elements of the index key of sparse attention (DSA)."""
+
+    @staticmethod
+    def of(attention: AttentionConfig) -> "EntrySize":
+        """The entry of a layer."""
+        return EntrySize(attention.entry_dim, attention.quantized_dim, index_key_dim(attention))
+
+    def num_bytes(self, dtype: str) -> int:
+        """Bytes in a cache of `dtype`, the index key included."""
+        elements = self.elements - self.index_key
+        if dtype == "int8":
+            size = int8_entry_bytes(elements, self.quantized - self.index_key)
+        else:
+            size = elements * ELEMENT_BYTES[dtype]
+        return size + index_key_bytes(self.index_key, dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,19 +81,22 @@ class KVCacheSize:
 
     def own_bytes_per_token(self, dtype: str) -> int:
         """Bytes per token of the model itself, all layers together, in a cache of `dtype`."""
-        if dtype == "int8":
-            return sum(int8_entry_bytes(*entry) for entry in self.entries)
-        return sum(entry.elements for entry in self.entries) * ELEMENT_BYTES[dtype]
+        return sum(entry.num_bytes(dtype) for entry in self.entries)
 
 
-def int8_entry_bytes(elements: int, quantized: int, index: int = 0) -> int:
-    """Bytes of a KV cache entry with `quantized` int8 elements (in whole 4 bytes), their scales,
-    and the other elements in bf16. The first `index` of them, the index key of sparse attention,
-    are stored apart.
+def index_key_bytes(elements: int, dtype: str) -> int:
+    """Bytes of an index key (DSA) in a cache of `dtype`: int8 in whole 4 bytes with an fp32 scale,
+    unless the cache is fp32 or fp64. 0 without an index key.
     """
-    if index:
-        rest = int8_entry_bytes(elements - index, quantized - index)
-        return int8_entry_bytes(index, index) + rest
+    if elements == 0 or dtype in ("fp32", "fp64"):
+        return elements * ELEMENT_BYTES.get(dtype, 0)
+    return -(-elements // 4) * 4 + FP32_BYTES
+
+
+def int8_entry_bytes(elements: int, quantized: int) -> int:
+    """Bytes of a KV cache entry with `quantized` int8 elements (in whole 4 bytes), their scales,
+    and the other elements in bf16.
+    """
     padded, scales = -(-quantized // 4) * 4, -(-quantized // SCALE_CHANNELS)
     return padded + FP32_BYTES * scales + ELEMENT_BYTES["bf16"] * (elements - quantized)
 
@@ -87,11 +104,7 @@ def int8_entry_bytes(elements: int, quantized: int, index: int = 0) -> int:
 def mtp_cache_bytes(config: ModelConfig, dtype: str) -> int:
     """Bytes per token that MTP modules add to a cache of `dtype`."""
     mtp_layers = range(config.num_hidden_layers, config.num_cache_layers)
-    entries = [config.attention_of(layer) for layer in mtp_layers]
-    if dtype == "int8":
-        sizes = [EntrySize(e.entry_dim, e.quantized_dim, index_key_dim(e)) for e in entries]
-        return sum(int8_entry_bytes(*size) for size in sizes)
-    return sum(entry.entry_dim for entry in entries) * ELEMENT_BYTES[dtype]
+    return sum(EntrySize.of(config.attention_of(layer)).num_bytes(dtype) for layer in mtp_layers)
 
 
 def kv_cache_size(config: ModelConfig) -> KVCacheSize:
@@ -100,10 +113,7 @@ def kv_cache_size(config: ModelConfig) -> KVCacheSize:
     heads = config.num_attention_heads
     width = max(layer.v_head_dim for layer in layers)
     return KVCacheSize(
-        entries=tuple(
-            EntrySize(layer.entry_dim, layer.quantized_dim, index_key_dim(layer))
-            for layer in layers
-        ),
+        entries=tuple(map(EntrySize.of, layers)),
         mha=2 * heads * width,
         gqa8=2 * min(8, heads) * width,
         mqa=2 * width,

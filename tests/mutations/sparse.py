@@ -174,6 +174,20 @@ SPARSE = [
         NATIVE + "test_keys_are_stored_as_in_python",
     ),
     Mutant(
+        "DSA: index keys with the scale of 64 channels for all",
+        "attention/int8_entry.py",
+        "scale = groups.abs().amax(dim=-1) / INT8_MAX",
+        "scale = groups[..., :64].abs().amax(dim=-1) / INT8_MAX",
+        NATIVE + "test_keys_are_stored_as_in_python",
+    ),
+    Mutant(
+        "DSA: cache size without the scales of index keys",
+        "config/kv_cache_size.py",
+        "return -(-elements // 4) * 4 + FP32_BYTES",
+        "return -(-elements // 4) * 4",
+        "tests/unit/config/test_parameter_count.py::test_cache_per_token",
+    ),
+    Mutant(
         "DSA: head weights without H_I^-0.5",
         "model/indexer.py",
         " * len(self.weight) ** -0.5",

@@ -137,8 +137,8 @@ def pack_entries(
 def store_index_keys(
     keys: BFloat16[Tensor, "tokens index_dim"], cache: Tensor, *, level: str = ""
 ) -> None:
-    """Native kernel of lowlat.attention.index_tiles.write_tiles, for the first slots."""
-    native.module().store_index_keys(keys, cache, is_int8=cache.dtype == torch.uint8, level=level)
+    """Native kernel of lowlat.attention.index_tiles.write_int8_keys, for the first slots."""
+    native.module().store_index_keys(keys, cache, level=level)
 
 
 def choose_tokens(
@@ -162,7 +162,6 @@ def choose_tokens(
         index.weights * width**-0.5,
         cache,
         pages,
-        is_int8=cache.dtype == torch.uint8,
         start=start,
         topk=index.topk,
         scores=scores,

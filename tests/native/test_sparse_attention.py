@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowlat.attention.index_tiles import read_tiles, write_tiles
-from lowlat.config.kv_cache_size import int8_entry_bytes
+from lowlat.attention.index_tiles import read_int8_keys, write_int8_keys
+from lowlat.attention.int8_entry import pack_entries, unpack_entries
+from lowlat.config.kv_cache_size import index_key_bytes
 from lowlat.ops.sparse_attention import IndexQueries, choose_tokens, index_scores, top_positions
 
 from . import kernels
@@ -15,26 +16,36 @@ from .inputs import assert_same_bits, draw, every_level, needs_native, thread_co
 
 pytestmark = needs_native
 
-every_cache = pytest.mark.parametrize("is_int8", [False, True], ids=["bf16", "int8"])
 DIMS = (2, 18, 64, 128, 150)
 
 
-def empty_cache(keys: int, width: int, page_size: int, *, is_int8: bool) -> Tensor:
+def empty_cache(keys: int, width: int, page_size: int) -> Tensor:
     """Twice the pages that `keys` take, full of numbers that would be seen."""
-    shape = (2 * -(-keys // page_size), page_size, width)
-    if is_int8:
-        return torch.full((*shape[:2], int8_entry_bytes(width, width)), 0x7F, dtype=torch.uint8)
-    return torch.full(shape, math.nan, dtype=torch.bfloat16)
+    shape = (2 * -(-keys // page_size), page_size, index_key_bytes(width, "bf16"))
+    return torch.full(shape, 0x7F, dtype=torch.uint8)
 
 
-def paged(keys: Tensor, page_size: int, *, is_int8: bool = False) -> tuple[Tensor, Tensor]:
+def paged(keys: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
     """A cache that holds the keys in shuffled pages, and the page table."""
-    cache = empty_cache(len(keys), keys.shape[1], page_size, is_int8=is_int8)
+    cache = empty_cache(len(keys), keys.shape[1], page_size)
     generator = torch.Generator().manual_seed(len(keys))
     pages = torch.randperm(len(cache), generator=generator)[: len(cache) // 2]
     position = torch.arange(len(keys))
-    write_tiles(cache, pages[position // page_size] * page_size + position % page_size, keys)
+    slots = pages[position // page_size] * page_size + position % page_size
+    write_int8_keys(cache, slots, keys)
     return cache, pages.int()
+
+
+def as_stored(rows: Tensor) -> Tensor:
+    """Rows as an int8 cache returns them."""
+    width = rows.shape[-1]
+    packed = pack_entries(rows.flatten(0, -2), width, group=width)
+    return unpack_entries(packed, width, width, torch.float32, group=width).view(rows.shape)
+
+
+def as_multiplied(index: IndexQueries, level: str) -> IndexQueries:
+    """The queries that a level multiplies by keys."""
+    return index._replace(q=as_stored(index.q)) if level in ("avx512", "amx") else index
 
 
 def small_integers(shape: tuple[int, ...], seed: int, most: int = 2) -> Tensor:
@@ -43,9 +54,17 @@ def small_integers(shape: tuple[int, ...], seed: int, most: int = 2) -> Tensor:
     return torch.randint(-most, most + 1, shape, generator=generator).bfloat16()
 
 
+def whole_scales(rows: Tensor, channel: int) -> Tensor:
+    """Rows and two more channels, of which one holds 127 and the other 0: an int8 scale of 1."""
+    ends = torch.zeros(*rows.shape[:-1], 2).bfloat16()
+    ends[..., channel] = 127
+    return torch.cat([rows, ends], dim=-1)
+
+
 def exact_index(queries: int, heads: int, width: int, topk: int, seed: int) -> IndexQueries:
     weights = small_integers((queries, heads), seed + 1).float()
-    return IndexQueries(small_integers((queries, heads, width), seed), weights, topk)
+    q = whole_scales(small_integers((queries, heads, width - 2), seed), 0)
+    return IndexQueries(q, weights, topk)
 
 
 def drawn_index(queries: int, heads: int, width: int, topk: int) -> IndexQueries:
@@ -54,17 +73,17 @@ def drawn_index(queries: int, heads: int, width: int, topk: int) -> IndexQueries
 
 
 @every_level
-@every_cache
 @pytest.mark.parametrize("width", DIMS)
-def test_keys_are_stored_as_in_python(width: int, is_int8: bool, level: str) -> None:
+def test_keys_are_stored_as_in_python(width: int, level: str) -> None:
     keys = draw((37, width), "wide", width)
-    ours = empty_cache(37, width, 16, is_int8=is_int8)
+    ours = empty_cache(37, width, 16)
     plain = ours.clone()
     kernels.store_index_keys(keys, ours, level=level)
-    write_tiles(plain, torch.arange(37), keys)
+    write_int8_keys(plain, torch.arange(37), keys)
     assert_same_bits(ours, plain)
-    stored = read_tiles(ours, width, torch.float32)[:37]
-    bound = keys.float().abs().amax(dim=1, keepdim=True) / 254 * 1.001 * is_int8
+    stored = read_int8_keys(ours, width, torch.float32)[:37]
+    assert torch.equal(stored, as_stored(keys))
+    bound = keys.float().abs().amax(dim=1, keepdim=True) / 254 * 1.001
     assert ((stored - keys.float()).abs() <= bound).all()
 
 
@@ -74,10 +93,10 @@ def test_keys_are_stored_as_in_python(width: int, is_int8: bool, level: str) -> 
 def test_scores_and_choice_are_exact(heads: int, page_size: int, level: str) -> None:
     """Of sums that no rounding changes: the bits of the reference, with ties at and around 0, for
     queries that see one key more than they choose and for many."""
-    width, topk = 16, 23
+    width, topk = 64, 23
     for start, queries in ((topk, 1), (topk, 70), (201, 5), (1300, 2)):
         index = exact_index(queries, heads, width, topk, seed=start)
-        keys = small_integers((start + queries, width), seed=heads)
+        keys = whole_scales(small_integers((start + queries, width - 2), seed=heads), 1)
         cache, pages = paged(keys, page_size)
         scores, chosen = kernels.choose_tokens(index, cache, pages, start=start, level=level)
         wanted = index_scores(index, keys)
@@ -106,9 +125,9 @@ def test_scores_are_near_to_the_reference(width: int, level: str) -> None:
     index, keys = drawn_index(7, 9, width, 4), draw((150, width), "normal", 3)
     cache, pages = paged(keys, 64)
     scores, _ = kernels.choose_tokens(index, cache, pages, start=143, level=level)
-    wanted = index_scores(
-        IndexQueries(index.q.double(), index.weights.double(), index.topk), keys.double()
-    )
+    own = as_multiplied(index, level)
+    own = IndexQueries(own.q.double(), own.weights.double(), own.topk)
+    wanted = index_scores(own, as_stored(keys).double())
     seen = slice(0, 144)
     assert (scores[:, seen] - wanted[:, seen]).abs().max() < 1e-5 * wanted.abs().max()
 
@@ -117,13 +136,11 @@ def test_scores_are_near_to_the_reference(width: int, level: str) -> None:
 @pytest.mark.parametrize("width", [18, 128])
 def test_int8_keys_choose_nearly_alike(width: int, level: str) -> None:
     index, keys = drawn_index(5, 8, width, 64), draw((1005, width), "normal", 3)
-    caches = [paged(keys, 64, is_int8=is_int8) for is_int8 in (False, True)]
-    (plain, first), (rounded, second) = (
-        kernels.choose_tokens(index, cache, pages, start=1000, level=level)
-        for cache, pages in caches
-    )
+    rounded, chosen = kernels.choose_tokens(index, *paged(keys, 64), start=1000, level=level)
+    plain = index_scores(index, keys)
     assert (rounded[:, :1001] - plain[:, :1001]).norm() < 0.02 * plain[:, :1001].norm()
-    for one, other in zip(first.tolist(), second.tolist(), strict=True):
+    wanted = top_positions(plain, start=1000, topk=64)
+    for one, other in zip(wanted.tolist(), chosen.tolist(), strict=True):
         assert len({*one} & {*other}) >= 60
 
 
@@ -140,17 +157,17 @@ def test_a_score_that_is_not_a_number_is_chosen(level: str) -> None:
 
 
 @every_level
-@every_cache
-def test_bits_depend_on_query_and_key_alone(is_int8: bool, level: str) -> None:
+@pytest.mark.parametrize("width", [128, 150])
+def test_bits_depend_on_query_and_key_alone(width: int, level: str) -> None:
     """Not on the other queries, on pages or on threads."""
     start, count = 300, 67
-    index, keys = drawn_index(count, 5, 128, 40), draw((start + count, 128), "normal", 2)
-    cache, pages = paged(keys, 64, is_int8=is_int8)
+    index, keys = drawn_index(count, 5, width, 40), draw((start + count, width), "normal", 2)
+    cache, pages = paged(keys, 64)
     scores, chosen = kernels.choose_tokens(index, cache, pages, start=start, level=level)
     for first, last in ((0, 1), (1, 14), (14, 67)):
         part = IndexQueries(index.q[first:last], index.weights[first:last], index.topk)
         seen = start + last
-        other, table = paged(keys[:seen], 16, is_int8=is_int8)
+        other, table = paged(keys[:seen], 16)
         with thread_count(3):
             own, choice = kernels.choose_tokens(
                 part, other, table, start=start + first, level=level

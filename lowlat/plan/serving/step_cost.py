@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from lowlat.config.attention import computed_heads, index_key_dim, sparse_topk
-from lowlat.config.kv_cache_size import int8_entry_bytes
+from lowlat.config.kv_cache_size import EntrySize, index_key_bytes
 from lowlat.config.model import (
     AttentionConfig,
     GQAConfig,
@@ -31,7 +31,6 @@ from lowlat.config.model import (
     TPAConfig,
 )
 from lowlat.config.parameter_count import (
-    ELEMENT_BYTES,
     attention_parameters,
     count_parameters,
     expert_parameters,
@@ -100,7 +99,7 @@ class StepCost:
     weight_flops: int | float
     attention_flops: int | float
     int8_flops: int | float = 0.0
-    """FLOPs of attention over int8 channels of the cache."""
+    """FLOPs of attention by integer products."""
 
 
 def step_cost(
@@ -131,9 +130,7 @@ def step_cost(
     attention = attention_flops(
         config, queries=step.queries, keys=step.keys, pairs=step.pairs, layers=layers
     )
-    integers = 0.0
-    if cache == "int8" and step.queries == 1:
-        integers = attention - _bf16_flops(config, keys=step.keys, layers=layers)
+    integers = _int8_flops(config, step, attention, cache=cache, layers=layers)
     all_sparse = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers))
     return StepCost(
         weight_bytes=(
@@ -190,14 +187,10 @@ def entry_bytes(
 
 def _entry(attention: AttentionConfig, cache: str, tensor: int) -> tuple[float, float]:
     """(bytes of a KV cache entry of one layer, bytes of the index key in it)."""
-    index = index_key_dim(attention)
     # latents are shared by all heads, so every tensor-parallel rank has them
     parts = tensor if isinstance(attention, GQAConfig) else 1
-    if cache == "int8":
-        size = int8_entry_bytes(attention.entry_dim, attention.quantized_dim, index)
-        return size / parts, float(int8_entry_bytes(index, index))
-    element = ELEMENT_BYTES[cache]
-    return attention.entry_dim * element / parts, float(index * element)
+    size = EntrySize.of(attention).num_bytes(cache) / parts
+    return size, float(index_key_bytes(index_key_dim(attention), cache))
 
 
 def _cache_read(config: ModelConfig, step: Step, cache: str, layers: range, tensor: int) -> float:
@@ -270,11 +263,24 @@ def _pairs_within(window: int | None, queries: int, keys: int, pairs: int) -> in
     return min(pairs, up_to(keys) - up_to(keys - queries))
 
 
-def _bf16_flops(config: ModelConfig, *, keys: int, layers: range) -> float:
-    """FLOPs of one query's scores over the channels that an int8 cache stores in bf16."""
-    attentions = (config.attention_of(layer) for layer in layers)
-    channels = sum(layer.entry_dim - layer.quantized_dim for layer in attentions)
-    return 2.0 * config.num_attention_heads * keys * channels
+def _int8_flops(
+    config: ModelConfig, step: Step, attention: float, *, cache: str, layers: range
+) -> float:
+    """FLOPs of the `attention` of one sequence by integer products: index scores unless the cache
+    is fp32; in an int8 cache all scores and values of one query, save over channels in bf16.
+    """
+    if cache == "int8" and step.queries == 1:
+        attentions = (config.attention_of(layer) for layer in layers)
+        channels = sum(layer.entry_dim - layer.quantized_dim for layer in attentions)
+        return attention - 2.0 * config.num_attention_heads * step.keys * channels
+    if cache == "fp32":
+        return 0.0
+    return float(
+        sum(
+            number * _index_flops(kind, step.queries, step.keys, step.pairs)
+            for (kind, _), number in _kinds(config, layers).items()
+        )
+    )
 
 
 def _head_flops(attention: AttentionConfig, queries: int, keys: int, pairs: int) -> int:

@@ -45,7 +45,7 @@ def test_sparse_attention_reads_all_index_keys_and_the_chosen_entries() -> None:
     sparse = replace(MINI, attention=replace(MINI.attention, indexer=indexer))
     long = BenchmarkCase(kind="decode", tokens=8192)
     cost = case_cost(sparse, long, dtype="bf16")
-    assert cost.cache_bytes == 2048 * ENTRY + 12 * 8193 * 128 * 2
+    assert cost.cache_bytes == 2048 * ENTRY + 12 * 8193 * (128 + 4)
     index, chosen = 12 * 8193 * 2 * 8 * 128, 12 * 16 * 2048 * 2 * (576 + 512)
     assert cost.attention_flops == chosen + index
     short = case_cost(sparse, BenchmarkCase(kind="decode", tokens=2047), dtype="bf16")

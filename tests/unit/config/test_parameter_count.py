@@ -82,18 +82,18 @@ def test_v2_lite_active():
         ("qwen2.5-72b", 327_680),
         ("llama-3.1-405b", 516_096),
         ("smollm2-135m", 23_040),
-        ("deepseek-v3.2", 61 * (576 + 128) * 2),
-        ("glm-5", 78 * (576 + 128) * 2),
+        ("deepseek-v3.2", 61 * (576 * 2 + 128 + 4)),
+        ("glm-5", 78 * (576 * 2 + 128 + 4)),
     ],
 )
 def test_cache_per_token(name: str, bytes_per_token: int):
     cost = kv_cache_size(load_preset(name))
-    assert cost.bytes_per_token(cost.elements_per_token_layer, "bf16") == bytes_per_token
+    assert cost.own_bytes_per_token("bf16") == bytes_per_token
 
 
 def test_layers_that_share_a_choice_cache_no_index_key():
     cost = kv_cache_size(load_preset("glm-5.2"))
-    assert cost.own_bytes_per_token("bf16") == 2 * (78 * 576 + 21 * 128)
+    assert cost.own_bytes_per_token("bf16") == 78 * 576 * 2 + 21 * (128 + 4)
 
 
 def test_alternatives_of_deepseek_v3():

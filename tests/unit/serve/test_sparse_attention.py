@@ -60,7 +60,9 @@ def test_native_kernels_run_every_context(context: int | None) -> None:
     """Without indexers they write no index keys."""
     model, reference = build(context, torch.bfloat16), build(context)
     assert model.runner.is_batch_invariant
-    assert AsyncEngine(model).model.cache_bytes_per_token == 2 * 2 * (19 + 10 * (context != 24))
+    index_key = 12 + 4  # int8 in whole 4 bytes, and a scale
+    bytes_per_token = 2 * (2 * 19 + index_key * (context != 24))
+    assert AsyncEngine(model).model.cache_bytes_per_token == bytes_per_token
     prompt = [7 * place % 250 for place in range(context or 60)]
     found, wanted = model.logits(prompt), reference.logits(prompt)
     distance = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
