@@ -32,6 +32,8 @@ STALL_SECONDS = 1.0
 class PrefixLoad(PageLoad):
     """A sequence whose pages are being read."""
 
+    last: PageContent | None
+    """The page that the sequence's last token fills, if it does."""
     advanced_at: float
     """Clock in seconds of the last page, or of the start."""
 
@@ -58,15 +60,19 @@ class PrefixLoader(PageLoader):
     def sequences(self) -> list[Sequence]:
         return [load.sequence for load in self._loads]
 
-    def begin(self, sequence: Sequence, contents: list[PageContent]) -> bool:
-        """Start to load the pages that follow `sequence.pages`; False if the first of them is not
-        on disk."""
-        if not contents or not self._disk.has(contents[0]):
+    def begin(
+        self, sequence: Sequence, contents: list[PageContent], last: PageContent | None
+    ) -> bool:
+        """Start to load the pages that follow `sequence.pages`, and `last` if the sequence's last
+        token fills a page; False if the first of them is not on disk."""
+        wanted = contents if last is None else [*contents, last]
+        if not wanted or not self._disk.has(wanted[0]):
             return False
-        for content in contents[:READ_AHEAD]:
+        for content in wanted[:READ_AHEAD]:
             self._disk.prefetch(content)
+        now = time.perf_counter()
         self._loads.append(
-            PrefixLoad(sequence=sequence, contents=contents, advanced_at=time.perf_counter())
+            PrefixLoad(sequence=sequence, contents=contents, last=last, advanced_at=now)
         )
         return True
 
@@ -107,7 +113,7 @@ class PrefixLoader(PageLoader):
     ) -> Literal["loaded", "pending", "done"]:
         """Give a sequence its next page, from memory or from the disk."""
         if not self._can_continue(load):
-            return "done"
+            return self._load_last(load, may_wait=may_wait)
         if self._take_indexed(load):
             return "loaded"
         if not self._has_free(1):
@@ -122,3 +128,22 @@ class PrefixLoader(PageLoader):
         if ahead < len(load.contents):
             self._disk.prefetch(load.contents[ahead])
         return "loaded"
+
+    def _load_last(self, load: PrefixLoad, *, may_wait: bool) -> Literal["pending", "done"]:
+        """Give a sequence the page of its last token, which is computed again for its logits: the
+        page is the sequence's own, since indexed pages are not written."""
+        content, before = load.last, self._last(load)
+        key = b"" if before is None else before.key
+        if content is None or content.parent_key != key or not self._has_free(1):
+            return "done"
+        result = self._disk.read(content, may_wait=may_wait)
+        if result == "pending":
+            self._disk.prefetch(content)
+            return "pending"
+        if result == "read":
+            (page,) = self._allocator.allocate(1)
+            self._disk.fill(page)
+            load.sequence.pages.append(page)
+            load.sequence.page_on_disk = page
+            load.sequence.num_cached = len(load.sequence.tokens) - 1
+        return "done"

@@ -2,6 +2,8 @@
 Its files are those of `test_disk_cache_files`.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ import torch
 from lowlat.config.model import IndexerConfig
 from lowlat.engine import prefix_loader
 from lowlat.engine.cache_fingerprint import fingerprint_of
+from lowlat.engine.engine import Engine
 from lowlat.engine.page_folder import PageFolder
 from lowlat.engine.params import TokenSamplingParams
+from lowlat.engine.request import Chunk
 from lowlat.engine.runner import ModelRunner
 from lowlat.engine.scheduler import Limits
 from tests.configs import MLA
@@ -27,6 +31,7 @@ from .disk_engines import (
     changed_weight,
     cold,
     disk_engine,
+    flush,
     outputs,
     page_files,
     run,
@@ -57,6 +62,65 @@ def test_tokens_are_equal_cold_in_memory_and_from_disk(
     assert stats(second).hit_tokens == NUM_PAGES * PAGE
     if dtype is None:
         assert expected == cold(model=model)
+
+
+def step_lengths(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of tokens of all steps, as they come."""
+    lengths: list[int] = []
+    step = engine.runner.step
+
+    def counted(chunks: Sequence[Chunk]) -> Any:
+        lengths.extend(len(chunk.tokens) for chunk in chunks)
+        return step(chunks)
+
+    monkeypatch.setattr(engine.runner, "step", counted)
+    return lengths
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+@pytest.mark.parametrize("model", [MODEL, SPARSE], ids=["mla", "dsa"])
+def test_of_a_prompt_that_fills_its_last_page_only_the_last_token_is_computed(
+    tmp_path: Path, model: Any, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = PROMPT[: NUM_PAGES * PAGE]
+    expected = outputs(disk_engine(tmp_path, model, cache_dtype=dtype), prompt)
+    engine = disk_engine(tmp_path, model, cache_dtype=dtype)
+    lengths = step_lengths(engine, monkeypatch)
+    assert outputs(engine, prompt, max_tokens=1) == expected[:1]
+    assert lengths == [1]
+    assert stats(engine).hit_tokens == NUM_PAGES * PAGE
+    assert stats(engine).written_bytes == 0
+    # Pages in memory, but for that of the last token, which is on disk.
+    lengths.clear()
+    assert outputs(engine, prompt) == expected
+    assert lengths[0] == 1
+    params = TokenSamplingParams(max_tokens=2, n=2, temperature=1.0, seed=3)
+    request = engine.add(prompt, params)
+    run(engine)
+    assert request.num_matched == NUM_PAGES * PAGE - 1
+    # Without the last page's file.
+    page_files(tmp_path)[NUM_PAGES - 1].unlink()
+    other = disk_engine(tmp_path, model, cache_dtype=dtype)
+    assert outputs(other, prompt) == expected
+    assert stats(other).hit_tokens == (NUM_PAGES - 1) * PAGE
+
+
+def test_a_last_page_with_bad_values_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although it is not in the index when the step shows them."""
+    prompt = PROMPT[: NUM_PAGES * PAGE]
+    outputs(disk_engine(tmp_path), prompt, max_tokens=1)
+    assert len(page_files(tmp_path)) == NUM_PAGES
+    engine = disk_engine(tmp_path)
+    step = engine.runner.step
+    monkeypatch.setattr(
+        engine.runner, "step", lambda chunks: tuple(math.nan * rows for rows in step(chunks))
+    )
+    engine.add(prompt, TokenSamplingParams(max_tokens=1))
+    run(engine)
+    flush(engine)
+    assert page_files(tmp_path) == []
 
 
 def test_pages_read_from_disk_hold_the_bits_that_were_written(tmp_path: Path) -> None:
