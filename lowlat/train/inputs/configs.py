@@ -11,7 +11,7 @@ from lowlat.config.attention import distinct
 from lowlat.config.hf.families import LOWLAT
 from lowlat.config.hf.reader import config_from_hf
 from lowlat.config.hf.rope import rope_from_hf
-from lowlat.config.model import ModelConfig, RopeConfig, TPAConfig
+from lowlat.config.model import MLAConfig, ModelConfig, RopeConfig, TPAConfig
 from lowlat.data.dataset import TokenizedDataset
 from lowlat.train.inputs.model_files import teacher_config
 from lowlat.train.inputs.parallel_check import check_parallel
@@ -142,8 +142,7 @@ def _check_grpo(config: ModelConfig, recipe: Recipe, origin: str) -> None:
         if phase.grpo is None:
             continue
         where = f"{origin}: phase {phase.name}: grpo"
-        if config.is_sparse or any(isinstance(a, TPAConfig) for a in distinct(config.attention)):
-            kind = "sparse attention (DSA)" if config.is_sparse else "TPA"
+        if (kind := _unsupported_by_grpo(config)) is not None:
             raise UserError(
                 f"{where} does not support the {kind} of this model; choose another base_model"
             )
@@ -159,6 +158,18 @@ def _check_grpo(config: ModelConfig, recipe: Recipe, origin: str) -> None:
             raise UserError(f"{where} learns from rewards; remove distillation")
         if phase.grpo.beta > 0 and recipe.base_model is None:
             raise UserError(f"{where}: beta needs base_model, the reference; set it, or beta = 0")
+
+
+def _unsupported_by_grpo(config: ModelConfig) -> str | None:
+    """Attention without native kernels that keep activations, or without a backward pass."""
+    if config.is_sparse:
+        return "sparse attention (DSA)"
+    for layer in distinct(config.attention):
+        if isinstance(layer, TPAConfig):
+            return "TPA"
+        if isinstance(layer, MLAConfig) and layer.attn_output_gate:
+            return "gated MLA"
+    return None
 
 
 def check_teacher(config: ModelConfig, path: Path, recipe: Recipe, origin: str) -> None:

@@ -233,8 +233,9 @@ def test_bad_input_is_refused_in_one_line(
     [
         (replace(configs.MLA, indexer=INDEXER), "DSA"),
         (TPA, "TPA"),
+        (replace(configs.MLA, attn_output_gate=True), "gated MLA"),
     ],
-    ids=["dsa", "tpa"],
+    ids=["dsa", "tpa", "gated"],
 )
 def test_attentions_without_a_backward_pass_are_refused(
     attention: ModelAttention, kind: str
