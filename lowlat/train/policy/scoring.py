@@ -8,14 +8,13 @@ from typing import Generic, Protocol, TypeVar, final, runtime_checkable
 from lowlat.train.rewards.sample import Sample
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 
 
 @runtime_checkable
-class Scorer(Protocol[T_co]):
+class Scorer(Protocol[T]):
     """`RewardWorkers` or `ToolWorkers`."""
 
-    def score(self, samples: Sequence[Sample]) -> list[list[T_co]]:
+    def score(self, samples: Sequence[Sample]) -> list[list[T]]:
         """What each function returns for each sample."""
         ...
 

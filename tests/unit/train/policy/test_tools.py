@@ -237,8 +237,8 @@ def masked_gradients(
         size = len(own.prompt.ids)
         masked = {place for gap in own.inserted for place in gap}
         places = [n for n in range(len(own.completion)) if n not in masked]
-        total = sum(logps[size + n - 1, own.completion[n]] for n in places)
-        (-advantage * total / len(places) / len(completions)).backward()
+        found = torch.stack([logps[size + n - 1, own.completion[n]] for n in places])
+        (-advantage * found.mean() / len(completions)).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
