@@ -17,8 +17,9 @@ from lowlat.utils.errors import UserError
 GSM8K = {"prompts.jsonl": "gsm8k-train.jsonl", "held-out.jsonl": "gsm8k-test.jsonl"}
 """Files of GSM8K by what is made of them."""
 PROMPTS, HELD_OUT, CHATS = "prompts.jsonl", "held-out.jsonl", "chats.jsonl"
-EXACT = "exact.py"
-EXACT_REWARD = '''"""1 for the exact answer, 0 for answers that contain it."""
+EXACT, NUMBER = "exact.py", "number.py"
+REWARD_FILES = {
+    EXACT: '''"""1 for the exact answer, 0 for answers that contain it."""
 
 import re
 
@@ -26,7 +27,18 @@ import re
 def reward(prompt, completion, record) -> float:
     found = re.findall(r"<answer>(.*?)</answer>", completion)
     return float((found[-1] if found else completion).strip() == record["answer"])
-'''
+''',
+    NUMBER: '''"""1 for a completion that ends with the answer, not with a sum of the same value."""
+
+import re
+
+
+def reward(prompt, completion, record) -> float:
+    found = re.search(r"(?:^|=|[A-Za-z:])\\s*(-?[0-9]+)[.]?$", completion.strip())
+    return float(found is not None and found[1] == record["answer"])
+''',
+}
+"""Reward functions that give no credit for an answer that contains the right one."""
 SEEDS = {HELD_OUT: 1 << 28, PROMPTS: 2 << 28, CHATS: 3 << 28}
 """First entry of each file: reasoning-gym makes entry i from seed + i."""
 SIZES = {PROMPTS: 320, CHATS: 3500}
@@ -46,10 +58,12 @@ class RewardTask:
     sequence_length: int
     """Most tokens of prompt and completion."""
     max_completion_length: int
+    dataset: str | None = None
+    """reasoning-gym's task; None: `name`."""
     settings: Mapping[str, Any] | None = None
-    """Of reasoning-gym's task `name`; None: GSM8K."""
+    """Of reasoning-gym's task; None: GSM8K."""
     solution: Callable[[Record], str] | None = None
-    """Completion of a solved example."""
+    """Completion of a solved example; None: no model is fine-tuned on the task."""
 
 
 def some_reasoning(record: Record) -> str:
@@ -83,6 +97,15 @@ TASKS = {
             solution=some_reasoning,
         ),
         RewardTask(
+            name="two_term_sum",
+            label="sum or difference of 2 numbers of 1 digit",
+            reward=NUMBER,
+            sequence_length=112,
+            max_completion_length=32,
+            dataset="chain_sum",
+            settings={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+        ),
+        RewardTask(
             name="letter_counting",
             label="how often a letter occurs in 5 to 15 words",
             reward=EXACT,
@@ -104,8 +127,8 @@ TASKS = {
             name="gsm8k",
             label="GSM8K",
             reward="accuracy_reward",
-            sequence_length=512,
-            max_completion_length=256,
+            sequence_length=448,
+            max_completion_length=192,
         ),
     )
 }
@@ -115,16 +138,18 @@ def write_files(task: RewardTask, folder: Path, *, num_held_out: int) -> None:
     """Write the files of a reasoning-gym task, unless they exist. No question of `num_held_out`
     held-out prompts is in another file.
     """
-    if (folder / CHATS).exists():
+    seeds = {name: seed for name, seed in SEEDS.items() if task.solution or name != CHATS}
+    if all((folder / name).exists() for name in seeds):
         return
     sizes = {HELD_OUT: num_held_out, **SIZES}
     configs = [
-        (task.name, dict(task.settings or {}, seed=seed, size=sizes[name]))
-        for name, seed in SEEDS.items()
+        (task.dataset or task.name, dict(task.settings or {}, seed=seed, size=sizes[name]))
+        for name, seed in seeds.items()
     ]
-    replace_file(folder / EXACT, EXACT_REWARD.encode())
+    for name, text in REWARD_FILES.items():
+        replace_file(folder / name, text.encode())
     held_out: set[str] = set()
-    for name, records in zip(SEEDS, generate(configs), strict=True):
+    for name, records in zip(seeds, generate(configs), strict=True):
         if isinstance(records, UserError):
             raise records
         unique = {_question(own): own for own in records if _question(own) not in held_out}

@@ -13,7 +13,16 @@ from lowlat_lab.rewards.page import generated_text, write_page
 from lowlat_lab.rewards.plan import EXPERIMENTS, VARIANTS, Experiment, FineTuning, runs_of
 from lowlat_lab.rewards.report import make_report
 from lowlat_lab.rewards.run import study_runs
-from lowlat_lab.rewards.tasks import CHATS, HELD_OUT, PROMPTS, TASKS, some_reasoning, write_files
+from lowlat_lab.rewards.tasks import (
+    CHATS,
+    HELD_OUT,
+    NUMBER,
+    PROMPTS,
+    REWARD_FILES,
+    TASKS,
+    some_reasoning,
+    write_files,
+)
 from lowlat_lab.study.resumable import RunResult, run_missing
 from typer.testing import Result
 
@@ -37,6 +46,24 @@ def test_every_second_solution_sums_term_by_term() -> None:
     record = {"prompt": [{"role": "user", "content": content}], "answer": "-2"}
     even, odd = (some_reasoning(record | {"reasoning_gym": {"index": n}}) for n in (6, 7))
     assert even == f"4 - 9 = -5, -5 + 3 = -2. {odd}" and odd == "<answer>-2</answer>"
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("13", 1.0),
+        ("The answer is 13.", 1.0),
+        ("8 + 5 = 13", 1.0),
+        ("The answer is 8 + 5.", 0.0),
+        ("8 + 13", 0.0),
+        ("13 is the answer", 0.0),
+        ("113", 0.0),
+    ],
+)
+def test_a_sum_of_the_same_value_is_no_answer(completion: str, reward: float) -> None:
+    names: dict[str, Any] = {}
+    exec(REWARD_FILES[NUMBER], names)
+    assert names["reward"]("p", completion, {"answer": "13"}) == reward
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda each: each.name)
