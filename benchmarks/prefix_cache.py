@@ -102,7 +102,9 @@ def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         found["decode"] = apart(others, *run, scratch / "others", args.others, args.rounds)
         for kind, row in found["decode"].items():
             print(f"{args.others} others, {kind}: {row['median']:.1f} tok/s", end="")
-            print(f", {spread_text(row['ratio'])} of undisturbed" if "ratio" in row else "")
+            ratio = row.get("ratio")
+            text = "{median:.3f} ({min:.3f} to {max:.3f})"
+            print(f", {text.format(**ratio)} of undisturbed" if ratio else "")
     if args.llama is not None:
         found["llama.cpp"] = llama(args, scratch / "slot.bin")
     return found
@@ -180,6 +182,7 @@ def others(
 def while_written(engine: Engine, prompt: tuple[int, ...], pages: Path, count: int) -> float:
     """Tokens per second while all pages of the prompt, which are in memory, are written."""
     assert engine.disk is not None and engine.prefix is not None
+    engine.disk.flush(600.0)
     for folder in pages.glob("*/"):
         shutil.rmtree(folder)
     size = engine.runner.cache.page_size
