@@ -158,8 +158,8 @@ LAYERS = [
     Mutant(
         "layers: the widest entry counted for all",
         "config/kv_cache_size.py",
-        "return sum(entry.elements for entry in self.entries) * ELEMENT_BYTES[dtype]",
-        "return len(self.entries) * max(e.elements for e in self.entries) * ELEMENT_BYTES[dtype]",
+        "return sum(entry.num_bytes(dtype) for entry in self.entries)",
+        "return len(self.entries) * max(entry.num_bytes(dtype) for entry in self.entries)",
         DIFFER + "test_the_cache_is_the_sum_of_the_layers",
     ),
 ]
