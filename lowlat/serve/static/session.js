@@ -81,7 +81,8 @@ export class Session {
     const stored = await this.store.get(id);
     if (!stored || !this.#isCurrent(live)) return;
     const { title, isNamed, system } = stored;
-    Object.assign(live.conversation, { title, isNamed, system, messages: merge(live.conversation, stored).messages });
+    const { messages } = merge(live.conversation, stored, live.message.id);
+    Object.assign(live.conversation, { title, isNamed, system, messages });
     if (live.conversation === this.conversation) this.on.opened();
   }
 
