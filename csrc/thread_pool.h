@@ -1,8 +1,7 @@
 // Thread pool, one per process. A job runs on all threads at once (a thread team); inside it, phases are separated by
 // barriers and work is handed out dynamically in chunks, so that a core slowed down by its neighbours takes fewer of
-// them. Nothing on one thread or one cache line takes time in proportion to the threads: arrivals at a barrier are counted
-// by a combining tree, groups of kFanOut threads have a work counter each and steal from the others, and threads that wake
-// up wake others. Threads inherit the CPU affinity of the process (utils/numa.py).
+// them. Costs grow slowly with the threads: arrivals at a barrier are counted by a combining tree, groups of kFanOut
+// threads have a work counter each and steal from the others, and threads that wake up wake others. Threads inherit the CPU affinity of the process (utils/numa.py).
 #pragma once
 
 #include <algorithm>

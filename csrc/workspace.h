@@ -179,7 +179,7 @@ struct Workspace {
   std::int64_t routed = 0;                       // rows of all experts
   std::vector<RowPlace> row_places;              // per routed row
   std::vector<std::int64_t> replicas, replica;   // per expert: its places, and those that have their rows
-  std::vector<std::int64_t> loads;               // [layers, experts]: rows of every expert in all steps since it is counted
+  std::vector<std::int64_t> loads;               // [layers, experts]: rows of every expert in all counted steps; empty: none
 
   // x A^T of the updates of LoRA adapters, shrunk_stride apart: by product and token, by token and head, or by row of
   // the experts.

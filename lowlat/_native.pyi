@@ -298,8 +298,8 @@ class Model:
         """Count the rows of every expert from the next step on."""
 
     def expert_loads(self) -> list[list[int]]:
-        """[layers, experts]: tokens that every expert has had in all steps; 0 in layers without
-        experts. Empty before the first step."""
+        """[layers, experts]: tokens of every expert in all counted steps; 0 in layers without
+        experts. Empty if none was counted."""
 
     def place_experts(self, layer: int, moe: Moe) -> None:
         """Replace the experts of a layer between two steps."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowlat.attention.index_tiles import read_int8_keys, write_int8_keys
 from lowlat.attention.int8_entry import entry_bytes, pack_entries, unpack_entries
 from lowlat.config.attention import AttentionConfig, index_key_dim
-from lowlat.config.kv_cache_size import index_key_bytes, int8_entry_bytes
+from lowlat.config.kv_cache_size import index_key_bytes, int8_entry_bytes, packs_index_keys
 from lowlat.config.model import ModelConfig
 from lowlat.utils import huge_pages
 from lowlat.utils.device import dtype_name
@@ -87,7 +87,7 @@ class PagedCache:
             pages(elements, quantized)
             for elements, quantized in zip(self.entry_dims, self.quantized, strict=True)
         ]
-        self._packs_index_keys = dtype not in (torch.float32, torch.float64)
+        self._packs_index_keys = packs_index_keys(dtype_name(dtype))
 
         def index_pages(elements: int) -> Tensor | None:
             if elements == 0:

@@ -16,7 +16,7 @@ TOKENS = 16
 """Tokens of a tile: lanes of the kernels' vectors."""
 
 
-def is_tiled(page_size: int) -> bool:
+def _is_tiled(page_size: int) -> bool:
     """Whether pages hold int8 index keys in tiles: those that native kernels can read. Others are
     row-major.
     """
@@ -31,7 +31,7 @@ def write_int8_keys(
     """Store keys in a cache."""
     width = keys.shape[1]
     stored = pack_entries(keys, width, group=width)
-    if not is_tiled(data.shape[1]):
+    if not _is_tiled(data.shape[1]):
         data.view(-1, data.shape[-1])[slots] = stored
         return
     stored[:, :-4] ^= 0x80
@@ -43,7 +43,7 @@ def read_int8_keys(
     pages: UInt8[Tensor, "pages page_size key_bytes"], index_dim: int, dtype: torch.dtype
 ) -> Float[Tensor, "tokens index_dim"]:
     """The keys of pages, in `dtype`."""
-    if not is_tiled(pages.shape[1]):
+    if not _is_tiled(pages.shape[1]):
         return unpack_entries(pages.flatten(0, 1), index_dim, index_dim, dtype, group=index_dim)
     tiles = pages.reshape(-1, pages.shape[-1] // 4, TOKENS, 4)
     rows = tiles.transpose(1, 2).reshape(-1, pages.shape[-1])

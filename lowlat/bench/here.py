@@ -93,8 +93,8 @@ def measure_here(
 
 
 def chunk_of(prompt: int) -> int:
-    """Tokens of the chunk that is measured for prompts of this many: products are the faster the
-    more tokens an expert has."""
+    """Tokens of the chunk that is measured for prompts of this many: the rate of products grows
+    with the tokens per expert."""
     return min(PREFILL_CHUNK, max(LEAST_CHUNK, prompt))
 
 

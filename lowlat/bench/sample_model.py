@@ -102,8 +102,8 @@ def narrow_config(config: ModelConfig) -> ModelConfig:
 
 
 def _first_layers(config: ModelConfig, number: int) -> ModelConfig:
-    """`config` with its first `number` layers, without indexers, and as large a part of its head,
-    whose long rows are read faster."""
+    """`config` with its first `number` layers, without indexers, and the same share of its
+    vocabulary: long rows of the head are read faster."""
     number = min(number, config.num_hidden_layers)
     attention = config.attention
     if isinstance(attention, tuple):

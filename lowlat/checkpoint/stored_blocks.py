@@ -66,8 +66,10 @@ def store_blocks(
                 is_product = isinstance(module, Linear) or not has_head
                 interleaved = in_memory and is_product and can_interleave(whole.kind)
                 if interleaved and path.endswith("kv_b_proj"):
-                    dims = _mla_of(model, path).dims
-                    interleaved = _has_tiles(dims.qk_nope_head_dim) and _has_tiles(dims.v_head_dim)
+                    attention = model.get_submodule(path.rpartition(".")[0])
+                    interleaved = isinstance(attention, MLA) and _has_tiles(
+                        math.gcd(attention.dims.qk_nope_head_dim, attention.dims.v_head_dim)
+                    )
                 module.store_gguf(whole.kind, interleaved=interleaved)
                 own = module.part if isinstance(module, Linear) else slice(None)
                 readers[step.parameter] = partial(_rows, whole, stored, own, interleaved, empty)

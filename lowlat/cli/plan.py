@@ -118,7 +118,7 @@ def _plan_grpo(name: str, changes: list[str], given: dict[str, Any], as_json: bo
 
     path = Path(name)
     recipe = read_recipe(path, changes)
-    if all(phase.grpo is None for phase in recipe.phase):
+    if recipe.distillation is not None or all(phase.grpo is None for phase in recipe.phase):
         return False
     for option, value in given.items():
         if value is not None:

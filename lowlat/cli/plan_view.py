@@ -113,7 +113,7 @@ def _flops(flops: TokenFlops, trained: float | None = None) -> Table:
     table.add_row("forward", amount(flops.forward), "")
     trained = flops.training if trained is None else trained
     is_all = trained == flops.training
-    note = "3x forward" if is_all else "trainable weights only, plus teacher and sampling"
+    note = "3x forward" if is_all else "gradients of trainable weights, with teacher and sampling"
     table.add_row("training", amount(trained), "", note, style="bold")
     if flops.recomputed:
         table.add_row("executed", amount(trained + flops.recomputed), "", "with recomputation")

@@ -84,12 +84,19 @@ class KVCacheSize:
         return sum(entry.num_bytes(dtype) for entry in self.entries)
 
 
+def packs_index_keys(dtype: str) -> bool:
+    """Whether index keys (DSA) are int8 in a cache of `dtype`."""
+    return dtype not in ("fp32", "fp64")
+
+
 def index_key_bytes(elements: int, dtype: str) -> int:
     """Bytes of an index key (DSA) in a cache of `dtype`: int8 in whole 4 bytes with an fp32 scale,
-    unless the cache is fp32 or fp64. 0 without an index key.
+    if packed. 0 without an index key.
     """
-    if elements == 0 or dtype in ("fp32", "fp64"):
-        return elements * ELEMENT_BYTES.get(dtype, 0)
+    if elements == 0:
+        return 0
+    if not packs_index_keys(dtype):
+        return elements * ELEMENT_BYTES[dtype]
     return -(-elements // 4) * 4 + FP32_BYTES
 
 

@@ -242,12 +242,17 @@ class Linear(nn.Module):
                 return unpack_rows(parts, self.storage, rows, self.in_features, dtype)
             case "gguf":
                 assert self.gguf_type is not None
-                rows = self.out_features if self.weight_keys is None else len(self.weight)
-                rows = rows if self.is_interleaved else None
                 own = gguf_blocks.dequantize_blocks(
-                    self.weight, self.gguf_type, dtype, interleaved_rows=rows
+                    self.weight, self.gguf_type, dtype, interleaved_rows=self.interleaved_rows
                 )
                 return own if self.weight_keys is None else self._with_keys(own, dtype)
+
+    @property
+    def interleaved_rows(self) -> int | None:
+        """Rows of `weight` if it is interleaved; None: it is in file order."""
+        if not self.is_interleaved:
+            return None
+        return self.out_features if self.weight_keys is None else len(self.weight)
 
     def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)

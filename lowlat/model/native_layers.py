@@ -290,8 +290,7 @@ def weight_of(linear: Linear, *, sparse: bool = False):
         case "int8_rows":
             return matrix.int8_rows(weight, linear.weight_scale, occupied=occupied)
         case "gguf":
-            rows = linear.out_features if linear.weight_keys is None else len(weight)
-            rows = rows if linear.is_interleaved else None
+            rows = linear.interleaved_rows
             return matrix.gguf(
                 weight, type=linear.gguf_type, interleaved_rows=rows, occupied=occupied
             )

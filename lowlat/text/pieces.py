@@ -48,13 +48,15 @@ def encode_long(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " tokens"]
     If half a million characters have neither line break nor blank, a cut may change a token.
     """
     before, after = _around(tokenizer)
-    parts = (tokenizer.encode(piece, add_special_tokens=False) for piece in _cut(tokenizer, text))
+    pieces = text_pieces([text]) if _can_cut(tokenizer) else [text]
+    parts = (tokenizer.encode(piece, add_special_tokens=False) for piece in pieces)
     return _joined(chain([before], parts, [after]))
 
 
 def encode_plain(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " tokens"]:
     """The ids of `tokenizer.encode_batch([text])`, with bounded memory besides them."""
-    return _joined(tokenizer.encode_batch([piece])[0] for piece in _cut(tokenizer, text))
+    pieces = text_pieces([text]) if _can_cut(tokenizer, parse_special=False) else [text]
+    return _joined(tokenizer.encode_batch([piece])[0] for piece in pieces)
 
 
 class TooManyTokens(UserError):
@@ -78,7 +80,7 @@ def encode_prompt_text(
     if len(text) <= 2 * PROMPT_PIECE:
         return tokenizer.encode(text, **options)
     pieces = text_pieces([text], PROMPT_PIECE)
-    is_cut = _can_cut(tokenizer)
+    is_cut = _can_cut(tokenizer, parse_special=parse_special)
     # Where cuts add tokens, the pieces only decide whether the whole text is encoded.
     limit = most if is_cut else most + most // 16
     before, after = _around(tokenizer) if add_special_tokens else ([], [])
@@ -100,18 +102,14 @@ def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return whole[:before], whole[before + len(bare) :]
 
 
-def _cut(tokenizer: Tokenizer, text: str) -> Iterable[str]:
-    """`text` in pieces, or whole if cuts would change tokens."""
-    return text_pieces([text]) if _can_cut(tokenizer) else [text]
-
-
-def _can_cut(tokenizer: Tokenizer) -> bool:
+def _can_cut(tokenizer: Tokenizer, *, parse_special: bool = True) -> bool:
     """Whether cuts change no token: the tokenizer puts nothing before each text, and no added token
-    has a blank inside or takes those around it."""
+    that is matched has a blank or takes those around it."""
     whole, head, rest = (
         tokenizer.encode(probe, add_special_tokens=False) for probe in ("a\na", "a\n", "a")
     )
-    return whole == head + rest and not tokenizer.has_blanks_in_added_tokens
+    takes_blanks = parse_special and tokenizer.has_blanks_in_added_tokens
+    return whole == head + rest and not takes_blanks
 
 
 def _joined(parts: Iterable[list[int]]) -> Int32[np.ndarray, " tokens"]:

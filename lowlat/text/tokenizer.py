@@ -42,10 +42,12 @@ class Tokenizer:
         self.added_tokens = {index: token.content for index, token in added.items()}
         """Id -> text of the added tokens, which are matched before BPE."""
         self.has_blanks_in_added_tokens = any(
-            token.lstrip or token.rstrip or len(token.content.split()) > 1
+            token.lstrip
+            or token.rstrip
+            or (not token.content.isspace() and any(map(str.isspace, token.content)))
             for token in added.values()
         )
-        """Whether an added token has white space inside, or takes that around it."""
+        """Whether an added token, unless it is white space, contains or takes some."""
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         """Ids of the special tokens, which decoded text leaves out."""
         self.strips_leading_space = self._bytes.strips_leading_space

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from lowlat.config.attention import computed_heads, index_key_dim, sparse_topk
-from lowlat.config.kv_cache_size import EntrySize, index_key_bytes
+from lowlat.config.kv_cache_size import EntrySize, index_key_bytes, packs_index_keys
 from lowlat.config.model import (
     AttentionConfig,
     GQAConfig,
@@ -267,13 +267,17 @@ def _int8_flops(
     config: ModelConfig, step: Step, attention: float, *, cache: str, layers: range
 ) -> float:
     """FLOPs of the `attention` of one sequence by integer products: index scores unless the cache
-    is fp32; in an int8 cache all scores and values of one query, save over channels in bf16.
+    is fp32 or fp64; in an int8 cache all scores and values of one query, save over channels in
+    bf16.
     """
     if cache == "int8" and step.queries == 1:
-        attentions = (config.attention_of(layer) for layer in layers)
-        channels = sum(layer.entry_dim - layer.quantized_dim for layer in attentions)
-        return attention - 2.0 * config.num_attention_heads * step.keys * channels
-    if cache == "fp32":
+        plain = 0
+        for (kind, window), number in _kinds(config, layers).items():
+            bounds = [bound for bound in (window, sparse_topk(kind)) if bound is not None]
+            seen = min([step.keys, *bounds])
+            plain += number * seen * (kind.entry_dim - kind.quantized_dim)
+        return attention - 2.0 * config.num_attention_heads * plain
+    if not packs_index_keys(cache):
         return 0.0
     return float(
         sum(
@@ -319,7 +323,7 @@ class KernelRates:
     scores: float
     """FLOP/s of attention."""
     int8_scores: float
-    """FLOP/s of attention over int8 channels of the cache."""
+    """FLOP/s of attention by integer products."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

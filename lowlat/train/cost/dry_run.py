@@ -66,7 +66,9 @@ class DryRun:
     flops: list[TokenFlops]
     """FLOPs per token of each phase."""
     trained_flops: list[float]
-    """FLOPs per token of each phase, without gradients of frozen weights and with the teacher."""
+    """FLOPs per token of each phase, without gradients of frozen weights, with the teacher and the
+    sampling of GRPO.
+    """
     memory: MemoryEstimate
     """Memory of a process in the largest phase, without program and libraries."""
     memory_bytes: int

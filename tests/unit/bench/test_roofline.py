@@ -142,6 +142,16 @@ def test_the_slower_of_memory_and_arithmetic_counts() -> None:
     assert step_seconds(cost, "int8", RATES | {"bandwidth": 1e15}).overlapped == products
 
 
+def test_sparse_attention_multiplies_the_rotary_channels_of_chosen_entries_in_bf16() -> None:
+    """Regression: those of all cached entries, which left few integer products."""
+    assert isinstance(MINI.attention, MLAConfig)
+    indexer = IndexerConfig(index_n_heads=8, index_head_dim=128, index_topk=2048)
+    sparse = replace(MINI, attention=replace(MINI.attention, indexer=indexer))
+    case = BenchmarkCase(kind="decode", tokens=131_072)
+    cost = case_cost(sparse, case, dtype="bf16", cache="int8")
+    assert cost.attention_flops - cost.int8_flops == 12 * 16 * 2048 * 2 * 64
+
+
 def test_serial_bound_adds_weights_and_attention() -> None:
     cost = case_cost(MINI, BenchmarkCase(kind="decode", tokens=32768), dtype="bf16")
     rates = RATES | {"gemm_bf16": 1e11}

@@ -120,7 +120,14 @@ def test_a_long_prompt_is_refused_before_all_of_it_is_encoded(
 
 
 @pytest.mark.parametrize(
-    "token", [AddedToken("[x y]"), AddedToken("<m>", rstrip=True), AddedToken("<m>", lstrip=True)]
+    "token",
+    [
+        AddedToken("[x y]"),
+        AddedToken("<m> "),
+        AddedToken("\n<m>"),
+        AddedToken("<m>", rstrip=True),
+        AddedToken("<m>", lstrip=True),
+    ],
 )
 def test_texts_whose_added_tokens_take_blanks_stay_whole(token: AddedToken) -> None:
     """Regression: a cut inside of a token, or between one and the blank that it takes."""

@@ -260,7 +260,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = replace(tuning.config(), eos_token_ids=tuple(sorted(ENDS)))
     tuning.checkpoint(made / "base", config, torch.bfloat16)
     write_prompts(made / "prompts.jsonl", ["P", "a", "8", "0"])
-    write_prompts(made / "failing.jsonl", ["?", "z"])
     (made / "reward.py").write_text(
         "def reward(prompt, completion, record):\n    return float(sum(map(ord, completion)) % 5)\n"
     )
@@ -292,15 +291,20 @@ def test_a_run_with_a_tool_has_no_mismatch_and_resumes(folder: Path) -> None:
 
 
 @needs_native
-def test_a_tool_that_raises_or_hangs_fails_its_sample_by_name(folder: Path) -> None:
-    raw = recipe(prompts="failing.jsonl", reward_seconds=0.5, num_iterations=1)
+@pytest.mark.parametrize(
+    ("letter", "seconds", "reason"),
+    [("?", 600, "raised: ValueError: no tool"), ("z", 0.5, "timed out: more than 0.5 s")],
+)
+def test_a_tool_that_raises_or_hangs_fails_its_sample_by_name(
+    folder: Path, tmp_path: Path, letter: str, seconds: float, reason: str
+) -> None:
+    write_prompts(folder / "failing.jsonl", [letter])
+    raw = recipe(prompts="failing.jsonl", reward_seconds=seconds, num_iterations=1)
     raw["phase"][0] |= {"steps": 1}
-    run = train(folder, raw, "failing")
-    failed = [own for own in samples(run) if own["reward"] is None]
-    assert run.records("step")[0]["rollouts"]["failed"] == len(failed) >= 6
-    said = {own["prompt"][0]["content"]: own["rewards"]["reward.py"] for own in failed}
-    assert said["say ?"] == f"{folder / 'tool.py'}: raised: ValueError: no tool"
-    assert said["say z"] == f"{folder / 'tool.py'}: timed out: more than 0.5 s"
+    run = train(folder, raw, tmp_path.name)
+    failed = [own["rewards"]["reward.py"] for own in samples(run) if own["reward"] is None]
+    assert run.records("step")[0]["rollouts"]["failed"] == len(failed) >= 3
+    assert f"{folder / 'tool.py'}: {reason}" in failed
 
 
 def test_answers_are_texts(tmp_path: Path) -> None:
