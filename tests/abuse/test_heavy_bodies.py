@@ -38,16 +38,38 @@ from .wire import exchange, post
 HOLD_SECONDS = 0.1
 EXTRA_BYTES = 100 << 20
 REPEATS = 3
+MEAN = Pooling(mode="mean", normalize=True)
+
+
+@contextlib.contextmanager
+def frozen(model: Model) -> Iterator[Local]:
+    """A server; garbage collections leave out what other tests have left."""
+    with listening(model) as running:
+        gc.collect()
+        gc.freeze()
+        try:
+            yield running
+        finally:
+            gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Local]:
-    with listening(counting_model()) as running:
-        # As a server does when ready: else a collection scans what other tests have left.
-        gc.collect()
-        gc.freeze()
+def generating() -> Iterator[Local]:
+    with frozen(counting_model()) as running:
         yield running
-        gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def embedding() -> Iterator[Local]:
+    with frozen(counting_model(pooling=MEAN)) as running:
+        yield running
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest, name: str) -> Local:
+    """Of a model that answers the body `name`."""
+    path, _ = HEAVY[name]
+    return request.getfixturevalue("embedding" if "embed" in path else "generating")
 
 
 class Holds:
@@ -85,23 +107,26 @@ def watched(server: Local) -> Iterator[Holds]:
         watching.cancel()
 
 
+def least_hold(server: Local, data: bytes, statuses: set[int], code: str | None = None) -> float:
+    """Seconds, the least of some requests: the first one may prepare something. `code`: of all
+    errors."""
+    found: list[float] = []
+    while len(found) < REPEATS and min(found, default=HOLD_SECONDS) >= HOLD_SECONDS:
+        with watched(server) as holds:
+            reply = exchange(server.port, data)
+        assert reply.status in statuses, reply
+        assert code is None or reply.error["code"] == code, reply
+        until(lambda: server.is_idle, "the end")
+        found.append(holds.longest)
+    return min(found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(HEAVY))
 def test_no_body_holds_up_the_event_loop(server: Local, name: str) -> None:
     """Regression: one body of unknown fields that stalled all streams for seconds."""
     path, make = HEAVY[name]
-    data = post(path, make())
-    found = []
-    for _ in range(REPEATS):
-        with watched(server) as holds:
-            reply = exchange(server.port, data)
-        # The model is no embedding model.
-        assert reply.status in (200, 404 if "embed" in path else 200, 400, 413), reply
-        until(lambda: server.is_idle, "the end")
-        found.append(holds.longest)
-        if holds.longest < HOLD_SECONDS:
-            return
-    pytest.fail(f"held for {min(found):.3f} s")
+    assert least_hold(server, post(path, make()), {200, 400, 413}) < HOLD_SECONDS
 
 
 @pytest.mark.slow
@@ -112,17 +137,8 @@ def test_no_text_holds_up_the_event_loop(path: str, context: int, characters: in
     data = post(path, long_tools(path, characters))
     config = gqa_config(max_position_embeddings=context)
     model = Model(ScriptedModel(config, lambda token: token), tokenizer_of("hermes"), name=NAME)
-    with listening(model) as server:
-        gc.collect()
-        gc.freeze()
-        found = []
-        for _ in range(REPEATS):
-            with watched(server) as holds:
-                reply = exchange(server.port, data)
-            assert reply.status == 400, reply
-            found.append(holds.longest)
-        gc.unfreeze()
-    assert min(found) < HOLD_SECONDS, found
+    with frozen(model) as running:
+        assert least_hold(running, data, {400}) < HOLD_SECONDS
 
 
 def peak_bytes() -> int:
@@ -174,20 +190,10 @@ def test_no_text_is_encoded_as_a_whole(path: str, kind: str) -> None:
     where the context is large."""
     data = post(path, long_text(path, TEXTS[kind]))
     config = gqa_config(max_position_embeddings=200_000)
-    pooling = Pooling(mode="mean", normalize=True) if path in (EMBEDDINGS, OLLAMA_EMBED) else None
+    pooling = MEAN if path in (EMBEDDINGS, OLLAMA_EMBED) else None
     scripted = ScriptedModel(config, lambda token: token)
     model = Model(scripted, tokenizer_of("hermes"), name=NAME, pooling=pooling)
-    with listening(model) as server:
-        gc.collect()
-        gc.freeze()
-        found = []
-        for _ in range(REPEATS):
-            with watched(server) as holds:
-                reply = exchange(server.port, data)
-            assert reply.status == 400 and reply.error["code"] == "context_length_exceeded", reply
-            found.append(holds.longest)
-            if holds.longest < HOLD_SECONDS:
-                break
-        check_memory(server, data)
-        gc.unfreeze()
-    assert min(found) < HOLD_SECONDS, found
+    with frozen(model) as running:
+        hold = least_hold(running, data, {400}, code="context_length_exceeded")
+        check_memory(running, data)
+    assert hold < HOLD_SECONDS

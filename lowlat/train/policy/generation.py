@@ -169,7 +169,7 @@ class Generator:
     def _scored(self, first_draw: int, count: int) -> tuple[list[list[ScoredRollout]], float]:
         """Sample and score `count` groups, draws from `first_draw`; the seconds are of sampling."""
         prompts = [drawn(self._prompts, first_draw + n, self._seed) for n in range(count)]
-        with closing(BackgroundScoring(self._rewards)) as scoring:
+        with closing(BackgroundScoring(self._rewards.score)) as scoring:
             began = time.monotonic()
             groups = self._engine.generate(
                 prompts,

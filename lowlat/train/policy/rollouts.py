@@ -151,7 +151,7 @@ class RolloutEngine:
 
 @dataclass(kw_only=True, slots=True)
 class OpenCompletion:
-    """A completion that is being sampled; fields as of `Rollout`."""
+    """A completion that is being sampled; fields as in `Rollout`."""
 
     place: int
     """Of its group."""
@@ -203,9 +203,9 @@ class GroupSampling:
         self._options = RequestOptions(is_offline=True)
         self._running: dict[tuple[int, int], OpenCompletion] = {}
         """By request id and index."""
-        self._asked: dict[int, OpenCompletion] = {}
+        self._called: dict[int, OpenCompletion] = {}
         """Whose last turn the tool has, by the number of the call."""
-        self._num_asked = 0
+        self._num_calls = 0
         self._groups: dict[int, dict[int, Rollout]] = {}
 
     def add(self, place: int, draw: int, prompt: PromptRecord) -> None:
@@ -223,14 +223,14 @@ class GroupSampling:
             while self._engine.has_work:
                 self._step(None)
         else:
-            with closing(BackgroundScoring(self._tool.workers)) as calls:
-                while self._engine.has_work or self._asked:
+            with closing(BackgroundScoring(self._tool.workers.score)) as calls:
+                while self._engine.has_work or self._called:
                     if self._engine.has_work:
                         self._step(calls)
                     for number, ((answer,),) in calls.finished(
                         waits=not self._engine.has_work
                     ).items():
-                        self._go_on(self._asked.pop(number), answer)
+                        self._continue(self._called.pop(number), answer)
         count = self._params.n
         return [[group[n] for n in range(count)] for _, group in sorted(self._groups.items())]
 
@@ -243,16 +243,19 @@ class GroupSampling:
                 continue
             del self._running[event.request_id, event.index]
             is_truncated = event.finish_reason == "length"
-            most = 0 if self._tool is None else self._tool.max_iterations
-            if is_truncated or calls is None or len(own.inserted) == most:
+            if (
+                is_truncated
+                or calls is None
+                or self._tool is None
+                or len(own.inserted) == self._tool.max_iterations
+            ):
                 self._end(own, own.rollout(is_truncated=is_truncated))
                 continue
-            assert self._tool is not None
-            self._asked[self._num_asked] = own
-            calls.add(self._num_asked, [own.rollout().to_sample(self._tool.tokenizer)])
-            self._num_asked += 1
+            self._called[self._num_calls] = own
+            calls.add(self._num_calls, [own.rollout().to_sample(self._tool.tokenizer)])
+            self._num_calls += 1
 
-    def _go_on(self, own: OpenCompletion, answer: ToolAnswer) -> None:
+    def _continue(self, own: OpenCompletion, answer: ToolAnswer) -> None:
         """Continue after the tool's answer, if there is one."""
         if not isinstance(answer, str):
             return self._end(own, own.rollout(failure=answer))

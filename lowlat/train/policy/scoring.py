@@ -1,30 +1,22 @@
 """Scoring of completions in a thread of its own, while the engine samples others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from threading import Lock
-from typing import Generic, Protocol, TypeVar, final, runtime_checkable
+from typing import Generic, TypeVar, final
 
 from lowlat.train.rewards.sample import Sample
 
 T = TypeVar("T")
 
 
-@runtime_checkable
-class Scorer(Protocol[T]):
-    """`RewardWorkers` or `ToolWorkers`."""
-
-    def score(self, samples: Sequence[Sample]) -> list[list[T]]:
-        """What each function returns for each sample."""
-        ...
-
-
 @final
 class BackgroundScoring(Generic[T]):
     """Scores groups of samples, which are added in any order."""
 
-    def __init__(self, rewards: Scorer[T]) -> None:
-        self._rewards = rewards
+    def __init__(self, score: Callable[[Sequence[Sample]], list[list[T]]]) -> None:
+        """score: what each function returns for each sample, as `RewardWorkers.score`."""
+        self._score = score
         self._thread = ThreadPoolExecutor(1)
         self._lock = Lock()
         self._waiting: dict[int, Sequence[Sample]] = {}
@@ -43,7 +35,7 @@ class BackgroundScoring(Generic[T]):
 
     def scores(self) -> dict[int, list[list[T]]]:
         """The scores of all added groups by number, except those taken by `finished`. Raises the
-        errors of `Scorer.score`.
+        errors of `score`.
         """
         for call in self._calls:
             call.result()
@@ -51,7 +43,7 @@ class BackgroundScoring(Generic[T]):
 
     def finished(self, *, waits: bool) -> dict[int, list[list[T]]]:
         """Take the scores of groups that are complete; waits: for one, if any group was added.
-        Raises the errors of `Scorer.score`.
+        Raises the errors of `score`.
         """
         while True:
             ended = [call for call in self._calls if call.done()]
@@ -69,7 +61,7 @@ class BackgroundScoring(Generic[T]):
         with self._lock:
             groups, self._waiting = self._waiting, {}
         samples = [sample for own in groups.values() for sample in own]
-        scores = iter(self._rewards.score(samples) if samples else [])
+        scores = iter(self._score(samples) if samples else [])
         with self._lock:
             for number, own in groups.items():
                 self._scores[number] = [next(scores) for _ in own]

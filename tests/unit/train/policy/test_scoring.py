@@ -29,7 +29,7 @@ def test_groups_that_wait_are_scored_together() -> None:
 
     rewards: Any = create_autospec(RewardWorkers, instance=True)
     rewards.score.side_effect = score
-    with closing(BackgroundScoring(rewards)) as scoring:
+    with closing(BackgroundScoring(rewards.score)) as scoring:
         scoring.add(1, samples("a", "bb"))
         assert started.wait(60)
         scoring.add(2, samples("ccc"))
@@ -42,6 +42,9 @@ def test_groups_that_wait_are_scored_together() -> None:
 def test_errors_of_scoring_are_raised() -> None:
     rewards: Any = create_autospec(RewardWorkers, instance=True)
     rewards.score.side_effect = UserError("why")
-    with closing(BackgroundScoring(rewards)) as scoring, pytest.raises(UserError, match="why"):
+    with (
+        closing(BackgroundScoring(rewards.score)) as scoring,
+        pytest.raises(UserError, match="why"),
+    ):
         scoring.add(0, samples("a"))
         scoring.scores()
