@@ -1,5 +1,6 @@
-"""Disaggregated prefill: time between tokens of running streams while long prompts arrive, with
-prefill processes (apart) and without (mixed), and the bytes that pages take.
+"""Measure disaggregated prefill: time between tokens of streams while long prompts arrive.
+
+Prefill runs in processes of its own (apart) or not (mixed); also measured: the bytes of pages.
 
     python benchmarks/disaggregated_prefill.py MODEL --prompt 32768 [--prompts 3] [--streams 8]
         [--rounds 3] [--cores 2] [--dtype bf16] [--cache auto] [--out FOLDER]

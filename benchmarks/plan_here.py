@@ -1,5 +1,4 @@
-"""Plan of serving against measured steps: times of a model's decode and prefill over the estimates
-of `lowlat plan serve MODEL --machine here`.
+"""Compare the estimates of `lowlat plan serve MODEL --machine here` with a model's measured steps.
 
     python benchmarks/plan_here.py MODEL [--dtype bf16] [--seconds 30] [--out FOLDER]
 

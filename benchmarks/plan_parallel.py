@@ -1,5 +1,4 @@
-"""Plan of a parallel layout against its benchmark: speed by `lowlat bench --parallel` over that of
-`lowlat plan serve --machine here --parallel`.
+"""Compare `lowlat plan serve --machine here --parallel` with `lowlat bench --parallel`.
 
     python benchmarks/plan_parallel.py MODEL --parallel tensor=2 [--rounds 5] [--out FOLDER]
     sudo python benchmarks/plan_parallel.py MODEL --parallel tensor=2 --network 0.125 --latency 500
@@ -51,8 +50,11 @@ def run(args: argparse.Namespace, verb: Sequence[str], topology: Path) -> dict[s
     )
     inside = ["ip", "netns", "exec", NAMESPACE, *second[0]]
     with subprocess.Popen(inside, env=second[1], stdout=subprocess.DEVNULL) as other:
-        found = json.loads(output(*first))
-        other.wait()
+        try:
+            found = json.loads(output(*first))
+        except BaseException:
+            other.terminate()  # it would wait for the first one
+            raise
     return found
 
 
@@ -84,8 +86,13 @@ def measure(args: argparse.Namespace, topology: Path) -> dict[str, list[float]]:
     bench = ["bench", args.model, "--decode", str(args.context), "--prefill", str(args.prompt)]
     bench += ["--rounds", "1"]
     for _ in range(args.rounds):
-        planned = run(args, plan, topology)["layouts"][0]
-        rows = run(args, bench, topology)["rows"]
+        layouts = run(args, plan, topology)["layouts"]
+        if not layouts:
+            sys.exit(f"the memory of this machine does not hold {args.model}")
+        planned, rows = layouts[0], run(args, bench, topology)["rows"]
+        for row in rows:
+            if row["not_measured"]:
+                sys.exit(f"{row['kind']} was not measured: {row['not_measured']}")
         speed = {row["kind"]: row["tokens_per_second"] for row in rows}
         for name, value in (
             ("planned_decode", planned["tokens_per_second"]),

@@ -5,6 +5,7 @@ idle thread pools spin for a while, and resumed for its turn.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -163,9 +164,14 @@ class Server:
         return self._process.wait()
 
     def last_log_line(self) -> str:
-        """The last line of its log."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1][-300:] if lines else "its log is empty"
+        """The last line of its log that has an error, else an exit code, else text: torchrun prints
+        a table of failed processes after their errors."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        for pattern in (r"[Ee]rror: \S", r"exitcode +:", r"\w"):
+            found = [line for line in lines if re.search(pattern, line)]
+            if found:
+                return found[-1].strip()[:300]
+        return "its log is empty"
 
     def _signal(self, number: signal.Signals) -> None:
         try:

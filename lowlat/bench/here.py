@@ -112,12 +112,12 @@ def _measured(
 
     def decode(worker: Lowlat, context: int) -> float:
         if group is not None:
-            group.least(0)  # all begin at once
+            group.barrier()
         return _decode_seconds(worker, context, typical)
 
     def prefill(worker: Lowlat, start: int) -> float:
         if group is not None:
-            group.least(0)
+            group.barrier()
         return _prefill_seconds(worker, chunk, start, typical)
 
     sample = sample_config(config, dtype)

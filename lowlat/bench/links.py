@@ -71,7 +71,7 @@ def mean_of(value: float, group: ProcessGroup) -> float:
 def _seconds(run: Callable[[], object], times: int, group: ProcessGroup) -> float:
     """Median time of `run`, in all processes at once."""
     run()
-    group.least(0)
+    group.barrier()
     taken = []
     for _ in range(times):
         start = time.perf_counter()

@@ -17,7 +17,7 @@ from rich.table import Table
 from lowlat.bench import run
 from lowlat.bench.benchmark_plan import BenchmarkPlan
 from lowlat.bench.results_table import heading, new_table, number
-from lowlat.bench.roofline import RATES, peak_rates, plain_rate
+from lowlat.bench.roofline import RATES, plain_rate
 from lowlat.utils.progress import Progress
 
 EXPLAINED = 0.5
@@ -25,7 +25,6 @@ EXPLAINED = 0.5
 FALL = 0.8
 """Share of the bound with the most threads over that with the fewest, below which barriers and
 serial parts are the limit."""
-BANDWIDTH = "bandwidth"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +38,7 @@ class CaseScaling:
     limit: str
     """The limiting phase at the largest number of threads."""
     resource_speedup: float | None
-    """How the peak rate of that phase scales over the same numbers of threads; None where no phase
+    """How the peak rates of that phase scale over the same numbers of threads; None where no phase
     is the limit."""
 
     @property
@@ -78,30 +77,22 @@ def case_scaling(runs: Sequence[dict[str, Any]]) -> list[CaseScaling]:
     rows = [_rows(results) for results in runs]
     found = []
     for key, last in rows[-1].items():
-        plan = runs[-1]["plan"]
-        limit, rate = limiting_phase(rows[0][key], last, plan["cache"])
-        peaks = [
-            peak_rates(plan["dtype"], results["calibration"]["median"])
-            for results in (runs[0], runs[-1])
-        ]
-        first, most = (getattr(peak, rate) if rate else None for peak in peaks)
+        limit, speedup = limiting_phase(rows[0][key], last)
         found.append(
             CaseScaling(
                 kind=key[0],
                 tokens=key[1],
                 rates=tuple(each[key]["tokens_per_second"] for each in rows),
                 limit=limit,
-                resource_speedup=most / first if first and most else None,
+                resource_speedup=speedup,
             )
         )
     return found
 
 
-def limiting_phase(
-    fewest: dict[str, Any], most: dict[str, Any], cache: str
-) -> tuple[str, str | None]:
-    """(what limits a case with the most threads, the field of `KernelRates` that bounds it; None
-    where no phase is the limit), from lowlat's rows of results with the fewest and most threads."""
+def limiting_phase(fewest: dict[str, Any], most: dict[str, Any]) -> tuple[str, float | None]:
+    """(what limits a case with the most threads, by how much its bound falls from the fewest to the
+    most threads; None where no phase is the limit), from lowlat's rows with both numbers."""
     share, alone = ((row["share_of_serial_bound"] or 0.0) for row in (most, fewest))
     if share < EXPLAINED:
         is_falling = share < FALL * alone
@@ -112,11 +103,9 @@ def limiting_phase(
         for resource, seconds in resources.items()
     }
     phase, resource = max(bounds, key=lambda key: bounds[key])
-    if resource == "memory":
-        return f"{phase}, by memory bandwidth", BANDWIDTH
-    # prefill attends to new tokens, which are not quantized yet
-    scores = "int8_scores" if cache == "int8" and most["kind"] == "decode" else "scores"
-    return f"{phase}, by arithmetic", "products" if phase == "weights" else scores
+    name = "memory bandwidth" if resource == "memory" else resource
+    speedup = fewest["bound_seconds"][phase][resource] / bounds[phase, resource]
+    return f"{phase}, by {name}", speedup
 
 
 def _rows(results: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
@@ -149,7 +138,7 @@ def scaling_table(scaling: dict[str, Any]) -> Table:
     peaks = [results["calibration"]["median"] for results in scaling["runs"]]
     dtype = scaling["runs"][-1]["plan"]["dtype"]
     gemms = dict.fromkeys((plain_rate(dtype), RATES[dtype]))
-    for name, unit in ((BANDWIDTH, "GB/s"), *((gemm, "GFLOP/s") for gemm in gemms)):
+    for name, unit in (("bandwidth", "GB/s"), *((gemm, "GFLOP/s") for gemm in gemms)):
         values = [peak[name] for peak in peaks]
         cells = [number(value / 1e9) for value in values]
         table.add_row(name, unit, *cells, f"{values[-1] / values[0]:.2f}x", "", style="dim")

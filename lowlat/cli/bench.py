@@ -150,10 +150,9 @@ def _measured(
     from lowlat.bench.results_table import show
     from lowlat.bench.run import bench as run
     from lowlat.bench.scaling import bench_scaling, show_scaling
-    from lowlat.utils.process_group import is_follower
-    from lowlat.utils.progress import SilentProgress, make_progress
+    from lowlat.cli.inputs import process_progress
 
-    progress = SilentProgress() if is_follower() else make_progress()
+    progress = process_progress()
     if len(counts) > 1:
         return bench_scaling(model, plan, counts, progress), show_scaling, draw_scaling
     if parallel is not None:

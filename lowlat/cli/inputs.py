@@ -18,7 +18,7 @@ from lowlat.utils.process_group import (
     refuse_alone,
     started_processes,
 )
-from lowlat.utils.progress import Progress, SilentProgress, make_progress
+from lowlat.utils.progress import Progress, make_progress
 
 MAX_PROMPT_BYTES = 64 * 2**20
 """Most bytes of a prompt from standard input, ten times what the longest contexts hold."""
@@ -33,10 +33,15 @@ def load_model(name: str, *, threads: int | None, **loading: Unpack[api.LoadOpti
     threads = process_threads(loading.get("parallel"), threads)
     if threads is not None:
         native.use_threads(threads)
-    loading.setdefault("progress", SilentProgress() if is_follower() else make_progress())
+    loading.setdefault("progress", process_progress())
     model = api.load(name, **loading)
     model.tokenizer.require()
     return model
+
+
+def process_progress() -> Progress:
+    """Progress of process 0; the other processes of torchrun show none."""
+    return make_progress(quiet=is_follower())
 
 
 def process_threads(parallel: str | None, threads: int | None) -> int | None:

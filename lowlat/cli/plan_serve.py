@@ -301,17 +301,16 @@ def _cluster(
 def _measure_here(served: ServedModel, load: LoadOptions, devices: int) -> ServingMachine:
     """This machine, measured by a process per device. Returns in process 0; the others exit."""
     from lowlat.bench.here import measure_here
-    from lowlat.cli.inputs import process_threads
+    from lowlat.cli.inputs import process_progress, process_threads
     from lowlat.cli.launch import one_process_per_node
     from lowlat.ops import native
     from lowlat.utils.process_group import join_group
-    from lowlat.utils.progress import SilentProgress, make_progress
 
     option = f"--machine {HERE}"
     prompt = load.context if load.prompt is None else load.prompt
     job = (served.config, served.measured, load.cache, prompt)
     if devices == 1:
-        return measure_here(*job, make_progress())
+        return measure_here(*job, process_progress())
     if not native.available():
         raise UserError(f"{option}: {native.reason()}; the {devices} processes need the kernels")
     one_process_per_node(AUTO, option=option)
@@ -319,9 +318,8 @@ def _measure_here(served: ServedModel, load: LoadOptions, devices: int) -> Servi
     assert threads is not None
     native.use_threads(threads)
     group = join_group(devices, option)
-    progress = make_progress() if group.is_leader else SilentProgress()
     with group.reporting_once():
-        here = measure_here(*job, progress, group)
+        here = measure_here(*job, process_progress(), group)
     group.leave()
     if not group.is_leader:
         raise SystemExit(0)

@@ -188,9 +188,12 @@ class DiskCache:
         self._folder.prefetch(content)
 
     def read(self, content: PageContent, *, may_wait: bool) -> ReadResult:
-        """Read and verify a page, for `fill`. A damaged file is removed."""
+        """Read and verify a page, for `fill`. The system reads a pending one ahead; a damaged file
+        is removed."""
         result = self._folder.read(content, self._view, may_wait=may_wait)
-        if result not in ("read", "missing", "pending"):
+        if result == "pending":
+            self.prefetch(content)
+        elif result not in ("read", "missing"):
             self.recorder.dropped(result)
             self._writer.remove([content])
         return result

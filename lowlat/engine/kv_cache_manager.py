@@ -62,7 +62,7 @@ class KVCacheManager:
             self.allocator.release(found)
         else:
             self.allocator.release(sequence.pages)
-            sequence.pages, sequence.page_on_disk = found, None
+            sequence.pages = found
             sequence.num_cached, sequence.num_indexed = len(found) * size, len(found)
         # After its first step a request may match its own pages, which do not count as hits.
         if sequence.request.started_at is None:
@@ -120,21 +120,24 @@ class KVCacheManager:
         if self.connector is not None:
             self.connector.request_finished(sequence)
 
-    def _following(
-        self, sequence: Sequence, num_pages: int | None = None
-    ) -> tuple[list[PageContent], PageContent | None]:
-        """The full pages that follow a sequence's pages (the first `num_pages`), but for that of
-        its last token; and that one, if it is full."""
-        assert self.prefix is not None
-        contents = self.prefix.following(
-            sequence.pages[:num_pages],
-            sequence.request.options.prefix_namespace,
-            sequence.tokens,
-            self._page_paths(sequence, len(sequence.tokens) // self._page_size),
-        )
+    def _following(self, sequence: Sequence) -> tuple[list[PageContent], PageContent | None]:
+        """The full pages that follow a sequence's pages, but for that of its last token; and that
+        one, if it is full."""
+        count = len(sequence.tokens) // self._page_size
+        contents = self._contents(sequence, len(sequence.pages), count)
         if contents and len(sequence.tokens) % self._page_size == 0:
             return contents[:-1], contents[-1]
         return contents, None
+
+    def _contents(self, sequence: Sequence, start: int, end: int) -> list[PageContent]:
+        """Contents of a sequence's full pages `start` to `end`."""
+        assert self.prefix is not None
+        return self.prefix.following(
+            sequence.pages[:start],
+            sequence.request.options.prefix_namespace,
+            sequence.tokens,
+            self._page_paths(sequence, min(end, len(sequence.tokens) // self._page_size)),
+        )
 
     def touch(self, sequence: Sequence) -> None:
         """Record the use of a sequence's pages for the LRU eviction from the disk."""
@@ -167,18 +170,20 @@ class KVCacheManager:
             paths = self._page_paths(sequence, full)
             self.prefix.insert(namespace, sequence.tokens, paths, sequence.pages)
             if self._disk is not None:
-                pages = sequence.pages[sequence.num_indexed : full]
-                self._disk.offer([page for page in pages if page != sequence.page_on_disk])
-            sequence.num_indexed, sequence.page_on_disk = full, None
+                self._disk.offer(sequence.pages[sequence.num_indexed : full])
+            sequence.num_indexed = full
 
     def withdraw(self, sequence: Sequence) -> None:
         """Remove the pages of a sequence from the prefix cache: one of them holds bad values, also
         one that was read from the disk and is not indexed."""
-        if self.prefix is not None:
-            following, last = self._following(sequence, sequence.num_indexed)
-            contents = self.prefix.withdraw(sequence.pages)
-            if self._disk is not None:
-                self._disk.withdraw([*contents, *following, *([] if last is None else [last])])
+        if self.prefix is None:
+            return
+        if self._disk is not None:
+            held = len(sequence.pages)
+            self._disk.withdraw(self._contents(sequence, sequence.num_indexed, held))
+        contents = self.prefix.withdraw(sequence.pages)
+        if self._disk is not None:
+            self._disk.withdraw(contents)
 
     def num_missing(self, sequence: Sequence, num_tokens: int) -> int:
         """Pages that a sequence needs for `num_tokens` entries beyond those it has."""
@@ -212,7 +217,7 @@ class KVCacheManager:
 
     def release(self, sequence: Sequence) -> None:
         self.allocator.release(sequence.pages)
-        sequence.pages, sequence.page_on_disk = [], None
+        sequence.pages = []
         sequence.num_cached = sequence.num_indexed = 0
 
     def has_free(self, count: int) -> bool:

@@ -121,7 +121,6 @@ class PrefixLoader(PageLoader):
         content, ahead = load.contents[load.next], load.next + READ_AHEAD
         result = self._disk.read(content, may_wait=may_wait)
         if result == "pending":
-            self._disk.prefetch(content)
             return "pending"
         if result != "read" or not self._take_filled(load, self._disk.fill):
             return "done"
@@ -138,12 +137,10 @@ class PrefixLoader(PageLoader):
             return "done"
         result = self._disk.read(content, may_wait=may_wait)
         if result == "pending":
-            self._disk.prefetch(content)
             return "pending"
         if result == "read":
             (page,) = self._allocator.allocate(1)
             self._disk.fill(page)
             load.sequence.pages.append(page)
-            load.sequence.page_on_disk = page
             load.sequence.num_cached = len(load.sequence.tokens) - 1
         return "done"

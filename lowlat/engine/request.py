@@ -98,8 +98,6 @@ class Sequence:
     """KV cache pages in order (vLLM: the block table); they cover at least num_cached entries."""
     num_indexed: int = 0
     """Leading pages that the prefix cache has indexed."""
-    page_on_disk: int | None = None
-    """The last page, if it was read from the disk and only its last token is computed again."""
     draft_tokens: list[int] = field(default_factory=list)
     """Drafts of the next tokens, verified in the next step (speculative decoding)."""
     was_preempted: bool = False

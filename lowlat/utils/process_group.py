@@ -198,6 +198,11 @@ class ProcessGroup:
         with self.communicating():
             dist.all_gather([*_bytes_of(out).chunk(size)], _bytes_of(own), group=subgroup)
 
+    def barrier(self) -> None:
+        """Wait until all processes have called it."""
+        with self.communicating():
+            dist.barrier(group=self._members)
+
     def least(self, value: int) -> int:
         """The smallest value among all processes."""
         tensor = torch.tensor(value)

@@ -38,7 +38,7 @@ REINFORCING = [
         "length, path = self._planner.next_chunk(start, size, size, chunk)",
         'length, path = self._planner.next_chunk(start, size, size, chunk)[0], "decode"',
         POLICY + "test_one_arithmetic.py::"
-        "test_the_trainer_has_the_logits_and_experts_that_were_sampled_from[mla-moe-mtp-plain]",
+        "test_trainer_and_sampler_have_equal_logits_and_experts[mla-moe-mtp-plain]",
     ),
     Mutant(
         "loss: the better of clipped and unclipped",

@@ -25,6 +25,7 @@ from lowlat.config.serving_layout import ServingLayout
 from tests import forked
 
 from .launch import PATIENCE, finish, kill, torchrun
+from .measured import SECONDS as ADDED_SECONDS
 from .processes import listening_hosts
 from .refusals import NAMES
 
@@ -271,9 +272,11 @@ def test_a_plan_measures_its_processes_and_their_messages() -> None:
     found = json.loads(output)
     assert found["machine"] == {"name": "here", "devices": 2}
     (layout,) = found["layouts"]
-    seconds = layout["decode_step_seconds"]["messages"]
-    # of 33 messages of the small model, and of 4 in each of minnow's layers
-    assert seconds / layout["messages_per_step"] * 2 * 33 > 0.03
+    messages_per_process = layout["messages_per_step"] / 2
+    latency = layout["decode_step_seconds"]["messages"] / messages_per_process
+    # A divided step of the small model has 4 messages in each of 8 layers, and the LM head's. On a
+    # busy machine the whole step, which is subtracted, takes long, too.
+    assert latency * (4 * 8 + 1) > 0.3 * ADDED_SECONDS
 
 
 @pytest.mark.slow

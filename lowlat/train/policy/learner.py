@@ -1,4 +1,4 @@
-"""Forward and backward passes of a batch of completions: log-probabilities by the engine's kernels,
+"""Forward and backward passes of a batch of sequences: log-probabilities by the engine's kernels,
 GRPO losses, gradients of the fp32 master weights.
 """
 
@@ -31,16 +31,17 @@ from lowlat.train.recipe.schema import LoraConfig
 
 @dataclass(kw_only=True, slots=True)
 class PolicyBatch:
-    """Completions of one optimizer step, or of several over the same ones; with a tool, each turn
-    is a sequence, so that tool messages are in prompts alone and have no loss.
+    """Sequences of one optimizer step, or of several over the same ones: each a completion after
+    its prompt. With a tool, each turn of a completion is a sequence, so that tool messages are in
+    prompts alone and have no loss.
     """
 
     sequences: list[PolicySequence]
     advantages: list[float]
     is_counted: list[bool]
-    """Whether a completion takes part in the loss."""
+    """Whether a sequence takes part in the loss."""
     logprobs: list[tuple[float, ...]] = field(default_factory=list)
-    """What the engine sampled the tokens of each completion from (`Rollout.logprobs`); empty:
+    """What the engine sampled the tokens of each sequence from (`Rollout.logprobs`); empty:
     unknown.
     """
     completions: list[int] = field(default_factory=list)
@@ -48,16 +49,16 @@ class PolicyBatch:
     updates: int = 0
     """Optimizer steps over the batch so far."""
     old_logps: dict[int, Float64[Tensor, " _"]] = field(default_factory=dict)
-    """Log-probabilities of the tokens of each completion before the first update, by its number.
-    The first update makes them, those of the reference and the sampling masks, in data parallelism
-    for this process's completions.
+    """Log-probabilities of the tokens of each sequence before the first update, by its number. The
+    first update makes them, those of the reference and the sampling masks, in data parallelism for
+    this process's sequences.
     """
     ref_logps: dict[int, Float64[Tensor, " _"]] = field(default_factory=dict)
     masks: dict[int, Masks] = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each completion that count."""
+        """Sampled tokens of each sequence that count."""
         counted = zip(self.sequences, self.is_counted, strict=True)
         return [len(own.completion) if counts else 0 for own, counts in counted]
 
@@ -79,7 +80,7 @@ class PolicyFigures:
     """The loss, which is a weighted sum over the tokens."""
     tokens: int = 0
     num_inputs: int = 0
-    """Tokens of prompts and completions, counted or not."""
+    """Input tokens of the sequences, counted or not."""
     entropy: float = 0.0
     kl: float | None = None
     clipped: int = 0
@@ -88,7 +89,7 @@ class PolicyFigures:
     if not measured.
     """
     experts: dict[int, Float64[Tensor, " experts"]] = field(default_factory=dict)
-    """Choices of every expert, by layer, over prompts and completions."""
+    """Choices of every expert, by layer, over the sequences' inputs."""
     sequence_loss: float = 0.0
     """Sequence-wise balance loss, alpha included."""
     mtp_losses: list[float] = field(default_factory=list)
@@ -129,7 +130,7 @@ class PolicyLearner:
         mesh: ProcessMesh | None = None,
     ) -> None:
         """reference: the bf16 model of the KL divergence; sequence_weight: alpha of the
-        sequence-wise balance loss; mesh: divides the completions of a batch among its processes
+        sequence-wise balance loss; mesh: divides the sequences of a batch among its processes
         (data parallelism).
         """
         self._sequence_weight = sequence_weight
@@ -156,7 +157,7 @@ class PolicyLearner:
     def accumulate(
         self, batch: PolicyBatch, micro_batch_size: int, mtp_weight: float = 0.0
     ) -> PolicyFigures:
-        """Add the gradients of the loss of this process's completions of `batch` to those of the
+        """Add the gradients of the loss of this process's sequences of `batch` to those of the
         master weights. Returns the figures of the whole batch, summed in the order of its
         micro-batches in any number of processes; collective.
 
@@ -186,7 +187,7 @@ class PolicyLearner:
         return figures
 
     def _mtp_targets(self, batch: PolicyBatch) -> list[int]:
-        """Targets of every MTP module in the counted completions of `batch`, at least 1."""
+        """Targets of every MTP module in the counted sequences of `batch`, at least 1."""
         pairs = zip(batch.sequences, batch.is_counted, strict=True)
         counted = [own for own, counts in pairs if counts]
         modules = range(self.model.config.num_nextn_predict_layers)
@@ -200,7 +201,7 @@ class PolicyLearner:
         weights: Sequence[float],
         mtp_factors: Sequence[float],
     ) -> PolicyFigures:
-        """Gradients and sums of the completions `part`; weights: of the tokens of every completion;
+        """Gradients and sums of the sequences `part`; weights: of the tokens of every sequence;
         mtp_factors: of a target of each MTP module, none if they are frozen.
         """
         sequences = [batch.sequences[number] for number in part]
@@ -294,7 +295,7 @@ class PolicyLearner:
 
 @dataclass(kw_only=True, slots=True)
 class _Tokens:
-    """Of every completion token of a micro-batch; the first update makes the lists."""
+    """Of every sampled token of a micro-batch; the first update makes the lists."""
 
     lengths: list[int]
     advantages: Float64[Tensor, "tokens"]
@@ -305,7 +306,7 @@ class _Tokens:
     logprobs: list[float]
 
     def keep(self, batch: PolicyBatch, part: range) -> None:
-        """Add the lists to those of `batch`, of which these are the completions `part`."""
+        """Add the lists to those of `batch`, of which these are the sequences `part`."""
         batch.old_logps |= zip(part, torch.cat(self.old_logps).split(self.lengths), strict=True)
         if self.ref_logps:
             batch.ref_logps |= zip(part, torch.cat(self.ref_logps).split(self.lengths), strict=True)
@@ -314,13 +315,13 @@ class _Tokens:
 
 
 def masks_of(masks: Sequence[Int[Tensor, " _"]], lengths: Sequence[int]) -> list[Masks]:
-    """The `masks` of all tokens as one list per completion of `lengths` tokens."""
+    """The `masks` of all tokens as one list per sequence of `lengths` tokens."""
     rest = iter(masks)
     return [list(islice(rest, length)) for length in lengths]
 
 
 def _tokens(batch: PolicyBatch, part: range, weights: Sequence[float]) -> _Tokens:
-    """Of the completions `part`; `weights`: of the tokens of every completion."""
+    """Of the sequences `part`; `weights`: of the tokens of every sequence."""
     lengths = [len(batch.sequences[number].completion) for number in part]
     counted = [weights[n] if batch.is_counted[n] else 0.0 for n in part]
     advantages = [batch.advantages[n] for n in part]

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ TOO_LONG = (
 class PromptRecord:
     """One line of the file."""
 
-    prompt: Prompt
+    prompt: Prompt = field(hash=False)
     """Text to continue, or chat messages."""
-    record: dict[str, Any]
+    record: dict[str, Any] = field(hash=False)
     """The whole object."""
     ids: tuple[int, ...]
     """The prompt's tokens; those of a chat by the model's template."""

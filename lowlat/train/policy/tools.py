@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from lowlat.text.chat_prompt import encode_chat
 from lowlat.text.tokenizer import Tokenizer
@@ -29,17 +31,29 @@ def tool_message_ids(tokenizer: Tokenizer, prompt: PromptRecord, text: str) -> l
     The answer itself keeps the tokens that were sampled. Raises UserError if the template fails or
     does not end answers with an end token.
     """
-    assert not isinstance(prompt.prompt, str)
-    chat = [*prompt.prompt, {"role": "assistant", "content": "x"}]
-    answered = encode_chat(tokenizer, chat, add_generation_prompt=False)
-    ids = encode_chat(tokenizer, [*chat, {"role": "tool", "content": text}])
-    ends = [place for place, id in enumerate(answered) if id in tokenizer.eos_ids]
-    end = ends[-1] + 1 if ends else 0
-    if end <= len(prompt.ids) or ids[:end] != answered[:end]:
+    answered = _answered_ids(tokenizer, prompt)
+    ids = encode_chat(tokenizer, [*_answered(prompt), {"role": "tool", "content": text}])
+    end = len(answered)
+    if end <= len(prompt.ids) or ids[:end] != answered:
         raise UserError(
             "the chat template does not write tool messages after an answer and its end token"
         )
     return ids[end:]
+
+
+def _answered(prompt: PromptRecord) -> list[dict[str, Any]]:
+    """The chat of `prompt` with an answer."""
+    assert not isinstance(prompt.prompt, str)
+    return [*prompt.prompt, {"role": "assistant", "content": "x"}]
+
+
+@lru_cache(maxsize=256)
+def _answered_ids(tokenizer: Tokenizer, prompt: PromptRecord) -> list[int]:
+    """Tokens of the chat of `prompt` with an answer, up to the answer's end token; empty without
+    one. All completions of a prompt need them after each tool call."""
+    ids = encode_chat(tokenizer, _answered(prompt), add_generation_prompt=False)
+    ends = [place for place, id in enumerate(ids) if id in tokenizer.eos_ids]
+    return ids[: ends[-1] + 1] if ends else []
 
 
 def check_tool_messages(tokenizer: Tokenizer, prompts: Sequence[PromptRecord]) -> None:

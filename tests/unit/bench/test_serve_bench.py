@@ -145,11 +145,34 @@ def test_answers_of_a_server(tmp_path: Path, fault: str | None, message: str | N
         assert all(one.started <= one.pieces[0] <= one.ended for one in answers)
 
 
-def test_a_server_that_ends_is_reported_with_its_last_log_line(tmp_path: Path) -> None:
+RULE = "=" * 60
+TORCHRUN = f"""torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+{RULE}
+Root Cause (first observed failure):
+[0]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : -9 (pid: 123)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 123
+{RULE}"""
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("no model", "no model"),
+        (f"lowlat: error: no model\n{TORCHRUN}", "lowlat: error: no model"),
+        (TORCHRUN, "exitcode  : -9"),
+    ],
+    ids=["line", "torchrun", "killed"],
+)
+def test_a_server_that_ends_is_reported_with_its_error(
+    tmp_path: Path, log: str, reason: str
+) -> None:
     servers = module("serving.servers")
-    broken = servers.Program(name="broken", command=[sys.executable, "-c", "print('no model')"])
+    broken = servers.Program(name="broken", command=[sys.executable, "-c", f"print({log!r})"])
     with servers.Server(broken, threads=1, folder=tmp_path) as server:
-        with pytest.raises(UserError, match="broken ended while it started: no model"):
+        with pytest.raises(UserError, match=f"broken ended while it started: {reason}"):
             server.wait_ready()
 
 

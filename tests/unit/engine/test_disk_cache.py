@@ -99,6 +99,7 @@ def test_of_a_prompt_that_fills_its_last_page_only_the_last_token_is_computed(
     run(engine)
     assert request.num_matched == NUM_PAGES * PAGE - 1
     # Without the last page's file.
+    flush(engine)
     page_files(tmp_path)[NUM_PAGES - 1].unlink()
     other = disk_engine(tmp_path, model, cache_dtype=dtype)
     assert outputs(other, prompt) == expected

@@ -185,7 +185,7 @@ def assert_same_experts(part: Any, result: Any, rollouts: Rollouts, layers: list
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 @pytest.mark.parametrize("name", slow_except(("mla-moe-mtp", "gqa"), CONFIGS))
-def test_the_trainer_has_the_logits_and_experts_that_were_sampled_from(
+def test_trainer_and_sampler_have_equal_logits_and_experts(
     name: str, sampling: dict[str, Any]
 ) -> None:
     model = learner(masters(CONFIGS[name])).model
@@ -199,7 +199,7 @@ def test_the_trainer_has_the_logits_and_experts_that_were_sampled_from(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in EVERY if "tpa" not in n and n != "gated"])
-def test_so_it_has_with_every_attention(name: str) -> None:
+def test_trainer_and_sampler_have_equal_logits_and_experts_with_every_attention(name: str) -> None:
     """GLA, MLRA, GTA, sliding windows, layers that differ."""
     model = learner(masters(EVERY[name])).model
     sampling = SAMPLINGS["truncated"]
