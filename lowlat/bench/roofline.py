@@ -59,7 +59,9 @@ def peak_rates(dtype: str, rates: dict[str, float]) -> KernelRates:
     """Measured peaks as bounds of kernels. rates: bandwidth in bytes/s; gemm_fp32, gemm_bf16 and
     gemm_int8 in FLOP/s.
     """
-    plain = rates[plain_rate(dtype)]
+    plain = rates["gemm_fp32"]
+    if dtype != "fp32":  # without bf16 instructions, kernels multiply bf16 values in fp32
+        plain = max(plain, rates["gemm_bf16"])
     return KernelRates(
         bandwidth=rates["bandwidth"],
         # If the measured int8 GEMM is slower than bf16, bf16 is the bound.

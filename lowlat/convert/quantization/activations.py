@@ -102,9 +102,13 @@ class ActivationStatistics:
             self._streams = [scaled(window, config.scale_emb) for window in embedding]
             self._backends = [FlashAttention([len(window)]) for window in embedding]
         if number == config.num_hidden_layers:
-            norm = self._final_norm()
-            for x in self._streams:
-                sums.add({HEAD: _Moments.of(HEAD, norm(x), with_covariance=self._with_covariance)})
+            norm, with_covariance = self._final_norm(), self._with_covariance
+            with _workers() as pool:
+                for found in pool.map(
+                    lambda x: _Moments.of(HEAD, norm(x), with_covariance=with_covariance),
+                    self._streams,
+                ):
+                    sums.add({HEAD: found})
         else:
             rotary = RotaryEmbeddings(config)
             rope = rotary.of(number, rotary(torch.arange(self._windows.shape[1])))

@@ -184,6 +184,12 @@ def test_int8_products_slower_than_bf16_do_not_lower_the_bar() -> None:
     assert slow.overlapped == pytest.approx((cost.weight_flops + cost.attention_flops) / 1e12)
 
 
+def test_bf16_products_slower_than_fp32_do_not_lower_the_bar() -> None:
+    cost = case_cost(MINI, BenchmarkCase(kind="prefill", tokens=2048), dtype="bf16")
+    slow = step_seconds(cost, "bf16", RATES | {"gemm_bf16": 1e9})
+    assert slow.overlapped == pytest.approx((cost.weight_flops + cost.attention_flops) / 1e11)
+
+
 def test_the_bound_of_a_case_is_that_of_its_step() -> None:
     case = BenchmarkCase(kind="prefill", tokens=2048)
     cost = case_cost(MINI, case, dtype="bf16")
