@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help demo chat serve test test-all soak sanitize lint format types check docs clean
 
 help:
-	@echo "make demo    fetch a small model, convert it to MLA, answer one question"
+	@echo "make demo    fetch a small model, convert it to MLA, answer one question (first: about ten minutes)"
 	@echo "make chat    the same model, interactively"
 	@echo "make serve   the same model as a server with a chat page"
 	@echo "make test    run the quick test suite (every package, under 8 minutes on two cores)"
@@ -87,12 +87,12 @@ $(BIN)/python:
 	@$(PYTHON) -m venv .venv
 
 .venv/run.stamp: $(BUILT_FROM) | $(BIN)/python
-	@echo "Installing lowlat into .venv (PyTorch is most of it; a few minutes the first time)"
+	@echo "Installing lowlat into .venv (PyTorch's download and the C++ build: about ten minutes on two cores)"
 	@$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
 .venv/dev.stamp: $(BUILT_FROM) | $(BIN)/python
-	@echo "Installing lowlat with its development tools into .venv"
+	@echo "Installing lowlat with its development tools into .venv (about ten minutes on two cores)"
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable ./lab
 	@touch .venv/run.stamp $@
 
