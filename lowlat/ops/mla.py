@@ -64,9 +64,14 @@ def expanded_mla(
     time.
     """
     query = torch.cat([q_nope, q_rope], dim=-1)
+    latent, heads = w_uv.shape[-1], w_uk.shape[0]
 
+    # By einsum: the matrix product of `expand_entries` rounds differently, and would change bits.
     def key_values(first: int, last: int) -> tuple[Tensor, Tensor]:
-        return expand_entries(rows[first:last], w_uk, w_uv)
+        c, k_rope = rows[first:last, :latent], rows[first:last, None, latent:]
+        k_nope = torch.einsum("kc,hnc->khn", c, w_uk)
+        k = torch.cat([k_nope, k_rope.expand(-1, heads, -1)], dim=-1)
+        return k, torch.einsum("kc,hvc->khv", c, w_uv)
 
     # One query block: a second one would expand every key again.
     return causal_attention(
