@@ -55,7 +55,7 @@ def test_a_tool_is_called_and_answered(server: Server, kind: type[Model]) -> Non
                 ),
             )
             config = RunConfig(tracing_disabled=True)
-            return await Runner.run(agent, "Hello", run_config=config, max_turns=2)
+            return await Runner.run(agent, "Hello", run_config=config, max_turns=10)
 
     result = asyncio.run(run())
     calls = [item for item in result.new_items if isinstance(item, ToolCallItem)]
