@@ -115,7 +115,7 @@ template <GgufType type, bool is_one>
 inline void multiply_tile(const Matrix& w, std::int64_t tile, NextTile next, const SpanOf<type>* x, std::int64_t apart,
                           std::int64_t tokens, Lanes* lanes) {
   const std::int64_t first = tile * kTile, rows = least(kTile, w.rows - first), spans = num_spans(w.columns);
-  const std::int64_t ahead = bytes_ahead(w, tile, next);
+  const std::int64_t ahead = distance_ahead(w, tile, next);
   SpanBytes<type> bytes;
   for (std::int64_t r = 0; r < rows; ++r) {
     F sum = zero();

@@ -111,7 +111,7 @@ inline void multiply_interleaved(const Matrix& w, std::int64_t tile, NextTile ne
   constexpr const GgufTypeInfo& info = *find_gguf_type(static_cast<std::int64_t>(type));
   constexpr std::int64_t kBytes = kTile * info.bytes;
   const std::uint8_t* at = static_cast<const std::uint8_t*>(w.data) + tile * kTile * w.stride;
-  const std::int64_t distance = bytes_ahead(w, tile, next), bytes = distance == 0 ? 0 : kBytes / Decoder::kParts;
+  const std::int64_t distance = distance_ahead(w, tile, next), bytes = distance == 0 ? 0 : kBytes / Decoder::kParts;
   F total[T];
   LOWLAT_UNROLL
   for (int t = 0; t < T; ++t) total[t] = zero();

@@ -33,20 +33,4 @@ inline void store_index_key(const IndexCache& cache, const bf16* key, std::int64
   std::memcpy(lane, &scale, sizeof scale);
 }
 
-// The integers of a tile as bf16 panels, which hold them exactly: out [num_panels(dim)].
-inline void load_index_panels(const std::uint8_t* tile, std::int64_t dim, Panel* out) {
-  P* to = out[0];
-  const F middle = set1(128.0f);
-  for (std::int64_t i = 0; i < num_panels(dim) * kColumns / 4; ++i) {
-    if (4 * i >= dim) {
-      to[2 * i] = to[2 * i + 1] = zero_pairs();
-      continue;
-    }
-    const P four = pairs(tile + 64 * i);
-    const auto keys = [&](F even, F odd) { return pairs_of(sub(even, middle), sub(odd, middle)); };
-    to[2 * i] = keys(field<0, 255>(four), field<8, 255>(four));
-    to[2 * i + 1] = keys(field<16, 255>(four), field<24, 255>(four));
-  }
-}
-
 }  // namespace lowlat::LOWLAT_ISA

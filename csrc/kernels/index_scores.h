@@ -1,9 +1,8 @@
 // Index scores of sparse attention (DSA): I(t, s) = sum over heads h of w(t, h) relu(q(t, h) . k(s)), fp32.
 //
-// Query rows times tiles of 16 keys, as in a GEMM: all tokens of a group share a pass over the keys. On AVX-512 and AMX,
-// queries are rounded to int8 with a scale per head, and products are exact integers; other levels multiply the keys'
-// integers by bf16 queries. The score of a token and a key is one chain of operations, whatever else the group computes:
-// bits depend on the two alone.
+// Query rows times tiles of 16 keys, as in a GEMM: all tokens of a group share a pass over the keys. Queries are rounded
+// to int8 with a scale per head, and products are exact integers. The score of a token and a key is one chain of
+// operations, whatever else the group computes: bits depend on the two alone.
 #pragma once
 
 #include <utility>
@@ -24,8 +23,6 @@ struct IndexQueries {
   std::int64_t tokens_at_once() const { return most(1, kIndexRows / heads); }
 };
 
-#if defined(LOWLAT_AVX512)
-
 using IndexProduct = std::int32_t;
 
 // Query rows in int8.
@@ -43,14 +40,14 @@ class IndexRows {
       weights_[r] = queries.weights[r] * round_to_int8(queries.q + r * queries.dim, queries.dim, values);
       std::int32_t sum = 0;
       for (std::int64_t i = 0; i < 4 * quads_; ++i) sum += values[i];
-      starts_[r] = -128 * sum;
+      starts_[r] = -kDotExcess * sum;
     }
   }
 
   // The head weight of a row, with the row's scale.
   float weight(std::int64_t row) const { return weights_[row]; }
 
-  // Products of 16 keys with a row, which lack the correction for the 128 in every key byte.
+  // Products of 16 keys with a row, which lack their correction.
   F product(const IndexProduct* products, std::int64_t row) const {
     return integers_to_float(add_integers(pairs(products), set1_pair(static_cast<std::uint32_t>(starts_[row]))));
   }
@@ -90,7 +87,7 @@ class IndexRows {
     for (std::int64_t j = 0; j < quads_; ++j) {
       const P keys = pairs(tile + 64 * j);
       LOWLAT_UNROLL
-      for (int t = 0; t < T; ++t) sums[t] = dot_bytes(sums[t], keys, set1_pair(words[t * quads_ + j]));
+      for (int t = 0; t < T; ++t) sums[t] = dot_offset_bytes(sums[t], keys, set1_pair(words[t * quads_ + j]));
     }
     LOWLAT_UNROLL
     for (int t = 0; t < T; ++t) store_pairs(out + t * kKeyBlock, sums[t]);
@@ -143,50 +140,10 @@ class IndexRows {
   bool is_whole_;         // rows fill tile registers
   std::uint32_t* words_;  // [rows, quads]
   float* weights_;        // [rows]
-  std::int32_t* starts_;  // [rows]: -128 times the sum of a row
+  std::int32_t* starts_;  // [rows]: corrections of products
   const std::uint8_t* tiles_ = nullptr;
   std::int64_t tile_bytes_ = 0, count_ = 0;
 };
-
-#else
-
-using IndexProduct = float;
-
-// Query rows in bf16.
-class IndexRows {
- public:
-  IndexRows(const IndexQueries& queries, Scratch& scratch)
-      : q_(queries.q), weights_(queries.weights), dim_(queries.dim), width_(num_panels(queries.dim)) {
-    const std::int64_t rows = queries.tokens * queries.heads, stride = width_ * kColumns;
-    if (stride != dim_) {
-      auto* padded = scratch.get<bf16>(11, rows * stride);
-      copy_rows(q_, dim_, rows, dim_, padded);
-      q_ = padded;
-    }
-    panels_ = scratch.get<Panel>(2, kKeyBlock / kTile * width_);
-  }
-
-  float weight(std::int64_t row) const { return weights_[row]; }
-  F product(const IndexProduct* products, std::int64_t) const { return load(products); }
-
-  void set_keys(const std::uint8_t* tiles, std::int64_t tile_bytes, std::int64_t count) {
-    count_ = count;
-    for (std::int64_t i = 0; i < count; ++i) load_index_panels(tiles + i * tile_bytes, dim_, panels_ + i * width_);
-  }
-
-  void multiply(std::int64_t first, std::int64_t rows, Prefetcher& ahead, IndexProduct* out) const {
-    const std::int64_t stride = width_ * kColumns;
-    LOWLAT_ISA::multiply(panels_, count_, width_, width_, q_ + first * stride, stride, rows, out, kKeyBlock, false, &ahead);
-  }
-
- private:
-  const bf16* q_;
-  const float* weights_;
-  std::int64_t dim_, width_, count_ = 0;
-  Panel* panels_;
-};
-
-#endif
 
 // Scores of a token, whose rows begin at `row`, with T tiles of keys: sums over the heads in order, a tile per vector.
 // Scores are finite or infinity, which a NaN becomes: it is chosen, and reaches the output.
@@ -212,18 +169,8 @@ inline void sum_index_heads(const IndexRows& rows, std::int64_t row, std::int64_
   }
 }
 
-// What is read next: `count` tiles.
-inline Prefetcher index_tiles_ahead(const IndexCache& cache, const std::uint8_t* tiles, std::int64_t count) {
-  Matrix bytes;
-  bytes.storage = Storage::int8_rows;
-  bytes.rows = 1;
-  bytes.columns = bytes.stride = count * cache.tile_bytes;
-  bytes.data = tiles;
-  return Prefetcher(bytes);
-}
-
 // Scores of all tokens with the keys [first, last), whole tiles: token t's at scores + t * stride + key. `first` is a
-// multiple of kKeyBlock. Uses slots 2, 5 and 11 to 13 of `scratch`.
+// multiple of kKeyBlock. Uses slots 5 and 11 to 13 of `scratch`.
 inline void score_index_keys(const IndexQueries& queries, const IndexCache& cache, const std::int32_t* pages,
                              std::int64_t first, std::int64_t last, Scratch& scratch, float* scores,
                              std::int64_t stride) {
@@ -237,7 +184,7 @@ inline void score_index_keys(const IndexQueries& queries, const IndexCache& cach
     const std::int64_t next = key + count, tiles = count / kTile;
     const std::uint8_t* at = index_tile(cache, pages, key);
     Prefetcher ahead;
-    if (next < last) ahead = index_tiles_ahead(cache, index_tile(cache, pages, next), tiles);
+    if (next < last) ahead = Prefetcher(index_tile(cache, pages, next), tiles * cache.tile_bytes);
     rows.set_keys(at, cache.tile_bytes, tiles);
     const auto sum = [&](std::int64_t t, const IndexProduct* from) {
       for (std::int64_t stop = least(t + at_once, queries.tokens); t < stop; ++t, from += heads * kKeyBlock) {

@@ -131,7 +131,7 @@ inline void prefetch_panel(const Matrix& w, std::int64_t tile, std::int64_t i, b
 }
 
 // Bytes from a tile of a matrix in GGUF blocks to the tile that follows it; 0 if none does.
-inline std::int64_t bytes_ahead(const Matrix& w, std::int64_t tile, NextTile next) {
+inline std::int64_t distance_ahead(const Matrix& w, std::int64_t tile, NextTile next) {
   if (next.w == nullptr || next.tile >= next.w->tiles()) return 0;
   const auto start = [](const Matrix& m, std::int64_t number) {
     if (m.is_tiled()) return m.tile_data(number);
@@ -140,8 +140,8 @@ inline std::int64_t bytes_ahead(const Matrix& w, std::int64_t tile, NextTile nex
   return start(*next.w, next.tile) - start(w, tile);
 }
 
-// Prefetches a row-major matrix a few cache lines at a time while something else is computed: many at once would
-// stall that computation's loads.
+// Prefetches a row-major matrix, or bytes, a few cache lines at a time while something else is computed: many at once
+// would stall that computation's loads.
 class Prefetcher {
  public:
   Prefetcher() = default;
@@ -156,6 +156,7 @@ class Prefetcher {
     }
     end_ = rows_ > 0 ? at_ + bytes_ : at_;
   }
+  Prefetcher(const void* data, std::int64_t bytes) : at_(static_cast<const char*>(data)), end_(at_ + bytes) {}
 
   void ask(int lines) {
     while (lines > 0 && has_line()) {

@@ -152,6 +152,20 @@ inline F dot_integers(const std::int8_t* a, const std::int16_t* b) {
   };
   return {products(a, b), products(a + 16, b + 16)};
 }
+// acc + the sum of four products of bytes of `offset`, stored with 128 added, and of `with_sign`, from -127 to 127, in
+// the 32 bits of every lane. Two such products fit 16 bits.
+constexpr int kDotExcess = 0;
+inline P dot_offset_bytes(P acc, P offset, P with_sign) {
+  const auto added = [](__m256i sum, __m256i x, __m256i y) {
+    const __m256i number = _mm256_xor_si256(x, _mm256_set1_epi8(static_cast<char>(0x80)));
+    const __m256i twos = _mm256_maddubs_epi16(_mm256_abs_epi8(number), _mm256_sign_epi8(y, number));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(twos, _mm256_set1_epi16(1)));
+  };
+  return {added(acc.lo, offset.lo, with_sign.lo), added(acc.hi, offset.hi, with_sign.hi)};
+}
+inline P add_integers(P a, P b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+inline F integers_to_float(P a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+
 // `first` in the first 8 lanes, `last` in the others.
 inline F set1_halves(float first, float last) { return {_mm256_set1_ps(first), _mm256_set1_ps(last)}; }
 

@@ -79,6 +79,10 @@ inline P dot_bytes(P acc, P plain, P with_sign) { return {_mm512_dpbusd_epi32(ac
 // The low and the high 4 bits of every byte.
 inline P low_halves(P a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(0x0f))}; }
 inline P high_halves(P a) { return low_halves({_mm512_srli_epi16(a.v, 4)}); }
+// acc + the sum of four products of bytes of `offset`, stored with 128 added, and of `with_sign`. Lacks the correction
+// for the 128: kDotExcess times the bytes of `with_sign`.
+constexpr int kDotExcess = 128;
+inline P dot_offset_bytes(P acc, P offset, P with_sign) { return dot_bytes(acc, offset, with_sign); }
 inline P add_integers(P a, P b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline F integers_to_float(P a) { return {_mm512_cvtepi32_ps(a.v)}; }
 

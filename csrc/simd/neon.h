@@ -182,6 +182,25 @@ inline F dot_integers(const std::int8_t* a, const std::int16_t* b) {
     return vcvtq_f32_s32(vpaddq_s32(low, vmull_s16(vget_high_s16(x), vget_high_s16(y))));
   });
 }
+// acc + the sum of four products of bytes of `offset`, stored with 128 added, and of `with_sign`, in the 32 bits of every
+// lane.
+constexpr int kDotExcess = 0;
+inline P dot_offset_bytes(P acc, P offset, P with_sign) {
+  return quarters<P>([&](int i) {
+    const int8x16_t x = vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_u32(offset.q[i]), vdupq_n_u8(0x80)));
+    const int8x16_t y = vreinterpretq_s8_u32(with_sign.q[i]);
+    const int32x4_t first = vpaddlq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(y)));
+    const int32x4_t last = vpaddlq_s16(vmull_s8(vget_high_s8(x), vget_high_s8(y)));
+    return vaddq_u32(acc.q[i], vreinterpretq_u32_s32(vpaddq_s32(first, last)));
+  });
+}
+inline P add_integers(P a, P b) {
+  return quarters<P>([&](int i) { return vaddq_u32(a.q[i], b.q[i]); });
+}
+inline F integers_to_float(P a) {
+  return quarters<F>([&](int i) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a.q[i])); });
+}
+
 // `first` in the first 8 lanes, `last` in the others.
 inline F set1_halves(float first, float last) {
   const float32x4_t a = vdupq_n_f32(first), b = vdupq_n_f32(last);

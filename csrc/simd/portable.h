@@ -174,6 +174,25 @@ inline void store_int8(std::int8_t* p, F a) {
 inline F dot_integers(const std::int8_t* a, const std::int16_t* b) {
   return lanes<F>([&](int i) { return static_cast<float>(a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1]); });
 }
+// acc + the sum of four products of bytes of `offset`, stored with 128 added, and of `with_sign`, in the 32 bits of every
+// lane.
+constexpr int kDotExcess = 0;
+inline P dot_offset_bytes(P acc, P offset, P with_sign) {
+  const auto byte = [](std::uint32_t word, int shift) { return static_cast<std::int8_t>(word >> shift); };
+  return lanes<P>([&](int i) {
+    const std::uint32_t x = offset.v[i] ^ 0x80808080u, y = with_sign.v[i];
+    const std::int32_t sum = byte(x, 0) * byte(y, 0) + byte(x, 8) * byte(y, 8) + byte(x, 16) * byte(y, 16) +
+                             byte(x, 24) * byte(y, 24);
+    return acc.v[i] + static_cast<std::uint32_t>(sum);
+  });
+}
+inline P add_integers(P a, P b) {
+  return lanes<P>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F integers_to_float(P a) {
+  return lanes<F>([&](int i) { return static_cast<float>(static_cast<std::int32_t>(a.v[i])); });
+}
+
 // `first` in the first 8 lanes, `last` in the others.
 inline F set1_halves(float first, float last) {
   return lanes<F>([&](int i) { return i < 8 ? first : last; });

@@ -43,11 +43,6 @@ def as_stored(rows: Tensor) -> Tensor:
     return unpack_entries(packed, width, width, torch.float32, group=width).view(rows.shape)
 
 
-def as_multiplied(index: IndexQueries, level: str) -> IndexQueries:
-    """The queries that a level multiplies by keys."""
-    return index._replace(q=as_stored(index.q)) if level in ("avx512", "amx") else index
-
-
 def small_integers(shape: tuple[int, ...], seed: int, most: int = 2) -> Tensor:
     """Numbers whose products and sums are exact, so that scores tie often."""
     generator = torch.Generator().manual_seed(seed)
@@ -125,8 +120,7 @@ def test_scores_are_near_to_the_reference(width: int, level: str) -> None:
     index, keys = drawn_index(7, 9, width, 4), draw((150, width), "normal", 3)
     cache, pages = paged(keys, 64)
     scores, _ = kernels.choose_tokens(index, cache, pages, start=143, level=level)
-    own = as_multiplied(index, level)
-    own = IndexQueries(own.q.double(), own.weights.double(), own.topk)
+    own = IndexQueries(as_stored(index.q).double(), index.weights.double(), index.topk)
     wanted = index_scores(own, as_stored(keys).double())
     seen = slice(0, 144)
     assert (scores[:, seen] - wanted[:, seen]).abs().max() < 1e-5 * wanted.abs().max()
