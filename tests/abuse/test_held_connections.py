@@ -136,7 +136,8 @@ def test_who_reads_no_answer_is_cut_off(count: int, caplog: pytest.LogCaptureFix
     """Regression: responses buffered for clients without a key that do not read; few are less than
     the server waits for before it writes more, many are not.
     """
-    with listening(api_keys=(KEY,), send_buffer=4096, **PROMPT) as server:
+    times = {"send_seconds": 0.5, "keep_alive_seconds": 1}
+    with listening(api_keys=(KEY,), send_buffer=4096, **times) as server:
         quiet = num_descriptors()
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from .conftest import KEY, Server
-from .test_openai_client import HELLO, NO_THOUGHTS, WEATHER
+from .test_openai_client import HELLO, JSON_TOKENS, NO_THOUGHTS, WEATHER
 from .tiny_server import NAME
 
 pytestmark = [
@@ -28,7 +28,7 @@ def options(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[st
             "model": f"openai/{NAME}",
             "api_base": f"{server.url}/v1",
             "api_key": KEY,
-            "max_tokens": 200,
+            "max_tokens": JSON_TOKENS,
             "seed": 1,
             "num_retries": 0,
             "extra_body": NO_THOUGHTS,
@@ -43,7 +43,7 @@ def test_chat_and_stream(options: dict[str, Any]) -> None:
     chunks = litellm.completion(messages=HELLO, stream=True, **options)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == answer.choices[0].message.content
-    assert answer.usage.completion_tokens <= 200
+    assert answer.usage.completion_tokens <= JSON_TOKENS
 
 
 def test_tools(options: dict[str, Any]) -> None:
