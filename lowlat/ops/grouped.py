@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowlat.ops import native_training_kernels
 from lowlat.ops.autograd import gated_backward
+from lowlat.ops.bf16_products import has_bf16_gemm, product
 from lowlat.ops.deferred import Defer, add_gradient
 from lowlat.ops.experts import swiglu
 from lowlat.ops.norm import accumulation_dtype
@@ -81,7 +82,7 @@ def grouped_linear(
         return F.grouped_mm(x, weight, offs=_ends(counts, x))
     out = x.new_empty(x.shape[0], weight.shape[2])
     for rows, group, matrix in zip(x.split(counts), out.split(counts), weight, strict=True):
-        torch.mm(rows, matrix, out=group)
+        product(rows, matrix, out=group)
     return out
 
 
@@ -101,7 +102,7 @@ def grouped_outer(
     out = left.new_empty(len(counts), left.shape[1], right.shape[1])
     groups = zip(left.split(counts), right.split(counts), out, strict=True)
     for rows, columns, matrix in groups:
-        torch.mm(rows.T, columns, out=matrix)
+        product(rows.T, columns, out=matrix)
     return out.to(dtype)
 
 
@@ -123,7 +124,7 @@ def stacked_experts(
     to x's; their gradients have the weights' own dtype and go to `defer` if it is given (weights
     are leaves then). Sums over experts are fp32 (fp64 for fp64 inputs).
     """
-    by_onednn = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    by_onednn = x.dtype == torch.bfloat16 and x.device.type == "cpu" and has_bf16_gemm()
     if native_training_kernels.multiplies_groups(x, gate_up_proj, down_proj):
         by_onednn = False
     unit = ROW_UNIT if by_onednn else 1

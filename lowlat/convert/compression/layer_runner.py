@@ -15,13 +15,13 @@ from lowlat.config.model import ModelConfig
 from lowlat.convert.parameters.weights import Weights
 from lowlat.model.block import DecoderLayer
 from lowlat.model.linear import RMSNorm
+from lowlat.ops.bf16_products import has_bf16_gemm
 from lowlat.ops.rope import RotaryEmbedding
 
 
 def fast_dtype() -> torch.dtype:
     """bf16 if oneDNN supports bf16 GEMM on this CPU, else fp32."""
-    mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if mkldnn else torch.float32
+    return torch.bfloat16 if has_bf16_gemm() else torch.float32
 
 
 def layer_weights(weights: Weights, number: int) -> dict[str, Tensor]:

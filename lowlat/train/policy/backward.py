@@ -15,9 +15,11 @@ from lowlat.attention.base import AttentionBackend
 from lowlat.attention.flash import FlashAttention
 from lowlat.model.block import DecoderLayer
 from lowlat.model.expert_loads import gates
+from lowlat.model.linear import Linear
 from lowlat.model.moe import Gate, MoE
 from lowlat.model.replace_modules import adopt, replace_modules
 from lowlat.model.transformer import Transformer
+from lowlat.ops import bf16_products
 from lowlat.ops.rope import RotaryTable
 from lowlat.ops.routing import Routing, route
 from lowlat.train.layers.fused import use_fused_layers
@@ -66,6 +68,16 @@ class HalvedLayer(DecoderLayer):
         return x + self.attend(x, rope, attention)
 
 
+class PortableLinear(Linear):
+    """Linear without bias, fast also on CPUs without bf16 GEMM (`ops.bf16_products`)."""
+
+    def __init__(self, linear: Linear) -> None:
+        adopt(self, linear)
+
+    def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        return bf16_products.linear(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+
+
 class PolicyBackward:
     """Backward passes to the master weights of `weights`."""
 
@@ -80,7 +92,7 @@ class PolicyBackward:
         for _, gate in gates(model):
             balance.watch(gate)
         self.model = model
-        """On the meta device; decoder layers replay routing, MTP modules are unchanged."""
+        """On the meta device; decoder layers replay routing."""
 
     def run(self, run: PolicyPass, grad: Float[Tensor, "tokens hidden"]) -> None:
         """Add the gradients of a loss to those of the master weights, given its gradient `grad` by
@@ -124,6 +136,8 @@ class PolicyBackward:
 
 
 def _replayed(path: str, module: nn.Module) -> nn.Module | None:
+    if type(module) is Linear and module.bias is None and not bf16_products.has_bf16_gemm():
+        return PortableLinear(module)
     if path.startswith("mtp."):
         return None
     if isinstance(module, Gate):

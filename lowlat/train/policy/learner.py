@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowlat.config.model import ModelConfig
 from lowlat.model.transformer import Transformer
+from lowlat.ops.bf16_products import product
 from lowlat.ops.cross_entropy import CHUNK_ELEMENTS, even_chunks
 from lowlat.train.parallel.mesh import ProcessMesh
 from lowlat.train.policy.backward import PolicyBackward
@@ -257,10 +258,10 @@ class PolicyLearner:
         factors = self._loss_gradient(_of_targets(logps, targets), tokens, rows, figures)
         figures.entropy += float(entropy(logps)[tokens.weights[rows] > 0].sum())
         by_logits = self._distribution.gradient(logps, targets, factors).to(torch.bfloat16)
-        grad[run.rows[rows]] = by_logits @ self.weights.tensors[self._head_name]
+        grad[run.rows[rows]] = product(by_logits, self.weights.tensors[self._head_name])
         master = self.weights.master(self._head_name)
         if master is not None:
-            own = (by_logits.T @ hidden).to(master.dtype)
+            own = product(by_logits.T, hidden).to(master.dtype)
             master.grad = own if master.grad is None else master.grad.add_(own)
 
     def _loss_gradient(
