@@ -50,14 +50,14 @@ soak: .venv/dev.stamp
 	$(BIN)/python benchmarks/random_checkpoint.py tiny build/tiny
 	$(BIN)/python benchmarks/soak.py build/tiny --minutes 1
 
-# tests/native/test_native.py and test_pool.py start processes of their own, which load the installed module. Reports go
+# tests/native/test_native.py and test_thread_pool.py start processes of their own, which load the installed module. Reports go
 # to stderr, which pytest may not keep; leaks are not looked for, as CPython has many.
 sanitize: .venv/dev.stamp
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(SANITIZED) . \
 		--config-settings build-dir=$(SANITIZED) --config-settings cmake.define.LOWLAT_SANITIZE=ON
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
-		$(BIN)/python tests/native/sanitized.py $(SANITIZED) tests/native --capture sys --ignore tests/native/test_native.py \
+		$(BIN)/python -m tests.native.sanitized $(SANITIZED) tests/native --capture sys --ignore tests/native/test_native.py \
 		--ignore tests/native/test_thread_pool.py --ignore tests/native/test_batch_invariance.py
 
 lint: .venv/dev.stamp
