@@ -14,6 +14,7 @@ Exits with 1 if tokens differ.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -204,31 +206,39 @@ def while_written(engine: Engine, prompt: tuple[int, ...], pages: Path, count: i
 
 
 def while_read(engine: Engine, prompt: list[int], count: int) -> float:
-    """Tokens per second while a request's pages are read."""
+    """Tokens per second while requests' pages are read, one request after the other."""
     assert engine.prefix is not None
-    engine.prefix.clear()
-    request = engine.add(prompt, TokenSamplingParams(max_tokens=1))
-    engine.step()
-    speed = decode(engine, count, lambda: bool(engine.scheduler.loading), at_least=0)
-    while request.sequences[0].finish_reason is None:
+    seconds: list[float] = []
+    for _ in range(DECODE_STEPS):
+        engine.prefix.clear()
+        request = engine.add(prompt, TokenSamplingParams(max_tokens=1))
         engine.step()
-    return speed
+        seconds += step_seconds(engine, count, lambda: bool(engine.scheduler.loading))
+        while request.sequences[0].finish_reason is None:
+            engine.step()
+        if len(seconds) >= DECODE_STEPS:
+            return count * len(seconds) / sum(seconds)
+    sys.exit("the pages are read within a step; give more --tokens")
 
 
-def decode(
-    engine: Engine, count: int, goes_on: Callable[[], bool], at_least: int = DECODE_STEPS
-) -> float:
-    """Tokens per second of `count` sequences, for `at_least` steps and while `goes_on`; the last
-    step, in which another sequence may begin, does not count."""
+def decode(engine: Engine, count: int, goes_on: Callable[[], bool]) -> float:
+    """Tokens per second of `count` sequences, for DECODE_STEPS steps and while `goes_on`."""
+    seconds = step_seconds(engine, count, goes_on, at_least=DECODE_STEPS)
+    return count * len(seconds) / sum(seconds)
+
+
+def step_seconds(
+    engine: Engine, count: int, goes_on: Callable[[], bool], at_least: int = 0
+) -> list[float]:
+    """Durations of `at_least` steps of `count` sequences, and of those while `goes_on`; without
+    the last step, in which another sequence may begin."""
     starts: list[float] = []
     while len(starts) < at_least or goes_on():
         if len(engine.scheduler.running) < count:
             sys.exit("the other sequences have ended; give fewer --rounds or more --tokens")
         starts.append(time.perf_counter())
         engine.step()
-    if len(starts) < 3:
-        sys.exit("too few steps were measured; give more --tokens")
-    return count * (len(starts) - 1) / (starts[-1] - starts[0])
+    return [end - start for start, end in itertools.pairwise(starts)]
 
 
 def load(model: str, loading: dict[str, Any], pages: Path | None) -> Model:
@@ -254,8 +264,8 @@ def prompt_of(loaded: Model, tokens: int, seed: int = 0) -> list[int]:
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a new process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def drop_page_cache(folder: Path) -> None:
