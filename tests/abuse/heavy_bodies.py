@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from lowlat.generate import structured
 from lowlat.serve.protocol import limits
 
 from .cases import (
@@ -16,6 +17,7 @@ from .cases import (
     OLLAMA_CHAT,
     OLLAMA_EMBED,
     OLLAMA_GENERATE,
+    OLLAMA_SHOW,
     RESPONSES,
     TOKENIZE,
 )
@@ -33,9 +35,18 @@ def chat(messages: object, **more: Any) -> bytes:
     return packed({"model": NAME, "messages": messages, "max_tokens": 1, **more})
 
 
-def prompt(inner: bytes, field: bytes = b"prompt") -> bytes:
+def prompt(inner: bytes) -> bytes:
     """A completion whose prompt is this JSON."""
-    return b'{"model":"%s","max_tokens":1,"%s":%s}' % (NAME.encode(), field, inner)
+    return body(b"prompt", inner)[:-1] + b',"max_tokens":1}'
+
+
+def body(field: bytes, inner: bytes) -> bytes:
+    """A request whose `field` is this JSON."""
+    return b'{"model":"%s","%s":%s}' % (NAME.encode(), field, inner)
+
+
+def completion(**fields: object) -> bytes:
+    return packed({"model": NAME, "prompt": "x", "max_tokens": 1, **fields})
 
 
 def filled(open: bytes, item: bytes, close: bytes) -> bytes:
@@ -90,10 +101,16 @@ OLLAMA_CALL = {"function": {"name": "f", "arguments": {"a": "x"}}}
 ITEM_CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
 ITEM_OUTPUT = {"type": "function_call_output", "call_id": "c", "output": "x"}
 
+LONG_GRAMMAR = 'start: "a"\n' + "x" * (structured.MAX_GRAMMAR_BYTES - 20) + ': "b"\n'
+
 HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
     "parts with unknown fields": (
         CHAT,
-        lambda: chat([user([{"type": "text", "x": 1}] * 140)] * 2048)[:MOST],
+        lambda: chat([user([{"unknown": 1}] * 140)] * 2048),
+    ),
+    "fewer parts with unknown fields": (
+        CHAT,
+        lambda: chat([user([{**PART, "x": 1}] * 6)] * 2048),
     ),
     "parts": (CHAT, lambda: chat([user([PART] * 8)] * 2048)),
     "parts of few messages": (CHAT, lambda: chat([user([PART] * 200)] * 90)),
@@ -117,6 +134,28 @@ HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
         ),
     ),
     "metadata": (CHAT, lambda: chat([user("x")], metadata=UNKNOWN)),
+    "client metadata": (CHAT, lambda: chat([user("x")], client_metadata={"a": ["x"] * 90_000})),
+    "client metadata of numbers": (
+        RESPONSES,
+        lambda: packed({"model": NAME, "input": "x", "client_metadata": {"a": [1] * 2_000_000}}),
+    ),
+    "a prediction": (
+        CHAT,
+        lambda: chat([user("x")], prediction={"type": "content", "content": [PART] * 19_000}),
+    ),
+    "allowed ids": (COMPLETIONS, lambda: completion(allowed_token_ids=[97] * (1 << 16))),
+    "two million allowed ids": (COMPLETIONS, lambda: completion(allowed_token_ids=[1] * 2_000_000)),
+    "bad words": (COMPLETIONS, lambda: completion(bad_words=["ab" * 128] * 128)),
+    "90,000 bad words": (COMPLETIONS, lambda: completion(bad_words=["x"] * 90_000)),
+    "a guided schema": (CHAT, lambda: chat([user("x")], guided_json={"enum": ["x"] * 90_000})),
+    "a text of a guided schema": (CHAT, lambda: chat([user("x")], guided_json='"' * (MOST // 2))),
+    "a guided pattern": (CHAT, lambda: chat([user("x")], guided_regex="a?" * (MOST // 2 - 99))),
+    "guided choices": (CHAT, lambda: chat([user("x")], guided_choice=["x"] * 90_000)),
+    "a guided grammar": (CHAT, lambda: chat([user("x")], guided_grammar=LONG_GRAMMAR)),
+    "a guided grammar of 4 MB": (
+        CHAT,
+        lambda: chat([user("x")], guided_grammar='start: "a"' + " " * (MOST - 200)),
+    ),
     "a schema of numbers": (
         CHAT,
         lambda: chat([user("x")], tools=[schema_tool({"enum": [1.5] * 900_000})]),
@@ -213,9 +252,16 @@ HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
         OLLAMA_GENERATE,
         lambda: packed({"model": NAME, "prompt": "x", "format": {"enum": ["x"] * 90_000}}),
     ),
-    "texts to embed": (EMBEDDINGS, lambda: prompt(filled(b"[", b'"ab",', b"]"), b"input")),
-    "long texts to embed": (EMBEDDINGS, lambda: prompt(packed(["ab " * 660] * 2048), b"input")),
-    "ids to embed": (EMBEDDINGS, lambda: prompt(packed([[97] * 680] * 2048), b"input")),
+    "unknown fields to show": (OLLAMA_SHOW, lambda: packed({"model": NAME, **UNKNOWN})),
+    "2,000 unknown fields to show": (
+        OLLAMA_SHOW,
+        lambda: packed({"model": NAME, **dict(list(UNKNOWN.items())[:2000])}),
+    ),
+    "a list to show": (OLLAMA_SHOW, lambda: packed({"model": NAME, "verbose": ["x"] * 90_000})),
+    "a name of 4 MB to show": (OLLAMA_SHOW, lambda: packed({"model": "x" * MOST})),
+    "texts to embed": (EMBEDDINGS, lambda: body(b"input", filled(b"[", b'"ab",', b"]"))),
+    "long texts to embed": (EMBEDDINGS, lambda: body(b"input", packed(["ab " * 660] * 2048))),
+    "ids to embed": (EMBEDDINGS, lambda: body(b"input", packed([[97] * 680] * 2048))),
     "texts for Ollama to embed": (
         OLLAMA_EMBED,
         lambda: packed({"model": NAME, "input": ["ab"] * 90_000}),
@@ -232,7 +278,7 @@ HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
     "two million ids": (COMPLETIONS, lambda: prompt(filled(b"[", b"1,", b"]"))),
     "lists of ids": (COMPLETIONS, lambda: prompt(packed([[1000] * 6000] * 128))),
     "floats": (COMPLETIONS, lambda: prompt(filled(b"[", b"1.5,", b"]"))),
-    "ids to detokenize": (DETOKENIZE, lambda: prompt(packed([97] * (1 << 20)), b"tokens")),
+    "ids to detokenize": (DETOKENIZE, lambda: body(b"tokens", packed([97] * (1 << 20)))),
     "log-probabilities of prompts": (
         COMPLETIONS,
         lambda: packed(
@@ -261,7 +307,7 @@ HEAVY: dict[str, tuple[str, Callable[[], bytes]]] = {
     "half a pair at the end": (COMPLETIONS, lambda: prompt(filled(b'"', b"\\\\", b'\\ud83d"'))),
     "a text of four-byte characters": (
         TOKENIZE,
-        lambda: prompt(filled(b'"', "😀".encode(), b'"')),
+        lambda: body(b"prompt", filled(b'"', "😀".encode(), b'"')),
     ),
     "a text without words": (CHAT, lambda: chat([user("a" * MOST)])),
     "a long number": (COMPLETIONS, lambda: prompt(filled(b"", b"1", b".5"))),

@@ -108,8 +108,10 @@ def watched(server: Local) -> Iterator[Holds]:
 
 
 def least_hold(server: Local, data: bytes, statuses: set[int], code: str | None = None) -> float:
-    """Seconds, the least of some requests: the first one may prepare something. `code`: of all
-    errors."""
+    """Seconds, the least of up to REPEATS requests. `code`: of all errors."""
+    # A body that holds the loop does so each time. Other holds are rare: what the first request
+    # prepares, a garbage collection, and more work between two turns of a loop that a busy machine
+    # scheduled late.
     found: list[float] = []
     while len(found) < REPEATS and min(found, default=HOLD_SECONDS) >= HOLD_SECONDS:
         with watched(server) as holds:
@@ -126,7 +128,7 @@ def least_hold(server: Local, data: bytes, statuses: set[int], code: str | None 
 def test_no_body_holds_up_the_event_loop(server: Local, name: str) -> None:
     """Regression: one body of unknown fields that stalled all streams for seconds."""
     path, make = HEAVY[name]
-    assert least_hold(server, post(path, make()), {200, 400, 413}) < HOLD_SECONDS
+    assert least_hold(server, post(path, make()), {200, 400}) < HOLD_SECONDS
 
 
 @pytest.mark.slow

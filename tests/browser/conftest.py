@@ -41,10 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.browser)
 
 
+def chromium_program() -> str | None:
+    return os.environ.get(VARIABLE) or next(filter(None, map(shutil.which, NAMES)), None)
+
+
 # Not for the session: while it is there an event loop runs, and tests elsewhere run their own.
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    program = os.environ.get(VARIABLE) or next(filter(None, map(shutil.which, NAMES)), None)
+    program = chromium_program()
     if program is None:
         pytest.fail(MISSING, pytrace=False)
     expect.set_options(timeout=TIMEOUT)

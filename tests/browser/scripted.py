@@ -197,7 +197,7 @@ def serve_state(state: ServerState) -> Iterator[tuple[str, list[dict[str, Any]]]
         thread.join()
 
 
-def tiny_chat_model(*, has_template: bool = True) -> Model:
+def tiny_chat_model(*, has_template: bool = True, name: str = "tiny") -> Model:
     """A model of bytes whose likeliest answer is the alphabet from `a` on."""
     tokenizer = byte_tokenizer() if has_template else byte_tokenizer(chat_template=None)
     config = gqa_config(max_position_embeddings=CONTEXT)
@@ -205,4 +205,4 @@ def tiny_chat_model(*, has_template: bool = True) -> Model:
     def successor(token: int) -> int:
         return ord("a") if token > ord("z") else EOS if token == ord("z") else token + 1
 
-    return Model(ScriptedModel(config, successor), tokenizer, name="tiny")
+    return Model(ScriptedModel(config, successor), tokenizer, name=name)

@@ -1,6 +1,7 @@
 """User actions and observations for the tests of the page."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,11 @@ from typing import Any
 from playwright.sync_api import Locator, Page, Route
 
 CHAT = "**/v1/chat/completions"
+SCREENS: dict[str, dict[str, Any]] = {
+    "desktop": {"viewport": {"width": 1280, "height": 800}},
+    "phone": {"viewport": {"width": 390, "height": 844}, "has_touch": True},
+}
+"""Options of a browser context."""
 
 
 def script(name: str) -> str:
@@ -81,6 +87,40 @@ def stop_button(page: Page) -> Locator:
     return page.get_by_role("button", name="Stop")
 
 
+def links(page: Page) -> Locator:
+    """The conversations in the list."""
+    return page.get_by_role("navigation").get_by_role("link")
+
+
+def edit(message: Locator, text: str, *, kind: str = "message") -> None:
+    message.get_by_role("button", name=f"Edit {kind}").click()
+    message.get_by_role("textbox", name=f"Edit {kind}").fill(text)
+    message.get_by_role("button", name=re.compile("^Save")).click()
+
+
+def go(message: Locator, direction: str) -> None:
+    message.get_by_role("button", name=f"{direction} version").click()
+
+
+def attach(page: Page, *files: str | Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Attach text files").click()
+    chooser.value.set_files([str(file) for file in files])
+
+
+def import_files(page: Page, *files: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Import").click()
+    chooser.value.set_files([str(file) for file in files])
+
+
+def export_all(page: Page) -> Path:
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export all").click()
+    assert download.value.suggested_filename.startswith("lowlat-conversations-")
+    return Path(download.value.path())
+
+
 def stored(page: Page) -> list[dict[str, Any]]:
     """The conversations saved in the browser."""
     return page.evaluate(script("stored.js"))
@@ -127,3 +167,21 @@ def refuse_with(page: Page, status: int, message: str, *, times: int, **headers:
 def contrast(page: Page, selector: str) -> float:
     """WCAG's contrast between an element's text and the nearest background behind it."""
     return page.locator(selector).first.evaluate(script("contrast.js"))
+
+
+def assert_no_sideways_scroll(page: Page) -> None:
+    wide = page.evaluate(
+        """() => [...document.querySelectorAll("html, body, #thread")]
+          .filter((element) => element.scrollWidth > element.clientWidth)
+          .map((element) => element.localName)"""
+    )
+    assert wide == []
+    sticking_out = page.evaluate(
+        """() => [...document.querySelectorAll("main *")].filter((element) => {
+          const { left, right, width } = element.getBoundingClientRect();
+          // What lies in a box with its own scroll bar may be wider.
+          const isApart = element.closest("pre, .table-wrap, .visually-hidden, .math");
+          return width > 0 && (left < -1 || right > innerWidth + 1) && !isApart;
+        }).map((element) => element.outerHTML.slice(0, 80))"""
+    )
+    assert sticking_out == []

@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.scripted import Server
-from tests.browser.steps import answers, ask, send, wait_for_end
+from tests.browser.steps import answers, ask, attach, send, wait_for_end
 
 pytestmark = pytest.mark.slow
 
@@ -25,12 +25,6 @@ PASTE = """(text) => {
   const how = { clipboardData: data, bubbles: true, cancelable: true };
   return document.getElementById("prompt").dispatchEvent(new ClipboardEvent("paste", how));
 }"""
-
-
-def attach(page: Page, *files: str | Path) -> None:
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Attach text files").click()
-    chooser.value.set_files([str(file) for file in files])
 
 
 def test_button(page: Page, server: Server, tmp_path: Path) -> None:

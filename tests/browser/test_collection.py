@@ -2,37 +2,31 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import Open
-from tests.browser.steps import USAGE, answer_with, answers, ask, event, send, stored, wait_for_end
+from tests.browser.steps import (
+    USAGE,
+    answer_with,
+    answers,
+    ask,
+    event,
+    export_all,
+    import_files,
+    links,
+    send,
+    stored,
+    wait_for_end,
+)
 
 pytestmark = pytest.mark.slow
-
-
-def links(page: Page) -> Any:
-    return page.get_by_role("navigation").get_by_role("link")
 
 
 def begin(page: Page, text: str) -> None:
     page.get_by_role("button", name="New conversation").click()
     ask(page, text)
-
-
-def choose(page: Page, *files: Path) -> None:
-    with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Import").click()
-    chooser.value.set_files([str(file) for file in files])
-
-
-def export_all(page: Page) -> Path:
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Export all").click()
-    assert download.value.suggested_filename.startswith("lowlat-conversations-")
-    return Path(download.value.path())
 
 
 def test_search(page: Page) -> None:
@@ -96,7 +90,7 @@ def test_export_and_import(page: Page, open_page: Open) -> None:
         "2 conversations imported.",
         "0 conversations imported. 2 conversations already here.",
     ):
-        choose(other, exported)
+        import_files(other, exported)
         expect(other.locator("#notice")).to_have_text(report)
         expect(links(other)).to_have_text(["second talk", "first talk"])
     assert sorted(stored(other), key=lambda record: record["id"]) == before
@@ -105,7 +99,7 @@ def test_export_and_import(page: Page, open_page: Open) -> None:
 
     # What was added on either side is joined.
     ask(other, "only here")
-    choose(page, export_all(other))
+    import_files(page, export_all(other))
     expect(page.locator("#notice")).to_contain_text("1 conversation imported.")
     first = next(record for record in stored(page) if record["title"] == "first talk")
     assert len(first["messages"]) == 5
@@ -127,10 +121,10 @@ def test_import_of_old_files(page: Page, tmp_path: Path) -> None:
     longer = {**old, "messages": [*old["messages"], {"role": "user", "content": "more"}]}
     for name, data in (("old.json", old), ("longer.json", longer)):
         (tmp_path / name).write_text(json.dumps(data))
-    choose(page, tmp_path / "old.json", tmp_path / "old.json")
+    import_files(page, tmp_path / "old.json", tmp_path / "old.json")
     expect(page.locator("#notice")).to_contain_text("1 conversation imported.")
-    choose(page, tmp_path / "longer.json")
-    choose(page, tmp_path / "old.json")
+    import_files(page, tmp_path / "longer.json")
+    import_files(page, tmp_path / "old.json")
     expect(page.locator("#notice")).to_contain_text("already here")
     expect(links(page)).to_have_text(["old talk"])
     assert len(stored(page)[0]["messages"]) == 3
@@ -151,7 +145,7 @@ def test_import_of_wrong_files(page: Page, tmp_path: Path) -> None:
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    choose(page, *[tmp_path / name for name in files])
+    import_files(page, *[tmp_path / name for name in files])
     notice = page.locator("#notice")
     expect(notice).to_contain_text("1 conversation imported.")
     expect(notice).to_contain_text("text.json is not JSON; choose a file that this page exported.")
@@ -183,7 +177,7 @@ def test_import_of_a_hostile_file(page: Page, tmp_path: Path) -> None:
         ],
     }
     (tmp_path / "evil.json").write_text(json.dumps(data))
-    choose(page, tmp_path / "evil.json")
+    import_files(page, tmp_path / "evil.json")
     links(page).click()
     expect(answers(page)).to_contain_text("<img")
     expect(answers(page)).to_contain_text("Stopped.")

@@ -1,5 +1,6 @@
 """Login with an API key: form, cookie, logout."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,14 @@ from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import REFUSED, Errors, Open
 from tests.browser.scripted import Server, serve
-from tests.browser.steps import answers, ask, send
+from tests.browser.steps import (
+    SCREENS,
+    answers,
+    ask,
+    assert_no_sideways_scroll,
+    contrast,
+    send,
+)
 
 KEY = "a-key-of-this-test-0123456789"
 
@@ -62,6 +70,29 @@ def test_form_keeps_the_policy(form: Page) -> None:
         == "16px"
     )
     assert form.locator("script").count() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("screen", SCREENS)
+def test_form_on_every_screen(
+    open_page: Open, keyed_server: Server, errors: Errors, screen: str, scheme: str
+) -> None:
+    """It follows the system's theme, fits, is readable, and its controls suit a finger."""
+    errors.allow(REFUSED + "401")
+    page = open_page(at=keyed_server, color_scheme=scheme, **SCREENS[screen])
+    log_in(page, KEY[:-1] + "x")
+    expect(page.get_by_role("alert")).to_contain_text("invalid")
+    texts = ("h1", "main > p", ".message", "label", "input", "button")
+    ratios = {selector: contrast(page, selector) for selector in texts}
+    assert {selector: ratio for selector, ratio in ratios.items() if ratio < 4.5} == {}
+    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", back))) < 64) == (scheme == "dark")
+    assert_no_sideways_scroll(page)
+    for control in (page.get_by_label("API key"), page.get_by_role("button", name="Log in")):
+        expect(control).to_be_in_viewport()
+        assert control.evaluate("(element) => element.offsetHeight") >= 40
+    log_in(page)
 
 
 def test_logout(form: Page) -> None:

@@ -6,7 +6,15 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.browser.conftest import Open
-from tests.browser.steps import answers, ask, contrast, send, stop_button
+from tests.browser.steps import (
+    SCREENS,
+    answers,
+    ask,
+    assert_no_sideways_scroll,
+    contrast,
+    send,
+    stop_button,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -90,24 +98,6 @@ def test_dark(open_page: Open) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == dark
     theme.click()
     assert page.locator("html").get_attribute("data-theme") == "light"
-
-
-def assert_no_sideways_scroll(page: Page) -> None:
-    width = page.evaluate(
-        "Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)"
-    )
-    assert width == 320
-    thread = page.locator("#thread")
-    assert thread.evaluate("(element) => element.scrollWidth <= element.clientWidth")
-    sticking_out = page.evaluate(
-        """() => [...document.querySelectorAll("main *")].filter((element) => {
-          const { left, right, width } = element.getBoundingClientRect();
-          // What lies in a box with its own scroll bar may be wider.
-          const isApart = element.closest("pre, .table-wrap, .visually-hidden, .math");
-          return width > 0 && (left < -1 || right > innerWidth + 1) && !isApart;
-        }).map((element) => element.outerHTML.slice(0, 80))"""
-    )
-    assert sticking_out == []
 
 
 def test_narrow_screen(open_page: Open) -> None:
@@ -235,13 +225,10 @@ def test_very_long_answer(page: Page) -> None:
     assert page.evaluate("window.drawings <= window.ticks + 10")
 
 
-PHONE = {"width": 390, "height": 844}
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_phone(open_page: Open, scheme: str) -> None:
     """At 390 pixels, with a finger, every action is in sight or behind a button, in both themes."""
-    page = open_page(viewport=PHONE, has_touch=True, color_scheme=scheme)
+    page = open_page(color_scheme=scheme, **SCREENS["phone"])
     ask(page, "everything please")
     page.get_by_role("button", name="Regenerate").tap()
     versions = answers(page).get_by_role("group", name="Versions")
@@ -263,5 +250,4 @@ def test_phone(open_page: Open, scheme: str) -> None:
     page.get_by_label("JSON schema").fill("{}")
     page.get_by_role("button", name="Close settings").tap()
     page.evaluate("document.getElementById('prompt').blur()")
-    width = page.evaluate("document.documentElement.scrollWidth")
-    assert width == PHONE["width"]
+    assert_no_sideways_scroll(page)

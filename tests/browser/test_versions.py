@@ -15,7 +15,9 @@ from tests.browser.steps import (
     answer_with,
     answers,
     ask,
+    edit,
     event,
+    go,
     refuse_with,
     send,
     stop_button,
@@ -26,18 +28,8 @@ from tests.browser.steps import (
 pytestmark = pytest.mark.slow
 
 
-def edit(message: Locator, text: str, *, kind: str = "message") -> None:
-    message.get_by_role("button", name=f"Edit {kind}").click()
-    message.get_by_role("textbox", name=f"Edit {kind}").fill(text)
-    message.get_by_role("button", name=re.compile("^Save")).click()
-
-
 def text_of(answer: Locator) -> Locator:
     return answer.locator(":scope > .markdown")
-
-
-def go(message: Locator, direction: str) -> None:
-    message.get_by_role("button", name=f"{direction} version").click()
 
 
 def test_regenerated_answers_stay(page: Page) -> None:

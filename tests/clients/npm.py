@@ -13,13 +13,20 @@ SECONDS = 240.0
 """Far longer than a client needs: the machine may have much else to do."""
 NOWHERE = "http://127.0.0.1:9"
 """A proxy that does not exist, so that a client reaches this machine alone."""
+REQUIRED = "LOWLAT_REQUIRE_CLIENTS"
+"""Variable that .ci/run sets: a missing client then fails its test."""
+MISSING = "needs nodejs, and `npm ci --ignore-scripts` in tests/clients"
 
 
 def script(path: str) -> list[str]:
-    """The command line that runs the script `path` of a package; skips the test without it."""
+    """The command line that runs the script `path` of a package. Without it the test is skipped, or
+    fails if REQUIRED is set.
+    """
     node, file = shutil.which("node"), FOLDER / "node_modules" / path
     if node is None or not file.exists():
-        pytest.skip("needs nodejs, and `npm ci --ignore-scripts` in tests/clients")
+        if os.environ.get(REQUIRED):
+            pytest.fail(MISSING, pytrace=False)
+        pytest.skip(MISSING)
     return [node, str(file)]
 
 

@@ -2,8 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from lowlat.serve.http.body import parse_object
+from lowlat.serve.routes import endpoint
 
 from .npm import run, script
 from .scripted import scripted
@@ -19,8 +23,20 @@ def tool_call(name: str, **arguments: str) -> str:
     return f"<tool_call>\n{call}\n</tool_call>"
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The bodies of the requests that the server parses from now on."""
+    bodies: list[dict[str, Any]] = []
+
+    def parse(text: bytes) -> dict[str, Any]:
+        bodies.append(parse_object(text))
+        return bodies[-1]
+
+    monkeypatch.setattr(endpoint, "parse_object", parse)
+    return bodies
+
+
 @pytest.mark.slow
-def test_a_file_is_edited(tmp_path: Path) -> None:
+def test_a_file_is_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = script("@openai/codex/bin/codex.js")
     home, work = tmp_path / "home", tmp_path / "work"
     (home / ".codex").mkdir(parents=True)
@@ -36,6 +52,7 @@ def test_a_file_is_edited(tmp_path: Path) -> None:
     def answer(prompt: str) -> str:
         return steps[min(prompt.count(RESULT), len(steps) - 1)]
 
+    requests = recorded(monkeypatch)
     with scripted(answer) as (server, engine):
         provider = {
             "name": "lowlat",
@@ -58,3 +75,6 @@ def test_a_file_is_edited(tmp_path: Path) -> None:
     assert TASK in first and '"name": "multi_agent_v1__spawn_agent"' in first
     assert BEFORE.strip() not in first and BEFORE.strip() in second
     assert "I read it first." in last and "corrected" in last
+    # The server accepts this tool of OpenAI's and does not show it to the model.
+    assert "web_search" in [tool["type"] for tool in requests[0]["tools"]]
+    assert "web_search" not in first

@@ -1,4 +1,4 @@
-"""docs/clients.md names tests that exist."""
+"""docs/clients.md names tests that exist, and all tests of clients."""
 
 import ast
 import re
@@ -13,6 +13,13 @@ ROWS = re.findall(
     (ROOT / "docs/clients.md").read_text(),
     re.MULTILINE,
 )
+NOT_OF_A_CLIENT = {
+    "abuse/test_retries.py",
+    "clients/test_npm.py",
+    "server/test_context_overflow.py",
+    "server/test_embeddings.py",
+}
+"""Files that test other things as well."""
 
 
 @cache
@@ -29,3 +36,16 @@ def test_every_row_names_a_test() -> None:
 @pytest.mark.parametrize(("path", "name"), ROWS)
 def test_named_tests_exist(path: str, name: str) -> None:
     assert name in functions_of(path)
+
+
+def test_every_test_of_a_client_has_a_row() -> None:
+    """Those of `clients/` and of the files that the table names."""
+    files = {f"clients/{file.name}" for file in (ROOT / "tests/clients").glob("test_*.py")}
+    files |= {path for path, _ in ROWS}
+    tests = {
+        (path, name)
+        for path in files - NOT_OF_A_CLIENT
+        for name in functions_of(path)
+        if name.startswith("test_")
+    }
+    assert len(tests) > 50 and tests <= set(ROWS), tests - set(ROWS)
