@@ -52,7 +52,7 @@ def dequantized_source(
         tensors[weight.name] = weight
     if config.packing is not None and config.tie_word_embeddings:
         del tensors["lm_head.weight"]  # the tied embedding is read instead
-    return TensorSource(source.path, source.hf_config, tensors), plain
+    return replace(source, tensors=tensors), plain
 
 
 @dataclass(frozen=True, slots=True)

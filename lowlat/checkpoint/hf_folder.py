@@ -85,7 +85,8 @@ def _open_folder(folder: Path) -> TensorSource:
         name: _FileTensor(file.extents[name].shape, file.extents[name].dtype, file, name)
         for name, file in files.items()
     }
-    source = language_part(TensorSource(folder, config, tensors))
+    versions = tuple(dict.fromkeys(file.version for file in files.values()))
+    source = language_part(TensorSource(folder, config, tensors, versions))
     return vendor_source(split_fp8_experts(source))
 
 

@@ -112,6 +112,7 @@ def load_model(
         kind = opened.wanted(readers) or source.dtype(file_name(config, EMBEDDING))
         filled[EMBEDDING] = torch.empty(embedding.shape, dtype=kind, device=place)
     model.load_state_dict(filled, strict=True, assign=True)
+    model.weight_files = opened.stored.files
     return LoadedModel(model=model, config=config, path=opened.stored.path)
 
 

@@ -44,6 +44,8 @@ class MappedFile:
             if info.st_size == 0:
                 raise UserError(f"{path}: the file is empty; download or convert it again")
             self.size = info.st_size
+            self.version = f"{path.name} {self.size} {info.st_mtime_ns}"
+            """Differs after the file was rewritten."""
             self._map = mmap.mmap(
                 descriptor,
                 self.size,

@@ -86,6 +86,8 @@ class TensorSource:
     """The model's config with the fields of a Hugging Face config.json. Read-only."""
     tensors: Mapping[str, StoredTensor]
     """All tensors by name, as Hugging Face writes them."""
+    files: tuple[str, ...] = ()
+    """Name, bytes and modification time (ns) of each weight file, as opened."""
 
     def names(self) -> list[str]:
         return list(self.tensors)

@@ -3,7 +3,7 @@
     LOWLAT_CACHE/sessions/NAME/conversation.json    model, system message, turns
     LOWLAT_CACHE/sessions/NAME/pages/               the prefix cache on disk (`engine.page_folder`)
 
-Folders have mode 0700. One process at a time has a session open.
+Folders have mode 0700, files 0600. One process at a time has a session open.
 """
 
 import json
@@ -59,7 +59,7 @@ class ChatSession:
         self.model, self.system, self.turns = model, system, turns
         content = json.dumps({"model": model, "system": system, "turns": turns}, indent=1)
         with cache_disk_errors(self.folder):
-            replace_file(self.folder / CONVERSATION_FILE, content.encode())
+            replace_file(self.folder / CONVERSATION_FILE, content.encode(), mode=0o600)
 
 
 @contextmanager

@@ -34,7 +34,8 @@ def fingerprint_of(
     runner: ModelRunner, *, context: int, prefill_chunk: int = PREFILL_CHUNK
 ) -> bytes:
     """The fingerprint of the KV cache of `runner`, serving `context` tokens. Reads all weights
-    once; of a model larger than memory, samples of each tensor."""
+    once; of a model larger than memory, samples of each tensor, and the modification times of its
+    files."""
     model = runner.model
     config = model.config
     ropes = {config.rope_of(layer).for_context(context) for layer in range(config.num_cache_layers)}
@@ -58,8 +59,9 @@ def fingerprint_of(
 
 
 def weights_digest(model: Transformer) -> str:
-    """XXH3-128 of every tensor of a model (samples, if it is larger than memory), with names,
-    shapes, dtypes and storage."""
+    """XXH3-128 of every tensor of a model, with names, shapes, dtypes and storage. If the model is
+    larger than memory: of samples, with names, sizes and modification times of its files, as a
+    rewritten file may differ between the samples."""
     named = [*model.named_parameters(), *model.named_buffers()]
     is_sampled = is_larger_than_memory(weight_bytes(model))
     with ThreadPoolExecutor(native.processors()) as pool:
@@ -72,6 +74,8 @@ def weights_digest(model: Transformer) -> str:
             kinds = f"{module.storage} {module.block} {module.gguf_type} {module.keys_type}"
             interleaved = f"{module.is_interleaved} {module.keys_interleaved}"
             whole.update(f"{name} {kinds} {interleaved}".encode())
+    if is_sampled:
+        whole.update(repr(model.weight_files).encode())
     return whole.hexdigest()
 
 

@@ -33,6 +33,8 @@ class Transformer(nn.Module):
         self.share = ModelShare.whole(config)
         """What this process has of the model; the other modules are `RemoteModule`s."""
         self.exchange: Exchange | None = None
+        self.weight_files: tuple[str, ...] = ()
+        """Name, bytes and modification time (ns) of each file that the weights are read from."""
         self.rotary = RotaryEmbeddings(config)
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, dtype=dtype, factor=config.scale_emb

@@ -35,14 +35,17 @@ class FileDigest:
 # Files
 
 
-def write_new_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileDigest:
-    """Write a file that must not exist yet and fsync it, hashing on the way.
+def write_new_file(
+    path: Path, pieces: Iterable[bytes | memoryview], *, mode: int = 0o666
+) -> FileDigest:
+    """Write a file that must not exist yet and fsync it, hashing on the way. `mode`: its
+    permissions, less the umask.
 
     The entry in its folder is not durable before `sync_folder`.
     """
     digest, size = hashlib.sha256(), 0
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
-    descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
+    descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0), mode)
     try:
         for piece in pieces:
             view = memoryview(piece).cast("B")
@@ -66,12 +69,13 @@ def write_new_files(folder: Path, files: Mapping[str, bytes]) -> None:
         write_new_file(path, [content])
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file by atomic rename: at any moment it has the old content or the new one."""
+def replace_file(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Replace a file by atomic rename: at any moment it has the old content or the new one. `mode`
+    as in `write_new_file`."""
     partial = path.with_name(f".{path.name}.writing")
     partial.unlink(missing_ok=True)
     try:
-        write_new_file(partial, [content])
+        write_new_file(partial, [content], mode=mode)
         os.rename(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

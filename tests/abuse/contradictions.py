@@ -92,12 +92,12 @@ def unsupported() -> Iterator[Case]:
         " num_beams prompt prompt_embeds"
         " repeat_penalty skip_special_tokens spaces_between_special_tokens"
         " truncate_prompt_tokens typical_p use_beam_search web_search_options"
-        " kv_transfer_params cache_salt request_id logits_processors guided_whitespace_pattern"
+        " kv_transfer_params cache_salt logits_processors guided_whitespace_pattern"
     )
     for name in chat.split():
         yield bad_field(f"a chat with {name}", CHAT, {name: 1}, name, "not supported")
     texts = "messages chat_template best prompt_embeds tools response_format"
-    texts += " guided_whitespace_pattern"
+    texts += " guided_whitespace_pattern cache_salt"
     for name in texts.split():
         yield bad_field(f"a completion with {name}", COMPLETIONS, {name: 1}, name, "not supported")
     responses = "messages max_tokens prompt n stop seed logit_bias top_logprobs moderation"

@@ -114,6 +114,26 @@ def test_the_environment_chooses_the_level() -> None:
         assert run(code, level).stdout.strip() == level
 
 
+FINGERPRINT = """
+import torch
+from tests.fakes import mla_config, tiny_model
+from lowlat.engine.cache_fingerprint import fingerprint_of
+from lowlat.engine.runner import ModelRunner
+model = tiny_model(mla_config(), torch.bfloat16)
+print(fingerprint_of(ModelRunner(model), context=97).hex())
+"""
+
+
+@needs_native
+def test_pages_of_each_level_have_their_own_fingerprint() -> None:
+    """Levels round differently."""
+    isas = [*LEVELS, native.OFF]
+    found = [run(FINGERPRINT, isa).stdout.strip() for isa in isas]
+    assert all(len(each) == 64 for each in found)
+    assert len(set(found)) == len(isas)
+    assert run(FINGERPRINT).stdout.strip() == found[0]
+
+
 @needs_native
 def test_an_unknown_level_is_the_users_error() -> None:
     code = "from lowlat.ops import native; native.available()"

@@ -9,12 +9,14 @@ from langchain_core.exceptions import ContextOverflowError
 from langchain_openai import ChatOpenAI
 
 from tests import forked
+from tests.abuse.local import listening
 
 from .conftest import KEY, Server
+from .test_embeddings import embedding_model
 from .tiny_server import CONTEXT, NAME
 
 LONG = "x" * (CONTEXT + 1)
-WORDS = f"This model's maximum context length is {CONTEXT} tokens. "
+WORDS = "This model's maximum context length is {} tokens. "
 
 
 def chat(text: str) -> dict[str, Any]:
@@ -37,6 +39,7 @@ def chat(text: str) -> dict[str, Any]:
         ("/v1/completions", {"prompt": [[1] * CONTEXT, [1]]}, "prompt"),
         ("/v1/completions", {"prompt": "x", "max_tokens": CONTEXT}, "max_tokens"),
         ("/v1/responses", {"input": LONG}, "input"),
+        ("/v1/responses", {"input": LONG, "truncation": "auto"}, "input"),
         ("/v1/responses", {"input": "x", "max_output_tokens": CONTEXT}, "max_output_tokens"),
         ("/v1/messages", {**chat(LONG), "max_tokens": 1}, "messages"),
         ("/api/chat", chat(LONG), "messages"),
@@ -50,12 +53,26 @@ def test_every_route(server: Server, path: str, body: dict[str, Any], param: str
     response = httpx.post(
         f"{server.url}{path}", json={"model": NAME, **body}, headers=headers, timeout=60.0
     )
+    check_overflow(response, CONTEXT, param)
+
+
+def check_overflow(response: httpx.Response, context: int, param: str) -> None:
     error = response.json()["error"]
     if isinstance(error, str):  # Ollama's format
         error = {**response.json(), "message": error}
     assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
-    assert error["message"].startswith(WORDS) and "\n" not in error["message"]
+    assert error["message"].startswith(WORDS.format(context)) and "\n" not in error["message"]
     assert error["param"] == param
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/api/embed"])
+def test_embeddings(path: str) -> None:
+    model = embedding_model()
+    with listening(model) as server:
+        for given in (["x", "y" * (model.context + 1)], "z" * 4_000_000):
+            body = {"model": model.name, "input": given}
+            url = f"http://127.0.0.1:{server.port}{path}"
+            check_overflow(httpx.post(url, json=body, timeout=60.0), model.context, "input")
 
 
 def test_detokenize_takes_a_whole_context(server: Server) -> None:

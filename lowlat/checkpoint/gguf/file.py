@@ -108,6 +108,11 @@ class GGUFFile:
         """The file that holds the tensor: the part, if the model is split."""
         return self._files[name].path
 
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """`MappedFile.version` of each part."""
+        return tuple(dict.fromkeys(file.version for file in (self._keys, *self._files.values())))
+
     def entry(self, key: str) -> bytes:
         """A key with its type and value, as the file holds them."""
         return self._keys.bytes(*self._entries[key])

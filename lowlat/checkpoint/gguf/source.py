@@ -84,7 +84,7 @@ def open_gguf(path: Path) -> TensorSource:
     tensors: dict[str, StoredTensor] = {}
     for name in file.tensors:
         tensors |= layout.convert(name)
-    return TensorSource(file.path, config, tensors)
+    return TensorSource(file.path, config, tensors, file.versions)
 
 
 @final

@@ -53,6 +53,7 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         self._file = MappedFile(path)
+        self.version = self._file.version
         self.metadata: Mapping[str, str]
         self.extents: Mapping[str, Extent]
         self.metadata, self.extents = _parse_header(self._file)

@@ -12,7 +12,7 @@ from lowlat.generate.params import SamplingParams
 from lowlat.serve.protocol import limits
 from lowlat.serve.protocol.base import Name, check_entries
 from lowlat.serve.protocol.errors import RequestError
-from lowlat.serve.protocol.hints import Hint, Ignored, TemplateHint
+from lowlat.serve.protocol.hints import Ignored, TemplateHint
 from lowlat.serve.protocol.messages import (
     AssistantMessage,
     Message,
@@ -22,8 +22,6 @@ from lowlat.serve.protocol.messages import (
     text_of,
 )
 from lowlat.serve.protocol.sampling import (
-    HintText,
-    Metadata,
     ReasoningEffort,
     SamplingRequest,
     TopLogprobs,
@@ -80,16 +78,6 @@ class ChatRequest(SamplingRequest):
     """Whether the prompt ends with the beginning of an assistant message. Default true."""
     continue_final_message: bool | None = None
     """Whether the output continues the last message, an assistant's (prefill)."""
-    metadata: Hint[Metadata | None] = None
-    safety_identifier: Hint[HintText | None] = None
-    store: Annotated[bool | None, Ignored(when=lambda chat: chat.store)] = None
-    """Chats are not stored."""
-    service_tier: Hint[HintText | None] = None
-    verbosity: Hint[HintText | None] = None
-    prediction: Hint[dict[str, object] | None] = None
-    prompt_cache_key: Hint[HintText | None] = None
-    prompt_cache_retention: Hint[HintText | None] = None
-    client_metadata: Hint[dict[str, object] | None] = None
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":

@@ -27,7 +27,7 @@ from lowlat.serve.protocol.base import (
     check_entries,
 )
 from lowlat.serve.protocol.errors import RequestError
-from lowlat.serve.protocol.hints import Hint
+from lowlat.serve.protocol.hints import Hint, Ignored
 from lowlat.serve.protocol.structured_outputs import GUIDED, StructuredOutputs, guided_output
 
 DEFAULT_TEMPERATURE = 1.0
@@ -68,7 +68,30 @@ class StreamOptions(StrictModel):
     include_obfuscation: Hint[bool | None] = None
 
 
-class SamplingRequest(GenerationRequest):
+class HintedRequest(GenerationRequest):
+    """Hints that chat and completions requests share: fields of OpenAI's, vLLM's and llama.cpp's
+    servers that do not change the answer."""
+
+    user: Hint[HintText | None] = None
+    metadata: Hint[Metadata | None] = None
+    safety_identifier: Hint[HintText | None] = None
+    store: Annotated[bool | None, Ignored(when=lambda request: request.store)] = None
+    """Chats and completions are not stored."""
+    service_tier: Hint[HintText | None] = None
+    verbosity: Hint[HintText | None] = None
+    prediction: Hint[dict[str, object] | None] = None
+    prompt_cache_key: Hint[HintText | None] = None
+    prompt_cache_retention: Hint[HintText | None] = None
+    client_metadata: Hint[dict[str, object] | None] = None
+    guided_decoding_backend: Hint[HintText | None] = None
+    request_id: Hint[HintText | None] = None
+    """The header X-Request-Id sets the id."""
+    cache_prompt: Hint[bool | None] = None
+    """Prompts are always cached."""
+    id_slot: Hint[int | None] = None
+
+
+class SamplingRequest(HintedRequest):
     """Fields that chat and completions requests share. Null means the default."""
 
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset({"guided_whitespace_pattern"})
@@ -118,11 +141,9 @@ class SamplingRequest(GenerationRequest):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
-    guided_decoding_backend: Hint[HintText | None] = None
     return_token_ids: bool | None = None
     """Whether to return the token ids of prompt and output."""
     stream_options: StreamOptions | None = None
-    user: Hint[HintText | None] = None
 
     @property
     def includes_usage(self) -> bool:

@@ -46,6 +46,8 @@ def test_any_part_opens_all(tmp_path: Path, small_first: bool) -> None:
         for name, value in loaded.model.state_dict().items():
             assert torch.equal(bits(value), bits(parameters[name])), name
         assert weight_files(path) == parts
+        names = [version.split()[0] for version in loaded.model.weight_files]
+        assert names == [part.name for part in parts]
         assert resolve(str(path)) == parts[0]
         assert has_vocabulary(path)  # which only the first part has
 

@@ -38,6 +38,10 @@ def test_sharded(tmp_path: Path) -> None:
     assert torch.equal(source.read("c"), torch.full((2, 7), 2.0))
     assert source.hf_config == {"model_type": "llama"}
     assert source.where("c") == f"{tmp_path / 'model' / B}: tensor 'c'"
+    files = [tmp_path / "model" / name for name in (A, B)]
+    assert source.files == tuple(
+        f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files
+    )
     with pytest.raises(UserError, match="'d' is missing"):
         source.read("d")
 

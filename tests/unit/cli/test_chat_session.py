@@ -74,7 +74,9 @@ def test_sessions_are_private(root: Path, loaded: list[tuple[str, Model]]) -> No
     chat("tiny", *GREEDY, "--session", "a", "--once", LONG)
     loaded[-1][1].close()  # as the end of the program does: writes the pages
     assert stat.S_IMODE((root / "a").stat().st_mode) == 0o700
-    assert list((root / "a/pages").glob("*/*/*"))
+    files = [path for path in (root / "a").rglob("*") if path.is_file()]
+    assert (root / "a/conversation.json") in files and len(files) > 2
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
 def test_reset_and_system_are_kept(root: Path, loaded: list[tuple[str, Model]]) -> None:

@@ -39,14 +39,10 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[AsyncEngine, ServeConf
 
 
 def test_options_reach_server_and_engine(
-    lowlat: Invoke,
-    served: list[tuple[AsyncEngine, ServeConfig]],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    lowlat: Invoke, served: list[tuple[AsyncEngine, ServeConfig]], tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"
     keys.write_text(f"{KEY}\n")
-    keys.chmod(0o644)
     result = lowlat(
         "serve", "tiny", "--port", "0", "--api-key-file", str(keys), "--allowed-host", "a.example",
         "--served-model-name", "mine", "--max-queue", "7", "--request-timeout", "60",
@@ -55,13 +51,30 @@ def test_options_reach_server_and_engine(
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("lowlat serves mine on http://127.0.0.1:")
     assert KEY not in result.output
-    assert "chmod 600" in caplog.text
     ((engine, config),) = served
     assert engine.max_queue == 7
     assert config.api_keys == (KEY,)
     assert config.allowed_hosts == ("a.example",)
     assert config.model_name == "mine"
     assert (config.request_seconds, config.drain_seconds) == (60.0, 5.0)
+
+
+@pytest.mark.parametrize(("mode", "is_exposed"), [(0o600, False), (0o604, True), (0o620, True)])
+def test_an_exposed_key_file_is_one_warning(
+    lowlat: Invoke,
+    served: list[tuple[AsyncEngine, ServeConfig]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    mode: int,
+    is_exposed: bool,
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{KEY}\n")
+    keys.chmod(mode)
+    assert lowlat("serve", "tiny", "--port", "0", "--api-key-file", str(keys)).exit_code == 0
+    warning = "other users can read or write the file of --api-key-file; run chmod 600 on it"
+    warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert warnings == [warning] * is_exposed
 
 
 def test_context_and_machine_reach_the_loader(

@@ -3,6 +3,8 @@ Its files are those of `test_disk_cache_files`.
 """
 
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from lowlat.config.model import IndexerConfig
-from lowlat.engine import prefix_loader
+from lowlat.checkpoint.load import load_model
+from lowlat.checkpoint.save import save_model
+from lowlat.config.model import IndexerConfig, RopeConfig
+from lowlat.engine import cache_fingerprint, prefix_loader
 from lowlat.engine.cache_fingerprint import fingerprint_of
 from lowlat.engine.engine import Engine
 from lowlat.engine.page_folder import PageFolder
@@ -20,6 +24,7 @@ from lowlat.engine.params import TokenSamplingParams
 from lowlat.engine.request import Chunk
 from lowlat.engine.runner import ModelRunner
 from lowlat.engine.scheduler import Limits
+from lowlat.utils import sampled_digest
 from tests.configs import MLA
 from tests.fakes import gqa_config, mla_config, tiny_model
 
@@ -279,3 +284,50 @@ def test_the_fingerprint_has_the_kernels_and_the_version(monkeypatch: pytest.Mon
         with monkeypatch.context() as patch:
             patch.setattr(f"lowlat.engine.cache_fingerprint.{name}", lambda *args: "something else")
             assert fingerprint_of(runner, context=97) != same
+
+
+def test_the_fingerprint_has_the_rotary_factors_of_the_served_context() -> None:
+    factors, long = (1.0,) * 3, (2.0,) * 3
+    rope = RopeConfig(
+        rope_theta=100.0,
+        rope_type="longrope",
+        original_max_position_embeddings=50,
+        pair_factors=factors,
+        long_pair_factors=long,
+    )
+    for scaled, is_equal in ((rope, False), (replace(rope, long_pair_factors=None), True)):
+        runner = ModelRunner(tiny_model(mla_config(rope=scaled)), page_size=PAGE)
+        short, whole = (fingerprint_of(runner, context=context) for context in (50, 51))
+        assert (short == whole) == is_equal
+
+
+@pytest.mark.parametrize("is_larger", [True, False])
+def test_a_rewritten_file_has_another_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_larger: bool
+) -> None:
+    """Regression: of a model larger than memory, a change between the samples of a tensor."""
+    monkeypatch.setattr(cache_fingerprint, "is_larger_than_memory", lambda size: is_larger)
+    for module in (cache_fingerprint, sampled_digest):
+        monkeypatch.setattr(module, "SAMPLES", 2)
+        monkeypatch.setattr(module, "SAMPLE_BYTES", 4)
+    config = mla_config()
+    save_model(tiny_model(config), config, tmp_path / "model", source=None)
+    file = tmp_path / "model/model.safetensors"
+    copied = tmp_path / "copy"
+    shutil.copytree(file.parent, copied)
+
+    def fingerprint(folder: Path) -> bytes:
+        runner = ModelRunner(load_model(folder).model, page_size=PAGE)
+        return fingerprint_of(runner, context=97)
+
+    same = fingerprint(file.parent)
+    assert fingerprint(copied) == same
+    written = file.stat().st_mtime_ns
+    data = bytearray(file.read_bytes())
+    row = load_model(copied).model.embed_tokens.weight[5].detach()
+    data[data.index(row.numpy().tobytes())] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(written + 1, written + 1))
+    assert fingerprint(file.parent) != same
+    os.utime(file, ns=(written, written))
+    assert (fingerprint(file.parent) == same) == is_larger

@@ -6,14 +6,19 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from lowlat.serve.app import build_app, make_state
+from lowlat.serve.async_engine import AsyncEngine
 from lowlat.serve.chat.template_features import TemplateFeatures
+from lowlat.serve.config import ServeConfig
 from lowlat.serve.generation import Draining, EngineDead, Overloaded
 from lowlat.serve.protocol.errors import RequestError
 from lowlat.serve.protocol.hints import HEADER
 from lowlat.serve.routes.anthropic import MessageObject
 from lowlat.serve.routes.anthropic_request import CountTokensRequest, MessagesRequest, as_chat
+from tests.abuse.local import NAME as COUNTING
+from tests.abuse.local import counting_model
 
-from .conftest import MakeClient
+from .conftest import URL, MakeClient
 from .fake_engine import NAME, Answer, FakeEngine, tiny
 from .templates import tokenizer_of
 
@@ -231,6 +236,24 @@ def test_thinking_sets_the_template(
 def test_stop_sequences(client: TestClient, engine: FakeEngine) -> None:
     client.post(PATH, json={**BODY, "stop_sequences": ["ll", "x"]})
     assert engine.asked[0].params.stop == ("ll", "x")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_ends_on_a_stop_sequence(stream: bool) -> None:
+    """The model counts letters."""
+    state = make_state(AsyncEngine(counting_model()), ServeConfig())
+    body = {**BODY, "model": COUNTING, "stop_sequences": ["x", "def"], "temperature": 0}
+    with TestClient(build_app(state), base_url=URL) as client:
+        response = client.post(PATH, json={**body, "stream": stream})
+    if stream:
+        events = events_of(response.text)
+        pieces = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+        text, end = "".join(piece["text"] for piece in pieces), events[-2]["delta"]
+    else:
+        end = response.json()
+        text = end["content"][0]["text"]
+    assert text == "abc"
+    assert (end["stop_reason"], end["stop_sequence"]) == ("stop_sequence", "def")
 
 
 def test_hints_are_named(engine: FakeEngine, make_client: MakeClient) -> None:

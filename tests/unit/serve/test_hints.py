@@ -23,21 +23,27 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 EARLIER = {"role": "assistant", "content": "x", "tool_calls": []}
 STREAMED = {"stream": True, "stream_options": {"include_obfuscation": False}}
-CASES: list[tuple[str, dict[str, Any], str]] = [
-    (CHAT, {"user": "u", "metadata": {"a": "b"}}, "metadata, user"),
-    (CHAT, {"safety_identifier": "s", "service_tier": "flex"}, "safety_identifier, service_tier"),
-    (CHAT, {"store": True, "verbosity": "low"}, "store, verbosity"),
-    (CHAT, {"prompt_cache_key": "k", "prompt_cache_retention": "24h"}, "prompt_cache_key, "
+SHARED: list[tuple[dict[str, Any], str]] = [
+    ({"user": "u", "metadata": {"a": "b"}}, "metadata, user"),
+    ({"safety_identifier": "s", "service_tier": "flex"}, "safety_identifier, service_tier"),
+    ({"store": True, "verbosity": "low"}, "store, verbosity"),
+    ({"prompt_cache_key": "k", "prompt_cache_retention": "24h"}, "prompt_cache_key, "
      "prompt_cache_retention"),
-    (CHAT, {"client_metadata": {"a": {"b": 1}}}, "client_metadata"),
-    (CHAT, {"prediction": {"type": "content", "content": "x"}}, "prediction"),
+    ({"client_metadata": {"a": {"b": 1}}}, "client_metadata"),
+    ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+    ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend"),
+    ({"request_id": "r"}, "request_id"),
+    ({"cache_prompt": False, "id_slot": -1}, "cache_prompt, id_slot"),
+]  # fmt: skip
+"""Of chats and completions."""
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    *((path, change, named) for path in (CHAT, COMPLETIONS) for change, named in SHARED),
     (CHAT, {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
      "parallel_tool_calls, tool_choice, tools"),
     (CHAT, {"messages": [{"role": "user", "content": [PART, PART]}]},
      "messages.content.cache_control"),
     (CHAT, {"messages": [EARLIER, {"role": "user", "content": "x"}]}, "messages.tool_calls"),
     (CHAT, STREAMED, "stream_options.include_obfuscation"),
-    (CHAT, {"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend"),
     (COMPLETIONS, {"user": "u", **STREAMED}, "stream_options.include_obfuscation, user"),
     (RESPONSES, {"reasoning": {"summary": "auto"}, "text": {"verbosity": "high"}},
      "reasoning.summary, text.verbosity"),
@@ -66,7 +72,7 @@ def test_hints_are_accepted_and_named(
     ("path", "change"),
     [
         (CHAT, {"store": False, "user": None, "metadata": None, "tools": None, "stop": []}),
-        (COMPLETIONS, {"user": None}),
+        (COMPLETIONS, {"store": False, "user": None, "cache_prompt": None}),
         (RESPONSES, {"truncation": "disabled", "include": [], "metadata": {"a": "b"}}),
     ],
 )

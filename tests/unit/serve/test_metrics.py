@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -114,18 +115,43 @@ def captured(lines: io.StringIO, request: pytest.FixtureRequest) -> None:
     request.addfinalizer(lambda: LOGGER.removeHandler(handler))
 
 
-def test_each_request_is_one_line_of_json(client: TestClient, lines: io.StringIO) -> None:
-    client.post("/v1/completions?", json=BODY, headers={"X-Request-Id": "abc"})
+CHAT = {"messages": [{"role": "user", "content": "a secret prompt"}]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a secret prompt"}),
+        ("/v1/chat/completions", CHAT),
+        ("/v1/responses", {"input": "a secret prompt"}),
+        ("/v1/messages", {**CHAT, "max_tokens": 9}),
+        ("/api/chat", CHAT),
+        ("/api/generate", {"prompt": "a secret prompt"}),
+    ],
+)
+def test_each_request_is_one_line_of_json(
+    client: TestClient,
+    engine: FakeEngine,
+    lines: io.StringIO,
+    path: str,
+    body: dict[str, Any],
+    stream: bool,
+) -> None:
+    body = {"model": NAME, "stream": stream, **body}
+    client.post(f"{path}?", json=body, headers={"X-Request-Id": "abc"})
     (line,) = map(json.loads, lines.getvalue().splitlines())
     assert line["message"] == "request"
     assert (line["request_id"], line["method"]) == ("abc", "POST")
-    assert (line["path"], line["status"]) == ("/v1/completions", 200)
+    assert (line["path"], line["status"]) == (path, 200)
     assert line["seconds"] >= 0
     assert line["level"] == "info"
-    assert (line["client"], line["key"]) == ("testclient", None)
+    assert (line["client"], line["key"], line["model"]) == ("testclient", None, NAME)
     counts = {name: line[name] for name in line if name.endswith("_tokens")}
-    assert counts == {"prompt_tokens": 15, "cached_tokens": 3, "completion_tokens": 5}
-    assert line["prefill_seconds"] >= 0 and line["decode_seconds"] >= 0
+    tokens = len(engine.asked[0].prompt)
+    assert tokens >= 15
+    assert counts == {"prompt_tokens": tokens, "cached_tokens": 3, "completion_tokens": 5}
+    assert (line["prefill_seconds"], line["decode_seconds"]) == (0.25, 0.5)
 
 
 def test_lines_have_a_fingerprint_of_the_key(make_client: MakeClient, lines: io.StringIO) -> None:

@@ -54,6 +54,11 @@ def test_every_api_route_is_described(client: TestClient, engine: FakeEngine) ->
     assert described == {pair for pair in routes if "/static/" not in pair[1]} - pages
 
 
+def test_every_operation_may_refuse_long_headers(client: TestClient) -> None:
+    for operations in document_of(client)["paths"].values():
+        assert all("431" in operation["responses"] for operation in operations.values())
+
+
 def test_examples_cover_all_bodies(client: TestClient) -> None:
     paths = document_of(client)["paths"]
     posts = {path for path in paths if "post" in paths[path]}

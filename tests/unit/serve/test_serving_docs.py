@@ -77,7 +77,7 @@ def test_every_hint_is_in_the_row_of_hints(column: int, kind: type[StrictModel])
         for mark in field.metadata
         if isinstance(mark, Ignored) and mark.when is None
     }
-    assert words(row[column]) == always
+    assert words(row[1 if row[column] == "the same" else column]) == always
 
 
 def all_kinds(kind: type[StrictModel]) -> Iterator[type[StrictModel]]:

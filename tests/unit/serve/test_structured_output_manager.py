@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from lowlat.serve.state import ServerState
 from lowlat.serve.structured_outputs import MIN_GRAMMAR_BYTES, MemoryBudget, StructuredOutputManager
 from tests.fakes import byte_tokenizer, gqa_config, tiny_model
 
+from .conftest import MakeClient
 from .fake_engine import FakeEngine
 
 SMALL = Regex(pattern="a")
@@ -83,6 +86,40 @@ def test_grammars_of_all_requests_share_a_budget(engine: FakeEngine) -> None:
         grammars.close()
 
     asyncio.run(ask())
+
+
+def test_a_grammar_does_not_wait_for_those_of_another_key(
+    make_client: MakeClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: one queue for all API keys."""
+    hard, is_released, begun = "a+", threading.Event(), []
+    compile = StructuredOutputManager._compile
+
+    def held(self: StructuredOutputManager, output: Regex, *args: Any) -> Any:
+        if output.pattern == hard:
+            begun.append(output)
+            assert is_released.wait(60.0)
+        return compile(self, output, *args)
+
+    monkeypatch.setattr(StructuredOutputManager, "_compile", held)
+    keys = ("a" * 20, "b" * 20)
+    client = make_client(api_keys=keys)
+
+    def ask(key: str, pattern: str) -> int:
+        body = {"model": "tiny", "prompt": "x", "structured_outputs": {"regex": pattern}}
+        headers = {"Authorization": f"Bearer {key}"}
+        return client.post("/v1/completions", json=body, headers=headers).status_code
+
+    with ThreadPoolExecutor(9) as pool:
+        first = [pool.submit(ask, keys[0], hard) for _ in range(8)]
+        try:
+            while not begun:
+                time.sleep(0.01)
+            assert pool.submit(ask, keys[1], "b").result(30.0) == 200
+            assert not any(each.done() for each in first)
+        finally:
+            is_released.set()
+        assert [each.result() for each in first] == [200] * 8
 
 
 @pytest.fixture
