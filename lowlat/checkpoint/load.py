@@ -95,9 +95,9 @@ def load_model(
     part = 1.0
     if divide is not None:
         model.keep_share(divide(config))
-        parameters = _unfilled(model)
-        plan = [step for step in plan if parameters.keys() & set(step.parameters())]
-        part = sum(map(Tensor.numel, parameters.values())) / sum(map(math.prod, shapes.values()))
+        kept = _filled_parameters(model)
+        plan = [step for step in plan if kept.keys() & set(step.parameters())]
+        part = sum(map(Tensor.numel, kept.values())) / sum(map(math.prod, shapes.values()))
     readers: Readers = {}
     if keeps_blocks and place.type == "cpu" and opened.can_keep_blocks:
         has_head = model.lm_head is not None
@@ -108,9 +108,7 @@ def load_model(
     filled = read_parameters(
         opened, model, plan, shapes, readers, place, progress, rows_of=model.rows_of
     )
-    if len(embedding := model.embed_tokens.weight) == 0:
-        kind = opened.wanted(readers) or source.dtype(file_name(config, EMBEDDING))
-        filled[EMBEDDING] = torch.empty(embedding.shape, dtype=kind, device=place)
+    _add_empty_embedding(filled, model, opened, readers, place)
     model.load_state_dict(filled, strict=True, assign=True)
     model.weight_files = opened.stored.files
     return LoadedModel(model=model, config=config, path=opened.stored.path)
@@ -176,7 +174,7 @@ def read_parameters(
     """The unfilled parameters of `model`, a Transformer or parts of one: those of `readers` by
     them, the others by `plan`. rows_of: the rows of a parameter that this process has."""
     form = opened.packing
-    parameters = _unfilled(model)
+    parameters = _filled_parameters(model)
     packed = store_packed(model, form) if form else {}
 
     def own_rows(name: str, tensor: Tensor) -> Tensor:
@@ -192,9 +190,22 @@ def read_parameters(
     return filled | read_blocks(readers, parameters, progress)
 
 
-def _unfilled(model: nn.Module) -> dict[str, Tensor]:
+def _filled_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters to read from the checkpoint: all but an embedding without rows."""
     return {name: tensor for name, tensor in model.state_dict().items() if len(tensor) > 0}
+
+
+def _add_empty_embedding(
+    filled: dict[str, Tensor],
+    model: Transformer,
+    opened: OpenedWeights,
+    readers: Readers,
+    place: torch.device,
+) -> None:
+    """Add to `filled` the embedding of a share that has no rows of it."""
+    if len(embedding := model.embed_tokens.weight) == 0:
+        kind = opened.wanted(readers) or opened.source.dtype(file_name(opened.config, EMBEDDING))
+        filled[EMBEDDING] = torch.empty(embedding.shape, dtype=kind, device=place)
 
 
 def _packing_of(dtype: str) -> Packing | None:
