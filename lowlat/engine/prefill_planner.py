@@ -3,12 +3,14 @@
 Owns the rule that makes entries reproducible: the path of an entry follows from its position and
 from the length of its request's prompt, never from the batch composition. A prompt is divided by a
 fixed grid of chunks, each on the path that suits its length; generated tokens take the decode path.
+The last page of a long prompt is a chunk of its own: whoever finds all pages before it in a cache
+computes these few tokens without rebuilding the keys and values of the whole prompt.
 """
 
 from functools import cache, partial
 
 from lowlat.attention.path import AttentionPath, choose_path
-from lowlat.config.attention import ModelAttention
+from lowlat.config.attention import GQAConfig, ModelAttention, distinct
 
 PREFILL_CHUNK = 2048
 """Tokens of a prefill chunk. On the expanded path each chunk rebuilds the keys and values of all
@@ -25,14 +27,15 @@ class PrefillPlanner:
         self.chunk = -(-chunk // page_size) * page_size
         self.page_size = page_size
         self._choose_path = cache(partial(choose_path, attention))
+        self._rebuilds_keys = any(not isinstance(each, GQAConfig) for each in distinct(attention))
 
     def path(self, position: int, prompt_length: int) -> AttentionPath:
         """The path of the KV cache entry at `position` of a sequence with a prompt of
         `prompt_length` tokens."""
         if position >= prompt_length:
             return "decode"
-        start = position - position % self.chunk
-        return self._choose_path(min(self.chunk, prompt_length - start))
+        start, end = self._chunk_of(position, prompt_length)
+        return self._choose_path(end - start)
 
     def next_chunk(
         self, start: int, prompt_length: int, length: int, limit: int
@@ -41,8 +44,28 @@ class PrefillPlanner:
         `length` tokens, at most `limit` tokens long."""
         end = length
         if start < prompt_length:
-            end = min(start - start % self.chunk + self.chunk, prompt_length)
+            _, end = self._chunk_of(start, prompt_length)
         return min(end - start, limit), self.path(start, prompt_length)
+
+    def _chunk_of(self, position: int, prompt_length: int) -> tuple[int, int]:
+        """(start, end) of the prompt's chunk with `position`."""
+        start = position - position % self.chunk
+        end = min(start + self.chunk, prompt_length)
+        last_page = prompt_length - 1 - (prompt_length - 1) % self.page_size
+        if end == prompt_length and self._cuts(start, last_page, end):
+            return (last_page, end) if position >= last_page else (start, last_page)
+        return start, end
+
+    def _cuts(self, start: int, last_page: int, end: int) -> bool:
+        """Whether the last page of a prompt is a chunk of its own: only behind at least one whole
+        chunk, where one more pass over the weights costs little beside rebuilding keys and values,
+        and only if it avoids that."""
+        return (
+            self._rebuilds_keys
+            and 0 < start < last_page
+            and self._choose_path(last_page - start) == "expanded"
+            and self._choose_path(end - last_page) != "expanded"
+        )
 
     def page_path(self, page: int, prompt_length: int) -> str:
         """Name of the path or paths that compute a sequence's page number `page` (from 0). Entries

@@ -164,13 +164,16 @@ class PolicyForward:
         chunks are one call, the completions of all sequences the last.
         """
         chunk = self._planner.chunk
-        longest = max(len(sequence.prompt) for sequence in sequences)
-        for start in range(0, longest, chunk):
+        starts = [0] * len(sequences)
+        while True:
             call = []
             for number, own in enumerate(sequences):
-                if start < (size := len(own.prompt)):
+                if (start := starts[number]) < (size := len(own.prompt)):
                     length, path = self._planner.next_chunk(start, size, size, chunk)
                     call.append((number, start, length, path))
+                    starts[number] += length
+            if not call:
+                break
             yield call
         call = []
         for number, (own, length) in enumerate(zip(sequences, lengths, strict=True)):
