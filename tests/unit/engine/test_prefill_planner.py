@@ -23,13 +23,15 @@ READER = PrefillPlanner(V3_MLA, chunk=1024, page_size=64)
         (1024, 1100, "absorbed"),
         (1100, 1100, "decode"),
         (2047, 4000, "expanded"),
-        (3967, 4000, "expanded"),
-        (3968, 4000, "decode"),
-        (3968, 4001, "absorbed"),
-        (3967, 4032, "expanded"),
-        (3968, 4032, "absorbed"),
+        (3967, 3975, "expanded"),
+        (3968, 3975, "decode"),
+        (3968, 3976, "expanded"),
+        (19967, 20000, "expanded"),
+        (19968, 20000, "decode"),
+        (19968, 20001, "absorbed"),
         (3072, 3242, "absorbed"),
-        (960, 1000, "expanded"),
+        (960, 961, "decode"),
+        (960, 962, "expanded"),
     ],
 )
 def test_the_path_follows_from_the_position_and_the_prompt(
@@ -41,7 +43,7 @@ def test_the_path_follows_from_the_position_and_the_prompt(
 def test_prefill_chunks_cover_a_sequence_without_crossing_the_grid() -> None:
     """For any limits of the steps: every token once, each on its own path."""
     for limit in (1, 7, 100, 1000, 5000):
-        start, prompt, length = 0, 4000, 4100
+        start, prompt, length = 0, 3975, 4075
         while start < length:
             size, path = READER.next_chunk(start, prompt, length, limit)
             assert 1 <= size <= limit
@@ -56,15 +58,15 @@ def test_a_whole_grid_chunk_is_one_prefill_chunk() -> None:
 
 def test_the_last_page_of_a_long_prompt_is_a_chunk_without_expansion() -> None:
     """All pages before it may come from a cache; the keys of the prompt are not built for it."""
-    assert READER.next_chunk(3072, 4001, 4001, 4096) == (896, "expanded")
-    assert READER.next_chunk(3968, 4001, 4001, 4096) == (33, "absorbed")
-    assert READER.page_path(62, 4001) == "absorbed 33"
-    assert READER.page_path(62, 4000) == "decode"
+    assert READER.next_chunk(19456, 20001, 20001, 4096) == (512, "expanded")
+    assert READER.next_chunk(19968, 20001, 20001, 4096) == (33, "absorbed")
+    assert READER.page_path(312, 20001) == "absorbed 33"
+    assert READER.page_path(312, 20000) == "decode"
 
 
 def test_gqa_has_no_keys_to_rebuild() -> None:
     planner = PrefillPlanner(gqa_config().attention, chunk=1024, page_size=64)
-    assert planner.next_chunk(3072, 4000, 4000, 4096) == (928, "expanded")
+    assert planner.next_chunk(3072, 3975, 3975, 4096) == (903, "expanded")
 
 
 def test_names_of_pages_that_mix_paths_include_the_position() -> None:
