@@ -3,8 +3,8 @@
 Owns the rule that makes entries reproducible: the path of an entry follows from its position and
 from the length of its request's prompt, never from the batch composition. A prompt is divided by a
 fixed grid of chunks, each on the path that suits its length; generated tokens take the decode path.
-The few tokens on the last page of a long prompt are a chunk of their own: whoever finds all pages
-before it in a cache computes them without rebuilding the keys and values of the whole prompt.
+The few tokens on the last page of a long prompt are a chunk of their own: a request that finds all
+pages before it in a cache computes them without rebuilding the keys and values of the whole prompt.
 """
 
 from functools import cache, partial
