@@ -1,7 +1,8 @@
 """KV cache page allocator (block allocator in vLLM): free, used and cached pages, reference counts.
 
-Owns page numbers, their reference counts and the LRU order of eviction. Knows no tensor (entries
-are in `attention.cache`) and no token (`engine.prefix` knows the content of a cached page).
+Owns page numbers, their reference counts and the prefix cache's eviction in LRU order. Knows no
+tensor (entries are in `attention.cache`) and no token (the content of a cached page is in
+`engine.prefix`).
 """
 
 import heapq

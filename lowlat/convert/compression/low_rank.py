@@ -1,4 +1,6 @@
-"""Low-rank factorisation of a layer's NoPE keys and values, jointly, into the MLA latent."""
+"""Low-rank factorisation of a layer's NoPE keys and values, jointly, into the MLA latent: PCA of
+calibration activations (activation-aware SVD).
+"""
 
 from dataclasses import dataclass
 

@@ -10,6 +10,7 @@ in exactly converted models.
     seconds >= max((weights + KV cache) / bandwidth,
                    FLOPs of the weights / product rate + FLOPs of attention / score rate)
 
+A step is memory-bound if its arithmetic intensity (FLOPs per byte) is low, else compute-bound.
 Reaching this bound (the roofline) requires weights to be read while attention is computed. The
 serial bound is the sum of the bound of the weights and the bound of attention. It is larger if one
 of them is memory-bound and the other compute-bound.
