@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> Rates:
-    """Run all rounds. Raises UserError for unsupported levels, lengths and number types."""
+    """Run all rounds. Raises UserError for unsupported levels, lengths and data types."""
     prompts = parse_lengths("--prefill", options.prefill)
     contexts = parse_lengths("--decode", options.decode)
     levels = options.levels.split(",")

@@ -1,4 +1,4 @@
-"""Quality of int4 and int8 weights compared with llama.cpp's K types at equal bits per weight.
+"""Quality of int4 and int8 weights compared with llama.cpp's K-quants at equal bits per weight.
 
     python benchmarks/low_bit.py MODEL... --text TEXT --llama-python PYTHON [--bytes 60000]
 
@@ -7,7 +7,7 @@ llama-cpp-python; its quantizer gets the importance matrix that lowlat measures 
 text, and keeps the embedding in bf16. lowlat loads every result as fp32, so all differ in their
 weights only. Bits count the matrices of the decoder layers, without routers. KL is from the bf16
 weights' next-token distribution, in nats per token. The last line of a model is the KL of
-llama.cpp's K types at int4's bits, interpolated between Q4_K_M and Q5_K_M on a logarithmic scale.
+llama.cpp's K-quants at int4's bits, interpolated between Q4_K_M and Q5_K_M on a logarithmic scale.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def _bits(path: Path) -> float:
 
 
 def interpolated(rows: list[Row], bits: float) -> float:
-    """KL of llama.cpp's K types at `bits` per weight."""
+    """KL of llama.cpp's K-quants at `bits` per weight."""
     low, high = (next(row for row in rows if row.weights == name) for name in ENDS)
     share = (bits - low.bits) / (high.bits - low.bits)
     logs = math.log(low.divergence), math.log(high.divergence)
@@ -183,7 +183,7 @@ def main() -> None:
             print(f"| {row.model} | {row.weights} | {cells} |")
         bits = next(row.bits for row in rows if row.weights == "int4")
         print(
-            f"| {folder.name} | K types at int4's bits | {bits:.2f} | "
+            f"| {folder.name} | K-quants at int4's bits | {bits:.2f} | "
             f"{interpolated(rows, bits):.5f} | |",
             flush=True,
         )

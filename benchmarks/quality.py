@@ -1,4 +1,4 @@
-"""Quality by number type of weights and KV cache: perplexity and KL divergence from fp32.
+"""Quality by data type of weights and KV cache: perplexity and KL divergence from fp32.
 
     python benchmarks/quality.py TEXT [--bytes 100000] [--models default smollm2-135m]
         [--forms prompt step] [--out FOLDER]
@@ -34,7 +34,7 @@ FORMS = {"prompt": WINDOW, "step": DECODE_TOKENS}
 
 @dataclass
 class Quality:
-    """Sums over tokens for one model and one pair of number types."""
+    """Sums over tokens for one model and one pair of data types."""
 
     model: str
     weights: str

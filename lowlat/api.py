@@ -59,7 +59,7 @@ from lowlat.utils.process_group import (
 from lowlat.utils.progress import Progress, SilentProgress, make_progress
 
 PYTORCH_DTYPES = ("fp64", "fp32", "fp16")
-"""Number types without native kernels."""
+"""Data types without native kernels."""
 
 
 class LoadOptions(TypedDict, total=False):

@@ -115,7 +115,7 @@ inline void absorb_query(const Pass& pass, const Attention& a, const Matrix& w, 
   });
 }
 
-// The same for rows of W_UK that are latent channels.
+// absorb_query for W_UK stored transposed: its rows are latent channels.
 inline void absorb_transposed(const Pass& pass, const Attention& a, const Matrix& w, std::int64_t head, std::int64_t strip,
                               NextTile next) {
   const Workspace& work = pass.work;

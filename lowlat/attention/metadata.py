@@ -28,7 +28,7 @@ class SequenceSlice:
 
     @property
     def context(self) -> int:
-        """Entries that the last new token attends to."""
+        """Length of the sequence after the step (seq_len in vLLM)."""
         return self.start + self.length
 
 

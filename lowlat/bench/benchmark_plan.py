@@ -59,7 +59,7 @@ class BenchmarkPlan:
     dtype: str = "auto"
     """Precision of lowlat's weights; peers use their nearest one. `for_weights` resolves "auto"."""
     cache: str = "bf16"
-    """Number type of the KV cache."""
+    """Data type of the KV cache."""
     threads: int
     """CPU threads of every program."""
     peers: tuple[Program, ...] = ()

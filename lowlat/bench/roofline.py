@@ -44,7 +44,7 @@ def case_cost(
     share: RankShare = WHOLE,
 ) -> StepCost:
     """The cost of one case. weights: those that stay quantized as stored; None for weights of
-    `dtype`. cache: number type of the KV cache. share: the part of a process.
+    `dtype`. cache: data type of the KV cache. share: the part of a process.
     """
     weights = dtype_weights(config, dtype) if weights is None else weights
     return step_cost(config, case_step(case), weights, cache=cache, share=share)

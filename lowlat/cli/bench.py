@@ -43,14 +43,14 @@ class BenchmarkOptions:
     dtype: Annotated[
         str,
         typer.Option(
-            help="Number type of the weights: bf16, int8, int4, fp8, fp32, or auto (bf16, and "
+            help="Data type of the weights: bf16, int8, int4, fp8, fp32, or auto (bf16, and "
             "quantized weights as MODEL stores them)."
         ),
     ] = "auto"
     cache: Annotated[
         str,
         typer.Option(
-            help="Number type of the KV cache: bf16, int8, or auto (fp32 with --dtype fp32, else "
+            help="Data type of the KV cache: bf16, int8, or auto (fp32 with --dtype fp32, else "
             "bf16)."
         ),
     ] = "auto"

@@ -88,7 +88,7 @@ def compare(
             metavar="X",
             min=0.0,
             help="Relative difference up to which parts are equal, by default that of the coarser "
-            "number type.",
+            "data type.",
         ),
     ] = None,
     impose_experts: Annotated[
@@ -99,11 +99,11 @@ def compare(
 ) -> None:
     """Find the first difference of two implementations of a model, its size and its cause.
 
-    NAME is any model that lowlat loads. Options after @: a number type (fp32 by default, fp64,
+    NAME is any model that lowlat loads. Options after @: a data type (fp32 by default, fp64,
     bf16, fp16, int8, int4, fp8, auto), an attention path (absorbed, expanded, decode), native (the
     native kernels instead of plain PyTorch), cache-int8 or cache-bf16. Examples: lowlat compare
     M@bf16 M@int8, M@absorbed M@expanded, M@bf16 M@native, M transformers:M. transformers and
-    official take a number type only.
+    official take a data type only.
 
     Exit code: 0 equal within the tolerance, 1 different, 2 wrong input or a peer that fails, 70 an
     unexpected error, with its traceback.

@@ -36,7 +36,7 @@ Experts = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Number type to store: auto (as in SRC), fp32, bf16, fp16, fp8 (128x128 blocks), int8 "
+        help="Data type to store: auto (as in SRC), fp32, bf16, fp16, fp8 (128x128 blocks), int8 "
         "or int4 (packed, scales chosen on calibration text; Q8_0 and Q4_1 in GGUF). Quantized "
         "weights of SRC are first dequantized in fp32."
     ),
@@ -175,7 +175,7 @@ def convert(
     dtype: Dtype = "auto",
     file_format: Format = "auto",
 ) -> None:
-    """Convert a model to MLA, to another number type, to another file format, or all of these.
+    """Convert a model to MLA, to another data type, to another file format, or all of these.
 
     DST appears complete or not at all. An interrupted conversion leaves .DST.partial or, with
     --heal, --evaluate or --to dsa, .DST.conversion; the same command resumes from it. Weights are

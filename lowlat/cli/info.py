@@ -53,7 +53,7 @@ def info(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help=f"Number type of the weights: {', '.join(DTYPES)}, or auto (as stored)."),
+        typer.Option(help=f"Data type of the weights: {', '.join(DTYPES)}, or auto (as stored)."),
     ] = None,
     cache: Annotated[
         str,
@@ -172,7 +172,7 @@ def _is_stored(subject: Subject, dtype: str | None) -> bool:
 
 
 def as_json(config: ModelConfig, memory: dict[str, int] | None, cache: str) -> dict[str, Any]:
-    """The object of --json; `cache` is the number type of the KV cache."""
+    """The object of --json; `cache` is the data type of the KV cache."""
     count, cost = count_parameters(config), kv_cache_size(config)
     alternatives = {"mha": cost.mha, "gqa8": cost.gqa8, "mqa": cost.mqa}
     entry = cost.elements_per_token_layer

@@ -49,7 +49,7 @@ Device = Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Number type of weights and computation: bf16 (stored int8 or int4 weights stay, fp8 "
+        help="Data type of weights and computation: bf16 (stored int8 or int4 weights stay, fp8 "
         "blocks are dequantized), int8 or int4 (quantize on load, compute in bf16), fp16, fp32, "
         "fp64, or auto (as stored, fp8 blocks too)."
     ),
@@ -57,7 +57,7 @@ Dtype = Annotated[
 Cache = Annotated[
     str,
     typer.Option(
-        help="Number type of the KV cache: bf16, int8 (one scale per 64 channels), or auto (same "
+        help="Data type of the KV cache: bf16, int8 (one scale per 64 channels), or auto (same "
         "as the computation)."
     ),
 ]

@@ -22,9 +22,9 @@ class ServedModel:
     config: ModelConfig
     weights: WeightBytes
     dtype: str
-    """Number type of products: fp32, bf16, fp8."""
+    """Data type of products: fp32, bf16, fp8."""
     stored: str
-    """Number type of the weights."""
+    """Data type of the weights."""
 
     @property
     def measured(self) -> str:

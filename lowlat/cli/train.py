@@ -201,7 +201,7 @@ def export(
         int | None, typer.Option(help="Step of the checkpoint, by default the latest.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Number type to store: bf16, fp16, fp32 or fp8.")
+        str, typer.Option(help="Data type to store: bf16, fp16, fp32 or fp8.")
     ] = "bf16",
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write only the LoRA adapter, in peft's layout.")

@@ -17,7 +17,7 @@ TOLERANCE = {
     "int8": 2e-1,
     "int4": 5e-1,
 }
-"""Largest relative difference due to rounding, by the coarser of the two number types."""
+"""Largest relative difference due to rounding, by the coarser of the two data types."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

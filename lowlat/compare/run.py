@@ -47,7 +47,7 @@ class ComparisonResult:
 
 
 def tolerance_of(a: Implementation, b: Implementation) -> float:
-    """The tolerance of the coarsest number type of weights and KV caches."""
+    """The tolerance of the coarsest data type of weights and KV caches."""
     precisions = (a.precision, b.precision, a.cache_precision, b.cache_precision)
     return TOLERANCE[max(filter(None, precisions), key=tuple(TOLERANCE).index)]
 

@@ -126,9 +126,9 @@ class Trace:
     """Parts of one window in one implementation. Tensors are on the CPU, fp32 or fp64."""
 
     dtype: torch.dtype
-    """Number type of the activations."""
+    """Data type of the activations."""
     cached: torch.dtype | None = None
-    """Number type of the KV cache; None: that of the activations."""
+    """Data type of the KV cache; None: that of the activations."""
     parts: dict[Place, Tensor] = field(default_factory=dict)
     """The compared parts."""
     evidence: dict[Place, Tensor] = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""Checkpoint conversion: GQA to MLA, KV cache compression, number types, file formats."""
+"""Checkpoint conversion: GQA to MLA, KV cache compression, data types, file formats."""

@@ -97,7 +97,7 @@ def prepare_conversion(src: Path, dst: Path, options: ConversionOptions) -> Conv
     if storage_type is None and _is_vendors(tensors):
         raise UserError(
             f"{src}: a conversion does not write the format of its quantized weights; choose the "
-            "number type with --dtype (bf16, fp8, int8, int4)"
+            "data type with --dtype (bf16, fp8, int8, int4)"
         )
     if is_same and storage_type == _quantized_type(config):
         raise UserError(f"{src}: nothing to convert; its weights are {storage_type} already")

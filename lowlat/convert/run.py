@@ -46,7 +46,7 @@ from lowlat.utils.errors import UserError
 from lowlat.utils.progress import Progress, SilentProgress
 
 STORAGE_FIELDS = ("dtype", "torch_dtype", "quantization_config", "quantization")
-"""Fields of a config.json that describe number types."""
+"""Fields of a config.json that describe data types."""
 
 _log = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ def _folder_files(
 def _config_fields(
     conversion: Conversion, weights: Weights, *, is_unchanged: bool
 ) -> dict[str, Any]:
-    """config.json. An unchanged model keeps its own fields, except those of number types."""
+    """config.json. An unchanged model keeps its own fields, except those of data types."""
     source, storage_type = conversion.tensors, conversion.storage_type
     config = stored_config(weights.config, storage_type)
     if is_unchanged:

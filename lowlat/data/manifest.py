@@ -82,7 +82,7 @@ class DatasetManifest:
 
     @property
     def dtype(self) -> np.dtype:
-        """Number type of the ids: 16 bits if they suffice."""
+        """Data type of the ids: 16 bits if they suffice."""
         return id_type(self.vocab_size)
 
 

@@ -47,8 +47,8 @@ class KVCacheManager:
 
     def match(self, sequence: Sequence) -> None:
         """Replace the pages of a sequence by its prefix cache hits, if these cover more tokens. The
-        last token is always computed, because its logits are needed; all of a prompt whose hidden
-        states are pooled, or whose tokens are scored."""
+        last token is always computed, because its logits are needed. A prompt is computed whole if
+        its hidden states are pooled or its tokens are scored."""
         if self.prefix is None or not sequence.request.reads_prefix_cache:
             return
         size = self._page_size
@@ -83,8 +83,8 @@ class KVCacheManager:
         return self.connector is not None and self._begin_prefill(sequence, contents)
 
     def _begin_prefill(self, sequence: Sequence, contents: list[PageContent]) -> bool:
-        """Have prefill processes compute those of the pages `contents` that a prompt fills; False
-        if there are none. The last token is always computed here, because its logits are
+        """Start remote prefill of those pages in `contents` that the prompt fills; False if there
+        are none. The last token is always computed here, because its logits are
         needed."""
         assert self.connector is not None
         count = len(sequence.request.prompt) // self._page_size - len(sequence.pages)
@@ -96,7 +96,7 @@ class KVCacheManager:
 
     def load(self, step_seconds: float | None) -> list[Sequence]:
         """Load pages for a while, from the disk (`PrefixLoader.advance`) and from prefill processes
-        (`KVConnector.get_finished`); returns the sequences that have theirs. step_seconds: the time
+        (`KVConnector.get_finished`); returns the fully loaded sequences. step_seconds: the time
         of the last step of other sequences; None if none runs."""
         loaded: list[Sequence] = []
         if self.loader is not None:

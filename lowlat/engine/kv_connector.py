@@ -1,5 +1,5 @@
-"""KV connector of disaggregated prefill: has prefill processes compute prompts, and takes over
-their KV cache pages as they arrive, before the sequence decodes.
+"""KV connector of disaggregated prefill: sends prompts to prefill processes, and receives their KV
+cache pages as they are computed, before the sequence decodes.
 
 Methods are named as those of vLLM's KVConnector. A page holds all layers, so the hooks per layer
 (wait_for_layer_load, save_kv_layer) have one counterpart per page: `prefill_worker.save_kv_pages`.
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOAD_SHARE = 0.05
-"""Share of the time of other sequences' steps that taking over pages may take."""
+"""Time that receiving pages may take, as a share of the other sequences' step time."""
 SLICE_SECONDS = 0.02
-"""Seconds of taking over pages between looks at new requests, while no sequence runs."""
+"""Seconds of receiving pages between checks for new requests, while no sequence runs."""
 WAIT_SECONDS = 0.005
 """Seconds to wait for a page while no sequence runs."""
 
@@ -49,7 +49,7 @@ class RemotePrefill(PageLoad):
 
 
 class KVConnector(PageLoader):
-    """Prompts in remote prefill."""
+    """Tracks prompts in remote prefill: what was sent, and which pages have arrived."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class KVConnector(PageLoader):
             self._receiver.send(request, peer)
 
     def get_finished(self, step_seconds: float | None) -> list[Sequence]:
-        """Take over pages for a while; returns the sequences that have all pages that come.
+        """Receive pages for a while; returns the sequences that get no more pages.
         step_seconds: the time of the last step of other sequences; None if none runs."""
         self.start_load_kv(self.build_connector_meta())
         is_alone = step_seconds is None

@@ -33,7 +33,7 @@ bytes per token and entry of the vocabulary."""
 MAX_SEQUENCES = 128
 """Default of `Limits.max_sequences`."""
 PRIORITY_SECONDS = 1.0
-"""Waiting this long outweighs one step of priority, so that no request starves."""
+"""Seconds of waiting that offset one level of priority (aging), so that no request starves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +65,19 @@ class Scheduler:
     """Continuous batching: every decoding sequence runs in every step; the rest of the token budget
     is chunked prefill.
 
-    The prefill budget grows with the number of prefilling per decoding sequence, up to a whole
-    step. So in a burst of requests, the first few to decode do not delay the first tokens of the
+    The prefill budget grows with the ratio of prefilling to decoding sequences, up to a whole step.
+    So in a burst of requests, the first few to decode do not delay the first tokens of the
     others. If all decoding sequences are offline, the budget is a whole step. Half of the budget
     goes to the prompt that has waited longest, the rest to the prompts with the fewest tokens left:
-    a long prompt neither delays short ones nor starves. Sequences are admitted by the served tokens
-    of their cache namespace (fair scheduling), then in order of arrival; a request waits until all
-    its n completions fit. When pages run out, the last sequence in order is preempted and
-    recomputed later, with the same output.
+    a long prompt neither delays short ones nor starves. Sequences of the cache namespace with the
+    fewest served tokens are admitted first (fair scheduling), then in order of arrival; a request
+    waits until all its n completions fit. When pages run out, the last sequence in order is
+    preempted and recomputed later, with the same output.
 
-    A request of priority p is treated as if it had arrived p times PRIORITY_SECONDS later. A
-    positive priority yields to all other requests. A negative one overtakes requests of its own
-    namespace only, and only while it waits: no API key can jump the queue.
+    A request of priority p counts as arriving p * PRIORITY_SECONDS later (lower first, as in
+    vLLM). Until it has waited that long, it yields to requests of all namespaces. A negative
+    priority overtakes requests of its own namespace only, and only while it waits: no API key can
+    jump the queue.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Engine statistics: counters, gauges and histograms (throughput, TTFT, inter-token latency).
 
-Owns the arithmetic; the server owns names and text formats. The engine's thread records, any thread
-may take a snapshot.
+The server defines the names of metrics and their text formats. The engine's thread records, any
+thread may take a snapshot.
 """
 
 import bisect
@@ -32,7 +32,7 @@ class Histogram:
 
     bounds: tuple[float, ...]
     counts: list[int]
-    """Values in each bucket, one more than bounds: the last has no upper bound. Not cumulative."""
+    """Values in each of the len(bounds) + 1 buckets, not cumulative; the last is +Inf."""
     sum: float = 0.0
     """Sum of the values in seconds."""
 
@@ -131,7 +131,7 @@ class EngineStats:
     prompt_tokens: int = 0
     """Prompt tokens of started requests."""
     cached_prompt_tokens: int = 0
-    """Those of them found in the prefix cache."""
+    """Prompt tokens found in the prefix cache."""
     generated_tokens: int = 0
     preemptions: int = 0
     drafted_tokens: int = 0

@@ -37,7 +37,7 @@ WORKER = Path(__file__).with_name("grammar_worker.py")
 TRIAL_SECONDS = 5.0
 """Wall-clock limit of a trial; the worker itself ends after CPU_SECONDS of processor time."""
 MAX_KNOWN = 1024
-"""Most tried grammars that are remembered, with their sizes."""
+"""Maximum number of cached results of trials."""
 BYTES_PER_CHARACTER = 64
 """Estimated memory per character of a grammar, if it cannot be measured."""
 MASK_SECONDS = 1.0
@@ -131,7 +131,7 @@ class GrammarCompiler:
 class CompiledGrammar(Constraint):
     """A compiled grammar that starts outputs; safe to use from several threads.
 
-    Outputs of one grammar share its tables and their limits: a request compiles its own.
+    Its outputs share its tables and limits, so each request compiles its own grammar.
     """
 
     def __init__(

@@ -21,8 +21,8 @@ KEY_NORM_EPS = 1e-6
 
 
 def distinct_pairs(rope: RopeConfig, rope_dim: int) -> int:
-    """Pairs of a rotary key of `rope_dim` channels with frequencies of their own. An exactly
-    converted model repeats those of a key head for every group.
+    """Number of distinct RoPE frequencies of a key of `rope_dim` channels. A model converted
+    exactly from GQA repeats those of a key head for every group.
     """
     factors, pairs = rope.pair_factors or (), rope_dim // 2
     periods = (n for n in range(1, pairs) if pairs % n == 0)
@@ -31,9 +31,8 @@ def distinct_pairs(rope: RopeConfig, rope_dim: int) -> int:
 
 
 def rotary_pairs(rope: RopeConfig, rope_dim: int, index_dim: int) -> slice:
-    """Pairs of a rotary key of `rope_dim` channels at whose frequencies the `index_dim` rotary
-    channels of an indexer rotate: every n-th of the distinct ones, the base frequencies of a
-    narrower head.
+    """RoPE pairs of a key of `rope_dim` channels whose frequencies the `index_dim` rotary channels
+    of an indexer use: every n-th of the distinct ones, the base frequencies of a narrower head.
     """
     pairs = index_dim // 2
     step = max(1, distinct_pairs(rope, rope_dim) // max(1, pairs))
@@ -41,8 +40,8 @@ def rotary_pairs(rope: RopeConfig, rope_dim: int, index_dim: int) -> slice:
 
 
 class HeadWeights(nn.Module):
-    """w of every index head, computed in fp32 from weights that no storage quantizes, as those of
-    the router: they decide between near scores.
+    """w of every index head, in fp32 from weights that are never quantized, like the router's:
+    near ties depend on them.
     """
 
     def __init__(self, hidden_size: int, heads: int, *, dtype: torch.dtype) -> None:

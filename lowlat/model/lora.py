@@ -31,7 +31,7 @@ class LowRankUpdate:
 
 @dataclass(slots=True)
 class SelectedAdapter:
-    """The adapter that PyTorch's passes of a model compute with."""
+    """The adapter that a forward pass in PyTorch uses."""
 
     lora_int_id: int = NO_ADAPTER
 

@@ -24,7 +24,7 @@ LOG_LEVEL_ERROR = 4
 
 
 class AttentionSetup(NamedTuple):
-    """llama.cpp's attention settings: number type of the KV cache, flash attention."""
+    """llama.cpp's attention settings: data type of the KV cache, flash attention."""
 
     cache: str
     flash: bool

@@ -41,7 +41,7 @@ class TimedModel(ABC):
     ) -> dict[str, Any]:
         """Load `model` for up to `context` cached tokens and set vocab_size; facts for the report.
 
-        precision: of the weights. cache: number type of the KV cache. threads: of the program's
+        precision: of the weights. cache: data type of the KV cache. threads: of the program's
         own thread pool; those of PyTorch and numpy follow the environment that the host sets.
         """
 

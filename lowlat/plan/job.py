@@ -89,7 +89,7 @@ class TrainingJob:
     optimizer: Optimizer = "adamw"
     """adamw has two moments per parameter, muon one for matrices of layers."""
     moments: Literal["fp32", "bf16"] = "fp32"
-    """Number type of the moments (bf16 in DeepSeek-V3 section 3.3.3)."""
+    """Data type of the moments (bf16 in DeepSeek-V3 section 3.3.3)."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """Recomputation in the backward pass: selective is norms, MLA's up-projections and SwiGLU
     (DeepSeek-V3 section 3.2.3), full is everything from the layers' inputs."""

@@ -12,7 +12,7 @@ The folder is `.NAME.conversion`, next to the destination:
     recovered/      attention of trained/, all other weights of start/
     sparse_run/     run folder of sparse training (--to dsa with recovery training)
     sparse/         its result, as recovered/ is of run/
-    out/            the result in the requested number type; renamed to the destination
+    out/            the result in the requested data type; renamed to the destination
     *.json          measured figures
     placed          present if only the last rename is missing
 

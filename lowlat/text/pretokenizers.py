@@ -59,7 +59,7 @@ DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
 
 @dataclass(frozen=True, kw_only=True)
 class Splitting:
-    """Normalization and splitting before BPE, as the vocabulary was trained."""
+    """Normalizer and pre-tokenizer that the vocabulary was trained with."""
 
     patterns: tuple[str, ...]
     """Applied in order; each isolates its matches inside the splits of the one before."""

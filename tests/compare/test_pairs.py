@@ -1,4 +1,4 @@
-"""Pairs that compute the same are equal, in every implementation, form and layout; number types
+"""Pairs that compute the same are equal, in every implementation, form and layout; data types
 differ by their rounding, and by other experts where it decides.
 """
 

@@ -253,7 +253,7 @@ def test_llama_cpp_shows_logits_alone(
     result = invoke(folder, f"gguf:{gguf}", "--tokens", "9", "--window", "5")
     assert result.exit_code == 0, result.output
     assert "llama.cpp shows logits only" in result.output
-    assert "equal within 0.0001" in result.output  # the file's own number type
+    assert "equal within 0.0001" in result.output  # the file's own data type
     # The file's settings are used, and no buffers in which llama.cpp ends on some models.
     assert llama.options.yarn_beta_fast == -1.0 and llama.settings.use_extra_bufts is False
     assert (llama.options.type_k, llama.options.type_v) == (0, 0)

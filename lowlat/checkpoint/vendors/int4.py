@@ -10,8 +10,9 @@ All pack eight 4-bit codes into an int32, code i of a word in bits 4 i to 4 i + 
     GPTQ           qweight [in / 8, out] qzeros [groups, out / 8]  scales [groups, out]
     AWQ            qweight [in, out / 8] qzeros [groups, out / 8]  scales [groups, out]
 
-Without zero points zero is 8. AWQ orders the columns of a word 0, 2, 4, 6, 1, 3, 5, 7. GPTQ v1
-stores zero points less one, v2 as they are. GPTQ's g_idx [in] is the group of every column.
+Symmetric weights have no zero points: zero is 8. AWQ orders the columns of a word 0, 2, 4, 6, 1, 3,
+5, 7. GPTQ v1 stores zero points minus 1, v2 unchanged. GPTQ's g_idx [in] is the group of every
+column.
 """
 
 from abc import abstractmethod

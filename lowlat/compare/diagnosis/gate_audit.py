@@ -69,7 +69,7 @@ def _selection_mistakes(moe: MoEConfig, has_bias: bool) -> Iterator[_Candidate]:
 
 
 def _rounded(candidate: _Candidate, kind: torch.dtype) -> Iterator[_Candidate]:
-    """`candidate` as a router that computes in the number type `kind`."""
+    """`candidate` as a router that computes in the data type `kind`."""
     mistake = Mistake("gate_precision", f"computes the router in {dtype_name(kind)}")
     for product, scores in ((kind, None), (kind, kind), (None, kind)):
         variant = replace(candidate.variant, product=product, scores=scores)
@@ -119,7 +119,7 @@ class _RecordedGate(NamedTuple):
     chosen: Tensor
     factors: Tensor
     dtype: torch.dtype
-    """Number type of the activations."""
+    """Data type of the activations."""
 
 
 def _best_candidate(gate: _RecordedGate, moe: MoEConfig) -> tuple[float, tuple[Mistake, ...]]:

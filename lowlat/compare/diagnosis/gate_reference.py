@@ -23,9 +23,9 @@ class GateVariant:
     bias_in_choice: bool = True
     """Whether the bias is used for the selection."""
     product: torch.dtype | None = None
-    """Number type of the logits (hidden state times router weight); None: not rounded."""
+    """Data type of the logits (hidden state times router weight); None: not rounded."""
     scores: torch.dtype | None = None
-    """Number type of the scores; None: not rounded."""
+    """Data type of the scores; None: not rounded."""
     by_best: bool = False
     """Whether groups are ranked by their best expert instead of the sum of their two best."""
     bias_in_groups: bool = True

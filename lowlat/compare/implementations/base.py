@@ -19,9 +19,9 @@ class Implementation(ABC):
     config: ModelConfig
     """The checkpoint's config; the implementation may deviate from it."""
     precision: str
-    """Number type of its weights: fp64, fp32, bf16, fp16, fp8, int8 or int4."""
+    """Data type of its weights: fp64, fp32, bf16, fp16, fp8, int8 or int4."""
     cache_precision: str | None = None
-    """Number type of its KV cache; None: that of the activations."""
+    """Data type of its KV cache; None: that of the activations."""
     unseen: str
     """Parts that cannot be observed, with the reason; empty if all can."""
     can_impose_experts: bool

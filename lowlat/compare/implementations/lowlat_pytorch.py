@@ -61,7 +61,7 @@ class LowlatModel(Implementation):
         self.form: AttentionPath | None = form
         """Attention path; None: the one that a request of that length takes."""
         self.cache = cache
-        """Number type of the KV cache; None: that of the activations."""
+        """Data type of the KV cache; None: that of the activations."""
 
 
 class LowlatPyTorch(LowlatModel):

@@ -78,7 +78,7 @@ def _own(spec: ImplementationSpec, path: Path, progress: Progress) -> Implementa
 
 
 def _stored_in(path: Path) -> str:
-    """The coarsest number type of a GGUF file's matrices, to which llama.cpp also rounds
+    """The coarsest data type of a GGUF file's matrices, to which llama.cpp also rounds
     activations (to int8 for block formats).
     """
     kinds = [tensor.kind for tensor in open_parts(path).tensors.values() if len(tensor.shape) > 1]

@@ -1,4 +1,4 @@
-"""Rounding of a whole weight: to another number type, or to blocks that share a scale."""
+"""Rounding of a whole weight: to another data type, or to blocks that share a scale."""
 
 import re
 

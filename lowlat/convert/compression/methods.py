@@ -36,7 +36,7 @@ class CompressionMethod:
     basis: ComponentBasis
     """Basis of the components of keys."""
     priority: Priority
-    """Priority of components to keep their rotation."""
+    """Which components keep RoPE first."""
     uses_mean_rotation: bool
     """Whether NoPE components are multiplied by their mean rotation."""
     target: Callable[[AttentionWeights, LayerStatistics, DecoupledKeys], LatentTarget]
@@ -46,9 +46,9 @@ class CompressionMethod:
     fits_output: bool
     """Whether W_O is fitted to the new heads by ridge regression."""
     allocates_by_sensitivity: bool
-    """Whether measured sensitivities allocate the widths per layer, in the free layout."""
+    """Whether measured sensitivities determine the ranks of each layer (`budget`)."""
     fold: int = 1
-    """Neighbouring frequencies that `basis` treats as one."""
+    """Neighbouring frequencies that `basis` treats as one (FreqFold, TransMLA)."""
     stride: int = 1
     """Distance, within a fold, of the frequencies of consecutive RoPE components."""
     folded: Callable[[int, int, int], list["CompressionMethod"]] | None = None

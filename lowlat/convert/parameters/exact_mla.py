@@ -3,7 +3,7 @@
 The values of all groups become the shared latent (G * d channels), the keys of all groups the
 shared rotary key (G * d channels). A head's query is zero outside its group, and kv_b_proj selects
 its group's values. The KV cache keeps its size and the function is the same. Every weight is a
-copy, so no number type loses precision. Layout: docs/decisions/0002-exact-conversion-layout.md.
+copy, so no data type loses precision. Layout: docs/decisions/0002-exact-conversion-layout.md.
 """
 
 from dataclasses import replace

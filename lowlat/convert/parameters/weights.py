@@ -28,7 +28,7 @@ class Weights(ABC):
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
-        """The number type that holds the parameter without loss."""
+        """The data type that holds the parameter without loss."""
 
     @abstractmethod
     def read(self, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Hugging Face folder output of a conversion: number types, and tensors in chunks of rows.
+"""Hugging Face folder output of a conversion: data types, and tensors in chunks of rows.
 
 A chunk is a range of rows of one parameter, so memory is bounded for tensors of any size.
 """
@@ -28,7 +28,7 @@ from lowlat.utils.device import DTYPES
 from lowlat.utils.errors import UserError
 
 StorageType = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int4"]
-"""Number types of a stored model."""
+"""Data types of a stored model."""
 PLAIN = {name: DTYPES[name] for name in ("fp32", "bf16", "fp16")}
 CHUNK_ELEMENTS = 2**22
 """Approximate elements of a chunk."""
@@ -54,7 +54,7 @@ def stored_groups(
     storage_type: StorageType | None,
     statistics: ActivationStatistics | None = None,
 ) -> Iterator[TensorGroup]:
-    """The tensors of a folder, in order. storage_type: None keeps every tensor's number type.
+    """The tensors of a folder, in order. storage_type: None keeps every tensor's data type.
     statistics: of the activations, for int8 and int4.
 
     Chunks raise UserError, naming the tensor, for values out of range.
@@ -63,7 +63,7 @@ def stored_groups(
 
 
 def plain_dtype(weights: Weights, parameter: str, storage_type: StorageType | None) -> torch.dtype:
-    """The number type of a parameter that is not quantised: bf16 in a quantised model; router
+    """The data type of a parameter that is not quantised: bf16 in a quantised model; router
     biases are always fp32.
     """
     if parameter.endswith(ROUTER_BIAS):

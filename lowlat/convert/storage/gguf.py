@@ -71,7 +71,7 @@ def stored_gguf(
     name: str,
     statistics: ActivationStatistics | None = None,
 ) -> FileLayout:
-    """The planned file `name` of the model. storage_type: None keeps every tensor's number type.
+    """The planned file `name` of the model. storage_type: None keeps every tensor's data type.
     statistics: of the activations, for int8 and int4.
 
     text: folder or .gguf file with the vocabulary and chat template. Raises UserError if GGUF

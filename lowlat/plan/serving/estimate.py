@@ -31,11 +31,11 @@ the stages. Fewer are bound by weight bandwidth, and would read the weights agai
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServingJob:
-    """Weights, number types and load of a serving plan."""
+    """Weights, data types and load of a serving plan."""
 
     weights: WeightBytes
     dtype: str
-    """Number type of the weights, for the rate of products."""
+    """Data type of the weights, for the rate of products."""
     users: int
     """Sequences that decode at the same time."""
     context: int
@@ -43,7 +43,7 @@ class ServingJob:
     prompt: int
     """Tokens of the prompt whose first token is awaited."""
     cache: str = "bf16"
-    """Number type of the KV cache."""
+    """Data type of the KV cache."""
     loads: tuple[tuple[int, ...], ...] | None = None
     """Measured tokens of every expert, by layer; None: all experts are equally likely."""
     redundant_experts: int | None = None

@@ -111,7 +111,7 @@ def step_cost(
     cache: str = "bf16",
     share: RankShare = WHOLE,
 ) -> StepCost:
-    """The cost of one step, or of a rank's share of it. cache: number type of the KV cache."""
+    """The cost of one step, or of a rank's share of it. cache: data type of the KV cache."""
     layers = range(config.num_hidden_layers) if share.layers is None else share.layers
     sparse = sum(config.is_moe_layer(layer) for layer in layers)
     own, every = _shared_parameters(config, layers), _shared_parameters(config)

@@ -19,7 +19,7 @@ ReasoningMode = Literal["never", "maybe", "begun"]
 class OutputParser:
     """Splits an output into parts; holds back only text that may still become a tag.
 
-    Joined, the parts do not depend on how the text was split into chunks. A malformed call is
+    The concatenated parts do not depend on the chunks of the text. A malformed call is
     returned as content, unchanged.
     """
 

@@ -91,7 +91,7 @@ class OllamaMessage(StrictModel):
     images: Images | None = None
     tool_calls: Annotated[list[OllamaToolCall], Field(max_length=limits.MAX_TOOLS)] | None = None
     tool_name: FunctionName | None = None
-    """Of a tool result: the function, if there is no tool_call_id."""
+    """Function of a tool result without a tool_call_id."""
     tool_call_id: Id | None = None
 
 
@@ -107,7 +107,7 @@ class OllamaTool(StrictModel):
 
 
 class OllamaRequest(GenerationRequest):
-    """What chats and prompts have in common. Streams unless stream is false."""
+    """Fields of chat and generate requests. Streams unless stream is false."""
 
     model: ModelName
     """The served model's name, also with `:latest`."""
@@ -121,9 +121,9 @@ class OllamaRequest(GenerationRequest):
     """How many of the most likely tokens to return per position; requires logprobs."""
     keep_alive: KeepAlive = None
     truncate: Hint[bool | None] = None
-    """A prompt that exceeds the context is an error."""
+    """Ignored: a prompt that exceeds the context is an error."""
     shift: Hint[bool | None] = None
-    """Generation ends where the context ends."""
+    """Ignored: generation ends where the context ends."""
 
 
 class OllamaChatRequest(OllamaRequest):

@@ -18,11 +18,11 @@ from lowlat.train.parallel.collectives import all_to_all, applied
 
 
 class ExpertParallelExperts(nn.Module):
-    """`StackedExperts` with a consecutive share of the experts, under the same parameter names;
-    those of process i of `group` precede those of i + 1.
+    """`StackedExperts` with a contiguous shard of the experts, under the same parameter names: rank
+    i of `group` has the experts before those of rank i + 1.
 
-    Every process routes its own tokens. Dispatch and combine transfer activations in their dtype,
-    unweighted, so that sums over experts are fp32 as in one process.
+    Every process routes its own tokens. Dispatch and combine transfer activations in their dtype;
+    routing weights apply after combine, so that sums over experts are fp32 as in one process.
     """
 
     def __init__(self, experts: StackedExperts | Fp8Experts, group: dist.ProcessGroup) -> None:

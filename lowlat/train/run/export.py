@@ -38,7 +38,7 @@ TOKENIZER = "tokenizer"
 """Folder in a run folder with the tokenizer and chat template of its models."""
 
 STORED = ("bf16", "fp16", "fp32", "fp8")
-"""Number types of exported models."""
+"""Data types of exported models."""
 
 _log = logging.getLogger(__name__)
 

@@ -72,7 +72,7 @@ class LoadBalancer:
             self._enabled = False
 
     def set_loads(self, loads: Mapping[int, Float[Tensor, " experts"]]) -> None:
-        """Set the choices of every expert in a global batch, by layer, that no hook observed."""
+        """Set the expert loads (tokens per expert) of a global batch, by layer, that no hook observed."""
         self._reset()
         for observed in self._gates:
             if observed.layer in loads:
@@ -112,7 +112,7 @@ class LoadBalancer:
                 bias += speed * (load.mean() - load).sign().to(bias.dtype)
 
     def loads(self) -> list[ExpertRecord]:
-        """The load of every gate of the model over the batch; collective."""
+        """Expert loads of every MoE layer over the batch; collective."""
         own = ((str(observed.layer), _counters_and_bias(observed)) for observed in self._gates)
         gathered = gather_along_pipeline(self._mesh, own)
         loads = [_expert_record(int(layer), numbers) for layer, numbers in gathered]
@@ -171,7 +171,7 @@ def mean_share(
 
 
 def with_loss(weights: Float[Tensor, "*shape"], loss: Float[Tensor, ""]) -> Tensor:
-    """`weights`, whose backward pass is also that of `loss`."""
+    """`weights`; a backward pass through them is also one of `loss`."""
     return applied(_AddLoss, weights, loss)
 
 

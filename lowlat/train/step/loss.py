@@ -1,5 +1,5 @@
-"""Training losses: next-token cross entropy, MTP loss (DeepSeek-V3 section 2.2), z-loss and
-distillation, with the target mask of each head.
+"""Training losses: next-token cross entropy, multi-token prediction (MTP, DeepSeek-V3 section 2.2),
+z-loss and distillation, with the target mask of each head.
 """
 
 from collections.abc import Sequence

@@ -36,8 +36,8 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         """`shardings` of `params`; by default parameters are full tensors.
 
-        `blocks` is the number of matrices stacked along the rows of each parameter: 2 for gate rows
-        followed by up rows, by default 1.
+        `blocks` is the number of matrices stacked along the rows of each parameter: 2 for
+        gate_up_proj, by default 1.
         """
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         shardings = shardings or [Sharding(ProcessMesh(), p.shape) for p in params]

@@ -1,4 +1,4 @@
-"""Filling a model: number types, what is missing or left over, finite values, memory."""
+"""Filling a model: data types, what is missing or left over, finite values, memory."""
 
 import json
 import logging

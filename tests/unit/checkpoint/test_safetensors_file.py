@@ -1,4 +1,4 @@
-"""Reading one safetensors file: number types, alignment, views, every kind of malformed header."""
+"""Reading one safetensors file: data types, alignment, views, every kind of malformed header."""
 
 import os
 import struct
@@ -155,7 +155,7 @@ def test_not_a_file(tmp_path: Path, make: Any) -> None:
 
 @pytest.mark.parametrize("code", DTYPES)
 def test_dtypes(tmp_path: Path, code: str) -> None:
-    """Every number type comes out with the bits the reference library put in."""
+    """Every data type comes out with the bits the reference library put in."""
     raw = torch.randint(0, 2 if code == "BOOL" else 256, (5, 3, 8), dtype=torch.uint8)
     tensor = raw.view(DTYPES[code]) if code != "BOOL" else raw.bool()
     save_file({"first": torch.zeros(7, dtype=torch.uint8), "w": tensor}, tmp_path / "x")

@@ -298,7 +298,7 @@ def test_the_config_of_kimi_k2_thinking() -> None:
 
 def test_conversions_choose_a_number_type(tmp_path: Path) -> None:
     exact = quantize_folder(tmp_path / "m", grouped_config(), int4())
-    with pytest.raises(UserError, match="choose the number type with --dtype"):
+    with pytest.raises(UserError, match="choose the data type with --dtype"):
         convert(tmp_path / "m", tmp_path / "auto", to="mla")
     convert(tmp_path / "m", tmp_path / "wide", dtype="fp32")
     found = load_model(tmp_path / "wide").model.state_dict()

@@ -1,4 +1,4 @@
-"""Every number type to every other, for every family: the folder written is the model that loading
+"""Every data type to every other, for every family: the folder written is the model that loading
 the source in that type gives.
 """
 

@@ -39,7 +39,7 @@ DESCRIPTION = {
     [("llama", False), ("qwen2", False), ("deepseek_v3", True), ("deepseek_v2", True)],
 )
 def test_a_gguf_source_keeps_its_metadata(tmp_path: Path, name: str, absorbed: bool) -> None:
-    """Of a real file 8 keys were lost and 4 added; now only the number type changes."""
+    """Of a real file 8 keys were lost and 4 added; now only the data type changes."""
     model = write_model(tmp_path / "m", FAMILIES[name])
     parameters = model.state_dict()
     source = write_gguf(
@@ -91,7 +91,7 @@ ODD = {
 
 
 def entries(path: Path) -> dict[str, bytes]:
-    """All keys in order, as the file holds them, but the one of the number type."""
+    """All keys in order, as the file holds them, but the one of the data type."""
     file = GGUFFile(path)
     return {key: file.entry(key) for key in file.metadata if key != "general.file_type"}
 

@@ -1,4 +1,4 @@
-"""A whole conversion: options, number types, what is copied, and what is left when it fails."""
+"""A whole conversion: options, data types, what is copied, and what is left when it fails."""
 
 import json
 from collections.abc import Callable
