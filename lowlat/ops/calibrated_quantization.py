@@ -1,11 +1,12 @@
 """int4 quantization with error feedback from the activations' covariance (GPTQ, arXiv 2210.17323).
 
-With H = E[x x^T] of a projection's inputs, the squared error of a row's output is d H d^T, d being
-the change of its weights. Columns are rounded in order, and the error of each is compensated by the
-columns after it: with U the upper Cholesky factor of H^-1 (H^-1 = U^T U), rounding column i by
-e_i U_ii moves the later columns by e_i U_ij, and the error is the sum of e_i^2. Scale and minimum
-of a group are searched when its turn comes (`weighted_quantization`), weighted by 1 / U_ii^2. A row
-whose error is larger than by min-max ranges keeps those.
+With H = E[x x^T] of a projection's inputs (half the Hessian), the squared error of a row's output
+is d H d^T, d being the change of its weights. Columns are rounded in order, and the error of each
+is compensated by the columns after it: with U the upper Cholesky factor of H^-1
+(H^-1 = U^T U), rounding column i by e_i U_ii moves the later columns by e_i U_ij, and the error is
+the sum of e_i^2. Scale and minimum of a group are searched when its turn comes
+(`weighted_quantization`), weighted by 1 / U_ii^2. A row whose error is larger than by min-max
+ranges keeps those.
 
 H is damped: DAMPING of its mean diagonal is added, which limits overfitting to few tokens. Rows do
 not depend on one another, so results are the same for any number of threads. int8 uses the diagonal

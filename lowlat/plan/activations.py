@@ -86,7 +86,7 @@ def layer_bytes(config: ModelConfig, layer: int, job: TrainingJob) -> dict[str, 
 def all_bytes(
     config: ModelConfig, layer: int, job: TrainingJob, *, selective: bool
 ) -> dict[str, float]:
-    """The same without activation checkpointing, or with selective checkpointing."""
+    """The same without activation checkpointing, or with selective (`train.layers.fused`)."""
     sizes = _Sizes(
         precision=job.precision,
         kernels=job.kernels,

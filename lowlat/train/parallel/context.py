@@ -95,7 +95,7 @@ class ContextAttention(AttentionBackend):
     def __init__(
         self, documents: Sequence[Sequence[int]], zigzag: Zigzag, group: dist.ProcessGroup
     ) -> None:
-        """`documents`: lengths of the documents in each sequence; attention stays within them."""
+        """`documents`: lengths of the documents in each sequence (document mask)."""
         self._rows = len(documents)
         self._length = sum(documents[0])
         self._pieces = zigzag.pieces(documents)

@@ -44,7 +44,7 @@ class TokenLosses:
     kl: Float64[Tensor, "tokens"] | None
     """Estimates of the divergence in nats, without `beta`; None without a reference."""
     is_clipped: Bool[Tensor, "tokens"]
-    """Whether clipping took the gradient of the reward away."""
+    """Whether the token is clipped, without gradient of the reward (TRL's clip_ratio)."""
 
 
 def token_losses(

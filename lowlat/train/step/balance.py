@@ -72,7 +72,7 @@ class LoadBalancer:
             self._enabled = False
 
     def set_loads(self, loads: Mapping[int, Float[Tensor, " experts"]]) -> None:
-        """Set the expert loads (tokens per expert) of a global batch, by layer, that no hook observed."""
+        """Set the expert loads (tokens per expert), by layer, of a batch that no hook observed."""
         self._reset()
         for observed in self._gates:
             if observed.layer in loads:
