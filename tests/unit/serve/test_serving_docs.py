@@ -70,7 +70,7 @@ def test_every_field_is_described_and_refused_ones_are_none(
     ("column", "kind"), [(1, ChatRequest), (2, CompletionRequest), (3, ResponsesRequest)]
 )
 def test_every_hint_is_in_the_row_of_hints(column: int, kind: type[StrictModel]) -> None:
-    (row,) = [row for row in rows(section("Fields")) if row[0] == "hints without effect"]
+    (row,) = [row for row in rows(section("Fields")) if row[0] == "ignored hints"]
     always = {
         name
         for name, field in kind.model_fields.items()
@@ -132,8 +132,9 @@ def test_limits_are_those_of_the_code() -> None:
         "open connections; idle ones make way": (
             f"{config.max_connections:,}, or less by the limit on open files"
         ),
-        f"bodies that take over {incoming.GRACE_SECONDS:g} s; per API key and address": (
-            f"{config.max_slow_bodies}; {config.max_slow_bodies // 4}, then the slowest get 408"
+        f"bodies that take over {incoming.GRACE_SECONDS:g} s: in total; "
+        "per API key and per address": (
+            f"{config.max_slow_bodies}; {config.max_slow_bodies // 4}. Above, the slowest get 408"
         ),
         "JSON values per body, keys included, token ids excluded": f"{limits.MAX_JSON_VALUES:,}",
         "keys per JSON object": f"{limits.MAX_JSON_KEYS:,}",
